@@ -1,0 +1,1 @@
+"""Turns a language model into a ClusComp codebook model: sources, clustering, planning, conversion, validation."""

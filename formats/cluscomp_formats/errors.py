@@ -1,0 +1,95 @@
+"""What can go wrong with a file, a model or a request, as data.
+
+Every error carries one or more `Problem`s, so that a reader reports all it found at once, and an exit code, so that scripts
+can tell the cases apart. The command line prints the problems; libraries raise and never print.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = [
+    "ClusCompError",
+    "InvalidFileError",
+    "InvalidRequestError",
+    "OutputExistsError",
+    "Problem",
+    "SelfTestError",
+    "StorageError",
+    "UnsupportedError",
+]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: where it is, what was found, what was expected, what to do.
+
+    `kind` is a stable identifier (`bad_magic`, `checksum_mismatch`, ...) for machines and tests.
+    """
+
+    kind: str
+    message: str
+    file: str | None = None
+    tensor: str | None = None
+    found: str | None = None
+    expected: str | None = None
+    remedy: str | None = None
+
+    def __str__(self) -> str:
+        where = " · ".join(part for part in (self.file, self.tensor) if part)
+        lines = [f"{where}: {self.message}" if where else self.message]
+        for label, text in (("found", self.found), ("expected", self.expected), ("remedy", self.remedy)):
+            if text is not None:
+                lines.append(f"  {label}: {text}")
+        return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, str]:
+        """The fields that are set, for `--json`."""
+        return {key: value for key, value in vars(self).items() if value is not None}
+
+
+class ClusCompError(Exception):
+    """Base of all errors this project raises on purpose. `problems` is never empty."""
+
+    exit_code = 1
+
+    def __init__(self, problems: Problem | Sequence[Problem]) -> None:
+        self.problems: tuple[Problem, ...] = (problems,) if isinstance(problems, Problem) else tuple(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+class InvalidRequestError(ClusCompError):
+    """Options that contradict each other or cannot be met. Exit code 2, as for any usage error."""
+
+    exit_code = 2
+
+
+class InvalidFileError(ClusCompError):
+    """A file that is missing, truncated, corrupt, of a future version or not what its name says. Exit code 3."""
+
+    exit_code = 3
+
+
+class UnsupportedError(ClusCompError):
+    """A valid input this version cannot handle, such as an architecture the decoder does not know. Exit code 4."""
+
+    exit_code = 4
+
+
+class OutputExistsError(ClusCompError):
+    """The output is already there and `--force` was not given. Exit code 5."""
+
+    exit_code = 5
+
+
+class StorageError(ClusCompError):
+    """The operating system refused to read or write: no space left, no permission. Exit code 6."""
+
+    exit_code = 6
+
+
+class SelfTestError(ClusCompError):
+    """The model loaded, but does not compute what its self-test record says. Exit code 7."""
+
+    exit_code = 7

@@ -1,0 +1,167 @@
+/* See threads.h. Own threads rather than OpenMP: torch brings its own copy of the OpenMP runtime, and two such pools spin
+ * against each other on small machines. */
+#include "native/threads.h"
+
+#if defined(_WIN32)
+
+void cc_parallel_for(int64_t items, int64_t grain, int threads, cc_task task, void *arg)
+{
+    (void)grain;
+    (void)threads;
+    if (items > 0)
+        task(arg, 0, items, 0);
+}
+
+#else
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stddef.h>
+
+#if defined(__x86_64__) || defined(__i386__)
+#define CPU_RELAX() __builtin_ia32_pause()
+#else
+#define CPU_RELAX() atomic_signal_fence(memory_order_seq_cst)
+#endif
+
+/* How long a worker polls for the next job before it sleeps: decoding issues jobs a few tens of microseconds apart, and
+ * waking a sleeping thread costs as much as a small job. */
+#define SPINS 2000
+
+/* `state` holds the number of the current job, whether it still takes workers, and how many are at it, in one word, so that a
+ * worker that wakes too late cannot join a job whose caller has already left. */
+#define WORKERS_MASK UINT64_C(0xffff)
+#define CLOSED UINT64_C(0x10000)
+#define JOB_SHIFT 17
+
+static struct {
+    pthread_mutex_t busy; /* held by the caller whose job runs */
+    pthread_mutex_t lock; /* guards the condition variable */
+    pthread_cond_t wake;
+    _Atomic uint64_t state;
+    _Atomic int64_t next; /* first item nobody took yet */
+    int64_t items, grain;
+    int started; /* workers there are, the caller not counted */
+    int wanted;  /* workers that may take part in the current job */
+    cc_task task;
+    void *arg;
+} pool = {.busy = PTHREAD_MUTEX_INITIALIZER,
+          .lock = PTHREAD_MUTEX_INITIALIZER,
+          .wake = PTHREAD_COND_INITIALIZER,
+          .state = CLOSED};
+
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+
+static void run_chunks(int thread)
+{
+    for (;;) {
+        int64_t begin = atomic_fetch_add_explicit(&pool.next, pool.grain, memory_order_relaxed);
+        if (begin >= pool.items)
+            return;
+        int64_t end = begin + pool.grain < pool.items ? begin + pool.grain : pool.items;
+        pool.task(pool.arg, begin, end, thread);
+    }
+}
+
+/* Joins the job in `state` unless it is closed; returns the job's number. */
+static uint64_t join(int thread)
+{
+    uint64_t state = atomic_load_explicit(&pool.state, memory_order_acquire);
+    while (!(state & CLOSED)) {
+        if (!atomic_compare_exchange_weak_explicit(&pool.state, &state, state + 1, memory_order_acquire,
+                                                   memory_order_acquire))
+            continue;
+        if (thread <= pool.wanted)
+            run_chunks(thread);
+        atomic_fetch_sub_explicit(&pool.state, 1, memory_order_release);
+        break;
+    }
+    return state >> JOB_SHIFT;
+}
+
+static uint64_t current_job(void)
+{
+    return atomic_load_explicit(&pool.state, memory_order_acquire) >> JOB_SHIFT;
+}
+
+static void *worker(void *argument)
+{
+    int thread = (int)(intptr_t)argument;
+    uint64_t done = 0;
+    for (;;) {
+        for (int spin = 0; spin < SPINS && current_job() == done; spin++)
+            CPU_RELAX();
+        if (current_job() == done) {
+            pthread_mutex_lock(&pool.lock);
+            while (current_job() == done)
+                pthread_cond_wait(&pool.wake, &pool.lock);
+            pthread_mutex_unlock(&pool.lock);
+        }
+        done = join(thread);
+    }
+    return NULL;
+}
+
+/* A forked child has none of its parent's threads: it starts with an empty pool. */
+static void reset_in_child(void)
+{
+    pthread_mutex_init(&pool.busy, NULL);
+    pthread_mutex_init(&pool.lock, NULL);
+    pthread_cond_init(&pool.wake, NULL);
+    pool.started = 0;
+    atomic_store(&pool.state, CLOSED);
+}
+
+static void register_fork_handler(void)
+{
+    pthread_atfork(NULL, NULL, reset_in_child);
+}
+
+/* Where the system refuses a thread, the work is shared by those there are. */
+static void start_workers(int wanted)
+{
+    pthread_t handle;
+    while (pool.started < wanted &&
+           pthread_create(&handle, NULL, worker, (void *)(intptr_t)(pool.started + 1)) == 0) {
+        pthread_detach(handle);
+        pool.started++;
+    }
+}
+
+void cc_parallel_for(int64_t items, int64_t grain, int threads, cc_task task, void *arg)
+{
+    if (items <= 0)
+        return;
+    if (grain < 1)
+        grain = 1;
+    int64_t chunks = (items + grain - 1) / grain;
+    if (threads > CC_MAX_THREADS)
+        threads = CC_MAX_THREADS;
+    if (threads > chunks)
+        threads = (int)chunks;
+    if (threads <= 1 || pthread_mutex_trylock(&pool.busy) != 0) {
+        task(arg, 0, items, 0);
+        return;
+    }
+    pthread_once(&once, register_fork_handler);
+    start_workers(threads - 1);
+
+    pool.task = task;
+    pool.arg = arg;
+    pool.items = items;
+    pool.grain = grain;
+    pool.wanted = threads - 1;
+    atomic_store_explicit(&pool.next, 0, memory_order_relaxed);
+    pthread_mutex_lock(&pool.lock);
+    atomic_store_explicit(&pool.state, (current_job() + 1) << JOB_SHIFT, memory_order_release);
+    pthread_cond_broadcast(&pool.wake);
+    pthread_mutex_unlock(&pool.lock);
+
+    run_chunks(0);
+    atomic_fetch_or_explicit(&pool.state, CLOSED, memory_order_acq_rel);
+    while (atomic_load_explicit(&pool.state, memory_order_acquire) & WORKERS_MASK)
+        CPU_RELAX();
+    pthread_mutex_unlock(&pool.busy);
+}
+
+#endif
