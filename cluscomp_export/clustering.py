@@ -1,0 +1,205 @@
+"""Turn a plan into a clustered model whose codebooks and codes are computed when a writer asks for them.
+
+Memory stays bounded: a codebook with row scales is fitted on a seeded sample of its tensors' vectors, and codes are made one
+tensor at a time, in the order in which writers read them.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from cluscomp_export.planning import CodebookPlan, Plan, Treatment
+from cluscomp_formats.errors import InvalidFileError, Problem
+from cluscomp_formats.ir import Array, ClusteredWeight, Codebook, DenseTensor, Model, Stage, Tensor
+from cluscomp_kernels.kmeans import assign, kmeans
+
+__all__ = ["Method", "Progress", "cluster_model", "finite_weight"]
+
+Floats = npt.NDArray[np.float32]
+Progress = Callable[[str, int, int], None]
+"""Called as `(what is being done, units done, units in all)`."""
+
+Method = Literal["fast", "lloyd"]
+
+FIT_VECTORS_PER_CLUSTER = 64
+"""A codebook with row scales is fitted on at most this many vectors per cluster."""
+
+SCALE_RANGE = (2.0**-24, 65504.0)
+"""The magnitudes float16 can hold."""
+
+
+def cluster_model(
+    source: Model,
+    plan: Plan,
+    *,
+    method: Method = "fast",
+    seed: int = 0,
+    threads: int | None = None,
+    device: str = "cpu",
+    provenance: Mapping[str, Any] | None = None,
+    on_progress: Progress = lambda stage, done, total: None,
+) -> Model:
+    """A lazy model with the plan's tensors clustered and all others dense; nothing is computed yet.
+
+    Shapes and sizes are known at once, so the result also serves to predict sizes. Reading a codebook fits it (once); reading
+    codes or scales encodes that tensor (the last one is kept), so reading in the order of `Model.payloads()` does each tensor
+    once. Raises InvalidFileError, on reading, for weights that are not finite or out of float16's range.
+    """
+    worker = _Worker(source, plan, method, seed, threads, device, on_progress)
+    codebooks = {book.name: worker.codebook(book) for book in plan.codebooks}
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in source.tensors.items():
+        treatment = plan.treatments.get(name)
+        if treatment is not None:
+            tensors[name] = worker.weight(name, treatment, codebooks[treatment.codebook.name])
+        else:
+            tensors[name] = _dense(tensor) if isinstance(tensor, DenseTensor) else tensor
+    return Model(source.config, tensors, source.files, provenance or {})
+
+
+def finite_weight(tensor: Tensor) -> Floats:
+    """The tensor decoded to float32. Raises InvalidFileError, naming the first position, if a value is NaN or infinite."""
+    values = tensor.decode()
+    # The sum is finite unless a value is not (or overflows), and costs no temporary.
+    with np.errstate(over="ignore", invalid="ignore"):
+        suspicious = not np.isfinite(values.sum(dtype=np.float64))
+    if suspicious and not np.isfinite(values).all():
+        position = np.unravel_index(int(np.argmin(np.isfinite(values))), values.shape)
+        where = ", ".join(str(int(index)) for index in position)
+        remedy = "the source is damaged or was saved by a diverged training; get a sound copy"
+        found = f"{values[position]} at [{where}]"
+        raise InvalidFileError(Problem("not_finite", "a weight is not finite", None, tensor.name, found, "finite", remedy))
+    return values
+
+
+def _dense(tensor: DenseTensor) -> DenseTensor:
+    """The tensor as it is stored: matrices of float32 and float64 as float16, everything else as it was."""
+    if tensor.values.dtype not in ("float32", "float64") or len(tensor.shape) < 2:
+        return tensor
+
+    def load() -> npt.NDArray[np.float16]:
+        values = tensor.decode()
+        with np.errstate(over="ignore"):
+            narrow = values.astype(np.float16)
+        if not np.isfinite(narrow).all():
+            found, expected = f"{np.abs(values).max():g}", f"finite values up to {SCALE_RANGE[1]:g}"
+            raise InvalidFileError(Problem("out_of_range", "does not fit float16", None, tensor.name, found, expected))
+        return narrow
+
+    return DenseTensor(tensor.name, Array(tensor.shape, "float16", load))
+
+
+class _Worker:
+    """Does the work behind the lazy arrays. Keeps all codebooks made so far and the last tensor encoded."""
+
+    def __init__(
+        self, source: Model, plan: Plan, method: Method, seed: int, threads: int | None, device: str, on_progress: Progress
+    ) -> None:
+        self.source = source
+        self.plan = plan
+        self.method: Method = method
+        self.seed = seed
+        self.threads = threads
+        self.device = device
+        self.on_progress = on_progress
+        self.centroids: dict[str, npt.NDArray[np.float16]] = {}
+        self.encoded: tuple[str, npt.NDArray[np.uint16], npt.NDArray[np.float16]] | None = None
+
+    def codebook(self, book: CodebookPlan) -> Codebook:
+        return Codebook(book.name, Array((book.num_clusters, book.cluster_dim), "float16", lambda: self._fit(book)))
+
+    def weight(self, name: str, treatment: Treatment, codebook: Codebook) -> ClusteredWeight:
+        out_features, in_features = treatment.shape
+        shape = (in_features, -(-out_features // codebook.cluster_dim))
+        codes = Array(shape, "uint16", lambda: self._encode(name)[0])
+        scale = Array((out_features,), "float16", lambda: self._encode(name)[1]) if treatment.row_scale else None
+        return ClusteredWeight(name, treatment.shape, (Stage(codebook, codes),), row_scale=scale)
+
+    def _vectors(self, name: str) -> tuple[Floats, Floats | None]:
+        """Vectors `[num_vectors, cluster_dim]` of the transposed, padded weight, and the row scales `[out_features]` that
+        were divided out (root mean square of each row; 1 for a row of zeros)."""
+        treatment = self.plan.treatments[name]
+        weight = finite_weight(self.source.tensors[name])
+        scale = None
+        if treatment.row_scale:
+            rms = np.sqrt(np.mean(np.square(weight, dtype=np.float64), axis=1)).astype(np.float32)
+            scale = np.where(rms == 0, np.float32(1), rms)
+            if scale.min() < SCALE_RANGE[0] or scale.max() > SCALE_RANGE[1]:
+                found = f"rows of root mean square {scale.min():g} to {scale.max():g}"
+                expected = f"{SCALE_RANGE[0]:g} to {SCALE_RANGE[1]:g}, the range of float16"
+                remedy = "use --share none, which needs no row scales"
+                raise InvalidFileError(Problem("out_of_range", "row scales do not fit", None, name, found, expected, remedy))
+            weight = weight / scale[:, None]
+        dim = treatment.codebook.cluster_dim
+        padded = np.zeros((weight.shape[1], -(-weight.shape[0] // dim) * dim), dtype=np.float32)
+        padded[:, : weight.shape[0]] = weight.T
+        return padded.reshape(-1, dim), scale
+
+    def _sample(self, book: CodebookPlan) -> Floats:
+        """The vectors a codebook is fitted on: all of a matrix without row scales (the paper's setting), else a sample."""
+        limit = FIT_VECTORS_PER_CLUSTER * book.num_clusters
+        shapes = {name: self.plan.treatments[name].shape for name in book.members}
+        counts = {name: shape[1] * -(-shape[0] // book.cluster_dim) for name, shape in shapes.items()}
+        share = min(1.0, limit / sum(counts.values()))
+        samples = []
+        for done, name in enumerate(book.members):
+            self.on_progress(f"reading {book.name}", done, len(book.members))
+            vectors, scale = self._vectors(name)
+            if scale is not None and share < 1:
+                # Seeded by name as well: the sample of a tensor does not depend on the order of the tensors.
+                generator = np.random.default_rng([self.seed, zlib.crc32(name.encode())])
+                size = max(1, round(share * len(vectors)))
+                vectors = vectors[np.sort(generator.choice(len(vectors), size, replace=False, shuffle=False))]
+            samples.append(vectors)
+        return samples[0] if len(samples) == 1 else np.concatenate(samples)
+
+    def _fit(self, book: CodebookPlan) -> npt.NDArray[np.float16]:
+        if book.name not in self.centroids:
+            points = self._sample(book)
+            result = kmeans(
+                points,
+                book.num_clusters,
+                method=self.method,
+                seed=self.seed,
+                threads=self.threads,
+                device=self.device,
+                on_progress=lambda done, total: self.on_progress(f"clustering {book.name}", done, total),
+            )
+            centroids = np.zeros((book.num_clusters, book.cluster_dim), dtype=np.float16)
+            with np.errstate(over="ignore"):
+                centroids[: len(result.centroids)] = result.centroids
+            if not np.isfinite(centroids).all():
+                found = f"a centroid of {np.abs(result.centroids).max():g}"
+                expected = f"up to {SCALE_RANGE[1]:g}, the range of float16"
+                remedy = "use --share kind, which scales the rows"
+                problem = Problem("out_of_range", "centroids do not fit float16", None, book.name, found, expected, remedy)
+                raise InvalidFileError(problem)
+            self.centroids[book.name] = centroids
+        return self.centroids[book.name]
+
+    def _encode(self, name: str) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.float16]]:
+        if self.encoded is None or self.encoded[0] != name:
+            book = self.plan.treatments[name].codebook
+            centroids = self._fit(book).astype(np.float32)
+            vectors, scale = self._vectors(name)
+            codes = assign(vectors, centroids, threads=self.threads, device=self.device)
+            in_features = self.plan.treatments[name].shape[1]
+            self.encoded = (name, codes.reshape(in_features, -1), _refit_scale(vectors, centroids[codes], in_features, scale))
+        return self.encoded[1:]
+
+
+def _refit_scale(vectors: Floats, decoded: Floats, in_features: int, scale: Floats | None) -> npt.NDArray[np.float16]:
+    """Row scales float16 `[out_features]` with the least squared error for these codes: `s <w, q> / <q, q>` per row."""
+    if scale is None:
+        return np.empty(0, dtype=np.float16)
+    rows = len(scale)
+    wanted, given = (values.reshape(in_features, -1)[:, :rows] for values in (vectors, decoded))
+    products = np.einsum("ir,ir->r", wanted, given, dtype=np.float64)
+    energies = np.einsum("ir,ir->r", given, given, dtype=np.float64)
+    factor = np.divide(products, energies, out=np.ones(rows), where=(energies > 0) & (products > 0))
+    return np.clip(scale * factor, *SCALE_RANGE).astype(np.float16)

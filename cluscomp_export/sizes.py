@@ -1,0 +1,82 @@
+"""What a model takes, counted from its shapes alone: the one count behind plans, `inspect` and `convert`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from cluscomp_export.sources.linears import linear_tensors
+from cluscomp_formats.ir import ClusteredWeight, Codebook, Model, Tensor
+
+__all__ = ["Sizes", "model_sizes", "tensor_rows"]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Weights and bits of a model; a codebook counts once, where it is used.
+
+    `linear_bits` are the codes, scales, outliers, codebooks (or dense values) of the linear layers of the decoder blocks;
+    `all_bits` those of every tensor; `payload_bytes` adds the side files.
+    """
+
+    linear_weights: int
+    linear_bits: int
+    all_weights: int
+    all_bits: int
+    payload_bytes: int
+
+    def bits_per_weight(self) -> dict[str, float]:
+        """`{"all": ..., "linears": ...}`; 0 where there are no weights."""
+        pairs = {"all": (self.all_bits, self.all_weights), "linears": (self.linear_bits, self.linear_weights)}
+        return {name: bits / weights if weights else 0.0 for name, (bits, weights) in pairs.items()}
+
+
+def _bits(tensors: Iterable[Tensor]) -> int:
+    codebooks: dict[str, Codebook] = {}
+    bits = 0
+    for tensor in tensors:
+        bits += tensor.own_bits
+        if isinstance(tensor, ClusteredWeight):
+            codebooks.update({stage.codebook.name: stage.codebook for stage in tensor.stages})
+    return bits + sum(8 * codebook.values.nbytes for codebook in codebooks.values())
+
+
+def model_sizes(model: Model) -> Sizes:
+    """Count a model; costs no IO."""
+    linears = [model.tensors[name] for name in linear_tensors(model)]
+    everything = list(model.tensors.values())
+    all_bits = _bits(everything)
+    return Sizes(
+        linear_weights=sum(tensor.num_weights for tensor in linears),
+        linear_bits=_bits(linears),
+        all_weights=sum(tensor.num_weights for tensor in everything),
+        all_bits=all_bits,
+        payload_bytes=-(-all_bits // 8) + sum(array.nbytes for array in model.files.values()),
+    )
+
+
+def tensor_rows(model: Model) -> list[dict[str, Any]]:
+    """One row per tensor for `inspect` and plans: name, shape, dtype or dim, clusters, codebook, stages, bits per weight.
+
+    A shared codebook is not counted in `bits_per_weight` of a row.
+    """
+    rows: list[dict[str, Any]] = []
+    for name in sorted(model.tensors):
+        tensor = model.tensors[name]
+        row: dict[str, Any] = {"name": name, "shape": list(tensor.shape)}
+        if isinstance(tensor, ClusteredWeight):
+            first = tensor.stages[0].codebook
+            row |= {
+                "kind": "clustered",
+                "dim": first.cluster_dim,
+                "clusters": first.num_clusters,
+                "codebook": first.name,
+                "stages": len(tensor.stages),
+                "extras": [part for part, _ in tensor.extra_arrays],
+            }
+        else:
+            row |= {"kind": "dense", "dtype": tensor.values.dtype, "dim": None, "clusters": None}
+        row["bits_per_weight"] = tensor.own_bits / tensor.num_weights if tensor.num_weights else 0.0
+        rows.append(row)
+    return rows
