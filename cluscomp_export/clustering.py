@@ -18,7 +18,7 @@ from cluscomp_formats.errors import InvalidFileError, Problem
 from cluscomp_formats.ir import Array, ClusteredWeight, Codebook, DenseTensor, Model, Stage, Tensor
 from cluscomp_kernels.kmeans import assign, kmeans
 
-__all__ = ["Method", "Progress", "cluster_model", "finite_weight"]
+__all__ = ["Method", "Progress", "cluster_model"]
 
 Floats = npt.NDArray[np.float32]
 Progress = Callable[[str, int, int], None]
@@ -60,21 +60,6 @@ def cluster_model(
         else:
             tensors[name] = _dense(tensor) if isinstance(tensor, DenseTensor) else tensor
     return Model(source.config, tensors, source.files, provenance or {})
-
-
-def finite_weight(tensor: Tensor) -> Floats:
-    """The tensor decoded to float32. Raises InvalidFileError, naming the first position, if a value is NaN or infinite."""
-    values = tensor.decode()
-    # The sum is finite unless a value is not (or overflows), and costs no temporary.
-    with np.errstate(over="ignore", invalid="ignore"):
-        suspicious = not np.isfinite(values.sum(dtype=np.float64))
-    if suspicious and not np.isfinite(values).all():
-        position = np.unravel_index(int(np.argmin(np.isfinite(values))), values.shape)
-        where = ", ".join(str(int(index)) for index in position)
-        remedy = "the source is damaged or was saved by a diverged training; get a sound copy"
-        found = f"{values[position]} at [{where}]"
-        raise InvalidFileError(Problem("not_finite", "a weight is not finite", None, tensor.name, found, "finite", remedy))
-    return values
 
 
 def _dense(tensor: DenseTensor) -> DenseTensor:
@@ -124,7 +109,7 @@ class _Worker:
         """Vectors `[num_vectors, cluster_dim]` of the transposed, padded weight, and the row scales `[out_features]` that
         were divided out (root mean square of each row; 1 for a row of zeros)."""
         treatment = self.plan.treatments[name]
-        weight = finite_weight(self.source.tensors[name])
+        weight = self.source.tensors[name].decode()
         scale = None
         if treatment.row_scale:
             rms = np.sqrt(np.mean(np.square(weight, dtype=np.float64), axis=1)).astype(np.float32)

@@ -105,7 +105,7 @@ def plan_fixed(model: Model, *, cluster_dim: int, num_clusters: int, share: Shar
         expected = f"--dim of at least 1, --clusters from 1 to {MAX_CLUSTERS}"
         raise InvalidRequestError(Problem("bad_option", "impossible codebook size", found=found, expected=expected))
     groups = _groups(model, share)
-    choices = {name: (cluster_dim, num_clusters) for name in groups}
+    choices = dict.fromkeys(groups, (cluster_dim, num_clusters))
     return Plan({**_treatments(model, groups, choices, share), **_plan_embeddings(model, embedding_bits)})
 
 
@@ -237,7 +237,9 @@ def _plan_embeddings(model: Model, bits: float) -> dict[str, Treatment]:
         options = _options([shape], row_scale=True)
         fitting = np.where(options.bits <= bits * shape[0] * shape[1], options.error, np.inf)
         if not np.isfinite(fitting).any():
-            problem = Problem("budget_too_small", "no codebook fits this budget", tensor=name, found=f"--embedding-bits {bits:g}")
+            problem = Problem(
+                "budget_too_small", "no codebook fits this budget", tensor=name, found=f"--embedding-bits {bits:g}"
+            )
             raise InvalidRequestError(problem)
         cluster_dim, num_clusters = options.sizes[int(np.argmin(fitting))]
         codebook = CodebookPlan(name.removesuffix(".weight"), cluster_dim, num_clusters, (name,))

@@ -1,0 +1,346 @@
+"""The command line: options in, one library call, an exit code out.
+
+Results go to standard output, progress and messages to standard error. Exit codes: 0 success, 1 `verify` found a difference,
+2 a usage error or `verify` could not tell, 3 an invalid file, 4 something this version does not support, 5 the output exists,
+6 a storage problem, 7 a failed self-test, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cluscomp_export.terminal import ProgressDisplay, message, print_json, print_table
+from cluscomp_formats.errors import ClusCompError
+from cluscomp_formats.version import __version__
+
+if TYPE_CHECKING:
+    from cluscomp_export.convert import Prepared
+    from cluscomp_runtime import LanguageModel
+
+__all__ = ["main"]
+
+PATH = click.Path(path_type=Path)
+JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
+DEVICE = click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1, ...")
+INTERRUPTED = 130
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="cluscomp-export")
+def cli() -> None:
+    """Turn a language model into a ClusComp codebook model, and run it.
+
+    \b
+    A typical session:
+      cluscomp-export convert MODEL model.clus --bits 3 --dry-run    what would it come to?
+      cluscomp-export convert MODEL model.clus --bits 3              make it
+      cluscomp-export verify MODEL model.clus                        did it come out right?
+      cluscomp-export generate model.clus "The capital of France is"
+
+    MODEL is a Hugging Face folder with safetensors, a GGUF file, an authors' ClusComp checkpoint or a .clus file.
+    Nothing is ever downloaded.
+
+    Tab completion: eval "$(_CLUSCOMP_EXPORT_COMPLETE=bash_source cluscomp-export)" (or zsh_source, fish_source).
+    """
+
+
+@cli.command()
+@click.argument("source", type=PATH)
+@click.argument("output", type=PATH)
+@click.option("--to", type=click.Choice(["packed"]), default="packed", show_default=True, help="The format to write.")
+@click.option(
+    "--bits", type=float, help="Most bits per weight of the linear layers, codebooks and scales counted. [default: 4]"
+)
+@click.option("--dim", "cluster_dim", type=int, help="Weights per code, as in the paper; needs --clusters, excludes --bits.")
+@click.option("--clusters", "num_clusters", type=int, help="Centroids per codebook, at most 65536; needs --dim.")
+@click.option(
+    "--share",
+    type=click.Choice(["none", "kind", "model"]),
+    help="A codebook per matrix, per kind of matrix over all layers, or one for all. "
+    "[default: none with --dim, else whichever is expected to be best]",
+)
+@click.option(
+    "--embedding-bits",
+    type=float,
+    help="Most bits per weight of embedding and head; 16 keeps them dense. [default: the width they have in the source]",
+)
+@click.option(
+    "--method",
+    type=click.Choice(["fast", "lloyd"]),
+    default="fast",
+    show_default=True,
+    help="How to cluster: fast is at least as good in a fraction of the time; lloyd is plain k-means, as in the paper.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same bytes.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads to use. [default: all cores]")
+@DEVICE
+@click.option("--dry-run", is_flag=True, help="Show the plan and the predicted size; write nothing.")
+@click.option("--force", is_flag=True, help="Replace the output if it exists.")
+@JSON
+def convert(source: Path, output: Path, *, dry_run: bool, force: bool, as_json: bool, **options: Any) -> None:
+    """Cluster SOURCE and write it to OUTPUT.
+
+    \b
+    Examples:
+      cluscomp-export convert llama/ llama.clus --bits 3
+      cluscomp-export convert model.gguf model.clus --bits 2.5 --embedding-bits 4 --dry-run
+      cluscomp-export convert llama/ paper.clus --dim 6 --clusters 65500        the paper's setting
+      cluscomp-export convert clustered-checkpoint/ packed.clus                 repack without loss
+
+    Memory stays near the largest tensor. If it fails or is interrupted, nothing is left behind; SOURCE is never changed.
+    """
+    from cluscomp_export.convert import ConversionOptions, prepare
+    from cluscomp_export.convert import convert as run
+
+    chosen = ConversionOptions(**options)
+    if dry_run:
+        _show_plan(prepare(source, chosen), as_json=as_json)
+        return
+    with ProgressDisplay() as progress:
+        report = run(source, output, chosen, force=force, on_progress=progress)
+    for text in report.warnings:
+        message(f"warning: {text}")
+    if as_json:
+        print_json(vars(report))
+        return
+    bits = report.bits_per_weight
+    print_table(
+        ("", "source", "packed"),
+        [("MB", f"{report.source_file_bytes / 1e6:.1f}", f"{report.file_bytes / 1e6:.1f}")],
+    )
+    click.echo(f"bits per weight: {bits['linears']:.2f} (linear layers), {bits['all']:.2f} (everything)")
+    click.echo(f"{report.digest}\nwrote {report.output} in {report.seconds:.0f} s")
+
+
+def _show_plan(prepared: Prepared, *, as_json: bool) -> None:
+    from cluscomp_export.sizes import tensor_rows
+
+    sizes = prepared.sizes
+    rows = tensor_rows(prepared.model)
+    if as_json:
+        print_json(
+            {
+                "bits_per_weight": sizes.bits_per_weight(),
+                "payload_bytes": sizes.payload_bytes,
+                "source_file_bytes": prepared.source_file_bytes,
+                "warnings": prepared.warnings,
+                "codebooks": [{**vars(book), "members": len(book.members)} for book in prepared.plan.codebooks]
+                if prepared.plan
+                else [],
+                "tensors": rows,
+            }
+        )
+        return
+    _print_tensors(rows)
+    bits = sizes.bits_per_weight()
+    click.echo(f"bits per weight: {bits['linears']:.2f} (linear layers), {bits['all']:.2f} (everything)")
+    click.echo(f"predicted size: {sizes.payload_bytes / 1e6:.1f} MB; source: {prepared.source_file_bytes / 1e6:.1f} MB")
+    for text in prepared.warnings:
+        message(f"warning: {text}")
+
+
+def _print_tensors(rows: list[dict[str, Any]]) -> None:
+    """One line per kind of tensor."""
+    from cluscomp_export.sources.linears import kind
+
+    merged: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        how = f"dim {row['dim']} x {row['clusters']}" if row["kind"] == "clustered" else row["dtype"]
+        codebook = kind(row["codebook"]) if row["kind"] == "clustered" else ""
+        merged.setdefault((kind(row["name"]), tuple(row["shape"]), how, codebook), []).append(row)
+    print_table(
+        ("tensors", "count", "shape", "stored as", "codebook", "bits"),
+        [
+            (name, len(group), " x ".join(map(str, shape)), how, codebook, f"{group[0]['bits_per_weight']:.2f}")
+            for (name, shape, how, codebook), group in merged.items()
+        ],
+    )
+
+
+@cli.command()
+@click.argument("model", type=PATH)
+@click.option("--quick", is_flag=True, help="Read the header only: no digest, no checksums.")
+@JSON
+def inspect(model: Path, *, quick: bool, as_json: bool) -> None:
+    """Show what MODEL holds: architecture, settings per tensor, bits per weight, digest, and what would run it here."""
+    from cluscomp_export.inspection import inspect_model
+
+    with ProgressDisplay() as progress:
+        report = inspect_model(model, quick=quick, on_progress=progress)
+    if as_json:
+        print_json(report)
+        return
+    _print_tensors(report["tensors"])
+    bits = report["bits_per_weight"]
+    facts = {
+        "format": report["format"],
+        "architecture": report["architecture"],
+        "weights": f"{report['weights'] / 1e6:.1f} million",
+        "file": f"{report['file_bytes'] / 1e6:.1f} MB",
+        "bits per weight": f"{bits['linears']:.2f} (linear layers), {bits['all']:.2f} (everything)",
+        "digest": report["digest"] or "not computed (--quick)",
+        "self-test record": "yes" if report["self_test"] else "no",
+        "made by": report["provenance"].get("tool", "") + " " + report["provenance"].get("version", ""),
+        "kernel here": report["kernel"],
+    }
+    for name, value in facts.items():
+        click.echo(f"{name:>17}: {value}")
+
+
+@cli.command()
+@click.argument("a", type=PATH)
+@click.argument("b", type=PATH)
+@DEVICE
+@JSON
+def verify(a: Path, b: Path, *, device: str, as_json: bool) -> int:
+    """Check that A and B are the same model, or that one was made from the other.
+
+    Exit code 0: equal, or derived from that source and sound. 1: different, or a self-test fails. 2: could not tell.
+    """
+    from dataclasses import asdict
+
+    from cluscomp_export.verify import verify as run
+
+    try:
+        with ProgressDisplay() as progress:
+            result = run(a, b, device=device, on_progress=progress)
+    except ClusCompError as error:
+        _report(error, as_json=as_json, exit_code=2)
+        return 2
+    if as_json:
+        print_json({**asdict(result), "exit_code": result.exit_code})
+        return result.exit_code
+    worst = sorted(result.tensors, key=lambda tensor: -tensor.relative)[:5]
+    if worst and worst[0].max_absolute > 0:
+        rows = [(tensor.name, f"{tensor.relative:.4f}", f"{tensor.max_absolute:.4g}") for tensor in worst]
+        print_table(("worst tensors", "relative error", "largest difference"), rows)
+    if result.logits:
+        values = result.logits
+        click.echo(
+            f"logits on the self-test sequences: KL {values['kl']:.4f}, top-1 agreement {100 * values['top1']:.1f} %, "
+            f"largest difference {values['max_difference']:.4g}"
+        )
+    for name, test in result.self_tests.items():
+        verdict = {True: "passed", False: "FAILED", None: "not run"}[test["passed"]]
+        detail = f" (difference {test['max_difference']:.3g}, allowed {test['tolerance']:.3g})" if "tolerance" in test else ""
+        click.echo(f"self-test of {name}: {verdict}{detail}")
+    for reason in result.reasons:
+        click.echo(f"- {reason}")
+    click.echo(result.verdict.upper())
+    return result.exit_code
+
+
+@cli.command(name="eval")
+@click.argument("model", type=PATH)
+@click.option("--text", type=PATH, required=True, help="A UTF-8 text file.")
+@click.option("--reference", type=PATH, help="The original: adds KL divergence and top-1 agreement against it.")
+@click.option("--windows", type=click.IntRange(min=1), help="How many windows of the text to use. [default: all]")
+@click.option("--context", type=int, default=512, show_default=True, help="Tokens per window; the second half is scored.")
+@DEVICE
+@JSON
+def evaluate(
+    model: Path, *, text: Path, reference: Path | None, windows: int | None, context: int, device: str, as_json: bool
+) -> None:
+    """Perplexity of MODEL on a text, in llama.cpp's protocol (windows of 512 tokens, second half scored)."""
+    from dataclasses import asdict
+
+    from cluscomp_export.evaluate import evaluate_files
+
+    with ProgressDisplay() as progress:
+        result = evaluate_files(
+            model, text=text, reference=reference, windows=windows, context=context, device=device, on_progress=progress
+        )
+    if as_json:
+        print_json(asdict(result))
+        return
+    click.echo(
+        f"perplexity {result.perplexity:.4f} +/- {result.perplexity_error:.4f} ({result.windows} windows of {result.context})"
+    )
+    if result.kl is not None and result.top1 is not None:
+        click.echo(f"reference perplexity {result.reference_perplexity:.4f}")
+        click.echo(f"KL divergence {result.kl:.4f} nats per token, top-1 agreement {100 * result.top1:.1f} %")
+
+
+@cli.command()
+@click.argument("model", type=PATH)
+@click.argument("prompt")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option("--chat", is_flag=True, help="Treat PROMPT as a user's message, through the model's chat template.")
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-k", type=click.IntRange(min=1), help="Sample among the k likeliest tokens.")
+@click.option(
+    "--top-p", type=click.FloatRange(min=0, max=1), help="Sample among the likeliest tokens of this total probability."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the sampling.")
+@DEVICE
+@click.option(
+    "--kernel", default="auto", show_default=True, help="Force a kernel: native, embedding_bag, triton, dense, reference."
+)
+@click.option("--selftest", is_flag=True, help="Run the self-test first; fail if the model computes something else.")
+@JSON
+def generate(
+    model: Path, prompt: str, *, device: str, kernel: str, selftest: bool, chat: bool, as_json: bool, **options: Any
+) -> None:
+    """Continue PROMPT with MODEL."""
+    from cluscomp_runtime import load
+
+    with ProgressDisplay() as progress:
+        progress("loading", 0, 1)
+        loaded: LanguageModel = load(model, device=device, kernel=kernel, selftest=selftest)
+    message(f"kernel: {loaded.kernels}")
+    text = loaded.chat([{"role": "user", "content": prompt}]) if chat else prompt
+    on_text: Callable[[str], None] | None = None
+    if not as_json:
+        if not chat:
+            click.echo(prompt, nl=False)
+
+        def on_text(piece: str) -> None:
+            click.echo(piece, nl=False)
+            sys.stdout.flush()
+
+    result = loaded.generate(text, on_text=on_text, **options)
+    if as_json:
+        print_json({**vars(result), "kernel": str(loaded.kernels)})
+        return
+    click.echo()
+    message(f"{result.new_tokens} tokens, {result.tokens_per_second:.1f} tokens/s, stopped by {result.stop_reason}")
+
+
+def _report(error: ClusCompError, *, as_json: bool, exit_code: int) -> None:
+    if as_json:
+        print_json({"exit_code": exit_code, "problems": [problem.as_dict() for problem in error.problems]})
+    else:
+        for problem in error.problems:
+            message(f"error: {problem}")
+
+
+def main() -> None:
+    """Entry point of the `cluscomp-export` command."""
+    as_json = "--json" in sys.argv
+
+    def show_warning(text: Warning | str, *_: object, **__: object) -> None:
+        message(f"warning: {text}")
+
+    warnings.showwarning = show_warning
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except ClusCompError as error:
+        _report(error, as_json=as_json, exit_code=error.exit_code)
+        code = error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        message("interrupted; nothing was written")
+        code = INTERRUPTED
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

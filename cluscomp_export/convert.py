@@ -1,0 +1,289 @@
+"""From a source to an artefact: plan, check the source, cluster while writing, self-test, rename."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cluscomp_export.clustering import Method, Progress, cluster_model
+from cluscomp_export.planning import Plan, Share, plan_bits, plan_fixed
+from cluscomp_export.sizes import Sizes, model_sizes
+from cluscomp_export.sources import open_source, source_bytes
+from cluscomp_export.sources.linears import embedding_tensors
+from cluscomp_formats.atomic import check_output
+from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem, StorageError, UnsupportedError
+from cluscomp_formats.ir import FLOAT_DTYPES, AnyArray, Array, DigestBuilder, Model
+from cluscomp_formats.packed import write_packed
+from cluscomp_formats.version import __version__
+
+__all__ = ["ConversionOptions", "ConversionReport", "Prepared", "convert", "prepare", "scan_source"]
+
+WRITERS = {"packed": write_packed}
+DEFAULT_BITS = 4.0
+
+
+@dataclass(frozen=True)
+class ConversionOptions:
+    """What to make of the source.
+
+    Either `bits` (a budget per weight of the linear layers, codebooks and scales counted) or `cluster_dim` and `num_clusters`
+    (the paper's setting, the same for every matrix); neither means 4 bits. `share=None` lets the planner choose.
+    `embedding_bits` is a budget per weight of embedding and head; 16 keeps them dense, None keeps the width of the source
+    where that is below 16. `threads`, `device` do not change the result.
+    """
+
+    bits: float | None = None
+    cluster_dim: int | None = None
+    num_clusters: int | None = None
+    share: Share | None = None
+    embedding_bits: float | None = None
+    method: Method = "fast"
+    seed: int = 0
+    to: str = "packed"
+    threads: int | None = None
+    device: str = "cpu"
+
+    @property
+    def asks_clustering(self) -> bool:
+        """Whether any option says how to cluster."""
+        return any(
+            value is not None for value in (self.bits, self.cluster_dim, self.num_clusters, self.share, self.embedding_bits)
+        )
+
+    def recorded(self) -> dict[str, Any]:
+        """The options that determine the result, for the provenance."""
+        return {
+            key: value for key, value in asdict(self).items() if value is not None and key not in ("threads", "device", "to")
+        }
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A conversion that has been planned: `model` is lazy, `plan` is None when a clustered source is only repacked."""
+
+    source: Model
+    plan: Plan | None
+    model: Model
+    sizes: Sizes
+    source_file_bytes: int
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What `convert` did."""
+
+    output: str
+    file_bytes: int
+    source_file_bytes: int
+    digest: str
+    bits_per_weight: Mapping[str, float]
+    self_test: bool
+    seconds: float
+    warnings: tuple[str, ...]
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    """Report nothing."""
+
+
+def prepare(source_path: Path, options: ConversionOptions, *, on_progress: Progress = _silent) -> Prepared:
+    """Open and plan; reads shapes only. What `--dry-run` shows.
+
+    Raises InvalidRequestError for options that contradict each other or a budget that cannot be met, InvalidFileError,
+    UnsupportedError.
+    """
+    _check_options(options)
+    source = open_source(source_path)
+    plan = None
+    if source.clustered:
+        if options.asks_clustering:
+            remedy = "convert the original model instead, or leave out --bits, --dim, --clusters, --share and --embedding-bits to repack"
+            raise InvalidRequestError(
+                Problem("already_clustered", "the source is clustered already", str(source_path), remedy=remedy)
+            )
+        model = source
+    else:
+        plan = _make_plan(source, options)
+        model = cluster_model(
+            source,
+            plan,
+            method=options.method,
+            seed=options.seed,
+            threads=options.threads,
+            device=options.device,
+            on_progress=on_progress,
+        )
+    sizes = model_sizes(model)
+    return Prepared(
+        source, plan, model, sizes, source_bytes(source_path), tuple(_warnings(source, sizes, source_bytes(source_path)))
+    )
+
+
+def convert(
+    source_path: Path,
+    output: Path,
+    options: ConversionOptions,
+    *,
+    force: bool = False,
+    on_progress: Progress = _silent,
+) -> ConversionReport:
+    """Convert and write; nothing is left behind if it fails and the source is never touched.
+
+    Raises what `prepare` does, OutputExistsError, StorageError, SelfTestError.
+    """
+    started = time.perf_counter()
+    if options.to not in WRITERS:
+        raise InvalidRequestError(
+            Problem("unknown_format", "no writer for this format", found=options.to, expected=", ".join(WRITERS))
+        )
+    check_output(output, force=force)
+    if output.exists() and output.resolve() == source_path.resolve():
+        raise InvalidRequestError(
+            Problem("output_is_source", "the output is the source itself", str(output), remedy="name another output")
+        )
+    prepared = prepare(source_path, options, on_progress=on_progress)
+    _check_space(output, prepared.sizes.payload_bytes)
+    model = prepared.model
+    if prepared.plan is not None:
+        digest = scan_source(prepared.source, source_path, on_progress)
+        provenance = {
+            "tool": "cluscomp-export",
+            "version": __version__,
+            "source": {**prepared.source.provenance, "digest": digest},
+            "options": options.recorded(),
+        }
+        model = replace(model, provenance=provenance)
+    warnings = list(prepared.warnings)
+    report = WRITERS[options.to](
+        model,
+        output,
+        force=force,
+        self_test=lambda written: model.self_test or _self_test(written, warnings, on_progress),
+        on_progress=lambda done, total: on_progress("writing", done, total),
+    )
+    return ConversionReport(
+        output=str(output),
+        file_bytes=report.file_bytes,
+        source_file_bytes=prepared.source_file_bytes,
+        digest=report.digest,
+        bits_per_weight=prepared.sizes.bits_per_weight(),
+        self_test=report.self_test,
+        seconds=time.perf_counter() - started,
+        warnings=tuple(warnings),
+    )
+
+
+def scan_source(source: Model, path: Path, on_progress: Progress = _silent) -> str:
+    """Read the whole source once, before the long work: its digest, and that every value is finite.
+
+    Raises InvalidFileError with one problem per tensor that holds NaN or infinity.
+    """
+    problems: list[Problem] = []
+    builder = DigestBuilder(source.config)
+    payloads = list(source.payloads())
+    for done, (description, array) in enumerate(payloads):
+        on_progress("checking the source", done, len(payloads))
+        values = array.read()
+        builder.add(description, array, values)
+        position = _first_not_finite(array, values)
+        if position is not None:
+            where = f"at {list(position)}"
+            remedy = "the source is damaged or its training diverged; get a sound copy"
+            name = str(description.get("tensor") or description.get("codebook"))
+            problems.append(
+                Problem("not_finite", "a value is NaN or infinite", str(path), name, where, "finite values", remedy)
+            )
+    on_progress("checking the source", len(payloads), len(payloads))
+    if problems:
+        raise InvalidFileError(problems)
+    return builder.digest()
+
+
+def _first_not_finite(array: Array, values: AnyArray) -> tuple[int, ...] | None:
+    if array.dtype not in FLOAT_DTYPES:
+        return None
+    finite = (values & 0x7F80) != 0x7F80 if array.dtype == "bfloat16" else np.isfinite(values)
+    if finite.all():
+        return None
+    return tuple(int(index) for index in np.unravel_index(int(np.argmin(finite)), values.shape))
+
+
+def _check_options(options: ConversionOptions) -> None:
+    problem = None
+    if (options.cluster_dim is None) != (options.num_clusters is None):
+        problem = Problem("bad_option", "--dim and --clusters go together", remedy="give both, or --bits")
+    elif options.bits is not None and options.cluster_dim is not None:
+        problem = Problem("bad_option", "--bits and --dim/--clusters exclude each other", remedy="give one of them")
+    elif options.bits is not None and not 0 < options.bits <= 16:
+        problem = Problem("bad_option", "--bits is out of range", found=f"{options.bits:g}", expected="more than 0, at most 16")
+    elif options.embedding_bits is not None and not 0 < options.embedding_bits <= 16:
+        problem = Problem(
+            "bad_option",
+            "--embedding-bits is out of range",
+            found=f"{options.embedding_bits:g}",
+            expected="more than 0, at most 16",
+        )
+    if problem:
+        raise InvalidRequestError(problem)
+
+
+def _make_plan(source: Model, options: ConversionOptions) -> Plan:
+    stored = source.provenance.get("stored_bits", {})
+    embedding_bits = options.embedding_bits
+    if embedding_bits is None:
+        embedding_bits = max((stored.get(name, 16.0) for name in embedding_tensors(source)), default=16.0)
+    if options.cluster_dim is not None and options.num_clusters is not None:
+        return plan_fixed(
+            source,
+            cluster_dim=options.cluster_dim,
+            num_clusters=options.num_clusters,
+            share=options.share or "none",
+            embedding_bits=embedding_bits,
+        )
+    return plan_bits(source, bits=options.bits or DEFAULT_BITS, share=options.share, embedding_bits=embedding_bits)
+
+
+def _warnings(source: Model, sizes: Sizes, source_file_bytes: int) -> list[str]:
+    warnings = []
+    if "tokenizer.json" not in source.files:
+        warnings.append("the source has no tokenizer.json; the artefact will take and give token ids only")
+    if sizes.payload_bytes > source_file_bytes:
+        dense = (
+            "; --embedding-bits 8 or 4 clusters the embedding and the head" if sizes.all_bits > 2 * sizes.linear_bits else ""
+        )
+        warnings.append(
+            f"the artefact ({sizes.payload_bytes / 1e6:.1f} MB) will be larger than the source ({source_file_bytes / 1e6:.1f} MB): "
+            f"ask for fewer --bits{dense}"
+        )
+    return warnings
+
+
+def _check_space(output: Path, needed: int) -> None:
+    """Refuse early what would run out of space at the end."""
+    free = shutil.disk_usage(output.parent).free
+    if free < needed:
+        found, expected = f"{free / 1e6:.1f} MB free", f"{needed / 1e6:.1f} MB for the artefact"
+        raise StorageError(
+            Problem("no_space", "not enough space", str(output), None, found, expected, "free some, or write elsewhere")
+        )
+
+
+def _self_test(written: Model, warnings: list[str], on_progress: Progress) -> Mapping[str, Any] | None:
+    """The self-test record of the model just written, or None where the runtime cannot run its architecture."""
+    from cluscomp_runtime.selftest import make_self_test
+
+    on_progress("recording the self-test", 0, 1)
+    try:
+        record = make_self_test(written)
+    except UnsupportedError as error:
+        warnings.append(f"no self-test record: {error.problems[0].message}")
+        return None
+    on_progress("recording the self-test", 1, 1)
+    return record

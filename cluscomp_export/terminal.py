@@ -1,0 +1,67 @@
+"""What the command line shows: progress bars and messages on standard error, tables and JSON on standard output."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+__all__ = ["ProgressDisplay", "message", "print_json", "print_table"]
+
+
+class ProgressDisplay:
+    """One bar per stage of a long job; silent where standard error is not a terminal. Call it as `(stage, done, total)`."""
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> ProgressDisplay:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        # "clustering q_proj" and "clustering k_proj" share a bar: only one of them runs at a time.
+        key = stage.split(" ", 1)[0]
+        if key not in self._tasks:
+            self._tasks[key] = self._progress.add_task(stage, total=total)
+        self._progress.update(self._tasks[key], description=stage, completed=done, total=total)
+
+
+def message(text: str) -> None:
+    """A line for the person, on standard error."""
+    click.echo(text, err=True)
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """A JSON document on standard output, and nothing else there."""
+    click.echo(json.dumps(value, indent=2, sort_keys=True, default=str))
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """An aligned table on standard output."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for position, title in enumerate(header):
+        table.add_column(title, justify="left" if position == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    # A pipe has no width: never cut a table that is not on a terminal.
+    console = Console()
+    Console(width=None if console.is_terminal else 400).print(table)
