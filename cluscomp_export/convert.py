@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import time
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from cluscomp_export.sources import open_source, source_bytes
 from cluscomp_export.sources.linears import embedding_tensors
 from cluscomp_formats.atomic import check_output
 from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem, StorageError, UnsupportedError
-from cluscomp_formats.ir import FLOAT_DTYPES, AnyArray, Array, DigestBuilder, Model
+from cluscomp_formats.ir import FLOAT_DTYPES, AnyArray, Array, Model
 from cluscomp_formats.packed import write_packed
 from cluscomp_formats.version import __version__
 
@@ -104,7 +105,7 @@ def prepare(source_path: Path, options: ConversionOptions, *, on_progress: Progr
     plan = None
     if source.clustered:
         if options.asks_clustering:
-            remedy = "convert the original model instead, or leave out --bits, --dim, --clusters, --share and --embedding-bits to repack"
+            remedy = "convert the original model instead, or drop the clustering options to repack it as it is"
             raise InvalidRequestError(
                 Problem("already_clustered", "the source is clustered already", str(source_path), remedy=remedy)
             )
@@ -186,24 +187,22 @@ def scan_source(source: Model, path: Path, on_progress: Progress = _silent) -> s
     Raises InvalidFileError with one problem per tensor that holds NaN or infinity.
     """
     problems: list[Problem] = []
-    builder = DigestBuilder(source.config)
-    payloads = list(source.payloads())
-    for done, (description, array) in enumerate(payloads):
-        on_progress("checking the source", done, len(payloads))
-        values = array.read()
-        builder.add(description, array, values)
+    total = sum(1 for _ in source.payloads())
+    done = itertools.count(1)
+
+    def check(description: Mapping[str, Any], array: Array, values: AnyArray) -> None:
+        on_progress("checking the source", next(done), total)
         position = _first_not_finite(array, values)
         if position is not None:
-            where = f"at {list(position)}"
-            remedy = "the source is damaged or its training diverged; get a sound copy"
             name = str(description.get("tensor") or description.get("codebook"))
-            problems.append(
-                Problem("not_finite", "a value is NaN or infinite", str(path), name, where, "finite values", remedy)
-            )
-    on_progress("checking the source", len(payloads), len(payloads))
+            found, expected = f"NaN or infinity at {list(position)}", "finite values"
+            remedy = "the source is damaged or its training diverged; get a sound copy"
+            problems.append(Problem("not_finite", "a value is not finite", str(path), name, found, expected, remedy))
+
+    digest = source.digest(check)
     if problems:
         raise InvalidFileError(problems)
-    return builder.digest()
+    return digest
 
 
 def _first_not_finite(array: Array, values: AnyArray) -> tuple[int, ...] | None:
@@ -259,8 +258,8 @@ def _warnings(source: Model, sizes: Sizes, source_file_bytes: int) -> list[str]:
             "; --embedding-bits 8 or 4 clusters the embedding and the head" if sizes.all_bits > 2 * sizes.linear_bits else ""
         )
         warnings.append(
-            f"the artefact ({sizes.payload_bytes / 1e6:.1f} MB) will be larger than the source ({source_file_bytes / 1e6:.1f} MB): "
-            f"ask for fewer --bits{dense}"
+            f"the artefact ({sizes.payload_bytes / 1e6:.1f} MB) will be larger than the source "
+            f"({source_file_bytes / 1e6:.1f} MB): ask for fewer --bits{dense}"
         )
     return warnings
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 from cluscomp_export.clustering import Progress
 from cluscomp_export.sizes import model_sizes, tensor_rows
 from cluscomp_export.sources import open_source, source_bytes
-from cluscomp_formats.ir import DigestBuilder, Model
+from cluscomp_formats.ir import Model
 from cluscomp_formats.registry import detect
 from cluscomp_kernels.clus_linear import choose_path, paths
 
@@ -48,12 +49,9 @@ def inspect_model(
 
 
 def _digest(model: Model, on_progress: Progress) -> str:
-    builder = DigestBuilder(model.config)
-    payloads = list(model.payloads())
-    for done, (description, array) in enumerate(payloads):
-        on_progress("computing the digest", done, len(payloads))
-        builder.add(description, array, array.read())
-    return builder.digest()
+    total = sum(1 for _ in model.payloads())
+    done = itertools.count(1)
+    return model.digest(lambda *_: on_progress("computing the digest", next(done), total))
 
 
 def _kernel() -> str:

@@ -149,13 +149,22 @@ def _compare_tensors(model_a: Model, model_b: Model, on_progress: Progress) -> t
 
 def _load(paths: dict[str, Model], device: str) -> tuple[dict[str, LanguageModel], list[str]]:
     """The models the runtime can run, and for the others why not."""
-    runnable, skipped = {}, []
+    runnable: dict[str, LanguageModel] = {}
+    skipped: list[str] = []
     for name, model in paths.items():
-        try:
-            runnable[name] = LanguageModel.from_model(model, device=device)
-        except UnsupportedError as error:
-            skipped.append(f"{name} was not run: {error.problems[0].message}")
+        loaded = _try_load(model, device)
+        if isinstance(loaded, LanguageModel):
+            runnable[name] = loaded
+        else:
+            skipped.append(f"{name} was not run: {loaded}")
     return runnable, skipped
+
+
+def _try_load(model: Model, device: str) -> LanguageModel | str:
+    try:
+        return LanguageModel.from_model(model, device=device)
+    except UnsupportedError as error:
+        return error.problems[0].message
 
 
 def _self_test(model: Model, runnable: LanguageModel | None) -> dict[str, Any]:

@@ -343,14 +343,18 @@ class Model:
             for part, array in tensor.extra_arrays:
                 yield {"tensor": name, "part": part}, array
 
-    def digest(self) -> str:
+    def digest(self, visit: Callable[[dict[str, Any], Array, AnyArray], None] | None = None) -> str:
         """`sha256:<hex>` over the configuration and every payload in canonical order; identical in every format.
 
-        Reads the whole model, one payload at a time. Side files, provenance and self-test record do not enter.
+        Reads the whole model, one payload at a time; `visit(description, array, values)` may look at each on the way. Side
+        files, provenance and self-test record do not enter.
         """
         builder = DigestBuilder(self.config)
         for description, array in self.payloads():
-            builder.add(description, array, array.read())
+            values = array.read()
+            builder.add(description, array, values)
+            if visit is not None:
+                visit(description, array, values)
         return builder.digest()
 
 
