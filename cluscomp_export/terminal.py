@@ -18,7 +18,8 @@ __all__ = ["ProgressDisplay", "message", "print_json", "print_table"]
 class ProgressDisplay:
     """One bar per stage of a long job; silent where standard error is not a terminal. Call it as `(stage, done, total)`."""
 
-    def __init__(self) -> None:
+    def __init__(self, prefix: str = "") -> None:
+        self._prefix = prefix
         console = Console(stderr=True)
         columns = (
             TextColumn("{task.description}"),
@@ -41,8 +42,8 @@ class ProgressDisplay:
         # "clustering q_proj" and "clustering k_proj" share a bar: only one of them runs at a time.
         key = stage.split(" ", 1)[0]
         if key not in self._tasks:
-            self._tasks[key] = self._progress.add_task(stage, total=total)
-        self._progress.update(self._tasks[key], description=stage, completed=done, total=total)
+            self._tasks[key] = self._progress.add_task(self._prefix + stage, total=total)
+        self._progress.update(self._tasks[key], description=self._prefix + stage, completed=done, total=total)
 
 
 def message(text: str) -> None:

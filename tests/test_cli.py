@@ -1,0 +1,215 @@
+"""The command as people and scripts use it: outputs, JSON, exit codes, messages."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluscomp_export import cli
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs the command in this process; gives exit code, standard output and standard error."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["cluscomp-export", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(caught.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def packed(stories_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from cluscomp_export.convert import ConversionOptions, convert
+
+    output = tmp_path_factory.mktemp("packed") / "stories.clus"
+    convert(stories_folder, output, ConversionOptions(bits=4, share="kind"))
+    return output
+
+
+def test_convert_reports_and_writes(run: Run, stories_folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.clus"
+    code, out, _ = run("convert", stories_folder, output, "--bits", 4, "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert report["file_bytes"] == output.stat().st_size
+    assert report["bits_per_weight"]["linears"] <= 4
+    assert report["digest"].startswith("sha256:")
+
+
+def test_a_dry_run_shows_the_plan_and_writes_nothing(run: Run, stories_folder: Path, tmp_path: Path) -> None:
+    code, out, _ = run("convert", stories_folder, tmp_path / "out.clus", "--bits", 3, "--dry-run")
+    assert code == 0
+    assert "predicted size" in out
+    assert "model.layers.*.self_attn.q_proj.weight" in out
+    code, out, _ = run("convert", stories_folder, tmp_path / "out.clus", "--bits", 3, "--dry-run", "--json")
+    assert json.loads(out)["bits_per_weight"]["linears"] <= 3
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_inspect(run: Run, packed: Path) -> None:
+    code, out, _ = run("inspect", packed, "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert report["format"] == "packed"
+    assert report["architecture"] == "LlamaForCausalLM"
+    assert report["file_bytes"] == packed.stat().st_size
+    assert 0 < report["bits_per_weight"]["linears"] <= 4 < report["bits_per_weight"]["all"]
+    row = next(row for row in report["tensors"] if row["name"] == "model.layers.0.self_attn.q_proj.weight")
+    assert row["shape"] == [64, 64]
+    assert row["dim"] * row["clusters"] > 0
+    code, out, _ = run("inspect", packed)
+    assert report["digest"] in out
+    assert "kernel here" in out
+    code, out, _ = run("inspect", packed, "--quick", "--json")
+    assert json.loads(out)["digest"] is None
+
+
+def test_verify_speaks_in_exit_codes(run: Run, stories_folder: Path, packed: Path, tmp_path: Path) -> None:
+    code, out, _ = run("verify", stories_folder, packed)
+    assert code == 0
+    assert out.strip().endswith("DERIVED")
+    code, out, _ = run("verify", packed, packed, "--json")
+    assert (code, json.loads(out)["verdict"]) == (0, "equal")
+    other = tmp_path / "other.clus"
+    assert run("convert", stories_folder, other, "--bits", 5)[0] == 0
+    assert run("verify", packed, other)[0] == 1
+    other.write_bytes(other.read_bytes()[:-1])
+    assert run("verify", packed, other)[0] == 2
+    assert run("verify", packed, tmp_path / "missing.clus")[0] == 2
+
+
+def test_eval(run: Run, stories_folder: Path, stories_text: Path, packed: Path) -> None:
+    arguments = ("--text", stories_text, "--reference", stories_folder, "--windows", 2, "--context", 128, "--json")
+    code, out, _ = run("eval", packed, *arguments)
+    result = json.loads(out)
+    assert code == 0
+    assert result["windows"] == 2
+    assert 1 < result["reference_perplexity"] < 6
+    assert result["perplexity"] < 2 * result["reference_perplexity"]
+    assert 0 < result["kl"] < 1
+    assert 0.5 < result["top1"] <= 1
+
+
+def test_generate_streams_what_json_reports(run: Run, packed: Path) -> None:
+    code, out, err = run("generate", packed, "Once upon a time", "--max-new-tokens", 12, "--selftest")
+    assert code == 0
+    assert "kernel:" in err
+    assert out.startswith("Once upon a time")
+    code, document, _ = run("generate", packed, "Once upon a time", "--max-new-tokens", 12, "--json")
+    result = json.loads(document)
+    assert out.strip() == ("Once upon a time" + result["text"]).strip()
+    assert len(result["token_ids"]) == result["new_tokens"] == 12
+
+
+def corrupt(packed: Path, output: Path, change: Callable[[bytearray], Any]) -> Path:
+    data = bytearray(packed.read_bytes())
+    change(data)
+    output.write_bytes(data)
+    return output
+
+
+def test_bad_input_is_told_apart_by_exit_code(run: Run, stories_folder: Path, packed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.clus"
+    assert run("convert", tmp_path / "missing", out)[0] == 3
+    assert run("convert", stories_folder, packed)[0] == 5
+    assert run("convert", stories_folder, tmp_path / "no" / "folder.clus")[0] == 6
+    assert run("convert", stories_folder, out, "--bits", 0.001)[0] == 2
+    assert run("convert", stories_folder, out, "--dim", 4)[0] == 2
+    assert run("convert", stories_folder, out, "--share", "everything")[0] == 2
+    truncated = corrupt(packed, tmp_path / "truncated.clus", lambda data: data.__delitem__(slice(-100, None)))
+    assert run("inspect", truncated)[0] == 3
+    flipped = corrupt(packed, tmp_path / "flipped.clus", lambda data: data.__setitem__(1000, data[1000] ^ 1))
+    assert run("inspect", flipped)[0] == 3
+    assert not out.exists()
+
+
+def test_a_pickled_checkpoint_is_refused_with_the_way_to_convert_it(run: Run, stories_folder: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_bytes((stories_folder / "config.json").read_bytes())
+
+    class Trap:
+        def __reduce__(self) -> tuple[Any, tuple[str]]:
+            return os.mkdir, (str(tmp_path / "pwned"),)
+
+    (source / "pytorch_model.bin").write_bytes(pickle.dumps(Trap()))
+    code, _, err = run("convert", source, tmp_path / "out.clus")
+    assert code == 3
+    assert "pytorch_model.bin" in err
+    assert "safe" in err
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_errors_are_json_for_machines(run: Run, tmp_path: Path) -> None:
+    code, out, _ = run("inspect", tmp_path / "missing.clus", "--json")
+    document = json.loads(out)
+    assert document["exit_code"] == code == 3
+    assert document["problems"][0]["file"].endswith("missing.clus")
+
+
+def test_an_unknown_architecture_is_clustered_but_not_run(run: Run, tmp_path: Path) -> None:
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps({"architectures": ["StrangeModel"], "model_type": "strange"}))
+    generator = np.random.default_rng(0)
+    weights = {f"blocks.{layer}.mixer.weight": generator.normal(size=(64, 64)).astype(np.float32) for layer in range(2)}
+    save_file(weights, source / "model.safetensors")
+    output = tmp_path / "out.clus"
+    code, _, err = run("convert", source, output, "--dim", 4, "--clusters", 64)
+    assert code == 0
+    assert "no self-test record" in err
+    assert run("inspect", output)[0] == 0
+    code, _, err = run("generate", output, "hello")
+    assert code == 4
+    assert "StrangeModel" in err or "strange" in err
+    assert run("verify", source, output)[0] == 2
+
+
+def test_ctrl_c_leaves_nothing_behind(stories_folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.clus"
+    code = "from cluscomp_export.cli import main; main()"
+    # Plain k-means with many clusters takes long enough to be interrupted.
+    arguments = ["convert", str(stories_folder), str(output), "--dim", "2", "--clusters", "4096", "--method", "lloyd"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    process = subprocess.Popen([sys.executable, "-c", code, *arguments], env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not any(tmp_path.iterdir()) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_teaches_every_command(run: Run) -> None:
+    code, out, _ = run("--help")
+    assert code == 0
+    for command in ("convert", "inspect", "verify", "eval", "generate"):
+        assert command in out
+        assert "Examples" in run("convert", "--help")[1]
+        assert run(command, "--help")[0] == 0
+
+
+def test_a_version_is_reported(run: Run) -> None:
+    assert run("--version")[1].startswith("cluscomp-export, version")

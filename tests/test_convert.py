@@ -1,0 +1,173 @@
+"""Conversion end to end on a small trained model: quality, determinism, provenance, nothing left behind."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from cluscomp_export.convert import ConversionOptions, convert, prepare, scan_source
+from cluscomp_export.sources import open_source
+from cluscomp_formats.errors import ClusCompError, InvalidFileError, InvalidRequestError, OutputExistsError, StorageError
+from cluscomp_formats.packed import open_packed
+from cluscomp_runtime import load
+
+
+@pytest.fixture(scope="module")
+def packed(stories_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("packed") / "stories.clus"
+    convert(stories_folder, output, ConversionOptions(bits=4, embedding_bits=8))
+    return output
+
+
+def folder_digest(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_artefact_is_complete_and_tells_where_it_comes_from(stories_folder: Path, packed: Path) -> None:
+    model = open_packed(packed, check=True)
+    assert model.provenance["source"]["digest"] == open_source(stories_folder).digest()
+    assert model.provenance["options"]["bits"] == 4
+    assert "tokenizer.json" in model.files
+    assert model.self_test is not None
+    assert len(model.clustered) == 5 * 7 + 1
+
+
+def test_the_artefact_runs_and_passes_its_self_test(packed: Path) -> None:
+    model = load(packed, selftest=True)
+    text = model.generate("Once upon a time", max_new_tokens=40).text
+    assert len(text.split()) > 10
+
+
+def test_the_same_inputs_give_the_same_bytes_for_any_number_of_threads(
+    stories_folder: Path, packed: Path, tmp_path: Path
+) -> None:
+    again = tmp_path / "again.clus"
+    convert(stories_folder, again, ConversionOptions(bits=4, embedding_bits=8, threads=1))
+    assert again.read_bytes() == packed.read_bytes()
+
+
+def test_repacking_keeps_digest_and_bytes(packed: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again.clus"
+    convert(packed, again, ConversionOptions())
+    assert again.read_bytes() == packed.read_bytes()
+
+
+def test_a_clustered_source_is_not_clustered_again(packed: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        convert(packed, tmp_path / "again.clus", ConversionOptions(bits=2))
+    assert caught.value.problems[0].kind == "already_clustered"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_source_is_untouched(stories_folder: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(stories_folder, source)
+    before = folder_digest(source)
+    convert(source, tmp_path / "out.clus", ConversionOptions(cluster_dim=4, num_clusters=64))
+    assert folder_digest(source) == before
+
+
+def test_the_predicted_size_is_the_size(stories_folder: Path, packed: Path) -> None:
+    predicted = prepare(stories_folder, ConversionOptions(bits=4, embedding_bits=8)).sizes.payload_bytes
+    # On top of the payloads come the header, the self-test record and up to 63 bytes of padding per section.
+    assert predicted <= packed.stat().st_size <= predicted + 64_000
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_all_named(stories_folder: Path, tmp_path: Path, value: float) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(stories_folder, source)
+    tensors = load_file(source / "model.safetensors")
+    names = ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
+    tensors[names[0]][3, 5] = value
+    tensors[names[1]][7] = value
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(InvalidFileError) as caught:
+        convert(source, tmp_path / "out.clus", ConversionOptions(bits=4))
+    problems = {problem.tensor: problem for problem in caught.value.problems}
+    assert sorted(problems) == names
+    assert "[3, 5]" in str(problems[names[0]].found)
+    assert not (tmp_path / "out.clus").exists()
+
+
+def test_a_bfloat16_source_is_checked_by_its_bits(stories_folder: Path, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file as save_torch
+
+    tensors = {
+        name: torch.from_numpy(array).bfloat16() for name, array in load_file(stories_folder / "model.safetensors").items()
+    }
+    source = tmp_path / "source"
+    shutil.copytree(stories_folder, source)
+    save_torch(tensors, source / "model.safetensors")
+    scan_source(open_source(source), source)
+    tensors["model.norm.weight"][0] = float("-inf")
+    save_torch(tensors, source / "model.safetensors")
+    with pytest.raises(InvalidFileError, match=r"model\.norm\.weight"):
+        scan_source(open_source(source), source)
+
+
+def test_an_existing_output_is_kept_unless_forced(stories_folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.clus"
+    output.write_text("precious")
+    options = ConversionOptions(cluster_dim=4, num_clusters=64)
+    with pytest.raises(OutputExistsError):
+        convert(stories_folder, output, options)
+    assert output.read_text() == "precious"
+    convert(stories_folder, output, options, force=True)
+    assert open_packed(output).clustered
+
+
+def test_the_source_is_never_the_output(packed: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source.clus"
+    shutil.copy(packed, source)
+    with pytest.raises(InvalidRequestError) as caught:
+        convert(source, source, ConversionOptions(), force=True)
+    assert caught.value.problems[0].kind == "output_is_source"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ConversionOptions(cluster_dim=4),
+        ConversionOptions(num_clusters=4),
+        ConversionOptions(bits=3, cluster_dim=4, num_clusters=16),
+        ConversionOptions(bits=0),
+        ConversionOptions(bits=17),
+        ConversionOptions(embedding_bits=0),
+        ConversionOptions(to="floppy"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_before_any_work(
+    stories_folder: Path, tmp_path: Path, options: ConversionOptions
+) -> None:
+    with pytest.raises(InvalidRequestError):
+        convert(stories_folder, tmp_path / "out.clus", options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_space_is_seen_before_any_work(
+    stories_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))  # type: ignore[attr-defined]
+    monkeypatch.setattr("cluscomp_export.clustering.kmeans", lambda *_, **__: pytest.fail("work was started"))
+    with pytest.raises(StorageError) as caught:
+        convert(stories_folder, tmp_path / "out.clus", ConversionOptions(bits=4))
+    assert caught.value.problems[0].kind == "no_space"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("broken"), OSError(28, "No space left on device")])
+def test_whatever_stops_it_leaves_nothing_behind(
+    stories_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("cluscomp_export.clustering.assign", stop)
+    with pytest.raises((type(error), ClusCompError)):
+        convert(stories_folder, tmp_path / "out.clus", ConversionOptions(bits=4))
+    assert list(tmp_path.iterdir()) == []
