@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,6 @@ from cluscomp_formats.version import __version__
 
 if TYPE_CHECKING:
     from cluscomp_export.convert import Prepared
-    from cluscomp_runtime import LanguageModel
 
 __all__ = ["main"]
 
@@ -288,25 +286,26 @@ def generate(
     model: Path, prompt: str, *, device: str, kernel: str, selftest: bool, chat: bool, as_json: bool, **options: Any
 ) -> None:
     """Continue PROMPT with MODEL."""
+    from dataclasses import asdict
+
     from cluscomp_runtime import load
 
     with ProgressDisplay() as progress:
         progress("loading", 0, 1)
-        loaded: LanguageModel = load(model, device=device, kernel=kernel, selftest=selftest)
-    message(f"kernel: {loaded.kernels}")
+        loaded = load(model, device=device, kernel=kernel, selftest=selftest)
+    message(f"kernel: {loaded.kernel_summary}")
     text = loaded.chat([{"role": "user", "content": prompt}]) if chat else prompt
-    on_text: Callable[[str], None] | None = None
-    if not as_json:
-        if not chat:
-            click.echo(prompt, nl=False)
-
-        def on_text(piece: str) -> None:
+    stream = loaded.stream(text, add_special_tokens=not chat, **options)
+    if not as_json and not chat:
+        click.echo(prompt, nl=False)
+    for piece in stream:
+        if not as_json:
             click.echo(piece, nl=False)
             sys.stdout.flush()
-
-    result = loaded.generate(text, on_text=on_text, **options)
+    result = stream.finish()
     if as_json:
-        print_json({**vars(result), "kernel": str(loaded.kernels)})
+        rates = {"new_tokens": result.new_tokens, "tokens_per_second": result.tokens_per_second}
+        print_json({**asdict(result), **rates, "kernel": loaded.kernel_summary})
         return
     click.echo()
     message(f"{result.new_tokens} tokens, {result.tokens_per_second:.1f} tokens/s, stopped by {result.stop_reason}")

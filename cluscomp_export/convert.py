@@ -162,11 +162,18 @@ def convert(
         }
         model = replace(model, provenance=provenance)
     warnings = list(prepared.warnings)
+    record: Mapping[str, Any] | None = None
+
+    def self_test(written: Model) -> Mapping[str, Any] | None:
+        nonlocal record
+        record = model.self_test or _self_test(written, warnings, on_progress)
+        return record
+
     report = WRITERS[options.to](
         model,
         output,
         force=force,
-        self_test=lambda written: model.self_test or _self_test(written, warnings, on_progress),
+        self_test=self_test,
         on_progress=lambda done, total: on_progress("writing", done, total),
     )
     return ConversionReport(
@@ -175,7 +182,7 @@ def convert(
         source_file_bytes=prepared.source_file_bytes,
         digest=report.digest,
         bits_per_weight=prepared.sizes.bits_per_weight(),
-        self_test=report.self_test,
+        self_test=record is not None,
         seconds=time.perf_counter() - started,
         warnings=tuple(warnings),
     )

@@ -125,15 +125,21 @@ def evaluate_files(
     model = LanguageModel.from_model(open_source(model_path), device=device)
     original = LanguageModel.from_model(open_source(reference), device=device) if reference else None
     on_progress("loading", 1, 1)
-    token_ids = model.tokenizer.encode(words, add_special_tokens=False)
-    if original is not None and original.tokenizer.encode(words, add_special_tokens=False) != token_ids:
+    token_ids = _tokenize(model, words, model_path)
+    if original is not None and reference is not None and _tokenize(original, words, reference) != token_ids:
         problem = Problem("other_tokenizer", "the reference cuts the text into other tokens", str(reference))
         raise InvalidRequestError(problem)
-    bos_id = model.tokenizer.bos_id
-    if bos_id is not None:
-        token_ids = [bos_id, *token_ids]
+    begins = model.tokenizer is not None and token_ids[:1] == [model.tokenizer.bos_id]
+    bos_id = token_ids[0] if begins else None
     cut = text_windows(token_ids, context=context, windows=windows, bos_id=bos_id)
     return evaluate(model, cut, reference=original, on_progress=lambda done, total: on_progress("scoring", done, total))
+
+
+def _tokenize(model: LanguageModel, text: str, path: Path) -> list[int]:
+    if model.tokenizer is None:
+        remedy = "convert from a source with tokenizer.json"
+        raise InvalidRequestError(Problem("no_tokenizer", "this model has no tokenizer", str(path), remedy=remedy))
+    return model.tokenizer.encode(text)
 
 
 def _read_text(path: Path) -> str:

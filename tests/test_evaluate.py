@@ -34,11 +34,11 @@ def test_perplexity_equals_that_of_transformers(stories_folder: Path, stories_te
 
     result = evaluate_files(stories_folder, text=stories_text, windows=4, context=128)
     peer = LlamaForCausalLM.from_pretrained(stories_folder)
-    ids = LanguageModel.from_model(open_source(stories_folder)).tokenizer.encode(
-        stories_text.read_text(), add_special_tokens=False
-    )
-    # The begin token comes first in the text and replaces the first token of every later window.
-    text = [1, *ids]
+    tokenizer = LanguageModel.from_model(open_source(stories_folder)).tokenizer
+    assert tokenizer is not None
+    text = tokenizer.encode(stories_text.read_text())
+    assert text[0] == 1
+    # The begin token, which comes first in the text, also replaces the first token of every later window.
     windows = [[1, *text[start + 1 : start + 128]] for start in range(0, 4 * 128, 128)]
     losses = []
     with torch.inference_mode():

@@ -37,7 +37,7 @@ def find_model() -> Path:
 def speed(model: LanguageModel) -> float:
     """Tokens per second of greedy generation, the better of two runs."""
     prompt = model.chat([{"role": "user", "content": QUESTION}])
-    return max(model.generate(prompt, max_new_tokens=48).tokens_per_second for _ in range(2))
+    return max(model.generate(prompt, max_new_tokens=48, add_special_tokens=False).tokens_per_second for _ in range(2))
 
 
 def measure(source: Path, bits: float) -> tuple[Path, dict[str, Any]]:
@@ -77,7 +77,9 @@ def main() -> None:
         "tokens_per_second": speed(LanguageModel.from_model(open_source(source))),
     }
     model = load(outputs[-1], selftest=True)
-    answer = model.generate(model.chat([{"role": "user", "content": QUESTION}]), max_new_tokens=60).text
+    answer = model.generate(
+        model.chat([{"role": "user", "content": QUESTION}]), max_new_tokens=60, add_special_tokens=False
+    ).text
     if arguments.json:
         print(json.dumps({"rows": [first, *rows], "question": QUESTION, "answer": answer}, indent=2))
         return
@@ -96,7 +98,9 @@ def main() -> None:
         for row in (first, *rows)
     ]
     print_table(("", "MB", "bits/weight", "linears", "perplexity", "KL", "top-1 %", "tokens/s", "seconds"), table)
-    print(f"\nself-test passed; kernel: {model.kernels}\n\nQ: {QUESTION}\nA ({arguments.bits[-1]:g} bits): {answer.strip()}")
+    print(
+        f"\nself-test passed; kernel: {model.kernel_summary}\n\nQ: {QUESTION}\nA ({arguments.bits[-1]:g} bits): {answer.strip()}"
+    )
 
 
 if __name__ == "__main__":
