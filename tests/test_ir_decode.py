@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+
 from cluscomp_formats.ir import Array, ClusteredWeight, Codebook, DenseTensor, Outliers, Stage, float32_to_bfloat16
 
 # Centroids whose digits tell which code (tens) and which position in the vector (ones) an element came from.

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+
 from cluscomp_formats.ir import Array, ClusteredWeight, Codebook, DenseTensor, Model, Outliers, Stage
 
 CODEBOOK = Codebook("shared", Array.of(np.array([[1, 2], [3, 4]], dtype=np.float16)))

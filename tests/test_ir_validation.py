@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from cluscomp_formats.ir import (
     DTYPES,
     Array,

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-from cluscomp_formats.packed import bits as bits_module
-from cluscomp_formats.packed.bits import pack_bits, packed_bytes, unpack_bits
 from hypothesis import given
 from hypothesis import strategies as st
+
+from cluscomp_formats.packed import bits as bits_module
+from cluscomp_formats.packed.bits import pack_bits, packed_bytes, unpack_bits
 
 
 def stream_of(codes: list[int], bits: int) -> bytes:
