@@ -1,0 +1,254 @@
+"""A Hugging Face checkpoint folder on disk: `config.json`, safetensors files with or without an index, side files.
+
+Tensors are lazy: opening reads the headers of the files, one file at a time, and keeps no file open; a payload is mapped
+when it is asked for. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from cluscomp_formats.errors import InvalidFileError, Problem, UnsupportedError
+from cluscomp_formats.ir import DTYPES, AnyArray, Array
+
+__all__ = ["CONFIG", "INDEX", "PICKLED_SUFFIXES", "Checkpoint", "open_checkpoint", "pickled_problem", "read_config"]
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+SIDE_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+
+PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+
+_CONVERT_PICKLED = (
+    "on a machine that may trust the file, run in Python: "
+    "from transformers import AutoModelForCausalLM; "
+    "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER, safe_serialization=True)"
+)
+
+_SAFETENSORS_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint: configuration, lazy tensors and side files by name, and its weight files."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Array]
+    files: dict[str, Array]
+    weight_files: tuple[Path, ...]
+
+
+@dataclass
+class _Headers:
+    """What the headers of the weight files declare, and what is wrong with them."""
+
+    tensors: dict[str, Array] = field(default_factory=dict)
+    owner: dict[str, str] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    unsupported: list[Problem] = field(default_factory=list)
+
+
+def open_checkpoint(folder: Path, weights: Path | None = None) -> Checkpoint:
+    """Open the checkpoint in `folder`; `weights` names its one safetensors file where that is not called as usual.
+
+    Raises InvalidFileError with every problem found, UnsupportedError for tensors of a dtype the IR does not hold.
+    """
+    problems: list[Problem] = []
+    config = _or_problems(read_config, folder, problems)
+    index: dict[str, str] | None = None
+    shards: list[Path] = []
+    if weights is not None:
+        shards = [weights]
+    elif (folder / SINGLE).exists():
+        # The same order of preference as transformers.
+        shards = [folder / SINGLE]
+    elif (folder / INDEX).exists():
+        index = _or_problems(_read_index, folder / INDEX, problems)
+        shards = [folder / name for name in sorted(set((index or {}).values()))]
+    else:
+        problems.append(_no_weights(folder))
+
+    headers = _Headers(problems=problems)
+    for shard in shards:
+        _read_header(shard, headers)
+    if index is not None:
+        _check_index(folder / INDEX, index, headers)
+    if headers.problems:
+        raise InvalidFileError(headers.problems)
+    if headers.unsupported:
+        raise UnsupportedError(headers.unsupported)
+    return Checkpoint(config or {}, headers.tensors, _side_files(folder), tuple(shards))
+
+
+def _or_problems(read: Callable[[Path], _T], path: Path, problems: list[Problem]) -> _T | None:
+    """`read(path)`, or None after its problems were added to `problems`: to go on and report the rest as well."""
+    try:
+        return read(path)
+    except InvalidFileError as error:
+        problems.extend(error.problems)
+        return None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of the folder's `config.json`. Raises InvalidFileError: missing, not JSON, not an object."""
+    return _read_json_object(folder / CONFIG, "copy the model's config.json beside its weights")
+
+
+def _read_json_object(path: Path, remedy: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise InvalidFileError(Problem("missing", "no such file", str(path), remedy=remedy)) from None
+    except (OSError, ValueError, RecursionError) as error:
+        problem = Problem("bad_json", "cannot be read as JSON", str(path), found=str(error), remedy=remedy)
+        raise InvalidFileError(problem) from error
+    if not isinstance(content, dict):
+        found = f"a JSON {type(content).__name__}"
+        raise InvalidFileError(Problem("bad_json", "not a JSON object", str(path), found=found, expected="an object"))
+    return content
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """The index's `weight_map`: file name by tensor name, every file name checked to stay inside the folder."""
+    remedy = "download the checkpoint again"
+    weight_map = _read_json_object(path, remedy).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        found = "nothing" if weight_map is None else f"{type(weight_map).__name__} of {len(weight_map or ())}"
+        expected = "an object that maps tensor names to file names"
+        raise InvalidFileError(Problem("bad_index", "weight_map is missing or empty", str(path), None, found, expected, remedy))
+    problems = []
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not _is_plain_name(name):
+            expected = "the name of a .safetensors file in the same folder"
+            message = "the index names a file outside the folder or of another kind"
+            problems.append(Problem("bad_shard_name", message, str(path), tensor, repr(name), expected, remedy))
+    if problems:
+        raise InvalidFileError(problems)
+    return weight_map
+
+
+def _is_plain_name(name: str) -> bool:
+    """Whether a file name from an untrusted index cannot lead out of its folder, on any platform."""
+    return name.endswith(".safetensors") and not any(character in name for character in "/\\:\0")
+
+
+def _no_weights(folder: Path) -> Problem:
+    """Why there is nothing to read in the folder: only pickles, differently named files, or no weights at all."""
+    pickled = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLED_SUFFIXES)
+    if pickled:
+        return pickled_problem(folder, pickled)
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    remedy = f"name the file itself instead of its folder: {others[0]}" if others else "download the weights"
+    found = ", ".join(others[:4]) or "no weights"
+    return Problem("missing", "no weights under the usual names", str(folder), None, found, f"{SINGLE} or {INDEX}", remedy)
+
+
+def pickled_problem(path: Path, names: Sequence[str]) -> Problem:
+    """The refusal of pickled weights, and the way to convert them."""
+    message = "the weights are pickled; reading a pickle runs the code in it, so this tool never does"
+    return Problem("pickled_checkpoint", message, str(path), None, ", ".join(names[:4]), SINGLE, _CONVERT_PICKLED)
+
+
+def _read_header(path: Path, headers: _Headers) -> None:
+    if not path.is_file():
+        headers.problems.append(Problem("missing", "no such file", str(path), remedy="download this part of the checkpoint"))
+        return
+    try:
+        with safe_open(path, framework="pt") as handle:
+            for name in handle.keys():  # noqa: SIM118 - not a dict, has no __iter__
+                part = handle.get_slice(name)
+                _declare(path, name, tuple(part.get_shape()), part.get_dtype(), headers)
+    except (SafetensorError, OSError) as error:
+        remedy = "download the file again, and compare its checksum"
+        problem = Problem("bad_safetensors", "not a complete safetensors file", str(path), None, str(error), remedy=remedy)
+        headers.problems.append(problem)
+
+
+def _declare(path: Path, name: str, shape: tuple[int, ...], dtype: str, headers: _Headers) -> None:
+    if name in headers.owner:
+        found = f"{headers.owner[name]} and {path.name}"
+        message = "two files hold a tensor of this name"
+        headers.problems.append(Problem("duplicate_tensor", message, str(path), name, found, "one file"))
+        return
+    headers.owner[name] = path.name
+    if dtype not in _SAFETENSORS_DTYPES:
+        expected = ", ".join(_SAFETENSORS_DTYPES)
+        remedy = "start from the unquantised checkpoint"
+        problem = Problem("unsupported_dtype", "a dtype this tool does not read", str(path), name, dtype, expected, remedy)
+        headers.unsupported.append(problem)
+        return
+    headers.tensors[name] = Array(shape, _SAFETENSORS_DTYPES[dtype], lambda: _read_tensor(path, name))
+
+
+def _read_tensor(path: Path, name: str) -> AnyArray:
+    """Map one payload. The file is closed again at once; the mapping lives as long as the array."""
+    try:
+        with safe_open(path, framework="pt") as handle:
+            tensor: torch.Tensor = handle.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        problem = Problem("bad_safetensors", "the file changed or went away", str(path), name, str(error))
+        raise InvalidFileError(problem) from error
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(DTYPES["bfloat16"])
+    return tensor.numpy()
+
+
+def _check_index(path: Path, index: dict[str, str], headers: _Headers) -> None:
+    """Hold the index against what the files declare. A tensor that only its file lists is read, as transformers does."""
+    unreadable = {problem.file for problem in headers.problems}
+    for name, shard in index.items():
+        owner = headers.owner.get(name)
+        if owner is None and str(path.with_name(shard)) not in unreadable:
+            message = "the index lists a tensor its file does not hold"
+            remedy = "download the checkpoint again"
+            headers.problems.append(Problem("missing_tensor", message, str(path), name, expected=shard, remedy=remedy))
+        elif owner is not None and owner != shard:
+            message = "the index lists the tensor in another file than the one that holds it"
+            headers.problems.append(Problem("misplaced_tensor", message, str(path), name, owner, shard))
+
+
+def _side_files(folder: Path) -> dict[str, Array]:
+    """Tokenizer and other side files of the folder, those there are, lazily as uint8 `[bytes]`."""
+    paths = [folder / name for name in SIDE_FILES]
+    return {path.name: _lazy_bytes(path) for path in paths if path.is_file()}
+
+
+def _lazy_bytes(path: Path) -> Array:
+    return Array((path.stat().st_size,), "uint8", lambda: np.fromfile(path, dtype=np.uint8))

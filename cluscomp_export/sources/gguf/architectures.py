@@ -1,0 +1,204 @@
+"""GGUF architectures as Hugging Face models: configuration, tensor names, and which rows are permuted.
+
+One table per architecture says which tensors a file of a given configuration must hold, with their shapes; the file is held
+against it, so a tensor that is missing, of another shape or unknown is reported instead of being guessed at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cluscomp_export.sources.gguf.container import StoredTensor
+from cluscomp_export.sources.gguf.decoding import PLAIN_DTYPES
+from cluscomp_export.sources.gguf.rope import rope_config, shortest_float
+from cluscomp_formats.errors import InvalidFileError, Problem, UnsupportedError
+
+__all__ = ["ARCHITECTURES", "Architecture", "Placed", "build_config", "expected_tensors", "find_architecture"]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A supported value of `general.architecture` and what it is called in transformers.
+
+    `permuted`: query and key rows are stored interleaved. `qkv_bias`: None if the configuration says so per model.
+    """
+
+    name: str
+    model_type: str
+    class_name: str
+    permuted: bool
+    qkv_bias: bool | None
+    query_key_norms: bool = False
+
+
+ARCHITECTURES = {
+    architecture.name: architecture
+    for architecture in (
+        Architecture("llama", "llama", "LlamaForCausalLM", permuted=True, qkv_bias=None),
+        Architecture("qwen2", "qwen2", "Qwen2ForCausalLM", permuted=False, qkv_bias=True),
+        Architecture("qwen3", "qwen3", "Qwen3ForCausalLM", permuted=False, qkv_bias=None, query_key_norms=True),
+    )
+}
+"""By `general.architecture`. Mistral and SmolLM models are `llama` in GGUF."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where a GGUF tensor belongs: its Hugging Face name and shape, and the heads whose rows are to be put back."""
+
+    name: str
+    shape: tuple[int, ...]
+    permuted_heads: int | None = None
+
+
+def find_architecture(file: str, metadata: Mapping[str, Any]) -> Architecture:
+    """The file's architecture. Raises UnsupportedError naming it and those there are, InvalidFileError if it has none."""
+    name = metadata.get("general.architecture")
+    if not isinstance(name, str):
+        raise InvalidFileError(Problem("missing_key", "the file names no architecture", file, expected="general.architecture"))
+    if name not in ARCHITECTURES:
+        remedy = "use the Hugging Face checkpoint of this model"
+        message = "an architecture this tool cannot map to Hugging Face names"
+        raise UnsupportedError(Problem("unknown_architecture", message, file, None, name, ", ".join(ARCHITECTURES), remedy))
+    return ARCHITECTURES[name]
+
+
+class _Keys:
+    """Reads hyperparameters of the metadata, collecting what is missing or of the wrong type."""
+
+    def __init__(self, file: str, arch: str, metadata: Mapping[str, Any]) -> None:
+        self.file, self.arch, self.metadata = file, arch, metadata
+        self.problems: list[Problem] = []
+
+    def number(self, key: str, types: tuple[type, ...], default: float | None = None) -> Any:
+        """A positive number, or 1 after its problem was noted."""
+        full = f"{self.arch}.{key}"
+        value = self.metadata.get(full, default)
+        if type(value) in types and 0 < value < float("inf"):
+            return value
+        found = "nothing" if value is None else ascii(value)[:80]
+        problem = Problem("bad_key", f"the metadata key {full} is missing or no positive number", self.file, found=found)
+        self.problems.append(problem)
+        return 1
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        return int(self.number(key, (int,), default))
+
+
+def build_config(
+    file: str,
+    architecture: Architecture,
+    metadata: Mapping[str, Any],
+    tensors: Mapping[str, StoredTensor],
+    rope_divisors: npt.NDArray[np.float32] | None,
+) -> dict[str, Any]:
+    """The `config.json` of the model. `rope_divisors` is the content of `rope_freqs.weight`, if the file has one.
+
+    Raises InvalidFileError for hyperparameters that are missing or contradict each other; UnsupportedError for mixtures of
+    experts, partial rotation and scalings Hugging Face has no parameters for.
+    """
+    keys = _Keys(file, architecture.name, metadata)
+    hidden, heads = keys.integer("embedding_length"), keys.integer("attention.head_count")
+    key_value_heads = keys.integer("attention.head_count_kv", heads)
+    rotated = keys.integer("rope.dimension_count", max(1, hidden // heads))
+    head_dim = keys.integer("attention.key_length", rotated)
+    value_dim = keys.integer("attention.value_length", head_dim)
+    layers = keys.integer("block_count")
+    inner, context = keys.integer("feed_forward_length"), keys.integer("context_length")
+    epsilon = keys.number("attention.layer_norm_rms_epsilon", (float,))
+    if heads % key_value_heads or head_dim % 2:
+        found = f"{heads} heads, {key_value_heads} key heads, head_dim {head_dim}"
+        keys.problems.append(Problem("bad_key", "the attention's sizes contradict each other", file, found=found))
+    if layers > len(tensors):
+        found, expected = f"{layers} blocks", f"no more than its {len(tensors)} tensors"
+        keys.problems.append(Problem("bad_key", "more blocks than tensors", file, None, found, expected))
+    if keys.problems:
+        raise InvalidFileError(keys.problems)
+    if metadata.get(f"{architecture.name}.expert_count"):
+        found = f"{metadata[f'{architecture.name}.expert_count']} experts"
+        raise UnsupportedError(Problem("experts", "a mixture of experts", file, None, found, "a dense model"))
+    if value_dim != head_dim or rotated != head_dim:
+        found = f"keys {head_dim}, values {value_dim}, rotated {rotated}"
+        message = "heads whose keys, values and rotated part differ in size"
+        raise UnsupportedError(Problem("head_sizes", message, file, None, found, "all equal"))
+
+    embedding = tensors.get("token_embd.weight")
+    vocabulary = metadata.get("tokenizer.ggml.tokens", ())
+    config: dict[str, Any] = {
+        "architectures": [architecture.class_name],
+        "model_type": architecture.model_type,
+        "torch_dtype": _dtype(embedding),
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_value_heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": context,
+        "rms_norm_eps": shortest_float(epsilon),
+        "vocab_size": embedding.shape[0] if embedding is not None else len(vocabulary),
+        "tie_word_embeddings": "output.weight" not in tensors,
+        **rope_config(file, architecture.name, metadata, head_dim, rope_divisors),
+    }
+    if architecture.qkv_bias is None:
+        config["attention_bias"] = "blk.0.attn_q.bias" in tensors
+    if architecture.name == "llama":
+        config["mlp_bias"] = "blk.0.ffn_gate.bias" in tensors
+    window = metadata.get(f"{architecture.name}.attention.sliding_window")
+    if window and window != context:
+        message = "attention within a sliding window, which the file does not say which layers use"
+        remedy = "use the Hugging Face checkpoint of this model"
+        raise UnsupportedError(Problem("sliding_window", message, file, None, ascii(window)[:80], "none", remedy))
+    for name in ("bos", "eos", "padding"):
+        token = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        if isinstance(token, int):
+            config[f"{'pad' if name == 'padding' else name}_token_id"] = token
+    return config
+
+
+def _dtype(embedding: StoredTensor | None) -> str:
+    """The dtype the model computes in: that of a plain embedding, else float32, which quantised types decode to."""
+    return PLAIN_DTYPES.get(embedding.type_name, "float32") if embedding is not None else "float32"
+
+
+def expected_tensors(architecture: Architecture, config: Mapping[str, Any]) -> dict[str, Placed]:
+    """Every tensor a file of that configuration holds, by GGUF name, in the order of the model."""
+    hidden, inner, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    heads, key_heads, head_dim = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
+    biased = config.get("attention_bias", architecture.qkv_bias)
+    # transformers gives the output projection a bias along with the others, except in Qwen2.
+    output_biased = config.get("attention_bias", False)
+    mlp_biased = config.get("mlp_bias", False)
+    linears = [
+        ("attn_q", "self_attn.q_proj", (heads * head_dim, hidden), biased, heads),
+        ("attn_k", "self_attn.k_proj", (key_heads * head_dim, hidden), biased, key_heads),
+        ("attn_v", "self_attn.v_proj", (key_heads * head_dim, hidden), biased, None),
+        ("attn_output", "self_attn.o_proj", (hidden, heads * head_dim), output_biased, None),
+        ("ffn_gate", "mlp.gate_proj", (inner, hidden), mlp_biased, None),
+        ("ffn_up", "mlp.up_proj", (inner, hidden), mlp_biased, None),
+        ("ffn_down", "mlp.down_proj", (hidden, inner), mlp_biased, None),
+    ]
+    norms = [("attn_norm", "input_layernorm", hidden), ("ffn_norm", "post_attention_layernorm", hidden)]
+    if architecture.query_key_norms:
+        norms += [("attn_q_norm", "self_attn.q_norm", head_dim), ("attn_k_norm", "self_attn.k_norm", head_dim)]
+
+    expected = {"token_embd.weight": Placed("model.embed_tokens.weight", (vocabulary, hidden))}
+    for layer in range(config["num_hidden_layers"]):
+        block, module = f"blk.{layer}", f"model.layers.{layer}"
+        for stored, name, width in norms:
+            expected[f"{block}.{stored}.weight"] = Placed(f"{module}.{name}.weight", (width,))
+        for stored, name, shape, has_bias, permuted_heads in linears:
+            turned = permuted_heads if architecture.permuted else None
+            expected[f"{block}.{stored}.weight"] = Placed(f"{module}.{name}.weight", shape, turned)
+            if has_bias:
+                expected[f"{block}.{stored}.bias"] = Placed(f"{module}.{name}.bias", shape[:1], turned)
+    expected["output_norm.weight"] = Placed("model.norm.weight", (hidden,))
+    if not config["tie_word_embeddings"]:
+        expected["output.weight"] = Placed("lm_head.weight", (vocabulary, hidden))
+    return expected

@@ -1,0 +1,238 @@
+"""The GGUF container: metadata and tensor directory, parsed defensively.
+
+Follows the GGUF specification, versions 2 and 3, little-endian (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
+gguf-py's own reader trusts every length and offset in the file; here each is held against the file's size before it is
+used, so that no file, however damaged, makes the reader crash, allocate without bound or return a neighbour's bytes. From
+gguf-py come the type numbers and block sizes.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from cluscomp_formats.errors import InvalidFileError, Problem, UnsupportedError
+
+__all__ = ["MAGIC", "Container", "StoredTensor", "gguf_package", "read_container"]
+
+MAGIC = b"GGUF"
+
+_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+"""Metadata value types by number, as struct formats."""
+
+_STRING, _ARRAY = 8, 9
+_MAX_DIMS = 4
+_MIN_PAIR_BYTES = 8 + 1 + 4 + 1
+_MIN_TENSOR_BYTES = 8 + 1 + 4 + 8 + 4 + 8
+_DEFAULT_ALIGNMENT = 32
+_DAMAGED = "download the file again, and compare its checksum"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One entry of the tensor directory. `shape` is row-major, `offset` counts from the start of the file, in bytes."""
+
+    name: str
+    shape: tuple[int, ...]
+    type_name: str
+    type_number: int
+    path: Path
+    offset: int
+    nbytes: int
+    bits_per_weight: float
+
+
+@dataclass(frozen=True)
+class Container:
+    """What a GGUF file declares."""
+
+    metadata: dict[str, Any]
+    tensors: dict[str, StoredTensor]
+
+
+def gguf_package() -> Any:
+    """The `gguf` package. Raises UnsupportedError if it is not installed."""
+    try:
+        import gguf
+    except ImportError as error:
+        remedy = "pip install cluscomp-export[gguf]"
+        raise UnsupportedError(Problem("no_gguf", "reading GGUF files needs the package gguf", remedy=remedy)) from error
+    return gguf
+
+
+def read_container(path: Path) -> Container:
+    """Parse a file's metadata and tensor directory; no tensor is read.
+
+    Raises InvalidFileError for a file that is not GGUF, truncated or damaged; UnsupportedError for one of another version
+    or byte order, or with tensor types gguf-py does not know.
+    """
+    if not path.is_file():
+        raise InvalidFileError(Problem("missing", "no such file", str(path)))
+    if path.stat().st_size == 0:
+        raise InvalidFileError(Problem("bad_magic", "not a GGUF file", str(path), found="an empty file", expected=repr(MAGIC)))
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        cursor = _Cursor(path, data)
+        if cursor.take(4, "the magic") != MAGIC:
+            raise InvalidFileError(Problem("bad_magic", "not a GGUF file", str(path), None, repr(data[:4]), repr(MAGIC)))
+        _check_version(path, cursor.number("<I", "the version"))
+        num_tensors, num_pairs = cursor.number("<Q", "the tensor count"), cursor.number("<Q", "the metadata count")
+        cursor.need(num_pairs * _MIN_PAIR_BYTES, f"{num_pairs} metadata entries")
+        metadata: dict[str, Any] = {}
+        for _ in range(num_pairs):
+            key = cursor.name("a metadata key")
+            if key in metadata:
+                cursor.fail("duplicate_key", f"the metadata key {key!r} occurs twice")
+            metadata[key] = cursor.value(cursor.number("<I", f"the type of {key}"), key)
+        cursor.need(num_tensors * _MIN_TENSOR_BYTES, f"{num_tensors} tensors")
+        entries = [_read_entry(cursor) for _ in range(num_tensors)]
+        return Container(metadata, _place(path, entries, cursor.at, len(data), _alignment(cursor, metadata)))
+
+
+class _Cursor:
+    """Reads forward through untrusted bytes; every read is checked against the end of the file first."""
+
+    def __init__(self, path: Path, data: mmap.mmap) -> None:
+        self.path, self.data, self.at = path, data, 0
+
+    def fail(self, kind: str, message: str, found: str | None = None, expected: str | None = None) -> NoReturn:
+        raise InvalidFileError(Problem(kind, message, str(self.path), None, found, expected, _DAMAGED))
+
+    def need(self, size: int, what: str) -> None:
+        """Check that `size` more bytes are there, before anything of that size is read or allocated."""
+        left = len(self.data) - self.at
+        if size > left:
+            self.fail("truncated", f"the file ends within {what}", f"{left} bytes left", f"at least {size}")
+
+    def take(self, size: int, what: str) -> bytes:
+        self.need(size, what)
+        self.at += size
+        return self.data[self.at - size : self.at]
+
+    def number(self, layout: str, what: str) -> Any:
+        return struct.unpack(layout, self.take(struct.calcsize(layout), what))[0]
+
+    def string(self, what: str) -> str:
+        """A string of the metadata; bytes that are not UTF-8 survive as surrogates, tokens may be such."""
+        return self.take(self.number("<Q", what), what).decode("utf-8", "surrogateescape")
+
+    def name(self, what: str) -> str:
+        """A key or tensor name: not empty, valid UTF-8, printable."""
+        text = self.string(what)
+        if not text or not text.isprintable():
+            self.fail("bad_name", f"{what} is empty or not printable text", ascii(text[:80]))
+        return text
+
+    def value(self, type_number: int, key: str) -> Any:
+        """A metadata value; arrays become lists. Nested arrays are refused, as ggml does."""
+        if type_number == _STRING:
+            return self.string(key)
+        if type_number in _SCALARS:
+            return self.number(_SCALARS[type_number], key)
+        if type_number != _ARRAY:
+            self.fail("bad_value_type", f"the metadata key {key!r} has an unknown type", str(type_number), "0 to 12")
+        item_type, count = self.number("<I", key), self.number("<Q", key)
+        if item_type == _STRING:
+            self.need(8 * count, f"{count} strings of {key}")
+            return [self.string(key) for _ in range(count)]
+        if item_type not in _SCALARS:
+            self.fail("bad_value_type", f"the array {key!r} has items of an unknown type", str(item_type), "a scalar or string")
+        layout = _SCALARS[item_type]
+        payload = self.take(count * struct.calcsize(layout), f"{count} items of {key}")
+        return [item for (item,) in struct.iter_unpack(layout, payload)]
+
+
+def _check_version(path: Path, version: int) -> None:
+    if version in (2, 3):
+        return
+    if version & 0xFFFF == 0 and version:
+        message, remedy = "a big-endian GGUF file", "convert it with gguf-convert-endian, which comes with gguf-py"
+        raise UnsupportedError(Problem("big_endian", message, str(path), expected="little-endian", remedy=remedy))
+    remedy = "convert the model again with a current llama.cpp"
+    problem = Problem("bad_version", "a GGUF version this tool does not read", str(path), None, str(version), "2 or 3", remedy)
+    raise UnsupportedError(problem)
+
+
+def _alignment(cursor: _Cursor, metadata: dict[str, Any]) -> int:
+    alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
+    if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
+        cursor.fail("bad_alignment", "general.alignment is no power of two", ascii(alignment))
+    return alignment
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A directory entry as it stands in the file: `offset` counts from the start of the data section."""
+
+    name: str
+    shape: tuple[int, ...]
+    type_number: int
+    offset: int
+
+
+def _read_entry(cursor: _Cursor) -> _Entry:
+    name = cursor.name("a tensor name")
+    num_dims = cursor.number("<I", f"the shape of {name}")
+    if not 1 <= num_dims <= _MAX_DIMS:
+        cursor.fail("bad_shape", f"the tensor {name} has a bad number of dimensions", str(num_dims), f"1 to {_MAX_DIMS}")
+    # ggml names the fastest dimension first.
+    shape = tuple(cursor.number("<Q", f"the shape of {name}") for _ in range(num_dims))[::-1]
+    return _Entry(name, shape, cursor.number("<I", f"the type of {name}"), cursor.number("<Q", f"the offset of {name}"))
+
+
+def _place(path: Path, entries: list[_Entry], header_end: int, size: int, alignment: int) -> dict[str, StoredTensor]:
+    """Resolve the entries to extents of the file, checking all of them: inside the file, aligned, not overlapping."""
+    start = -(-header_end // alignment) * alignment
+    problems: list[Problem] = []
+    unsupported: list[Problem] = []
+    tensors: dict[str, StoredTensor] = {}
+    end, last = start, "the header"
+    for entry in sorted(entries, key=lambda entry: entry.offset):
+
+        def wrong(kind: str, message: str, found: object, expected: object, name: str = entry.name) -> None:
+            problems.append(Problem(kind, message, str(path), name, str(found), str(expected), _DAMAGED))
+
+        layout = _block_layout(entry.type_number)
+        if layout is None:
+            expected = "a type gguf-py knows"
+            message, found = "a tensor type this tool does not read", str(entry.type_number)
+            unsupported.append(Problem("unsupported_type", message, str(path), entry.name, found, expected))
+            continue
+        type_name, block_weights, block_bytes = layout
+        count = 1
+        for length in entry.shape:
+            count *= length
+        if entry.name in tensors:
+            wrong("duplicate_tensor", "two tensors have this name", "2", "1")
+        elif count == 0 or entry.shape[-1] % block_weights:
+            wrong("bad_shape", "the rows are empty or no whole blocks", list(entry.shape), f"rows of n x {block_weights}")
+        else:
+            nbytes, offset = count // block_weights * block_bytes, start + entry.offset
+            if entry.offset % alignment:
+                wrong("misaligned", "the tensor's offset is not aligned", entry.offset, f"a multiple of {alignment}")
+            elif offset + nbytes > size:
+                wrong("truncated", "the tensor reaches past the end of the file", f"{size} bytes", f"{offset + nbytes}")
+            elif offset < end:
+                wrong("overlap", f"the tensor overlaps {last}", f"offset {offset}", f"{end} or more")
+            else:
+                bits = 8 * block_bytes / block_weights
+                place = StoredTensor(entry.name, entry.shape, type_name, entry.type_number, path, offset, nbytes, bits)
+                tensors[entry.name] = place
+                end, last = offset + nbytes, entry.name
+    if problems:
+        raise InvalidFileError(problems)
+    if unsupported:
+        raise UnsupportedError(unsupported)
+    return {entry.name: tensors[entry.name] for entry in entries}
+
+
+def _block_layout(type_number: int) -> tuple[str, int, int] | None:
+    """Name, weights per block and bytes per block of a ggml type, or None if gguf-py does not know the number."""
+    gguf = gguf_package()
+    try:
+        ggml_type = gguf.GGMLQuantizationType(type_number)
+    except ValueError:
+        return None
+    return (ggml_type.name, *gguf.GGML_QUANT_SIZES[ggml_type])

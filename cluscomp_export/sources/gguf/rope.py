@@ -1,0 +1,104 @@
+"""Rotary embedding of a GGUF file as the `rope_theta` and `rope_scaling` of a Hugging Face configuration.
+
+Llama 3.1 and later scale each frequency by itself. The converter stores the result, the divisors of the frequencies, as the
+tensor `rope_freqs.weight` `[head_dim / 2]`; Hugging Face wants the parameters of the formula. They are found by trying
+the ones in use and recomputing the divisors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cluscomp_formats.errors import InvalidFileError, Problem, UnsupportedError
+
+__all__ = ["llama3_divisors", "rope_config", "shortest_float"]
+
+_DEFAULT_THETA = 10000.0
+_ORIGINAL_CONTEXTS = tuple(1 << power for power in range(10, 20))
+_LOW_FREQ_FACTOR, _HIGH_FREQ_FACTOR = 1.0, 4.0
+
+
+def shortest_float(value: float) -> float:
+    """The shortest decimal that rounds to the same float32: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
+def rope_config(
+    file: str, arch: str, metadata: Mapping[str, Any], head_dim: int, divisors: npt.NDArray[np.float32] | None
+) -> dict[str, Any]:
+    """`rope_theta` and, where the file scales, `rope_scaling`. `divisors` is the content of `rope_freqs.weight`, if any.
+
+    Raises UnsupportedError if the scaling cannot be expressed.
+    """
+    theta = _positive(file, metadata, f"{arch}.rope.freq_base", _DEFAULT_THETA)
+    scaling = _declared_scaling(file, arch, metadata)
+    if divisors is not None and not np.all(divisors == 1.0):
+        if scaling is not None:
+            found = f"{scaling['rope_type']} and rope_freqs.weight"
+            raise UnsupportedError(Problem("rope_scaling", "two kinds of rotary scaling at once", file, found=found))
+        scaling = _llama3_scaling(file, theta, head_dim, divisors)
+    return {"rope_theta": theta} if scaling is None else {"rope_theta": theta, "rope_scaling": scaling}
+
+
+def _positive(file: str, metadata: Mapping[str, Any], key: str, default: float) -> float:
+    """A positive finite number of the metadata. Raises InvalidFileError if it is something else."""
+    value = metadata.get(key, default)
+    if isinstance(value, float) and 0.0 < value < math.inf:
+        return shortest_float(value)
+    raise InvalidFileError(Problem("bad_key", f"the metadata key {key} is no positive number", file, found=ascii(value)[:80]))
+
+
+def _declared_scaling(file: str, arch: str, metadata: Mapping[str, Any]) -> dict[str, Any] | None:
+    prefix = f"{arch}.rope.scaling."
+    # The key of files older than `rope.scaling`; a factor of 1 means none.
+    legacy = _positive(file, metadata, f"{arch}.rope.scale_linear", 1.0)
+    rope_type = metadata.get(f"{prefix}type", "linear")
+    if rope_type == "none":
+        return None
+    factor = _positive(file, metadata, f"{prefix}factor", legacy)
+    attention = _positive(file, metadata, f"{prefix}attn_factor", 1.0)
+    if rope_type == "linear" and attention == 1.0:
+        return None if factor == 1.0 else {"rope_type": "linear", "factor": factor}
+    context = metadata.get(f"{prefix}original_context_length")
+    if rope_type == "yarn" and attention == 1.0 and type(context) is int and context > 0:
+        return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": context}
+    found = f"{rope_type!a}, attention factor {attention}, original context {context}"
+    expected = "none, linear, or yarn with its original context length"
+    raise UnsupportedError(Problem("rope_scaling", "a rotary scaling this tool does not read", file, None, found, expected))
+
+
+def llama3_divisors(
+    theta: float, head_dim: int, *, factor: float, low: float, high: float, original_context: int
+) -> npt.NDArray[np.float64]:
+    """Divisors of the rotary frequencies, `[head_dim / 2]`, by the formula of Llama 3.1.
+
+    Wavelengths under `original_context / high` are kept, those over `original_context / low` are multiplied by `factor`, and
+    between the two the frequencies are interpolated. Source: `_compute_llama3_parameters` in transformers.
+    """
+    wavelengths = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    smooth = np.clip((original_context / wavelengths - low) / (high - low), 0.0, 1.0)
+    return 1.0 / ((1.0 - smooth) / factor + smooth)
+
+
+def _llama3_scaling(file: str, theta: float, head_dim: int, divisors: npt.NDArray[np.float32]) -> dict[str, Any]:
+    factor = shortest_float(float(divisors.max()))
+    for context in _ORIGINAL_CONTEXTS if divisors.shape == (head_dim // 2,) and factor > 0 else ():
+        parameters = {"factor": factor, "low": _LOW_FREQ_FACTOR, "high": _HIGH_FREQ_FACTOR}
+        expected = llama3_divisors(theta, head_dim, **parameters, original_context=context)
+        if np.allclose(divisors, expected, rtol=1e-4, atol=0.0):
+            return {
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": _LOW_FREQ_FACTOR,
+                "high_freq_factor": _HIGH_FREQ_FACTOR,
+                "original_max_position_embeddings": context,
+            }
+    message = "the rotary divisors are not those of Llama 3.1's formula with its usual parameters"
+    remedy = "use the Hugging Face checkpoint of this model"
+    found = f"{list(divisors.shape)}, from {divisors.min():g} to {divisors.max():g}"
+    raise UnsupportedError(Problem("rope_scaling", message, file, "rope_freqs.weight", found, None, remedy))

@@ -1,0 +1,151 @@
+"""GGUF files, whole or split, as dense models under Hugging Face names."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cluscomp_export.sources.gguf.architectures import Placed, build_config, expected_tensors, find_architecture
+from cluscomp_export.sources.gguf.container import MAGIC, Container, StoredTensor, read_container
+from cluscomp_export.sources.gguf.decoding import check_decodable, lazy_array
+from cluscomp_export.sources.gguf.tokenizer import UnsupportedTokenizer, build_tokenizer
+from cluscomp_formats.errors import InvalidFileError, Problem, UnsupportedError
+from cluscomp_formats.ir import Array, DenseTensor, Model
+
+__all__ = ["gguf_parts", "is_gguf", "open_gguf"]
+
+_SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf")
+
+_ROPE_DIVISORS = "rope_freqs.weight"
+_UNUSED = re.compile(r"blk\.\d+\.attn_rot_embd(?:\.weight)?")
+"""Rotary frequencies of old converters, which every reader computes itself."""
+
+_NAMED = 8
+"""Tensors named in a message, at most."""
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether the file begins as a GGUF file does."""
+    try:
+        with path.open("rb") as stream:
+            return stream.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
+
+
+def gguf_parts(path: Path) -> list[Path]:
+    """All files of the model `path` is a part of, in order, whether they exist or not; `path` alone if it is not split."""
+    match = _SPLIT_NAME.fullmatch(path.name)
+    if match is None:
+        return [path]
+    count = int(match["count"])
+    return [path.with_name(f"{match['stem']}-{part:05d}-of-{count:05d}.gguf") for part in range(1, count + 1)]
+
+
+def open_gguf(path: Path) -> Model:
+    """Open a GGUF file, or the whole model if `path` is any part of a split one.
+
+    Plain tensors keep their dtype, quantised ones are decoded to float32 when they are read. Raises InvalidFileError for
+    truncated, damaged or contradictory files; UnsupportedError for architectures and types that are not read.
+    """
+    container = _read_parts(path)
+    file, metadata, stored = str(path), container.metadata, container.tensors
+    architecture = find_architecture(file, metadata)
+    check_decodable(list(stored.values()))
+    divisors = lazy_array(stored[_ROPE_DIVISORS]).to_float32() if _ROPE_DIVISORS in stored else None
+    config = build_config(file, architecture, metadata, stored, divisors)
+    expected = expected_tensors(architecture, config)
+    _check_tensors(file, expected, stored)
+
+    tensors = {}
+    stored_bits = {}
+    for gguf_name, place in expected.items():
+        tensor = stored[gguf_name]
+        tensors[place.name] = DenseTensor(place.name, lazy_array(tensor, place.permuted_heads))
+        if tensor.bits_per_weight < 16:
+            stored_bits[place.name] = tensor.bits_per_weight
+    files, tokenizer = _tokenizer(metadata)
+    provenance = {
+        "format": "gguf",
+        "architecture": architecture.name,
+        "name": str(metadata.get("general.name", "")),
+        "types": dict(sorted(Counter(tensor.type_name for tensor in stored.values()).items())),
+        "weight_bytes": sum(tensor.nbytes for tensor in stored.values()),
+        "stored_bits": stored_bits,
+        "tokenizer": tokenizer,
+    }
+    return Model(config, tensors, files, provenance)
+
+
+def _tokenizer(metadata: Mapping[str, Any]) -> tuple[dict[str, Array], str]:
+    """The tokenizer's files, and what it is, or why there is none."""
+    try:
+        built = build_tokenizer(metadata)
+    except UnsupportedTokenizer as reason:
+        return {}, f"unsupported: {reason}"
+    files = {name: Array.of(np.frombuffer(content, dtype=np.uint8)) for name, content in built.items()}
+    return files, " ".join(str(metadata.get(f"tokenizer.ggml.{key}", "")) for key in ("model", "pre")).strip()
+
+
+def _read_parts(path: Path) -> Container:
+    """The container, of all parts together. Metadata comes from the first part, as in llama.cpp."""
+    declared = 1
+    parts = gguf_parts(path)
+    if len(parts) == 1:
+        container = read_container(path)
+        declared = container.metadata.get("split.count", 1) or 1
+        if declared != 1:
+            remedy = "give the parts back their names: NAME-00001-of-0000N.gguf"
+            message = "a part of a split model, not named like one"
+            raise UnsupportedError(Problem("split_name", message, str(path), None, path.name, f"{declared} parts", remedy))
+        return container
+    missing = [part for part in parts if not part.is_file()]
+    if missing:
+        remedy = "download this part of the model"
+        raise InvalidFileError([Problem("missing", "no such file", str(part), remedy=remedy) for part in missing])
+    containers = [read_container(part) for part in parts]
+    problems = []
+    tensors: dict[str, StoredTensor] = {}
+    for number, (part, container) in enumerate(zip(parts, containers, strict=True)):
+        place = (container.metadata.get("split.no"), container.metadata.get("split.count"))
+        if place != (number, len(parts)):
+            message = "the part does not say what its name says"
+            expected = f"part {number} of {len(parts)}"
+            problems.append(Problem("bad_split", message, str(part), None, f"part {place[0]} of {place[1]}", expected))
+        message = "two parts hold a tensor of this name"
+        twice = sorted(tensors.keys() & container.tensors.keys())
+        problems.extend(Problem("duplicate_tensor", message, str(part), name) for name in twice)
+        tensors.update(container.tensors)
+    total = containers[0].metadata.get("split.tensors.count", len(tensors))
+    if total != len(tensors):
+        message = "the parts do not hold all tensors of the model"
+        problems.append(Problem("missing_tensor", message, str(path), None, str(len(tensors)), str(total)))
+    if problems:
+        raise InvalidFileError(problems)
+    return Container(containers[0].metadata, tensors)
+
+
+def _check_tensors(file: str, expected: Mapping[str, Placed], stored: Mapping[str, StoredTensor]) -> None:
+    """Hold the directory against the architecture's table. Raises InvalidFileError, UnsupportedError."""
+    problems = []
+    for name, place in expected.items():
+        tensor = stored.get(name)
+        if tensor is None:
+            message = "a tensor of the architecture is missing"
+            problems.append(Problem("missing_tensor", message, file, name, "nothing", str(list(place.shape))))
+        elif tensor.shape != place.shape:
+            message = "the tensor's shape contradicts the metadata"
+            problems.append(Problem("wrong_shape", message, file, name, str(list(tensor.shape)), str(list(place.shape))))
+    if problems:
+        raise InvalidFileError(problems)
+    unknown = [name for name in stored if name not in expected and name != _ROPE_DIVISORS and not _UNUSED.fullmatch(name)]
+    if unknown:
+        found = ", ".join(unknown[:_NAMED]) + (f" and {len(unknown) - _NAMED} more" if len(unknown) > _NAMED else "")
+        message = "tensors that the Hugging Face model of this architecture does not have"
+        remedy = "use the Hugging Face checkpoint of this model"
+        raise UnsupportedError(Problem("unknown_tensor", message, file, None, found, None, remedy))

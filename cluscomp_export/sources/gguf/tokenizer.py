@@ -1,0 +1,286 @@
+"""The tokenizer of a GGUF file as `tokenizer.json` and `tokenizer_config.json`, as the `tokenizers` library reads them.
+
+Two of llama.cpp's tokenizer models are rebuilt:
+
+- `gpt2`: byte-level BPE with the merges of the file. How text is cut into words before merging is not stored, only the name
+  of a scheme (`tokenizer.ggml.pre`); the schemes below are those of llama.cpp's `llama-vocab.cpp` and of the models'
+  own `tokenizer.json`.
+- `llama`: SentencePiece BPE. It merges, over and over, the neighbours whose union has the best score; the
+  `tokenizers` library wants a ranked list of merges instead, which is recovered from the scores.
+
+For any other model, an unknown scheme or inconsistent data there is no tokenizer but a note that says why.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["UnsupportedTokenizer", "build_tokenizer"]
+
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+"""Values of `tokenizer.ggml.token_type`."""
+
+_SPACE = "\u2581"
+
+_GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2_WORDS = _LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
+_TEKKEN_WORDS = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@dataclass(frozen=True)
+class _Scheme:
+    """How text is cut into words: each pattern in turn cuts what the one before left; `words` then go to BPE.
+
+    `ignore_merges`: a word that is itself a token needs no merges. `add_bos`: the default where the file does not say.
+    """
+
+    patterns: tuple[str, ...]
+    ignore_merges: bool = False
+    add_bos: bool = False
+    normalizer: str | None = None
+
+
+_GPT2 = _Scheme((_GPT2_WORDS,))
+_DIGITS_GPT2 = _Scheme((r"\p{N}", _GPT2_WORDS))
+_LLAMA3 = _Scheme((_LLAMA3_WORDS,), ignore_merges=True, add_bos=True)
+_QWEN2 = _Scheme((_QWEN2_WORDS,))
+_DEFAULT = _Scheme((r"[\p{P}\$\+<=>\^~\|]+", _GPT2_WORDS, r"\p{N}+", "[0-9][0-9][0-9]"))
+
+_SCHEMES: dict[str, _Scheme] = {
+    "default": _DEFAULT,
+    **dict.fromkeys(("gpt-2", "phi-2", "olmo", "mpt", "jais", "exaone4", "trillion", "granite-docling", "mellum"), _GPT2),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), _DIGITS_GPT2),
+    **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"), _LLAMA3),
+    **dict.fromkeys(("dbrx", "smaug-bpe"), _Scheme((_LLAMA3_WORDS,))),
+    # Only Qwen's own tokenizer.json normalises to NFC; llama.cpp leaves that to the caller.
+    "qwen2": _Scheme((_QWEN2_WORDS,), normalizer="NFC"),
+    **dict.fromkeys(("deepseek-r1-qwen", "stablelm2", "megrez", "kormo"), _QWEN2),
+    "tekken": _Scheme((_TEKKEN_WORDS,), ignore_merges=True, add_bos=True),
+}
+
+
+class UnsupportedTokenizer(Exception):  # noqa: N818 - not an error of the file: the model is read without it
+    """Why no tokenizer could be built."""
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    """Tokens by id with their types, and the ids of the special ones, checked against each other."""
+
+    tokens: list[str]
+    types: list[int]
+    special: dict[str, str]
+    special_ids: dict[str, int]
+
+
+def build_tokenizer(metadata: Mapping[str, Any]) -> dict[str, bytes]:
+    """`tokenizer.json` and `tokenizer_config.json` by name.
+
+    Raises UnsupportedTokenizer, saying why, if the file has no tokenizer or one that cannot be rebuilt faithfully.
+    """
+    model = metadata.get("tokenizer.ggml.model")
+    if model == "gpt2":
+        vocabulary = _vocabulary(metadata)
+        scheme_name = metadata.get("tokenizer.ggml.pre", "default")
+        scheme = _SCHEMES.get(scheme_name) if isinstance(scheme_name, str) else None
+        if scheme is None:
+            raise UnsupportedTokenizer(f"unknown pre-tokenizer {scheme_name!a}; known: {', '.join(sorted(_SCHEMES))}")
+        parts, add_bos = _byte_level(metadata, vocabulary, scheme), scheme.add_bos
+    elif model == "llama":
+        vocabulary = _vocabulary(metadata)
+        parts, add_bos = _sentencepiece(metadata, vocabulary), True
+    elif model is None:
+        raise UnsupportedTokenizer("the file has no tokenizer")
+    else:
+        raise UnsupportedTokenizer(f"tokenizer model {model!a}; known: gpt2, llama")
+
+    add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", add_bos)) and "bos_token" in vocabulary.special
+    add_eos = bool(metadata.get("tokenizer.ggml.add_eos_token", False)) and "eos_token" in vocabulary.special
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": _added_tokens(vocabulary),
+        **parts,
+        "post_processor": _template(vocabulary, add_bos, add_eos),
+    }
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "add_bos_token": add_bos,
+        "add_eos_token": add_eos,
+        **vocabulary.special,
+    }
+    template = metadata.get("tokenizer.chat_template")
+    if isinstance(template, str):
+        config["chat_template"] = template
+    return {"tokenizer.json": _json_bytes(tokenizer), "tokenizer_config.json": _json_bytes(config)}
+
+
+def _json_bytes(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, indent=2).encode()
+
+
+def _list(metadata: Mapping[str, Any], key: str, item: type, length: int | None = None) -> list[Any]:
+    values = metadata.get(f"tokenizer.ggml.{key}")
+    if not isinstance(values, list) or not all(type(value) is item for value in values):
+        raise UnsupportedTokenizer(f"tokenizer.ggml.{key} is missing or not a list of {item.__name__}")
+    if length is not None and len(values) != length:
+        raise UnsupportedTokenizer(f"tokenizer.ggml.{key} has {len(values)} items for {length} tokens")
+    return values
+
+
+def _vocabulary(metadata: Mapping[str, Any]) -> _Vocabulary:
+    # llama.cpp too gives empty tokens a name, so that ids and texts stay one to one.
+    texts = _list(metadata, "tokens", str)
+    tokens = [text or f"[EMPTY_{number}]" for number, text in enumerate(texts)]
+    if len(set(tokens)) != len(tokens):
+        raise UnsupportedTokenizer("two tokens have the same text")
+    if any("\ud800" <= character <= "\udfff" for token in tokens for character in token):
+        raise UnsupportedTokenizer("a token is not valid UTF-8")
+    has_types = "tokenizer.ggml.token_type" in metadata
+    types = _list(metadata, "token_type", int, len(tokens)) if has_types else [_NORMAL] * len(tokens)
+    special_ids = {}
+    for name in ("bos", "eos", "unknown", "padding"):
+        token_id = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        if token_id is None:
+            continue
+        if type(token_id) is not int or not 0 <= token_id < len(tokens):
+            raise UnsupportedTokenizer(f"tokenizer.ggml.{name}_token_id is {token_id!a}, of {len(tokens)} tokens")
+        special_ids[{"unknown": "unk", "padding": "pad"}.get(name, name) + "_token"] = token_id
+    return _Vocabulary(tokens, types, {name: tokens[number] for name, number in special_ids.items()}, special_ids)
+
+
+def _added_tokens(vocabulary: _Vocabulary) -> list[dict[str, Any]]:
+    """Tokens that are found in the text as they are, before anything else: control, unknown and user-defined ones."""
+    kept_whole = (_UNKNOWN, _CONTROL, _USER_DEFINED)
+    return [
+        {
+            "id": number,
+            "content": token,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": token_type != _USER_DEFINED,
+        }
+        for number, (token, token_type) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True))
+        if token_type in kept_whole
+    ]
+
+
+def _template(vocabulary: _Vocabulary, add_bos: bool, add_eos: bool) -> dict[str, Any] | None:
+    """The post-processor that puts the begin and end tokens around a text."""
+    used = [name for name, add in (("bos_token", add_bos), ("eos_token", add_eos)) if add]
+    if not used:
+        return None
+
+    def around(sequence: str, type_id: int) -> list[dict[str, Any]]:
+        pieces: list[dict[str, Any]] = [{"Sequence": {"id": sequence, "type_id": type_id}}]
+        for name in used:
+            token = {"SpecialToken": {"id": vocabulary.special[name], "type_id": type_id}}
+            pieces = [token, *pieces] if name == "bos_token" else [*pieces, token]
+        return pieces
+
+    special = {
+        vocabulary.special[name]: {
+            "id": vocabulary.special[name],
+            "ids": [vocabulary.special_ids[name]],
+            "tokens": [vocabulary.special[name]],
+        }
+        for name in used
+    }
+    pair = around("A", 0) + around("B", 1)
+    return {"type": "TemplateProcessing", "single": around("A", 0), "pair": pair, "special_tokens": special}
+
+
+def _bpe(vocabulary: _Vocabulary, merges: Sequence[tuple[str, str]], **options: Any) -> dict[str, Any]:
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": False,
+        **options,
+        "vocab": {token: number for number, token in enumerate(vocabulary.tokens)},
+        "merges": [list(merge) for merge in merges],
+    }
+
+
+def _byte_level(metadata: Mapping[str, Any], vocabulary: _Vocabulary, scheme: _Scheme) -> dict[str, Any]:
+    known = set(vocabulary.tokens)
+    merges = []
+    for line in _list(metadata, "merges", str):
+        # A part may begin with a space, never contain another: llama.cpp too searches from the second character.
+        at = line.find(" ", 1)
+        left, right = line[:at], line[at + 1 :]
+        if at < 0 or not {left, right, left + right} <= known:
+            raise UnsupportedTokenizer(f"the merge {line!a} is not of two tokens that make a third")
+        merges.append((left, right))
+    words = [
+        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False} for pattern in scheme.patterns
+    ]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    return {
+        "normalizer": {"type": scheme.normalizer} if scheme.normalizer else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*words, byte_level]},
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": _bpe(vocabulary, merges, ignore_merges=scheme.ignore_merges),
+    }
+
+
+def _sentencepiece(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> dict[str, Any]:
+    scores = _list(metadata, "scores", float, len(vocabulary.tokens))
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+    normalizers: list[dict[str, Any]] = [replace]
+    decoders: list[dict[str, Any]] = [
+        {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    if metadata.get("tokenizer.ggml.add_space_prefix", True):
+        normalizers = [{"type": "Prepend", "prepend": _SPACE}, replace]
+        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    unknown = vocabulary.special.get("unk_token") or next(
+        (token for token, token_type in zip(vocabulary.tokens, vocabulary.types, strict=True) if token_type == _UNKNOWN), None
+    )
+    merges = _merges_from_scores(vocabulary, scores)
+    return {
+        "normalizer": {"type": "Sequence", "normalizers": normalizers},
+        "pre_tokenizer": None,
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": _bpe(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True),
+    }
+
+
+def _merges_from_scores(vocabulary: _Vocabulary, scores: Sequence[float]) -> list[tuple[str, str]]:
+    """Every way to make a normal token of two others, best score first.
+
+    Among the ways to make one token the longer left part goes first; which one applies is decided by what is there.
+    """
+    normal = {
+        token: score
+        for token, token_type, score in zip(vocabulary.tokens, vocabulary.types, scores, strict=True)
+        if token_type == _NORMAL
+    }
+    ways = [
+        (-score, -at, token)
+        for token, score in normal.items()
+        for at in range(1, len(token))
+        if token[:at] in normal and token[at:] in normal
+    ]
+    return [(token[:-at], token[-at:]) for _, at, token in sorted(ways, key=lambda way: way[:2])]

@@ -1,0 +1,78 @@
+"""Hugging Face model folders and single safetensors files, as dense models.
+
+Tensors keep their names and dtypes. The one change made: an output head that the configuration ties to the embedding and
+that repeats it byte for byte is dropped. Where it differs, the tensors win over the configuration, as in transformers, and
+`tie_word_embeddings` becomes false.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cluscomp_export.sources.checkpoint import Checkpoint, open_checkpoint
+from cluscomp_export.sources.linears import embedding_tensor, head_tensor
+from cluscomp_formats.errors import Problem, UnsupportedError
+from cluscomp_formats.ir import Array, DenseTensor, Model
+
+__all__ = ["open_huggingface", "untie"]
+
+_COMPARE_BYTES = 1 << 24
+
+
+def open_huggingface(folder: Path, weights: Path | None = None) -> Model:
+    """Open a Hugging Face folder, or its one file `weights`, as a dense model.
+
+    Raises InvalidFileError with every problem found; UnsupportedError if the checkpoint is already quantised.
+    """
+    checkpoint = open_checkpoint(folder, weights)
+    _refuse_quantized(folder, checkpoint.config)
+    model = Model(
+        config=checkpoint.config,
+        tensors={name: DenseTensor(name, values) for name, values in checkpoint.tensors.items()},
+        files=checkpoint.files,
+        provenance=provenance("huggingface", checkpoint),
+    )
+    return untie(model)
+
+
+def provenance(source: str, checkpoint: Checkpoint) -> dict[str, Any]:
+    """The record of a safetensors source: nothing of it depends on where or when the files were read."""
+    num_bytes = sum(path.stat().st_size for path in checkpoint.weight_files)
+    return {"format": source, "weight_files": len(checkpoint.weight_files), "weight_bytes": num_bytes, "stored_bits": {}}
+
+
+def _refuse_quantized(folder: Path, config: Mapping[str, Any]) -> None:
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+        message = "the checkpoint is already quantised, and its packed weights are not plain matrices"
+        remedy = "start from the checkpoint it was made from, or dequantise it with transformers first"
+        raise UnsupportedError(Problem("already_quantized", message, str(folder), None, str(method), "none", remedy))
+
+
+def untie(model: Model) -> Model:
+    """The model without a tied head that repeats the embedding; or, where the two differ, declared as not tied."""
+    embedding, head = embedding_tensor(model), head_tensor(model)
+    if not model.config.get("tie_word_embeddings") or embedding is None or head is None:
+        return model
+    first, second = model.tensors[embedding], model.tensors[head]
+    if not isinstance(first, DenseTensor) or not isinstance(second, DenseTensor):
+        return model
+    if _same_bytes(first.values, second.values):
+        tensors = {name: tensor for name, tensor in model.tensors.items() if name != head}
+        return Model(model.config, tensors, model.files, model.provenance, model.self_test)
+    config = {**model.config, "tie_word_embeddings": False}
+    return Model(config, model.tensors, model.files, model.provenance, model.self_test)
+
+
+def _same_bytes(first: Array, second: Array) -> bool:
+    """Whether two arrays are identical bit for bit, compared piece by piece: both are memory maps, often large."""
+    if (first.shape, first.dtype) != (second.shape, second.dtype):
+        return False
+    left, right = (array.read().reshape(-1).view(np.uint8) for array in (first, second))
+    pieces = range(0, left.size, _COMPARE_BYTES)
+    return all(np.array_equal(left[at : at + _COMPARE_BYTES], right[at : at + _COMPARE_BYTES]) for at in pieces)

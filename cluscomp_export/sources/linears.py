@@ -1,0 +1,77 @@
+"""Which tensors of a model are the weights of decoder linears, and which are the embedding and the head.
+
+Known families go by exact names, so that nothing is clustered by accident. An architecture this module does not know is
+read by documented heuristics (`docs/sources.md`); what they pick can be narrowed by name in a plan. All of it looks at
+names, shapes and dtypes only: no payload is read.
+
+GPT-2 stores its linears as `Conv1D`, `[in_features, out_features]`. They are listed as they are stored: clustering a
+stored matrix and decoding it gives the same stored matrix back, whichever way its owner multiplies with it.
+"""
+
+from __future__ import annotations
+
+import re
+
+from cluscomp_formats.ir import FLOAT_DTYPES, ClusteredWeight, Model, Tensor
+
+__all__ = ["embedding_tensor", "head_tensor", "kind", "linear_tensors"]
+
+_LLAMA_LINEAR = re.compile(r"(?:.*\.)?layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)\.weight")
+_OPT_LINEAR = re.compile(r"(?:.*\.)?decoder\.layers\.\d+\.(?:self_attn\.(?:[qkv]|out)_proj|fc[12])\.weight")
+
+_LINEARS_BY_MODEL_TYPE = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3"), _LLAMA_LINEAR),
+    "opt": _OPT_LINEAR,
+}
+
+_EMBEDDING = re.compile(r"(?:.*\.)?(?:embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|token_embedding)\.weight")
+_HEAD = re.compile(r"(?:.*\.)?(?:lm_head|embed_out|output_projection|score|classifier)\.weight|output\.weight")
+
+_NOT_LINEAR = re.compile(r"embed|wte|wpe|norm|(?:^|\.)ln_|lm_head|score|classifier|pooler|router|relative_attention_bias")
+"""Parts of names that the heuristics take for embeddings, norms, heads or routers, by customary naming."""
+
+_NOT_LINEAR_ENDINGS = (".mlp.gate.weight", ".block_sparse_moe.gate.weight", ".gate.wg.weight")
+"""Routers of mixtures of experts: tiny, and every token's path hangs on them."""
+
+_LAYER = re.compile(r"\.\d+\.")
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+
+
+def linear_tensors(model: Model) -> list[str]:
+    """Names of the weights of the linears inside the decoder blocks, in the order of the model.
+
+    Llama, Mistral, Qwen2, Qwen3, SmolLM3: q, k, v, o, gate, up, down. OPT: q, k, v, out, fc1, fc2. Any other
+    `config["model_type"]`: every 2-D float tensor of a numbered layer that is called `.weight`, has more than one row and
+    column, and is not an embedding, norm, head or router by name.
+    """
+    pattern = _LINEARS_BY_MODEL_TYPE.get(str(model.config.get("model_type", "")))
+    if pattern is not None:
+        return [name for name, tensor in model.tensors.items() if pattern.fullmatch(name) and len(tensor.shape) == 2]
+    return [name for name, tensor in model.tensors.items() if _looks_linear(name, tensor)]
+
+
+def _looks_linear(name: str, tensor: Tensor) -> bool:
+    if not name.endswith(".weight") or _LAYER.search(name) is None:
+        return False
+    if _NOT_LINEAR.search(name) or name.endswith(_NOT_LINEAR_ENDINGS):
+        return False
+    floating = isinstance(tensor, ClusteredWeight) or tensor.values.dtype in FLOAT_DTYPES
+    return floating and len(tensor.shape) == 2 and min(tensor.shape) > 1
+
+
+def kind(name: str) -> str:
+    """The name with the layer number, and an expert's number, replaced: equal for the same matrix of every layer.
+
+    `model.layers.3.self_attn.q_proj.weight` -> `model.layers.*.self_attn.q_proj.weight`.
+    """
+    return _EXPERT.sub(".experts.*.", _LAYER.sub(".*.", f".{name}", count=1)[1:])
+
+
+def embedding_tensor(model: Model) -> str | None:
+    """Name of the token embedding, `[vocabulary, hidden_size]`, or None if no tensor is called like one."""
+    return next((name for name in model.tensors if _EMBEDDING.fullmatch(name)), None)
+
+
+def head_tensor(model: Model) -> str | None:
+    """Name of the output projection, `[vocabulary, hidden_size]`, or None: the head is tied or there is none."""
+    return next((name for name in model.tensors if _HEAD.fullmatch(name)), None)

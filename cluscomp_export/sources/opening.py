@@ -1,0 +1,110 @@
+"""Open whatever a user has: the kind of source is told by its content, never by its suffix."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from cluscomp_export.sources.checkpoint import CONFIG, INDEX, PICKLED_SUFFIXES, open_checkpoint, pickled_problem, read_config
+from cluscomp_export.sources.gguf import gguf_parts, is_gguf, open_gguf
+from cluscomp_export.sources.huggingface import open_huggingface
+from cluscomp_export.sources.reference import is_reference_config, open_reference
+from cluscomp_formats import registry
+from cluscomp_formats.errors import InvalidFileError, Problem
+from cluscomp_formats.ir import Model
+
+__all__ = ["open_source", "source_bytes"]
+
+_OWN_FORMATS = "cluscomp_formats.packed"
+"""Importing it registers our own formats."""
+
+_OWN_METHOD = "cluscomp"
+"""`quantization_config.quant_method` of our own Hugging Face folders, which are a format and not a source."""
+
+
+def open_source(path: Path) -> Model:
+    """Open a model for conversion, lazily: shapes and dtypes cost no IO, payloads are read one tensor at a time.
+
+    Reads Hugging Face folders, single safetensors files with `config.json` beside them, GGUF files, folders of the authors'
+    ClusComp implementation, and every format registered with `cluscomp_formats.registry`. `provenance["format"]` of
+    the first four is `huggingface`, `huggingface`, `gguf` and `cluscomp-reference`; `provenance["stored_bits"]` maps names of
+    tensors the source stores in less than 16 bits per weight to those bits.
+
+    Raises InvalidFileError with every problem found, UnsupportedError for valid files this version does not read.
+    """
+    if path.is_dir():
+        if _is_own_folder(path):
+            return _open_own(path)
+        if (path / CONFIG).exists() or _has_weights(path):
+            config = _config_or_none(path)
+            return open_reference(path) if config and is_reference_config(config) else open_huggingface(path)
+        return _open_own(path)
+    if is_gguf(path):
+        return open_gguf(path)
+    if path.is_file() and _is_safetensors(path):
+        return open_huggingface(path.parent, path)
+    return _open_own(path)
+
+
+def _open_own(path: Path) -> Model:
+    importlib.import_module(_OWN_FORMATS)
+    if path.exists() and registry.detect(path) is None:
+        raise InvalidFileError(_unrecognised(path))
+    return registry.open_model(path)
+
+
+def _unrecognised(path: Path) -> Problem:
+    if path.suffix in PICKLED_SUFFIXES:
+        return pickled_problem(path, [path.name])
+    expected = "; ".join(
+        (
+            "a Hugging Face folder",
+            "a .safetensors file with config.json beside it",
+            "a GGUF file",
+            *(f"{name}: {registry.find_format(name).description}" for name in registry.format_names()),
+        )
+    )
+    inside = sorted(file.name for file in path.glob("*.gguf")) if path.is_dir() else []
+    remedy = f"name the file itself instead of its folder: {inside[0]}" if inside else None
+    return Problem("unknown_format", "not a model in any known format", str(path), expected=expected, remedy=remedy)
+
+
+def _config_or_none(folder: Path) -> dict[str, Any] | None:
+    """The folder's configuration, or None if it cannot be read: opening will report that along with the rest."""
+    try:
+        return read_config(folder)
+    except InvalidFileError:
+        return None
+
+
+def _is_own_folder(folder: Path) -> bool:
+    quantization = (_config_or_none(folder) or {}).get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == _OWN_METHOD
+
+
+def _has_weights(folder: Path) -> bool:
+    suffixes = (".safetensors", *PICKLED_SUFFIXES)
+    return any(file.suffix in suffixes or file.name == INDEX for file in folder.iterdir())
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file begins as a safetensors file does: the length of the header, then its opening brace."""
+    with path.open("rb") as stream:
+        head = stream.read(9)
+    return len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") <= path.stat().st_size
+
+
+def source_bytes(path: Path) -> int:
+    """Bytes of the weight files of a source: all shards of a folder, all parts of a split GGUF file, or the file itself.
+
+    Raises InvalidFileError if the source or one of its files is missing.
+    """
+    if path.is_dir():
+        files = list(open_checkpoint(path).weight_files) if not _is_own_folder(path) else sorted(path.glob("*.safetensors"))
+    else:
+        files = gguf_parts(path) if is_gguf(path) else [path]
+    missing = [file for file in files if not file.is_file()]
+    if missing:
+        raise InvalidFileError([Problem("missing", "no such file", str(file)) for file in missing])
+    return sum(file.stat().st_size for file in files)
