@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 
 from cluscomp_export.clustering import Method, Progress, cluster_model
-from cluscomp_export.planning import Plan, Share, plan_bits, plan_fixed
+from cluscomp_export.planning import Plan, Share, embedding_tensors, plan_bits, plan_fixed
 from cluscomp_export.sizes import Sizes, model_sizes
 from cluscomp_export.sources import open_source, source_bytes
-from cluscomp_export.sources.linears import embedding_tensors
 from cluscomp_formats.atomic import check_output
 from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem, StorageError, UnsupportedError
 from cluscomp_formats.ir import FLOAT_DTYPES, AnyArray, Array, Model

@@ -16,11 +16,11 @@ from typing import Literal
 
 import numpy as np
 
-from cluscomp_export.sources.linears import embedding_tensors, kind, linear_tensors
+from cluscomp_export.sources.linears import embedding_tensor, head_tensor, kind, linear_tensors
 from cluscomp_formats.errors import InvalidRequestError, Problem, UnsupportedError
 from cluscomp_formats.ir import MAX_CLUSTERS, ClusteredWeight, Model
 
-__all__ = ["CodebookPlan", "Plan", "Share", "Treatment", "expected_error", "plan_bits", "plan_fixed"]
+__all__ = ["CodebookPlan", "Plan", "Share", "Treatment", "embedding_tensors", "expected_error", "plan_bits", "plan_fixed"]
 
 Share = Literal["none", "kind", "model"]
 
@@ -220,9 +220,27 @@ def _allocate(
     for _ in range(100):
         middle = math.sqrt(low * high)
         low, high = (middle, high) if choose(middle)[0] > budget else (low, middle)
-    picks = choose(high)[1]
+    spent, picks = choose(high)
+    # The relaxation only knows the candidates on the convex hull; what it leaves of the budget buys others in between.
+    while True:
+        upgrades = [
+            (counts[key] * float(option.error[picks[key]] - option.error[pick]), cost, key, pick)
+            for key, option in distinct.items()
+            for pick in range(len(option.sizes))
+            if (cost := counts[key] * float(option.bits[pick] - option.bits[picks[key]])) <= budget - spent
+        ]
+        gain, cost, key, pick = max(upgrades, key=lambda upgrade: upgrade[0])
+        if gain <= 0:
+            break
+        picks[key] = pick
+        spent += cost
     error = sum(counts[key] * float(distinct[key].error[pick]) for key, pick in picks.items())
     return error, {name: distinct[key].sizes[picks[key]] for name, key in shapes.items()}
+
+
+def embedding_tensors(model: Model) -> list[str]:
+    """Names of the embedding and of the head, where it is not tied to the embedding."""
+    return [name for name in (embedding_tensor(model), head_tensor(model)) if name is not None]
 
 
 def _plan_embeddings(model: Model, bits: float) -> dict[str, Treatment]:

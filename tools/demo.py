@@ -98,9 +98,7 @@ def main() -> None:
         for row in (first, *rows)
     ]
     print_table(("", "MB", "bits/weight", "linears", "perplexity", "KL", "top-1 %", "tokens/s", "seconds"), table)
-    print(
-        f"\nself-test passed; kernel: {model.kernel_summary}\n\nQ: {QUESTION}\nA ({arguments.bits[-1]:g} bits): {answer.strip()}"
-    )
+    print(f"\nself-test passed; kernel: {model.kernel_summary}\n\nQ: {QUESTION}\nA ({arguments.bits[-1]:g} bits): {answer}")
 
 
 if __name__ == "__main__":
