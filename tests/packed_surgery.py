@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from cluscomp_formats.errors import InvalidFileError, Problem
 from cluscomp_formats.packed import open_packed
 
@@ -57,9 +59,7 @@ def with_section(data: bytes, number: int, content: bytes) -> bytes:
 def problems_of(path: Path, data: bytes, *, check: bool = True) -> tuple[Problem, ...]:
     """The problems found in a file of these bytes; fails if there are none."""
     path.write_bytes(data)
-    try:
+    with pytest.raises(InvalidFileError) as caught:
         open_packed(path, check=check)
-    except InvalidFileError as error:
-        assert all(problem.file == str(path) for problem in error.problems)
-        return error.problems
-    raise AssertionError("the file was accepted")
+    assert all(problem.file == str(path) for problem in caught.value.problems)
+    return caught.value.problems

@@ -30,13 +30,14 @@ def f32(value: float) -> float:
     return rounded
 
 
+STRUCT_CODES = {
+    "float64": "d", "float32": "f", "float16": "e", "int64": "q", "int32": "i", "int16": "h", "int8": "b",
+    "uint64": "Q", "uint32": "I", "uint16": "H", "uint8": "B", "bool": "?",
+}  # fmt: skip
+
+
 class IndependentReader:
     """Follows the specification, section by section."""
-
-    STRUCT_CODES = {
-        "float64": "d", "float32": "f", "float16": "e", "int64": "q", "int32": "i", "int16": "h", "int8": "b",
-        "uint64": "Q", "uint32": "I", "uint16": "H", "uint8": "B", "bool": "?",
-    }  # fmt: skip
 
     def __init__(self, data: bytes) -> None:
         self.data = data
@@ -60,7 +61,7 @@ class IndependentReader:
         if entry["dtype"] == "bfloat16":
             halves = [raw[at : at + 2] for at in range(0, len(raw), 2)]
             return [struct.unpack("<f", b"\0\0" + half)[0] for half in halves]
-        code = self.STRUCT_CODES[entry["dtype"]]
+        code = STRUCT_CODES[entry["dtype"]]
         return list(struct.unpack(f"<{len(raw) // struct.calcsize(code)}{code}", raw))
 
     def codes(self, number: int, count: int, num_clusters: int) -> list[int]:

@@ -62,8 +62,8 @@ def empty_model() -> Model:
 def plain_model() -> Model:
     """What a typical conversion gives: a codebook per matrix, norms in bfloat16, one side file."""
     tensors: dict[str, ClusteredWeight | DenseTensor] = {}
-    for name, num_clusters, out_features in (("q_proj", 16, 10), ("up_proj", 300, 12)):
-        name = f"model.layers.0.{name}.weight"
+    for module, num_clusters, out_features in (("q_proj", 16, 10), ("up_proj", 300, 12)):
+        name = f"model.layers.0.{module}.weight"
         codebook = Codebook(name, floats(f"{name} codebook", "float16", num_clusters, 4))
         stage = Stage(codebook, codes(name, num_clusters, 8, -(-out_features // 4)))
         tensors[name] = ClusteredWeight(name, (out_features, 8), (stage,))
