@@ -34,9 +34,13 @@ def test_the_target_is_untouched_until_the_block_ends(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("raised", [RuntimeError("x"), KeyboardInterrupt(), SystemExit()])
 def test_a_failing_block_leaves_nothing(tmp_path: Path, raised: BaseException) -> None:
-    with pytest.raises(type(raised)), atomic_write(tmp_path / "out") as stream:
-        stream.write(b"half")
-        raise raised
+    def fail_half_way() -> None:
+        with atomic_write(tmp_path / "out") as stream:
+            stream.write(b"half")
+            raise raised
+
+    with pytest.raises(type(raised)):
+        fail_half_way()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -66,8 +70,7 @@ def test_refusals(tmp_path: Path) -> None:
 
 def test_an_output_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "out"
-    with pytest.raises(OutputExistsError, match="appeared"), atomic_write(path) as stream:
-        stream.write(b"ours")
+    with pytest.raises(OutputExistsError, match="appeared"), atomic_write(path):
         path.write_bytes(b"theirs")
     assert path.read_bytes() == b"theirs"
     assert list(tmp_path.iterdir()) == [path]

@@ -360,23 +360,23 @@ def float_bytes(*values: float) -> bytes:
 
 # Codes are 2 bits wide: 0, 1, 2, 1, 0, 2 are stored as 01 10 01 00, 0000 10 00.
 @pytest.mark.parametrize(
-    ("section", "content", "kind", "tensor"),
+    ("section", ("content", "problem")),
     [
-        (CODES, bytes([0b01110100, 0b00001000]), "code_out_of_range", "attn"),
-        (CODES, bytes([0b01100100, 0b00011000]), "bad_padding", "attn"),
-        (CODEBOOK, np.array([1, 2, np.nan, 4, 5, 6], dtype=np.float16).tobytes(), "not_finite", "book"),
-        (CODEBOOK, np.array([1, 2, 3, 4, 5, -np.inf], dtype=np.float16).tobytes(), "not_finite", "book"),
-        (ROW_SCALE, float_bytes(1, np.inf, 1), "not_finite", "attn"),
-        (VALUES, float_bytes(np.nan, 1), "not_finite", "attn"),
-        (POSITIONS, np.array([4, 1], dtype=np.uint32).tobytes(), "outliers_unsorted", "attn"),
-        (POSITIONS, np.array([4, 4], dtype=np.uint32).tobytes(), "outliers_unsorted", "attn"),
-        (POSITIONS, np.array([1, 9], dtype=np.uint32).tobytes(), "outlier_out_of_range", "attn"),
-        (BOOLS, b"\1\2", "bad_bool", "active"),
-        (NORM, float_bytes(1, 1, 1, 1, 2), "digest_mismatch", "header"),
+        (CODES, bytes([0b01110100, 0b00001000]), ("code_out_of_range", "attn")),
+        (CODES, bytes([0b01100100, 0b00011000]), ("bad_padding", "attn")),
+        (CODEBOOK, np.array([1, 2, np.nan, 4, 5, 6], dtype=np.float16).tobytes(), ("not_finite", "book")),
+        (CODEBOOK, np.array([1, 2, 3, 4, 5, -np.inf], dtype=np.float16).tobytes(), ("not_finite", "book")),
+        (ROW_SCALE, float_bytes(1, np.inf, 1), ("not_finite", "attn")),
+        (VALUES, float_bytes(np.nan, 1), ("not_finite", "attn")),
+        (POSITIONS, np.array([4, 1], dtype=np.uint32).tobytes(), ("outliers_unsorted", "attn")),
+        (POSITIONS, np.array([4, 4], dtype=np.uint32).tobytes(), ("outliers_unsorted", "attn")),
+        (POSITIONS, np.array([1, 9], dtype=np.uint32).tobytes(), ("outlier_out_of_range", "attn")),
+        (BOOLS, b"\1\2", ("bad_bool", "active")),
+        (NORM, float_bytes(1, 1, 1, 1, 2), ("digest_mismatch", "header")),
     ],
 )
-def test_section_content(path: Path, data: bytes, section: int, content: bytes, kind: str, tensor: str) -> None:
-    assert kinds(problems_of(path, with_section(data, section, content))) == [(kind, tensor)]
+def test_section_content(path: Path, data: bytes, section: int, content: bytes, problem: tuple[str, str]) -> None:
+    assert kinds(problems_of(path, with_section(data, section, content))) == [problem]
 
 
 @pytest.mark.parametrize("section", range(8))
