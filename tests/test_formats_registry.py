@@ -1,0 +1,77 @@
+"""The registry of formats, and what importing the formats pulls in."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluscomp_formats import packed, registry
+from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem
+from cluscomp_formats.ir import Model
+from cluscomp_formats.registry import Format
+
+
+@pytest.fixture
+def formats(monkeypatch: pytest.MonkeyPatch) -> list[Format]:
+    """A registry of two formats told apart by the first byte."""
+    monkeypatch.setattr(registry, "_FORMATS", {})
+
+    def starts_with(letter: bytes) -> Format:
+        name = letter.decode()
+        return Format(
+            name, f"a file of {name}", lambda path: path.read_bytes()[:1] == letter, lambda _: Model({"is": name}, {})
+        )
+
+    made = [starts_with(b"b"), starts_with(b"a")]
+    for fmt in made:
+        registry.register(fmt)
+    return made
+
+
+def test_names_keep_their_order(formats: list[Format]) -> None:
+    assert registry.format_names() == ("b", "a")
+    assert registry.find_format("a") is formats[1]
+
+
+def test_a_format_is_found_by_content_not_by_suffix(formats: list[Format], tmp_path: Path) -> None:
+    path = tmp_path / "model.b"
+    path.write_bytes(b"a...")
+    assert registry.detect(path) is formats[1]
+    assert registry.open_model(path).config == {"is": "a"}
+
+
+def test_refusals(formats: list[Format], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="already registered"):
+        registry.register(formats[0])
+    with pytest.raises(InvalidRequestError, match="b, a"):
+        registry.find_format("c")
+    path = tmp_path / "other"
+    path.write_bytes(b"c")
+    assert registry.detect(path) is None
+    with pytest.raises(InvalidFileError, match="a: a file of a"):
+        registry.open_model(path)
+    with pytest.raises(InvalidFileError, match="no such file"):
+        registry.open_model(tmp_path / "nothing")
+
+
+def test_packed_is_registered() -> None:
+    assert registry.find_format("packed").open is packed.open_packed
+
+
+def test_importing_the_formats_is_light() -> None:
+    script = (
+        "import sys, cluscomp_formats, cluscomp_formats.packed\n"
+        "print([name for name in ('torch', 'transformers', 'onnx', 'gguf', 'safetensors') if name in sys.modules])"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
+def test_problems_print_where_what_and_why() -> None:
+    problem = Problem("k", "is wrong", "m.clus", "w", "1", "2", "do so")
+    assert str(problem) == "m.clus · w: is wrong\n  found: 1\n  expected: 2\n  remedy: do so"
+    assert Problem("k", "is wrong").as_dict() == {"kind": "k", "message": "is wrong"}
+    assert str(InvalidFileError([problem, Problem("k", "too")])).endswith("do so\ntoo")
