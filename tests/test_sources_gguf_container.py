@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import struct
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
 import pytest
-from sources_gguf_writer import finish, tiny_model, write_gguf
+from sources_gguf_writer import add_tensors, finish, start_writer, tiny_model, write_gguf
 
 from cluscomp_export.sources import open_source
 from cluscomp_export.sources.gguf.container import read_container
@@ -181,21 +181,28 @@ def test_a_message_names_file_tensor_found_and_expected(tmp_path: Path) -> None:
 
 def small_file(tmp_path: Path) -> bytes:
     """A readable one-layer model with a tokenizer, so that damage can reach every part of the reader."""
-    model = tiny_model("llama", num_hidden_layers=1, vocab_size=96)
+    model = tiny_model("llama", num_hidden_layers=1, vocab_size=8)
     path = tmp_path / "small.gguf"
-    writer_bytes = write_gguf(path, model, "llama", "Q4_0").read_bytes()
-    assert open_source(path).tensors
-    return writer_bytes
+    writer = start_writer(path, "llama", model.config)
+    writer.add_rope_scaling_factor(2.0)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(["<unk>", "<s>", "</s>", "a", "b", "c", "ab", "abc"])
+    writer.add_token_scores([0.0, 0.0, 0.0, -5.0, -5.0, -5.0, -1.0, -2.0])
+    writer.add_token_types([2, 3, 3, 1, 1, 1, 1, 1])
+    writer.add_bos_token_id(1)
+    writer.add_tensor("rope_freqs.weight", np.ones(8, np.float32))
+    add_tensors(writer, model, "llama", "Q4_0")
+    finish(writer)
+    assert open_source(path).files
+    return path.read_bytes()
 
 
 def open_and_read(path: Path) -> None:
     """Whatever the file holds: success or our errors, nothing else."""
-    try:
+    with contextlib.suppress(ClusCompError):
         model = open_source(path)
         for tensor in model.tensors.values():
             assert tensor.decode().shape == tensor.shape
-    except ClusCompError as error:
-        assert error.problems
 
 
 def test_truncation_anywhere_is_refused(tmp_path: Path) -> None:
@@ -211,9 +218,9 @@ def test_truncation_anywhere_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("seed", range(8))
 def test_flipped_bytes_never_escape_our_errors(tmp_path: Path, seed: int) -> None:
     content = small_file(tmp_path)
-    generator: Any = random.Random(seed)
+    generator = random.Random(seed)  # noqa: S311 - reproducible, not secret
     path = tmp_path / "flipped.gguf"
-    # Half of the damage goes to the header, where it can do something.
+    # Most of the damage goes to the header, where it can do something.
     header = min(tensor.offset for tensor in read_container(tmp_path / "small.gguf").tensors.values())
     for _ in range(60):
         damaged = bytearray(content)

@@ -40,7 +40,9 @@ def change_json(path: Path, change: Any) -> None:
     path.write_text(json.dumps(content))
 
 
-def problems_of(path: Path, error: type[InvalidFileError | UnsupportedError] = InvalidFileError) -> list[tuple[str, str | None]]:
+def problems_of(
+    path: Path, error: type[InvalidFileError | UnsupportedError] = InvalidFileError
+) -> list[tuple[str, str | None]]:
     with pytest.raises(error) as caught:
         open_source(path)
     assert all(problem.file and problem.message for problem in caught.value.problems)
@@ -214,7 +216,7 @@ def test_missing_shards_and_tensors_are_all_reported(tmp_path: Path) -> None:
     names = save_sharded(tmp_path)
     (tmp_path / names[0]).unlink()
     state = load_file(tmp_path / names[1])
-    lost = sorted(state)[0]
+    lost = min(state)
     del state[lost]
     save_file(state, tmp_path / names[1])
     (tmp_path / "config.json").write_text("{")
@@ -225,7 +227,7 @@ def test_tensors_in_two_shards_or_another_than_listed(tmp_path: Path) -> None:
     names = save_sharded(tmp_path)
     index = json.loads((tmp_path / INDEX).read_text())["weight_map"]
     first, second = load_file(tmp_path / names[0]), load_file(tmp_path / names[1])
-    twice, moved = sorted(first)[0], sorted(second)[0]
+    twice, moved = min(first), min(second)
     change_json(tmp_path / INDEX, lambda content: content["weight_map"].update({moved: names[2]}))
     save_file({**second, twice: first[twice]}, tmp_path / names[1])
     assert set(problems_of(tmp_path)) == {("duplicate_tensor", twice), ("misplaced_tensor", moved)}
@@ -239,7 +241,8 @@ def test_a_tensor_only_its_shard_lists_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["../secret.safetensors", "/etc/x.safetensors", "a/b.safetensors", "..\\x.safetensors", "c:x.safetensors", "x.bin", 7]
+    "name",
+    ["../secret.safetensors", "/etc/x.safetensors", "a/b.safetensors", "..\\x.safetensors", "c:x.safetensors", "x.bin", 7],
 )
 def test_shard_names_that_lead_elsewhere_are_refused(tmp_path: Path, name: Any) -> None:
     save_sharded(tmp_path)
@@ -269,7 +272,10 @@ def test_damaged_safetensors_are_refused(tmp_path: Path, damage: str) -> None:
     assert problems_of(tmp_path) == [("bad_safetensors", None)]
 
 
-@pytest.mark.parametrize(("content", "kind"), [(None, "missing"), ("{", "bad_json"), ("[]", "bad_json"), ("\xff", "bad_json")])
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [(None, "missing"), ("{", "bad_json"), ("[]", "bad_json"), ("\xff", "bad_json"), ('{"a": NaN}', "bad_json")],
+)
 def test_a_missing_or_broken_config_is_refused(tmp_path: Path, content: str | None, kind: str) -> None:
     save(tmp_path)
     (tmp_path / "config.json").unlink()

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -133,7 +133,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def _read_json_object(path: Path, remedy: str) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
     except FileNotFoundError:
         raise InvalidFileError(Problem("missing", "no such file", str(path), remedy=remedy)) from None
     except (OSError, ValueError, RecursionError) as error:
@@ -143,6 +143,11 @@ def _read_json_object(path: Path, remedy: str) -> dict[str, Any]:
         found = f"a JSON {type(content).__name__}"
         raise InvalidFileError(Problem("bad_json", "not a JSON object", str(path), found=found, expected="an object"))
     return content
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    """Python reads NaN and Infinity, which JSON does not have and no digest or file of ours can hold."""
+    raise ValueError(f"{name} is not JSON")
 
 
 def _read_index(path: Path) -> dict[str, str]:

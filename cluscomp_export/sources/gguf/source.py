@@ -30,12 +30,11 @@ _NAMED = 8
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether the file begins as a GGUF file does."""
-    try:
-        with path.open("rb") as stream:
-            return stream.read(len(MAGIC)) == MAGIC
-    except OSError:
+    """Whether it is a file that begins as a GGUF file does. Raises OSError if it cannot be read."""
+    if not path.is_file():
         return False
+    with path.open("rb") as stream:
+        return stream.read(len(MAGIC)) == MAGIC
 
 
 def gguf_parts(path: Path) -> list[Path]:
