@@ -60,7 +60,8 @@ def test_configuration_equals_that_of_transformers(path: Path, model: Model) -> 
     theirs = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     ours = AutoConfig.for_model(**{key: value for key, value in model.config.items() if key != "architectures"})
     assert type(ours) is type(theirs)
-    # The file has 1e-05 as float32; transformers keeps its noise, leaves float32 as the dtype unsaid, and adds two keys of its own.
+    # The file has 1e-05 as float32; transformers keeps its noise, leaves float32 as the dtype unsaid and
+    # adds two keys of its own.
     assert ours.rms_norm_eps == pytest.approx(theirs.rms_norm_eps, rel=1e-7)
     differing = {
         key for key in ours.to_dict().keys() | theirs.to_dict().keys() if ours.to_dict().get(key) != theirs.to_dict().get(key)
@@ -94,7 +95,8 @@ def test_ids_equal_those_of_transformers(path: Path, tokenizer: Tokenizer) -> No
 
 
 def test_ids_of_special_tokens_and_digits_by_hand(tokenizer: Tokenizer) -> None:
-    assert tokenizer.encode("<|im_start|>user 2024<|im_end|>").tokens == [
+    tokens = tokenizer.encode("<|im_start|>user 2024<|im_end|>").tokens
+    assert tokens == [
         "<|im_start|>",
         "user",
         "Ġ",
