@@ -208,11 +208,21 @@ def open_and_read(path: Path) -> None:
 def test_truncation_anywhere_is_refused(tmp_path: Path) -> None:
     content = small_file(tmp_path)
     path = tmp_path / "cut.gguf"
-    lengths = [*range(4, 400, 9), *range(400, len(content), len(content) // 80), len(content) - 1]
-    for length in lengths:
+    for length in (*range(4, len(content), len(content) // 80), len(content) - 1):
         path.write_bytes(content[:length])
         with pytest.raises(InvalidFileError):
             open_source(path)
+
+
+def test_truncation_at_every_byte_of_the_header_is_refused(tmp_path: Path) -> None:
+    content = file_bytes([pair("key", 8, string("text")), GOOD_PAIR], [GOOD_ENTRY, entry("v", (4,), 0, 256)], DATA + bytes(16))
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content)
+    assert len(read_container(path).tensors) == 2
+    for length in range(4, len(content)):
+        path.write_bytes(content[:length])
+        with pytest.raises(InvalidFileError, match="ends within|past the end"):
+            read_container(path)
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -263,6 +263,18 @@ def test_merges_by_hand() -> None:
     assert built["model"]["merges"] == [["b", "c"], ["a", "b"], ["ab", "c"], ["a", "bc"]]
 
 
+def test_text_that_spells_a_byte_or_control_token_is_not_merged_into_it() -> None:
+    tokens = ["<unk>", "</s>", "<0x41>", "<", "/", "s", ">", "</", "s>", "0", "x", "4", "1", "<0x4", "1>"]
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [0.0] * len(tokens),
+        "tokenizer.ggml.token_type": [UNKNOWN, CONTROL, BYTE, *([NORMAL] * (len(tokens) - 3))],
+    }
+    merges = json.loads(build_tokenizer(metadata)["tokenizer.json"])["model"]["merges"]
+    assert sorted(merges) == [["1", ">"], ["<", "/"], ["s", ">"]]
+
+
 # Files
 
 
