@@ -215,13 +215,13 @@ def test_truncation_anywhere_is_refused(tmp_path: Path) -> None:
 
 
 def test_truncation_at_every_byte_of_the_header_is_refused(tmp_path: Path) -> None:
-    content = file_bytes([pair("key", 8, string("text")), GOOD_PAIR], [GOOD_ENTRY, entry("v", (4,), 0, 256)], DATA + bytes(16))
+    content = file_bytes([pair("text", 8, string("text")), GOOD_PAIR], [GOOD_ENTRY, entry("v", (4,), 0, 256)], DATA + bytes(16))
     path = tmp_path / "model.gguf"
     path.write_bytes(content)
     assert len(read_container(path).tensors) == 2
     for length in range(4, len(content)):
         path.write_bytes(content[:length])
-        with pytest.raises(InvalidFileError, match="ends within|past the end"):
+        with pytest.raises(InvalidFileError, match=r"ends within|past the end"):
             read_container(path)
 
 

@@ -162,6 +162,14 @@ def test_words_by_hand() -> None:
     assert words("default", text) == ["a", "==", " ", "123", "456", "7", " it", "'", "s"]
 
 
+@pytest.mark.parametrize(("scheme", "whole"), [("llama-bpe", True), ("tekken", True), ("gpt-2", False), ("qwen2", False)])
+def test_a_word_that_is_a_token_needs_no_merges_in_some_schemes(scheme: str, whole: bool) -> None:
+    metadata = dict(BYTE_LEVEL[scheme][1])
+    metadata["tokenizer.ggml.tokens"] = [*metadata["tokenizer.ggml.tokens"], "xqzj"]
+    metadata["tokenizer.ggml.token_type"] = [*metadata["tokenizer.ggml.token_type"], NORMAL]
+    assert rebuilt(metadata).encode("xqzj").tokens == (["xqzj"] if whole else ["x", "q", "z", "j"])
+
+
 def test_a_file_without_a_scheme_is_cut_by_the_default() -> None:
     metadata = {key: value for key, value in BYTE_LEVEL["gpt-2"][1].items() if key != "tokenizer.ggml.pre"}
     assert build_tokenizer(metadata) == build_tokenizer({**metadata, "tokenizer.ggml.pre": "default"})
