@@ -9,11 +9,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from sources_gguf_writer import tiny_model, write_gguf
+from sources_gguf_writer import finish, tiny_model, write_gguf
 
 from cluscomp_export.sources import open_source, source_bytes
 from cluscomp_formats import registry
@@ -52,6 +53,15 @@ def test_folders_of_our_own_format_go_to_the_registry(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert open_source(tmp_path).provenance["format"] == "ours"
     assert source_bytes(tmp_path) == (tmp_path / "model.safetensors").stat().st_size
+
+
+def test_gguf_files_of_our_own_architecture_go_to_the_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "own.gguf", "cluscomp")
+    writer.add_tensor("w", np.zeros(32, np.float32))
+    finish(writer)
+    ours = registry.Format("ours", "", lambda path: b"cluscomp" in path.read_bytes(), lambda path: OWN)
+    monkeypatch.setattr(registry, "_FORMATS", {"ours": ours})
+    assert open_source(tmp_path / "own.gguf").provenance["format"] == "ours"
 
 
 @pytest.mark.parametrize("content", [b"", b"x", b"\xff" * 8 + b"{", bytes(64)])

@@ -19,7 +19,16 @@ from safetensors import SafetensorError, safe_open
 from cluscomp_formats.errors import InvalidFileError, Problem, UnsupportedError
 from cluscomp_formats.ir import DTYPES, AnyArray, Array
 
-__all__ = ["CONFIG", "INDEX", "PICKLED_SUFFIXES", "Checkpoint", "open_checkpoint", "pickled_problem", "read_config"]
+__all__ = [
+    "CONFIG",
+    "INDEX",
+    "PICKLED_SUFFIXES",
+    "SIDE_FILES",
+    "Checkpoint",
+    "open_checkpoint",
+    "pickled_problem",
+    "read_config",
+]
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -200,7 +209,7 @@ def _read_header(path: Path, headers: _Headers) -> None:
             for name in handle.keys():  # noqa: SIM118 - not a dict, has no __iter__
                 part = handle.get_slice(name)
                 _declare(path, name, tuple(part.get_shape()), part.get_dtype(), headers)
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         remedy = "download the file again, and compare its checksum"
         problem = Problem("bad_safetensors", "not a complete safetensors file", str(path), None, str(error), remedy=remedy)
         headers.problems.append(problem)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cluscomp_export.sources.checkpoint import CONFIG, INDEX, PICKLED_SUFFIXES, open_checkpoint, pickled_problem, read_config
-from cluscomp_export.sources.gguf import gguf_parts, is_gguf, open_gguf
+from cluscomp_export.sources.gguf import gguf_parts, is_gguf, model_of, read_gguf
 from cluscomp_export.sources.huggingface import open_huggingface
 from cluscomp_export.sources.reference import is_reference_config, open_reference
 from cluscomp_formats import registry
@@ -21,7 +21,8 @@ _OWN_FORMATS = "cluscomp_formats.packed"
 """Importing it registers our own formats."""
 
 _OWN_METHOD = "cluscomp"
-"""`quantization_config.quant_method` of our own Hugging Face folders, which are a format and not a source."""
+"""`quantization_config.quant_method` of our own Hugging Face folders and `general.architecture` of our own GGUF files: those
+are formats, not sources."""
 
 _MAX_HEADER_BYTES = 100_000_000
 """The limit the safetensors library sets to itself."""
@@ -53,7 +54,9 @@ def _open_by_content(path: Path) -> Model:
             return open_reference(path) if config and is_reference_config(config) else open_huggingface(path)
         return _open_own(path)
     if is_gguf(path):
-        return open_gguf(path)
+        container = read_gguf(path)
+        own = container.metadata.get("general.architecture") == _OWN_METHOD
+        return _open_own(path) if own else model_of(path, container)
     if path.is_file() and _is_safetensors(path):
         return open_huggingface(path.parent, path)
     return _open_own(path)
