@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +19,16 @@ from safetensors import SafetensorError, safe_open
 from cluscomp_formats.errors import InvalidFileError, Problem, UnsupportedError
 from cluscomp_formats.ir import DTYPES, AnyArray, Array
 
-__all__ = ["CONFIG", "INDEX", "PICKLED_SUFFIXES", "Checkpoint", "open_checkpoint", "pickled_problem", "read_config"]
+__all__ = [
+    "CONFIG",
+    "INDEX",
+    "PICKLED_SUFFIXES",
+    "SIDE_FILES",
+    "Checkpoint",
+    "open_checkpoint",
+    "pickled_problem",
+    "read_config",
+]
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -133,7 +142,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def _read_json_object(path: Path, remedy: str) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
     except FileNotFoundError:
         raise InvalidFileError(Problem("missing", "no such file", str(path), remedy=remedy)) from None
     except (OSError, ValueError, RecursionError) as error:
@@ -143,6 +152,11 @@ def _read_json_object(path: Path, remedy: str) -> dict[str, Any]:
         found = f"a JSON {type(content).__name__}"
         raise InvalidFileError(Problem("bad_json", "not a JSON object", str(path), found=found, expected="an object"))
     return content
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    """Python reads NaN and Infinity, which JSON does not have and no digest or file of ours can hold."""
+    raise ValueError(f"{name} is not JSON")
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -195,7 +209,7 @@ def _read_header(path: Path, headers: _Headers) -> None:
             for name in handle.keys():  # noqa: SIM118 - not a dict, has no __iter__
                 part = handle.get_slice(name)
                 _declare(path, name, tuple(part.get_shape()), part.get_dtype(), headers)
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         remedy = "download the file again, and compare its checksum"
         problem = Problem("bad_safetensors", "not a complete safetensors file", str(path), None, str(error), remedy=remedy)
         headers.problems.append(problem)

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from cluscomp_export.sources.checkpoint import CONFIG, INDEX, PICKLED_SUFFIXES, open_checkpoint, pickled_problem, read_config
-from cluscomp_export.sources.gguf import gguf_parts, is_gguf, open_gguf
+from cluscomp_export.sources.gguf import gguf_parts, is_gguf, model_of, read_gguf
 from cluscomp_export.sources.huggingface import open_huggingface
 from cluscomp_export.sources.reference import is_reference_config, open_reference
 from cluscomp_formats import registry
+from cluscomp_formats.atomic import storage_error
 from cluscomp_formats.errors import InvalidFileError, Problem
 from cluscomp_formats.ir import Model
 
@@ -20,7 +21,11 @@ _OWN_FORMATS = "cluscomp_formats.packed"
 """Importing it registers our own formats."""
 
 _OWN_METHOD = "cluscomp"
-"""`quantization_config.quant_method` of our own Hugging Face folders, which are a format and not a source."""
+"""`quantization_config.quant_method` of our own Hugging Face folders and `general.architecture` of our own GGUF files: those
+are formats, not sources."""
+
+_MAX_HEADER_BYTES = 100_000_000
+"""The limit the safetensors library sets to itself."""
 
 
 def open_source(path: Path) -> Model:
@@ -31,8 +36,16 @@ def open_source(path: Path) -> Model:
     the first four is `huggingface`, `huggingface`, `gguf` and `cluscomp-reference`; `provenance["stored_bits"]` maps names of
     tensors the source stores in less than 16 bits per weight to those bits.
 
-    Raises InvalidFileError with every problem found, UnsupportedError for valid files this version does not read.
+    Raises InvalidFileError with every problem found, UnsupportedError for valid files this version does not read,
+    StorageError if the operating system refuses to read them.
     """
+    try:
+        return _open_by_content(path)
+    except OSError as error:
+        raise storage_error(path, error) from error
+
+
+def _open_by_content(path: Path) -> Model:
     if path.is_dir():
         if _is_own_folder(path):
             return _open_own(path)
@@ -41,7 +54,9 @@ def open_source(path: Path) -> Model:
             return open_reference(path) if config and is_reference_config(config) else open_huggingface(path)
         return _open_own(path)
     if is_gguf(path):
-        return open_gguf(path)
+        container = read_gguf(path)
+        own = container.metadata.get("general.architecture") == _OWN_METHOD
+        return _open_own(path) if own else model_of(path, container)
     if path.is_file() and _is_safetensors(path):
         return open_huggingface(path.parent, path)
     return _open_own(path)
@@ -89,10 +104,10 @@ def _has_weights(folder: Path) -> bool:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """Whether a file begins as a safetensors file does: the length of the header, then its opening brace."""
+    """Whether a file begins as a safetensors file does: a plausible length of the header, then its opening brace."""
     with path.open("rb") as stream:
         head = stream.read(9)
-    return len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") <= path.stat().st_size
+    return len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") <= _MAX_HEADER_BYTES
 
 
 def source_bytes(path: Path) -> int:

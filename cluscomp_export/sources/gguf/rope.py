@@ -86,7 +86,8 @@ def llama3_divisors(
 
 
 def _llama3_scaling(file: str, theta: float, head_dim: int, divisors: npt.NDArray[np.float32]) -> dict[str, Any]:
-    factor = shortest_float(float(divisors.max()))
+    # The long waves are divided by the factor itself, but for float32 noise.
+    factor = float(f"{divisors.max():.4g}")
     for context in _ORIGINAL_CONTEXTS if divisors.shape == (head_dim // 2,) and factor > 0 else ():
         parameters = {"factor": factor, "low": _LOW_FREQ_FACTOR, "high": _HIGH_FREQ_FACTOR}
         expected = llama3_divisors(theta, head_dim, **parameters, original_context=context)

@@ -17,7 +17,7 @@ from cluscomp_export.sources.gguf.tokenizer import UnsupportedTokenizer, build_t
 from cluscomp_formats.errors import InvalidFileError, Problem, UnsupportedError
 from cluscomp_formats.ir import Array, DenseTensor, Model
 
-__all__ = ["gguf_parts", "is_gguf", "open_gguf"]
+__all__ = ["gguf_parts", "is_gguf", "model_of", "read_gguf"]
 
 _SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf")
 
@@ -30,12 +30,11 @@ _NAMED = 8
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether the file begins as a GGUF file does."""
-    try:
-        with path.open("rb") as stream:
-            return stream.read(len(MAGIC)) == MAGIC
-    except OSError:
+    """Whether it is a file that begins as a GGUF file does. Raises OSError if it cannot be read."""
+    if not path.is_file():
         return False
+    with path.open("rb") as stream:
+        return stream.read(len(MAGIC)) == MAGIC
 
 
 def gguf_parts(path: Path) -> list[Path]:
@@ -47,13 +46,12 @@ def gguf_parts(path: Path) -> list[Path]:
     return [path.with_name(f"{match['stem']}-{part:05d}-of-{count:05d}.gguf") for part in range(1, count + 1)]
 
 
-def open_gguf(path: Path) -> Model:
-    """Open a GGUF file, or the whole model if `path` is any part of a split one.
+def model_of(path: Path, container: Container) -> Model:
+    """The model in what `read_gguf(path)` gave.
 
     Plain tensors keep their dtype, quantised ones are decoded to float32 when they are read. Raises InvalidFileError for
-    truncated, damaged or contradictory files; UnsupportedError for architectures and types that are not read.
+    contradictory files; UnsupportedError for architectures and types that are not read.
     """
-    container = _read_parts(path)
     file, metadata, stored = str(path), container.metadata, container.tensors
     architecture = find_architecture(file, metadata)
     check_decodable(list(stored.values()))
@@ -92,9 +90,12 @@ def _tokenizer(metadata: Mapping[str, Any]) -> tuple[dict[str, Array], str]:
     return files, " ".join(str(metadata.get(f"tokenizer.ggml.{key}", "")) for key in ("model", "pre")).strip()
 
 
-def _read_parts(path: Path) -> Container:
-    """The container, of all parts together. Metadata comes from the first part, as in llama.cpp."""
-    declared = 1
+def read_gguf(path: Path) -> Container:
+    """Parse a GGUF file, or all parts of the model if `path` is any part of a split one; no tensor is read.
+
+    Metadata comes from the first part, as in llama.cpp. Raises InvalidFileError for truncated or damaged files and missing
+    parts; UnsupportedError for versions, byte orders and tensor types that are not read.
+    """
     parts = gguf_parts(path)
     if len(parts) == 1:
         container = read_container(path)

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["UnsupportedTokenizer", "build_tokenizer"]
+__all__ = ["SCHEMES", "UnsupportedTokenizer", "build_tokenizer"]
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 """Values of `tokenizer.ggml.token_type`."""
@@ -57,7 +57,7 @@ _LLAMA3 = _Scheme((_LLAMA3_WORDS,), ignore_merges=True, add_bos=True)
 _QWEN2 = _Scheme((_QWEN2_WORDS,))
 _DEFAULT = _Scheme((r"[\p{P}\$\+<=>\^~\|]+", _GPT2_WORDS, r"\p{N}+", "[0-9][0-9][0-9]"))
 
-_SCHEMES: dict[str, _Scheme] = {
+SCHEMES: dict[str, _Scheme] = {
     "default": _DEFAULT,
     **dict.fromkeys(("gpt-2", "phi-2", "olmo", "mpt", "jais", "exaone4", "trillion", "granite-docling", "mellum"), _GPT2),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), _DIGITS_GPT2),
@@ -93,9 +93,9 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> dict[str, bytes]:
     if model == "gpt2":
         vocabulary = _vocabulary(metadata)
         scheme_name = metadata.get("tokenizer.ggml.pre", "default")
-        scheme = _SCHEMES.get(scheme_name) if isinstance(scheme_name, str) else None
+        scheme = SCHEMES.get(scheme_name) if isinstance(scheme_name, str) else None
         if scheme is None:
-            raise UnsupportedTokenizer(f"unknown pre-tokenizer {scheme_name!a}; known: {', '.join(sorted(_SCHEMES))}")
+            raise UnsupportedTokenizer(f"unknown pre-tokenizer {scheme_name!a}; known: {', '.join(sorted(SCHEMES))}")
         parts, add_bos = _byte_level(metadata, vocabulary, scheme), scheme.add_bos
     elif model == "llama":
         vocabulary = _vocabulary(metadata)
