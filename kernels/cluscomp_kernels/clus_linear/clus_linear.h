@@ -12,6 +12,9 @@
 #define CC_LANES 64
 /* Input channels decoded at a time when several tokens share the work: CC_BLOCK * CC_LANES floats stay in the L1 cache. */
 #define CC_BLOCK 32
+/* Bytes of codes to fetch ahead: codes are one sequential stream per thread, too few for the processor's own prefetcher, which
+ * stops at every page. Measured in docs/lab-notes.md. */
+#define CC_PREFETCH 4096
 /* Tokens that share one decoded block. */
 #define CC_TOKENS 16
 

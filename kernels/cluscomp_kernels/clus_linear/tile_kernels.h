@@ -28,6 +28,7 @@ static inline CC_FN void tile_dot(int value_type, int row, int code_bytes, const
         sum[v] = vec_zero();
     for (int64_t i = 0; i < in_features; i++, record += code_bytes * (CC_LANES / row)) {
         const vec factor = vec_set1(x[i]);
+        __builtin_prefetch(record + CC_PREFETCH);
         for (int v = 0; v < TILE_VECS; v++)
             sum[v] = vec_fmadd(factor, tile_vec(codebook, value_type, row, record, code_bytes, v), sum[v]);
     }
@@ -39,9 +40,11 @@ static inline CC_FN void tile_decode(int value_type, int row, int code_bytes, co
                                      int64_t channels, float *block)
 {
     const char *record = codes;
-    for (int64_t i = 0; i < channels; i++, record += code_bytes * (CC_LANES / row), block += CC_LANES)
+    for (int64_t i = 0; i < channels; i++, record += code_bytes * (CC_LANES / row), block += CC_LANES) {
+        __builtin_prefetch(record + CC_PREFETCH);
         for (int v = 0; v < TILE_VECS; v++)
             vec_store(block + v * VEC_LANES, tile_vec(codebook, value_type, row, record, code_bytes, v));
+    }
 }
 
 /* Sums in the order of the channels, like tile_dot: a token's result does not depend on the tokens beside it. */
