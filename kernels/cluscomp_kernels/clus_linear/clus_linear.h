@@ -20,8 +20,8 @@
 
 enum { CC_FLOAT32, CC_FLOAT16, CC_BFLOAT16, CC_VALUE_TYPES };
 
-/* One tile for one token: lanes[CC_LANES] = sum over i of x[i] * decoded(i). */
-typedef void (*cc_tile_dot)(const void *codes, const void *codebook, const float *x, int64_t in_features, float *lanes);
+/* One tile for as many tokens as the kernel takes: lanes[n][CC_LANES] = sum over i of x[n][i] * decoded(i). */
+typedef void (*cc_tile_dot)(const void *codes, const void *codebook, const float *const *x, int64_t in_features, float *lanes);
 /* `channels` records of a tile as float32: block[channels][CC_LANES]. */
 typedef void (*cc_tile_decode)(const void *codes, const void *codebook, int64_t channels, float *block);
 /* lanes[tokens][CC_LANES] += x[tokens][channels] @ block[channels][CC_LANES]; rows of x are x_stride floats apart. */
@@ -29,7 +29,8 @@ typedef void (*cc_block_multiply)(const float *block, int64_t channels, const fl
                                   float *lanes);
 
 typedef struct {
-    cc_tile_dot dot;
+    cc_tile_dot dot;  /* 1 token */
+    cc_tile_dot dot4; /* 4 tokens, or NULL where decoding a block first is as fast */
     cc_tile_decode decode;
     cc_block_multiply multiply;
 } cc_kernels;

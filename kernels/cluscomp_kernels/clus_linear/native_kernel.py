@@ -29,7 +29,7 @@ VARIANTS = ("plain", "avx2", "avx512")
 """In the order of their numbers in linear.c."""
 LANES = 64
 """Values per input channel of a tile: CC_LANES of clus_linear.h."""
-FUSED_TOKENS = 16
+FUSED_TOKENS = 32
 """More tokens than this are multiplied by torch with the decoded weight."""
 DECODED_BYTES = 2 << 20
 """Most float32 bytes of a weight decoded at a time."""
