@@ -56,6 +56,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 """Names of the storage types and the numpy type that holds each; bfloat16, which numpy lacks, is held as its 16 bits."""
 
 FLOAT_DTYPES = ("float64", "float32", "float16", "bfloat16")
+POSITION_DTYPES = ("uint32", "uint64")
 CODEBOOK_DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -90,12 +91,18 @@ class Array:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"unknown dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
+        if any(length < 0 for length in self.shape):
+            raise ValueError(f"a shape has no negative lengths, got {self.shape}")
 
     @classmethod
     def of(cls, values: AnyArray, dtype: str | None = None) -> Array:
         """Wrap a numpy array that is already in memory. `dtype="bfloat16"` takes its uint16 bit patterns."""
         name = dtype or values.dtype.name
-        stored = np.ascontiguousarray(values, dtype=DTYPES[name])
+        if name not in DTYPES:
+            raise ValueError(f"unknown dtype {name!r}; known: {', '.join(DTYPES)}")
+        if name == "bfloat16" and values.dtype != DTYPES[name]:
+            raise ValueError(f"bfloat16 is given as its bit patterns in uint16, got {values.dtype}; see float32_to_bfloat16")
+        stored = np.asarray(values, dtype=DTYPES[name], order="C")
         return cls(values.shape, name, lambda: stored)
 
     @property
@@ -116,7 +123,8 @@ class Array:
         values = self.loader()
         if values.shape != self.shape or values.dtype != DTYPES[self.dtype]:
             raise ValueError(f"loader gave {values.dtype} {values.shape}, declared {self.dtype} {self.shape}")
-        return np.ascontiguousarray(values)
+        # Not ascontiguousarray, which would make a vector of a scalar.
+        return np.asarray(values, order="C")
 
     def to_float32(self) -> npt.NDArray[np.float32]:
         """The payload widened (float64: rounded) to float32."""
@@ -174,6 +182,13 @@ class Outliers:
     positions: Array
     values: Array
 
+    def __post_init__(self) -> None:
+        positions, values = self.positions, self.values
+        if len(positions.shape) != 1 or positions.dtype not in POSITION_DTYPES:
+            raise ValueError(f"outlier positions must be 1-D uint32 or uint64, got {positions.dtype} {positions.shape}")
+        if values.shape != positions.shape or values.dtype not in FLOAT_DTYPES:
+            raise ValueError(f"outlier values are {values.dtype} {values.shape}, expected float {positions.shape}")
+
 
 @dataclass(frozen=True)
 class ClusteredWeight:
@@ -193,6 +208,10 @@ class ClusteredWeight:
     outliers: Outliers | None = None
 
     def __post_init__(self) -> None:
+        if len(self.shape) != 2 or min(self.shape) < 1:
+            raise ValueError(f"{self.name}: a clustered weight is [out_features, in_features], got shape {self.shape}")
+        if self.group_axis not in ("out", "in"):
+            raise ValueError(f"{self.name}: group_axis is 'out' or 'in', got {self.group_axis!r}")
         if not self.stages:
             raise ValueError(f"{self.name}: a clustered weight needs at least one stage")
         for stage in self.stages:

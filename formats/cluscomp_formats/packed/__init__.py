@@ -1,0 +1,10 @@
+"""The packed format (`.clus`): one file with everything, checksummed, mappable; specified in `docs/packed-format.md`."""
+
+from cluscomp_formats.packed.header import PackedHeader
+from cluscomp_formats.packed.reader import looks_packed, open_packed, read_header
+from cluscomp_formats.packed.writer import WriteReport, write_packed
+from cluscomp_formats.registry import Format, register
+
+__all__ = ["PackedHeader", "WriteReport", "open_packed", "read_header", "write_packed"]
+
+register(Format("packed", "a single packed file (.clus)", looks_packed, open_packed))

@@ -1,0 +1,101 @@
+"""Strict JSON: one text per value, and nothing a JSON reader in another language would not take."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from cluscomp_formats.ir import canonical_json
+
+__all__ = ["MAX_DEPTH", "StrictJsonError", "json_faults", "parse_canonical"]
+
+MAX_DEPTH = 64
+"""Objects and arrays may be nested this deep."""
+
+_INTEGERS = range(-(2**63), 2**64)
+
+
+class StrictJsonError(ValueError):
+    """A JSON text that breaks a rule. `kind` is the problem's kind."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        self.kind = kind
+        super().__init__(message)
+
+
+def json_faults(value: Any, where: str) -> Iterator[tuple[str, str]]:
+    """Everything in `value` that JSON cannot hold, as (path, what is wrong); `where` is the path of `value` itself.
+
+    Integers must fit 64 bits, floats be finite, keys be strings and strings be valid Unicode.
+    """
+    # A stack of our own: the value may be nested deeper than Python can recurse, or contain itself.
+    stack = [(value, where, 1)]
+    while stack:
+        item, path, depth = stack.pop()
+        if item is None or isinstance(item, bool):
+            continue
+        if isinstance(item, str):
+            if not _is_unicode(item):
+                yield path, "a string with a lone surrogate"
+        elif isinstance(item, int):
+            if item not in _INTEGERS:
+                yield path, "an integer of more than 64 bits"
+        elif isinstance(item, float):
+            if not math.isfinite(item):
+                yield path, f"the number {item}"
+        elif depth > MAX_DEPTH:
+            yield path, f"nested more than {MAX_DEPTH} deep"
+        elif isinstance(item, dict):
+            for key, member in item.items():
+                if not isinstance(key, str):
+                    yield path, f"the key {key!r}, which is not a string"
+                elif not _is_unicode(key):
+                    yield path, "a key with a lone surrogate"
+                else:
+                    stack.append((member, f"{path}.{key}", depth + 1))
+        elif isinstance(item, (list, tuple)):
+            stack += [(member, f"{path}[{index}]", depth + 1) for index, member in enumerate(item)]
+        else:
+            yield path, f"a {type(item).__name__}"
+
+
+def parse_canonical(data: bytes) -> Any:
+    """The value of a canonical JSON text: see `canonical_json`.
+
+    Raises StrictJsonError of kind `bad_json`, `duplicate_key` or `not_canonical`.
+    """
+    try:
+        value = json.loads(data.decode("ascii"), object_pairs_hook=_object_without_duplicates, parse_constant=_no_constant)
+        fault = next(json_faults(value, "header"), None)
+        if fault is not None:
+            raise StrictJsonError("bad_json", f"{fault[0]} is {fault[1]}")
+        text = canonical_json(value)
+    except StrictJsonError:
+        raise
+    except RecursionError:
+        raise StrictJsonError("bad_json", f"nested more than {MAX_DEPTH} deep") from None
+    except ValueError as error:
+        # JSONDecodeError, UnicodeDecodeError and Python's limit on the digits of an integer.
+        raise StrictJsonError("bad_json", str(error)) from None
+    if text.encode() != data:
+        raise StrictJsonError("not_canonical", "keys are unsorted, or white space or numbers are not in canonical form")
+    return value
+
+
+def _is_unicode(text: str) -> bool:
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        seen: set[str] = set()
+        doubled = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise StrictJsonError("duplicate_key", f"the key {doubled!r} occurs twice in one object")
+    return members
+
+
+def _no_constant(name: str) -> Any:
+    raise StrictJsonError("bad_json", f"{name} is not JSON")

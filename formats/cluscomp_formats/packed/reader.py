@@ -1,0 +1,192 @@
+"""Open packed files. Every file is taken for hostile until checked; see `docs/packed-format.md` for what is checked when."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import stat
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from cluscomp_formats.atomic import storage_error
+from cluscomp_formats.errors import InvalidFileError, Problem
+from cluscomp_formats.ir import DigestBuilder, Model
+from cluscomp_formats.packed.assembly import build_model, reference_problems
+from cluscomp_formats.packed.header import PackedHeader
+from cluscomp_formats.packed.header_parsing import layout_problems, parse_header
+from cluscomp_formats.packed.json_values import StrictJsonError, parse_canonical
+from cluscomp_formats.packed.lookalike import describe, is_mangled
+from cluscomp_formats.packed.mapped_file import MappedFile
+from cluscomp_formats.packed.payloads import stored_payloads
+from cluscomp_formats.packed.spec import (
+    ALIGNMENT,
+    MAGIC,
+    MAX_HEADER_LENGTH,
+    PREAMBLE_LENGTH,
+    VERSION,
+    Preamble,
+)
+
+__all__ = ["looks_packed", "open_packed", "read_header"]
+
+_FETCH_AGAIN = "copy, download or convert it again"
+
+
+def open_packed(path: Path, *, check: bool = False) -> Model:
+    """Open a packed file as a lazy model.
+
+    The structure is checked at once and all its problems are reported together; a payload's checksum and values when it is
+    first read, which then may raise InvalidFileError, or all of them and the digest now if `check`. The file is mapped: it
+    may be replaced or deleted while the model is in use, but must not be changed in place (one cut short is noticed when
+    the next payload is read, but an array already handed out then ends the process with SIGBUS when touched).
+
+    Raises InvalidFileError, StorageError.
+    """
+    header, model, file = _open(path)
+    if check:
+        problems = list(_content_problems(header, model, file))
+        if problems:
+            raise InvalidFileError(problems)
+    return model
+
+
+def read_header(path: Path) -> PackedHeader:
+    """The header of a packed file, checked for structure; reads no payload.
+
+    Raises InvalidFileError, StorageError.
+    """
+    return _open(path)[0]
+
+
+def looks_packed(path: Path) -> bool:
+    """Whether `path` is a packed file, or was one, by its first bytes. Never raises."""
+    try:
+        if not path.is_file():
+            return False
+        with path.open("rb") as stream:
+            start = stream.read(len(MAGIC))
+    except (OSError, ValueError):
+        return False
+    return start == MAGIC or is_mangled(start)
+
+
+def _open(path: Path) -> tuple[PackedHeader, Model, MappedFile]:
+    name = str(path)
+    try:
+        # Before opening it: opening a named pipe waits for a writer.
+        _check_regular(path)
+        with path.open("rb") as stream:
+            length = os.fstat(stream.fileno()).st_size
+            preamble = _read_preamble(stream, length, name)
+            header = _read_header(stream, preamble, name)
+            mapping = mmap.mmap(stream.fileno(), length, access=mmap.ACCESS_READ)
+    except FileNotFoundError:
+        raise InvalidFileError(Problem("missing", "no such file", name)) from None
+    except OSError as error:
+        raise storage_error(path, error) from error
+    except ValueError:
+        # mmap's answer to a file that has become shorter than `length`.
+        raise InvalidFileError(Problem("file_changed", "the file was cut while being opened", name)) from None
+    file = MappedFile(name, mapping, header.sections)
+    model = build_model(header, file)
+    problems = list(reference_problems(header, model, name))
+    if problems:
+        raise InvalidFileError(problems)
+    file.payloads = [payload for payload, _ in stored_payloads(model)]
+    return header, model, file
+
+
+def _check_regular(path: Path) -> None:
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise InvalidFileError(Problem("is_folder", "a folder, not a packed model", str(path), remedy="name the .clus file"))
+    if not stat.S_ISREG(mode):
+        raise InvalidFileError(Problem("not_a_file", "a device or pipe, not a file", str(path), remedy="copy it to a file"))
+
+
+def _read_preamble(stream: BinaryIO, length: int, name: str) -> Preamble:
+    start = stream.read(PREAMBLE_LENGTH)
+    if not start:
+        raise InvalidFileError(Problem("empty", "the file is empty", name, remedy=_FETCH_AGAIN))
+    if start[: len(MAGIC)] != MAGIC[: len(start)]:
+        found, remedy = describe(start)
+        expected = f"{MAGIC.hex(' ')} at the start"
+        raise InvalidFileError(Problem("bad_magic", "not a packed model", name, None, found, expected, remedy))
+    if len(start) < PREAMBLE_LENGTH:
+        found, expected = f"{len(start)} bytes", f"at least {PREAMBLE_LENGTH}"
+        raise InvalidFileError(Problem("truncated", "the file ends early", name, None, found, expected, _FETCH_AGAIN))
+    preamble = Preamble.from_bytes(start)
+    if preamble is None:
+        message = "the first 64 bytes do not match their checksum"
+        raise InvalidFileError(Problem("checksum_mismatch", message, name, "preamble", remedy=_FETCH_AGAIN))
+    if preamble.version > VERSION:
+        found, expected = f"version {preamble.version}", f"version {VERSION}"
+        message, remedy = "written by a newer version", "upgrade cluscomp-export"
+        raise InvalidFileError(Problem("newer_version", message, name, None, found, expected, remedy))
+    problems = list(_preamble_problems(preamble, length, name))
+    if problems:
+        raise InvalidFileError(problems)
+    return preamble
+
+
+def _preamble_problems(preamble: Preamble, length: int, name: str) -> Iterator[Problem]:
+    def problem(kind: str, message: str, found: object, expected: object, remedy: str | None = None) -> Problem:
+        return Problem(kind, message, name, "preamble", str(found), str(expected), remedy)
+
+    if preamble.version != VERSION:
+        yield problem("bad_version", "there is no such version", preamble.version, VERSION)
+    if preamble.flags:
+        yield problem("unknown_flags", "unknown flags are set", hex(preamble.flags), 0, "upgrade cluscomp-export")
+    if any(preamble.reserved):
+        yield problem("reserved_not_zero", "reserved bytes are not zero", preamble.reserved.hex(" "), "zeros")
+    if length < preamble.file_length:
+        yield problem("truncated", "the file ends early", f"{length} bytes", preamble.file_length, _FETCH_AGAIN)
+    if length > preamble.file_length:
+        yield problem("trailing_bytes", "the file goes on after its end", f"{length} bytes", preamble.file_length, _FETCH_AGAIN)
+    if preamble.header_offset < PREAMBLE_LENGTH or preamble.header_offset % ALIGNMENT:
+        expected = f"a multiple of {ALIGNMENT} from {PREAMBLE_LENGTH}"
+        yield problem("bad_header_offset", "the header's offset is impossible", preamble.header_offset, expected)
+    if preamble.header_length > MAX_HEADER_LENGTH:
+        yield problem("header_too_long", "the header is too long", preamble.header_length, f"at most {MAX_HEADER_LENGTH}")
+    end = preamble.header_offset + preamble.header_length
+    if end != preamble.file_length:
+        yield problem("bad_header_length", "the header does not end where the file does", end, preamble.file_length)
+
+
+def _read_header(stream: BinaryIO, preamble: Preamble, name: str) -> PackedHeader:
+    stream.seek(preamble.header_offset)
+    data = stream.read(preamble.header_length)
+    crc = zlib.crc32(data)
+    if crc != preamble.header_crc32:
+        found, expected = f"{crc:08x}", f"{preamble.header_crc32:08x}"
+        message = "the checksum of the header is wrong"
+        raise InvalidFileError(Problem("checksum_mismatch", message, name, "header", found, expected, _FETCH_AGAIN))
+    try:
+        value = parse_canonical(data)
+    except StrictJsonError as error:
+        raise InvalidFileError(Problem(error.kind, f"the header: {error}", name, "header")) from None
+    header, problems = parse_header(value, name)
+    if header is not None:
+        problems += layout_problems(header.sections, preamble.header_offset, name)
+    if header is None or problems:
+        raise InvalidFileError(problems)
+    return header
+
+
+def _content_problems(header: PackedHeader, model: Model, file: MappedFile) -> Iterator[Problem]:
+    builder = DigestBuilder(model.config)
+    sound = True
+    for payload, array in stored_payloads(model):
+        try:
+            values = array.read()
+        except InvalidFileError as error:
+            sound = False
+            yield from error.problems
+            continue
+        if payload.description is not None:
+            builder.add(payload.description, array, values)
+    if sound and builder.digest() != header.digest:
+        message = "the content is not what the digest says"
+        yield Problem("digest_mismatch", message, file.name, "header", builder.digest(), header.digest, _FETCH_AGAIN)

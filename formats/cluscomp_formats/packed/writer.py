@@ -1,0 +1,203 @@
+"""Write packed files in one pass: each payload is read once, checked, packed, summed, hashed and written before the next."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from cluscomp_formats.atomic import atomic_write, check_output, storage_error
+from cluscomp_formats.errors import InvalidRequestError, Problem, StorageError
+from cluscomp_formats.ir import AnyArray, Array, DigestBuilder, Model, canonical_json
+from cluscomp_formats.packed.bits import pack_bits
+from cluscomp_formats.packed.header import PackedHeader, Section, header_of, header_value
+from cluscomp_formats.packed.json_values import json_faults
+from cluscomp_formats.packed.payloads import Payload, stored_payloads
+from cluscomp_formats.packed.reader import open_packed
+from cluscomp_formats.packed.spec import (
+    MAX_HEADER_LENGTH,
+    MAX_RANK,
+    PREAMBLE_LENGTH,
+    VERSION,
+    Preamble,
+    align,
+    file_name_fault,
+    name_fault,
+)
+
+__all__ = ["WriteReport", "write_packed"]
+
+Progress = Callable[[int, int], None]
+SelfTest = Callable[[Model], Mapping[str, Any] | None]
+
+_PIECE = 1 << 22
+"""Elements handled at a time, a multiple of 8: keeps the packed copy of a large payload small, and progress moving."""
+
+
+@dataclass(frozen=True)
+class WriteReport:
+    """What was written. Sizes in bytes; `payload_bytes` counts the sections without padding, preamble and header."""
+
+    path: Path
+    digest: str
+    file_bytes: int
+    payload_bytes: int
+    num_sections: int
+
+
+def write_packed(
+    model: Model,
+    path: Path,
+    *,
+    force: bool = False,
+    self_test: SelfTest | None = None,
+    on_progress: Progress | None = None,
+) -> WriteReport:
+    """Write `model` as a packed file, atomically, with no more than about one payload in memory.
+
+    With `self_test`, the callback gets the model as opened from the finished payloads and returns the self-test record to
+    store; without, `model.self_test` is kept. `on_progress` gets payload bytes done and in total.
+
+    Raises OutputExistsError and StorageError; InvalidRequestError for a model the format cannot hold: before anything is
+    written for names, configuration and shapes, and before the file appears for values (a code past its codebook, NaN in a
+    codebook, unsorted outliers). Each payload's loader is called once; what it raises passes through, but an OSError comes
+    as a StorageError that names the tensor.
+    """
+    check_output(path, force=force)
+    payloads = list(stored_payloads(model))
+    problems = list(_request_problems(model, payloads, str(path)))
+    if problems:
+        raise InvalidRequestError(problems)
+    with atomic_write(path, force=force) as stream:
+        sections, digest = _write_sections(stream, model, payloads, path, on_progress)
+        record = model.self_test if self_test is None else None
+        header = header_of(model, [payload for payload, _ in payloads], sections, digest, record)
+        file_bytes = _write_header(stream, header)
+        if self_test is not None:
+            record = self_test(open_packed(Path(stream.name)))
+            faults = list(_json_problems({"self_test": record}, str(path)))
+            if faults:
+                raise InvalidRequestError(faults)
+            header = header_of(model, [payload for payload, _ in payloads], sections, digest, record)
+            file_bytes = _write_header(stream, header)
+    payload_bytes = sum(section.length for section in sections)
+    return WriteReport(path, digest, file_bytes, payload_bytes, len(sections))
+
+
+def _write_sections(
+    stream: BinaryIO, model: Model, payloads: Sequence[tuple[Payload, Array]], path: Path, on_progress: Progress | None
+) -> tuple[list[Section], str]:
+    total = sum(payload.stored_bytes for payload, _ in payloads)
+    done = 0
+    builder = DigestBuilder(model.config)
+    sections: list[Section] = []
+    # The preamble stays zero until the end: an unfinished file is never taken for a model.
+    stream.write(bytes(PREAMBLE_LENGTH))
+    # hashlib lets go of the interpreter lock, so one payload is hashed while it is packed and written.
+    with ThreadPoolExecutor(max_workers=1) as hasher:
+        for payload, array in payloads:
+            values = _read(payload, array, path)
+            hashing = hasher.submit(_hash, builder, payload, array, values)
+            offset, crc = stream.tell(), 0
+            for piece in _pieces(payload, values):
+                crc = zlib.crc32(piece, crc)
+                stream.write(piece)
+                done += piece.nbytes
+                if on_progress is not None:
+                    on_progress(done, total)
+            section = Section(offset, payload.stored_bytes, crc)
+            stream.write(bytes(align(stream.tell()) - stream.tell()))
+            sections.append(section)
+            hashing.result()
+            del values, piece
+    return sections, builder.digest()
+
+
+def _hash(builder: DigestBuilder, payload: Payload, array: Array, values: AnyArray) -> None:
+    if payload.description is not None:
+        builder.add(payload.description, array, values)
+
+
+def _read(payload: Payload, array: Array, path: Path) -> AnyArray:
+    try:
+        values = array.read()
+    except OSError as error:
+        problem = storage_error(path, error).problems[0]
+        message = f"{payload.part} cannot be read: {problem.message}"
+        raise StorageError(Problem("source_unreadable", message, error.filename, payload.owner)) from error
+    fault = payload.content_fault(values)
+    if fault is not None:
+        raise InvalidRequestError(
+            Problem(fault.kind, fault.message, str(path), payload.owner, fault.found, fault.expected, "the model is faulty")
+        )
+    return values
+
+
+def _pieces(payload: Payload, values: AnyArray) -> Iterator[memoryview]:
+    """The section's bytes, a piece at a time. Yields at least one, possibly empty."""
+    flat = values.reshape(-1)
+    for start in range(0, max(flat.size, 1), _PIECE):
+        piece = flat[start : start + _PIECE]
+        stored = piece.view(np.uint8) if payload.code_bits is None else pack_bits(piece, payload.code_bits)
+        yield stored.data
+
+
+def _write_header(stream: BinaryIO, header: PackedHeader) -> int:
+    """Write header and preamble after the sections; the file's length in bytes."""
+    data = canonical_json(header_value(header)).encode()
+    offset = PREAMBLE_LENGTH
+    if header.sections:
+        offset = align(header.sections[-1].offset + header.sections[-1].length)
+    stream.seek(offset)
+    stream.write(data)
+    stream.truncate()
+    stream.seek(0)
+    stream.write(Preamble(VERSION, 0, offset + len(data), offset, len(data), zlib.crc32(data)).to_bytes())
+    stream.flush()
+    return offset + len(data)
+
+
+def _request_problems(model: Model, payloads: Sequence[tuple[Payload, Array]], file: str) -> Iterator[Problem]:
+    """What can be found wrong without reading a payload."""
+    for label, names, fault_of in (
+        ("tensor", model.tensors, name_fault),
+        ("codebook", model.codebooks, name_fault),
+        ("side file", model.files, file_name_fault),
+    ):
+        for name in names:
+            fault = fault_of(name)
+            if fault is not None:
+                yield Problem("bad_name", f"the name of a {label} {fault}", file, repr(name[:200]))
+    for name, array in model.files.items():
+        if array.dtype != "uint8" or len(array.shape) != 1:
+            found = f"{array.dtype} {list(array.shape)}"
+            yield Problem("bad_side_file", "a side file is held as its bytes", file, name, found, "uint8 [bytes]")
+    for payload, _ in payloads:
+        if len(payload.shape) > MAX_RANK:
+            found, expected = f"{len(payload.shape)} dimensions", f"at most {MAX_RANK}"
+            yield Problem("bad_shape", f"{payload.part} has too many dimensions", file, payload.owner, found, expected)
+    values = {"config": model.config, "provenance": model.provenance, "self_test": model.self_test}
+    json_problems = list(_json_problems(values, file))
+    yield from json_problems
+    if not json_problems:
+        # Sections as long as their text can get.
+        sections = [Section(1 << 62, 1 << 62, (1 << 32) - 1)] * len(payloads)
+        header = header_of(model, [payload for payload, _ in payloads], sections, "sha256:" + "0" * 64, model.self_test)
+        length = len(canonical_json(header_value(header)))
+        if length > MAX_HEADER_LENGTH:
+            yield Problem("header_too_long", "the header is too long", file, None, str(length), f"at most {MAX_HEADER_LENGTH}")
+
+
+def _json_problems(values: Mapping[str, Any], file: str) -> Iterator[Problem]:
+    for label, value in values.items():
+        if not isinstance(value, dict) and not (value is None and label == "self_test"):
+            found = f"a {type(value).__name__}"
+            yield Problem("not_json", f"{label} is not a JSON object", file, found=found, expected="a dict")
+            continue
+        for where, fault in json_faults(value, label):
+            yield Problem("not_json", f"{where} is {fault}, which JSON cannot hold", file)
