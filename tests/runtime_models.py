@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+
 from cluscomp_formats.ir import Array, ClusteredWeight, Codebook, DenseTensor, Model, Outliers, Stage, Tensor
 from cluscomp_runtime.architecture import DecoderSettings, expected_tensors
 
@@ -73,7 +74,9 @@ def oracle(name: str) -> tuple[transformers.PreTrainedModel, Model]:
     return peer, dense_model(config.to_dict(), {key: value.numpy() for key, value in peer.state_dict().items()})
 
 
-def dense_model(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], files: Mapping[str, Array] | None = None) -> Model:
+def dense_model(
+    config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], files: Mapping[str, Array] | None = None
+) -> Model:
     """An uncompressed model; a tied head is left out."""
     kept = {
         name: DenseTensor(name, Array.of(np.array(values)))

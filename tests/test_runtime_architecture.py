@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import transformers
+from runtime_models import ORACLES, SMALL, clustered_model, oracle, small_config
+
 from cluscomp_formats.errors import InvalidFileError, UnsupportedError
 from cluscomp_formats.ir import Array, DenseTensor, Model
 from cluscomp_runtime import LanguageModel
 from cluscomp_runtime.architecture import DecoderSettings, check_tensors, expected_tensors
-from runtime_models import ORACLES, SMALL, clustered_model, oracle, small_config
 
 
 @pytest.mark.parametrize("name", ORACLES)
@@ -165,7 +166,7 @@ def test_a_tensor_without_use_is_refused() -> None:
     model = clustered_model(small_config())
     bias = "model.layers.0.self_attn.q_proj.bias"
     extra = {bias: DenseTensor(bias, Array.of(np.ones(32, np.float32)))}
-    with pytest.raises(UnsupportedError, match="q_proj.bias"):
+    with pytest.raises(UnsupportedError, match=r"q_proj\.bias"):
         LanguageModel.from_model(Model(model.config, {**model.tensors, **extra}))
 
 

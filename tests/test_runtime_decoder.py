@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
+from runtime_models import ORACLES, clustered_model, oracle, small_config
+
 from cluscomp_formats.ir import Array, DenseTensor, Model
 from cluscomp_runtime import LanguageModel
 from cluscomp_runtime.rope import RopeSettings, apply_rope, inverse_frequencies, rope_tables
-from runtime_models import ORACLES, clustered_model, oracle, small_config
 
 EPSILON = torch.finfo(torch.float32).eps
 
@@ -64,7 +67,7 @@ def test_the_cache_changes_nothing(name: str, first: int) -> None:
     cuts = [0, first, first + 1, first + 5, *range(first + 6, 18)]
     with torch.inference_mode():
         cache = decoder.cache(17, batch=2)
-        parts = [decoder(ids[:, begin:end], cache) for begin, end in zip(cuts, cuts[1:], strict=False)]
+        parts = [decoder(ids[:, begin:end], cache) for begin, end in itertools.pairwise(cuts)]
     assert cache.length == 17
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=1e-11, atol=1e-11)
 

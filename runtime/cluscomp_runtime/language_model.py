@@ -160,11 +160,13 @@ class LanguageModel:
                 remedy = "give token ids instead of text"
                 raise InvalidRequestError(Problem("no_tokenizer", "this model has no tokenizer.json", remedy=remedy))
             return self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
-        ids = torch.as_tensor(prompt)
-        if ids.is_floating_point() or not (ids.dim() == 1 or (ids.dim() == 2 and len(ids) == 1)):
-            found, expected = f"{ids.dtype} {tuple(ids.shape)}", "a text, or integer token ids [tokens]"
-            raise InvalidRequestError(Problem("bad_prompt", "this is no prompt", found=found, expected=expected))
-        return [int(token) for token in ids.reshape(-1).tolist()]
+        ids = prompt.tolist() if isinstance(prompt, torch.Tensor) else list(prompt)
+        if isinstance(prompt, torch.Tensor) and prompt.dim() == 2 and len(prompt) == 1:
+            ids = ids[0]
+        if not all(isinstance(token, int) for token in ids):
+            expected = "a text, or integer token ids [tokens]"
+            raise InvalidRequestError(Problem("bad_prompt", "this is no prompt", found=repr(ids)[:200], expected=expected))
+        return ids
 
 
 def _device(device: str | torch.device) -> torch.device:

@@ -175,7 +175,8 @@ class MatrixBuilder:
         bias_values = None if bias is None else self.vector(bias)
         if isinstance(tensor, DenseTensor):
             return DenseLinear(self._place(decoded(tensor)), bias_values)
-        if self.kernel == "dense":
+        # The fast kernels compute in float32 whatever they are given.
+        if self.kernel == "dense" or (self.kernel == "auto" and self.dtype == torch.float64):
             return DenseLinear(self._place(decoded(tensor)), bias_values, path="dense (decoded)")
         if tensor.group_axis == "in":
             self.without_kernel.append(tensor.name)
