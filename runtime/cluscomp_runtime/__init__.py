@@ -1,1 +1,16 @@
 """The minimal runtime: load a codebook model and run it. Needs numpy, torch and tokenizers."""
+
+from cluscomp_runtime.generate import Generation, GenerationStream
+from cluscomp_runtime.language_model import LanguageModel
+from cluscomp_runtime.load import load
+from cluscomp_runtime.selftest import SelfTestReport, make_self_test, run_self_test
+
+__all__ = [
+    "Generation",
+    "GenerationStream",
+    "LanguageModel",
+    "SelfTestReport",
+    "load",
+    "make_self_test",
+    "run_self_test",
+]

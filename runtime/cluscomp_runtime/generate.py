@@ -1,0 +1,149 @@
+"""Text generation: prefill, then one token at a time until something ends it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from cluscomp_formats.errors import InvalidRequestError, Problem
+from cluscomp_runtime.decoder import Decoder
+from cluscomp_runtime.sampling import Sampler
+from cluscomp_runtime.tokenizer import StreamDecoder, Tokenizer
+
+__all__ = ["Generation", "GenerationStream", "StopReason"]
+
+StopReason = Literal["end_token", "max_new_tokens", "context"]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a generation gave.
+
+    `text` continues the prompt and leaves it out; it is empty where there is no tokenizer. `token_ids` are the new tokens, an
+    end token included. Seconds are wall-clock and leave out what a consumer of the stream spends: `prefill_seconds` for the
+    first token, `decode_seconds` for the others.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+    stop_reason: StopReason
+
+    @property
+    def new_tokens(self) -> int:
+        """Number of new tokens."""
+        return len(self.token_ids)
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds in all."""
+        return self.prefill_seconds + self.decode_seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Speed of decoding, the first token not counted; 0 if there was only that one."""
+        return (self.new_tokens - 1) / self.decode_seconds if self.new_tokens > 1 else 0.0
+
+
+class GenerationStream:
+    """A generation under way: iterate to get text pieces; `result` is the whole once the iteration has ended.
+
+    Pieces are never half a character, so not every token gives one. Iterate once; breaking off leaves `result` None.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: Tokenizer | None,
+        prompt: Sequence[int],
+        sampler: Sampler,
+        *,
+        context: int,
+        max_new_tokens: int,
+        end_tokens: frozenset[int],
+        on_token: Callable[[int], None] | None = None,
+    ) -> None:
+        check_prompt(prompt, decoder.settings.vocab_size, context)
+        if max_new_tokens < 1:
+            problem = Problem("out_of_range", "max_new_tokens is out of range", found=str(max_new_tokens), expected="1 or more")
+            raise InvalidRequestError(problem)
+        self.result: Generation | None = None
+        self._decoder = decoder
+        self._text = StreamDecoder(tokenizer, prompt) if tokenizer else None
+        self._prompt = prompt
+        self._sampler = sampler
+        self._context = context
+        self._max_new_tokens = max_new_tokens
+        self._end_tokens = end_tokens
+        self._on_token = on_token
+        self._pieces = self._run()
+
+    def __iter__(self) -> Iterator[str]:
+        return self._pieces
+
+    def finish(self) -> Generation:
+        """Run to the end and return the result."""
+        for _ in self._pieces:
+            pass
+        if self.result is None:
+            raise InvalidRequestError(Problem("stream_broken_off", "this stream was broken off before its end"))
+        return self.result
+
+    def _run(self) -> Iterator[str]:
+        # The last token is never fed back, so the cache needs one position less than there are tokens.
+        capacity = min(self._context, len(self._prompt) + self._max_new_tokens - 1)
+        room = self._context + 1 - len(self._prompt)
+        limit = min(room, self._max_new_tokens)
+        cache = self._decoder.cache(capacity)
+        step = torch.tensor([list(self._prompt)], dtype=torch.int64, device=self._decoder.device)
+        tokens: list[int] = []
+        pieces: list[str] = []
+        stop_reason: StopReason = "context" if room < self._max_new_tokens else "max_new_tokens"
+        seconds: list[float] = []
+        while len(tokens) < limit:
+            start = time.perf_counter()
+            # Not around the yield: inference mode would leak into the consumer's code.
+            with torch.inference_mode():
+                token = self._sampler.choose(self._decoder(step, cache, last_only=True)[0, -1])
+            seconds.append(time.perf_counter() - start)
+            tokens.append(token)
+            if self._on_token is not None:
+                self._on_token(token)
+            if token in self._end_tokens:
+                stop_reason = "end_token"
+                break
+            if self._text is not None and (piece := self._text.push(token)):
+                pieces.append(piece)
+                yield piece
+            step = torch.tensor([[token]], dtype=torch.int64, device=self._decoder.device)
+        if self._text is not None and (piece := self._text.flush()):
+            pieces.append(piece)
+            yield piece
+        self.result = Generation("".join(pieces), tuple(tokens), len(self._prompt), seconds[0], sum(seconds[1:]), stop_reason)
+
+
+def check_prompt(prompt: Sequence[int], vocab_size: int, limit: int) -> None:
+    """Refuse a prompt that is empty, longer than `limit` or has ids outside the vocabulary. Raises InvalidRequestError."""
+    if not prompt:
+        remedy = "give at least one token"
+        raise InvalidRequestError(Problem("empty_prompt", "the prompt is empty", remedy=remedy))
+    wrong = [token for token in prompt if not 0 <= token < vocab_size]
+    if wrong:
+        expected = f"0 to {vocab_size - 1}"
+        raise InvalidRequestError(
+            Problem(
+                "token_out_of_range", "the prompt has token ids outside the vocabulary", found=str(wrong[:5]), expected=expected
+            )
+        )
+    if len(prompt) > limit:
+        found, expected = f"{len(prompt)} tokens", f"at most {limit} tokens"
+        remedy = "shorten the prompt, or load the model with a larger context"
+        raise InvalidRequestError(
+            Problem("prompt_too_long", "the prompt does not fit the context", None, None, found, expected, remedy)
+        )

@@ -1,0 +1,200 @@
+"""A language model ready to run: decoder, tokenizer and the settings to run them with."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from cluscomp_formats.errors import InvalidRequestError, Problem
+from cluscomp_formats.ir import Model
+from cluscomp_runtime.architecture import DecoderSettings, check_tensors
+from cluscomp_runtime.chat import find_chat_template, render_chat
+from cluscomp_runtime.decoder import Decoder
+from cluscomp_runtime.generate import Generation, GenerationStream, check_prompt
+from cluscomp_runtime.linear import MatrixBuilder, check_kernel
+from cluscomp_runtime.sampling import Sampler
+from cluscomp_runtime.tokenizer import Tokenizer, end_tokens
+
+__all__ = ["DEFAULT_CONTEXT", "LanguageModel"]
+
+DEFAULT_CONTEXT = 2048
+"""Positions of the key-value cache unless asked otherwise or the model knows fewer."""
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+Prompt = str | Sequence[int] | torch.Tensor
+
+
+class LanguageModel:
+    """A decoder with its tokenizer. Build it with `cluscomp_runtime.load` or `LanguageModel.from_model`.
+
+    `config` is the model's `config.json`, `settings` what the decoder read from it, `context` the most positions a generation
+    may have, prompt included. `tokenizer` is None for a model that has none; prompts are token ids then.
+    """
+
+    def __init__(self, model: Model, decoder: Decoder, context: int, kernels: Mapping[str, str]) -> None:
+        self.config = model.config
+        self.settings = decoder.settings
+        self.decoder = decoder
+        self.context = context
+        self.kernels = dict(kernels)
+        """The kernel that runs for each matrix, by tensor name."""
+        self.tokenizer = Tokenizer.from_files(model.files)
+        self.chat_template = find_chat_template(model.files)
+        self.end_tokens = end_tokens(model.config, model.files, self.tokenizer)
+
+    @classmethod
+    def from_model(
+        cls,
+        model: Model,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype | None = None,
+        kernel: str = "auto",
+        context: int | None = None,
+    ) -> LanguageModel:
+        """Build a runnable model from any `Model`, clustered or not.
+
+        `dtype` is what activations and dense weights are computed in: float32 on a CPU, bfloat16 (float16 where the GPU lacks
+        it) elsewhere unless given. `kernel` is "auto", a path of `cluscomp_kernels.clus_linear`, "dense" (decode every matrix
+        once) or "reference" (decode at every call, keep nothing: slow, for models larger than memory). `context` is the length
+        of the key-value cache in tokens, by default the least of 2048 and what the model was trained for.
+
+        Raises UnsupportedError, InvalidFileError and InvalidRequestError; warns where a clustered matrix has no kernel.
+        """
+        settings = DecoderSettings.from_config(model.config)
+        check_tensors(model, settings)
+        target = _device(device)
+        builder = MatrixBuilder(check_kernel(kernel, target), _dtype(dtype, target), target)
+        positions = _context(context, settings.max_position_embeddings)
+        decoder = Decoder(model, settings, builder)
+        builder.warn_without_kernel()
+        return cls(model, decoder, positions, builder.paths)
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.decoder.dtype
+
+    @property
+    def kernel_summary(self) -> str:
+        """Kernels in use and for how many matrices each, most frequent first: `native (210 matrices), dense (1 matrix)`."""
+        counts = Counter(self.kernels.values()).most_common()
+        return ", ".join(f"{path} ({count} {'matrices' if count > 1 else 'matrix'})" for path, count in counts)
+
+    def forward(self, input_ids: torch.Tensor | Sequence[Sequence[int]]) -> torch.Tensor:
+        """Logits `[batch, tokens, vocab_size]` for `input_ids` `[batch, tokens]`, each token seeing those before it.
+
+        Without a cache, so only the model's own limit bounds the length. Raises InvalidRequestError for ids outside the
+        vocabulary, no tokens at all, or more than `max_position_embeddings`.
+        """
+        ids = torch.as_tensor(input_ids, dtype=torch.int64)
+        if ids.dim() != 2:
+            found = str(tuple(ids.shape))
+            raise InvalidRequestError(Problem("bad_input", "wrong shape of input_ids", found=found, expected="[batch, tokens]"))
+        for row in ids.tolist() or [[]]:
+            check_prompt(row, self.settings.vocab_size, self.settings.max_position_embeddings)
+        with torch.inference_mode():
+            return self.decoder(ids.to(self.device))
+
+    __call__ = forward
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        add_special_tokens: bool = True,
+        on_token: Callable[[int], None] | None = None,
+    ) -> GenerationStream:
+        """Generate piece by piece: iterate over the result to get text, see its `result` afterwards.
+
+        Temperature 0 is greedy and deterministic; otherwise tokens are sampled with `seed` after `top_k` and `top_p`.
+        `add_special_tokens` concerns text prompts. `on_token` is called with each new token id. The generation ends with an end
+        token, after `max_new_tokens`, or when the context is full. Raises InvalidRequestError, at once, for a prompt that is
+        empty, too long or has ids outside the vocabulary, and for settings out of range.
+        """
+        return GenerationStream(
+            self.decoder,
+            self.tokenizer,
+            self._prompt_ids(prompt, add_special_tokens=add_special_tokens),
+            Sampler(temperature, top_k, top_p, seed),
+            context=self.context,
+            max_new_tokens=max_new_tokens,
+            end_tokens=self.end_tokens,
+            on_token=on_token,
+        )
+
+    def generate(self, prompt: Prompt, **options: Any) -> Generation:
+        """Generate to the end; takes the options of `stream` and raises what it raises."""
+        return self.stream(prompt, **options).finish()
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
+        """The prompt text for a chat, by the model's own template; messages have `role` and `content`.
+
+        Pass the result to `generate` with `add_special_tokens=False`: templates write special tokens themselves. Raises
+        InvalidRequestError if there is no template or it refuses the messages, InvalidFileError for a broken template,
+        UnsupportedError for one that reaches outside its sandbox.
+        """
+        if self.chat_template is None:
+            remedy = "give a plain prompt"
+            raise InvalidRequestError(Problem("no_chat_template", "this model has no chat template", remedy=remedy))
+        special_tokens = self.tokenizer.special_tokens if self.tokenizer else {}
+        return render_chat(
+            self.chat_template, messages, special_tokens=special_tokens, add_generation_prompt=add_generation_prompt
+        )
+
+    def _prompt_ids(self, prompt: Prompt, *, add_special_tokens: bool) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                remedy = "give token ids instead of text"
+                raise InvalidRequestError(Problem("no_tokenizer", "this model has no tokenizer.json", remedy=remedy))
+            return self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+        ids = prompt.tolist() if isinstance(prompt, torch.Tensor) else list(prompt)
+        if isinstance(prompt, torch.Tensor) and prompt.dim() == 2 and len(prompt) == 1:
+            ids = ids[0]
+        if not all(isinstance(token, int) for token in ids):
+            expected = "a text, or integer token ids [tokens]"
+            raise InvalidRequestError(Problem("bad_prompt", "this is no prompt", found=repr(ids)[:200], expected=expected))
+        return ids
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        target = torch.device(device)
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        problem = Problem("no_device", f"this device cannot be used: {reason}", found=str(device), remedy='use device="cpu"')
+        raise InvalidRequestError(problem) from error
+    return target
+
+
+def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    if dtype is None:
+        if device.type == "cpu":
+            return torch.float32
+        return torch.float16 if device.type == "cuda" and not torch.cuda.is_bf16_supported() else torch.bfloat16
+    chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if chosen is None or chosen not in DTYPES.values():
+        raise InvalidRequestError(Problem("unknown_dtype", "not a compute dtype", found=str(dtype), expected=", ".join(DTYPES)))
+    return chosen
+
+
+def _context(context: int | None, trained: int) -> int:
+    if context is None:
+        return min(trained, DEFAULT_CONTEXT)
+    if not 1 <= context <= trained:
+        expected = f"1 to {trained} (max_position_embeddings)"
+        raise InvalidRequestError(Problem("out_of_range", "context is out of range", found=str(context), expected=expected))
+    return context

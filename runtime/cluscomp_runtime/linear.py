@@ -1,0 +1,254 @@
+"""The model's matrices: what multiplies activations and looks up embeddings.
+
+Each class is one way to hold a matrix `[out_features, in_features]` and offers the same three things: calling it multiplies,
+`x [..., in_features] -> [..., out_features]`; `embedding(ids)` takes rows, `ids [...] -> [..., in_features]`, so that a tied
+head is the embedding's own object; `path` names the kernel that runs.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem
+from cluscomp_formats.ir import Array, ClusteredWeight, Codebook, DenseTensor, Outliers, Tensor
+from cluscomp_kernels import clus_linear
+
+__all__ = ["ClusLinear", "DecodedLinear", "DenseLinear", "Matrix", "MatrixBuilder", "check_kernel", "tensor_of"]
+
+OWN_KERNELS = ("auto", "dense", "reference")
+
+
+def check_kernel(kernel: str, device: torch.device) -> str:
+    """The kernel asked for, if it can run there. Raises InvalidRequestError, listing those that can."""
+    known = dict.fromkeys((*OWN_KERNELS, *clus_linear.paths(device)))
+    if kernel not in known:
+        problem = Problem("unknown_kernel", f"no such kernel on {device}", found=repr(kernel), expected=", ".join(known))
+        raise InvalidRequestError(problem)
+    return kernel
+
+
+def tensor_of(array: Array) -> torch.Tensor:
+    """A payload as a torch tensor of its own dtype; shares memory where the payload is writable."""
+    values = array.read()
+    if not values.flags.writeable:
+        values = values.copy()
+    if array.dtype == "bfloat16":
+        return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(values)
+
+
+class DenseLinear:
+    """A plain matrix, kept in the compute dtype."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, path: str = "dense") -> None:
+        self.weight = weight
+        self.bias = bias
+        self.path = path
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def embedding(self, ids: torch.Tensor) -> torch.Tensor:
+        return F.embedding(ids, self.weight)
+
+
+class DecodedLinear:
+    """A matrix read or decoded anew at every call, which keeps nothing: the slow reference for self-tests.
+
+    Memory is bounded by one matrix whatever the size of the model.
+    """
+
+    path = "reference"
+
+    def __init__(self, tensor: Tensor, bias: Tensor | None, *, dtype: torch.dtype, device: torch.device) -> None:
+        self.tensor = tensor
+        self.bias = bias
+        self.dtype = dtype
+        self.device = device
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else decoded(self.bias).to(self.device, self.dtype)
+        return F.linear(x, decoded(self.tensor).to(self.device, self.dtype), bias)
+
+    def embedding(self, ids: torch.Tensor) -> torch.Tensor:
+        return decoded(self.tensor)[ids.cpu()].to(self.device, self.dtype)
+
+
+def decoded(tensor: Tensor) -> torch.Tensor:
+    """The tensor's values on the CPU: float32 if it is clustered, else in its own dtype."""
+    if isinstance(tensor, DenseTensor):
+        return tensor_of(tensor.values)
+    try:
+        return torch.from_numpy(tensor.decode())
+    except IndexError as error:
+        raise InvalidFileError(
+            Problem("code_out_of_range", f"codes or outliers are out of range: {error}", None, tensor.name)
+        ) from error
+
+
+class ClusLinear:
+    """A clustered matrix on a codebook kernel: stages add up, then the column scale and the outliers join in.
+
+    `y = sum over stages of kernel(x * column_scale) * row_scale + outliers @ x + bias`. The kernel applies row scale and bias.
+    """
+
+    def __init__(
+        self,
+        stages: list[clus_linear.PreparedWeight],
+        *,
+        column_scale: torch.Tensor | None = None,
+        outliers: torch.Tensor | None = None,
+    ) -> None:
+        self.stages = stages
+        self.column_scale = column_scale
+        self.outliers = outliers
+        self.path = stages[0].path
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        scaled = x if self.column_scale is None else x * self.column_scale
+        y = self.stages[0].linear(scaled)
+        for stage in self.stages[1:]:
+            y = y + stage.linear(scaled)
+        if self.outliers is not None:
+            flat = x.reshape(-1, x.shape[-1]).to(self.outliers.dtype)
+            y = y + (self.outliers @ flat.T).T.reshape(y.shape).to(y.dtype)
+        return y
+
+    def embedding(self, ids: torch.Tensor) -> torch.Tensor:
+        rows = self.stages[0].embedding(ids)
+        for stage in self.stages[1:]:
+            rows = rows + stage.embedding(ids)
+        if self.column_scale is not None:
+            rows = rows * self.column_scale
+        if self.outliers is not None:
+            rows = rows + _sparse_rows(self.outliers, ids).to(rows.dtype)
+        return rows
+
+
+def _sparse_rows(matrix: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Rows `[..., in_features]` of a CSR matrix, as dense."""
+    starts, columns, values = matrix.crow_indices(), matrix.col_indices(), matrix.values()
+    flat = ids.reshape(-1)
+    counts = starts[flat + 1] - starts[flat]
+    row = torch.repeat_interleave(torch.arange(flat.numel(), device=flat.device), counts)
+    offset = torch.arange(row.numel(), device=flat.device) - (counts.cumsum(0) - counts)[row]
+    entry = starts[flat][row] + offset
+    rows = values.new_zeros(flat.numel(), matrix.shape[1])
+    rows[row, columns[entry]] = values[entry]
+    return rows.reshape(*ids.shape, -1)
+
+
+Matrix = DenseLinear | DecodedLinear | ClusLinear
+
+
+@dataclass
+class MatrixBuilder:
+    """Turns tensors of the IR into matrices for one device, dtype and kernel; shares codebooks between them.
+
+    `kernel` is a path of `cluscomp_kernels.clus_linear`, "auto" for the fastest there is, "dense" to decode every matrix
+    once, or "reference" to decode at every call.
+    """
+
+    kernel: str
+    dtype: torch.dtype
+    device: torch.device
+    paths: dict[str, str] = field(default_factory=dict)
+    """Kernel of each matrix built, by tensor name."""
+    without_kernel: list[str] = field(default_factory=list)
+    """Clustered matrices that had to be decoded for want of a kernel."""
+    _codebooks: dict[str, object] = field(default_factory=dict)
+
+    def build(self, tensor: Tensor, bias: Tensor | None = None) -> Matrix:
+        """One matrix `[out_features, in_features]` with its bias `[out_features]`."""
+        matrix = self._build(tensor, bias)
+        self.paths[tensor.name] = matrix.path
+        return matrix
+
+    def _build(self, tensor: Tensor, bias: Tensor | None) -> Matrix:
+        if self.kernel == "reference":
+            return DecodedLinear(tensor, bias, dtype=self.dtype, device=self.device)
+        bias_values = None if bias is None else self.vector(bias)
+        if isinstance(tensor, DenseTensor):
+            return DenseLinear(self._place(decoded(tensor)), bias_values)
+        # The fast kernels compute in float32 whatever they are given.
+        if self.kernel == "dense" or (self.kernel == "auto" and self.dtype == torch.float64):
+            return DenseLinear(self._place(decoded(tensor)), bias_values, path="dense (decoded)")
+        if tensor.group_axis == "in":
+            self.without_kernel.append(tensor.name)
+            return DenseLinear(self._place(decoded(tensor)), bias_values, path="dense (decoded: groups along the in axis)")
+        return self._clustered(tensor, bias_values)
+
+    def _clustered(self, tensor: ClusteredWeight, bias: torch.Tensor | None) -> ClusLinear:
+        out_features = tensor.shape[0]
+        row_scale = None if tensor.row_scale is None else tensor_of(tensor.row_scale)
+        stages = [
+            clus_linear.prepare(
+                self._codebook(stage.codebook),
+                tensor_of(stage.codes),
+                out_features,
+                row_scale=row_scale,
+                bias=bias if index == 0 else None,
+                path=self.kernel,
+                device=self.device,
+                dtype=self.dtype,
+            )
+            for index, stage in enumerate(tensor.stages)
+        ]
+        column_scale = None if tensor.column_scale is None else self._place(tensor_of(tensor.column_scale))
+        outliers = None if tensor.outliers is None else self._outliers(tensor, tensor.outliers)
+        return ClusLinear(stages, column_scale=column_scale, outliers=outliers)
+
+    def _codebook(self, codebook: Codebook) -> object:
+        if codebook.name not in self._codebooks:
+            self._codebooks[codebook.name] = tensor_of(codebook.values)
+        return self._codebooks[codebook.name]
+
+    def _outliers(self, tensor: ClusteredWeight, outliers: Outliers) -> torch.Tensor:
+        """The sparse corrections as a CSR matrix: float64 if that is the compute dtype, else float32."""
+        out_features, in_features = tensor.shape
+        positions = outliers.positions.read().astype(np.int64)
+        if len(positions) and (positions.min() < 0 or positions.max() >= tensor.num_weights):
+            found, expected = str(positions.max()), f"0 to {tensor.num_weights - 1}"
+            raise InvalidFileError(
+                Problem("outlier_position", "outlier outside the weight", None, tensor.name, found, expected)
+            )
+        starts = np.searchsorted(positions, np.arange(out_features + 1, dtype=np.int64) * in_features)
+        dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        with warnings.catch_warnings():
+            # torch announces on first use that its CSR layout is in beta; what is used of it here is under test.
+            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+            return torch.sparse_csr_tensor(
+                torch.from_numpy(starts.astype(np.int64)),
+                torch.from_numpy(positions % in_features),
+                tensor_of(outliers.values).to(dtype),
+                tensor.shape,
+                device=self.device,
+                check_invariants=True,
+            )
+
+    def warn_without_kernel(self) -> None:
+        """Announce matrices that were decoded although a kernel was wanted."""
+        if self.without_kernel:
+            count, first = len(self.without_kernel), self.without_kernel[0]
+            warnings.warn(
+                f"{count} clustered matrices ({first}, ...) have groups along the in axis, which no kernel handles: they were "
+                f"decoded to dense {str(self.dtype).removeprefix('torch.')} and take as much memory as uncompressed ones",
+                stacklevel=3,
+            )
+
+    def vector(self, tensor: Tensor) -> torch.Tensor:
+        """A bias `[out_features]` in the compute dtype."""
+        return self._place(decoded(tensor))
+
+    def norm(self, tensor: Tensor) -> torch.Tensor:
+        """A norm's weight, never narrower than float32."""
+        dtype = torch.float32 if self.dtype.itemsize < 4 else self.dtype
+        return decoded(tensor).to(device=self.device, dtype=dtype)
+
+    def _place(self, values: torch.Tensor) -> torch.Tensor:
+        return values.to(device=self.device, dtype=self.dtype)

@@ -1,0 +1,39 @@
+"""Open a model file and make it ready to run."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+
+import torch
+
+from cluscomp_formats import registry
+from cluscomp_formats.errors import InvalidRequestError, Problem
+from cluscomp_runtime.language_model import LanguageModel
+from cluscomp_runtime.selftest import run_self_test
+
+__all__ = ["load"]
+
+
+def load(
+    path: str | PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    kernel: str = "auto",
+    selftest: bool = False,
+    context: int | None = None,
+) -> LanguageModel:
+    """Load a model from any registered format; the options are those of `LanguageModel.from_model`.
+
+    With `selftest` the loaded model must reproduce the logits recorded when it was converted. Raises InvalidFileError,
+    UnsupportedError, InvalidRequestError (also if a self-test is asked for and the file has none) and SelfTestError.
+    """
+    model = registry.open_model(Path(path))
+    if selftest and model.self_test is None:
+        remedy = "load it without the self-test"
+        raise InvalidRequestError(Problem("no_self_test", "this file has no self-test record", str(path), remedy=remedy))
+    language_model = LanguageModel.from_model(model, device=device, dtype=dtype, kernel=kernel, context=context)
+    if selftest and model.self_test is not None:
+        run_self_test(language_model, model.self_test).raise_if_failed()
+    return language_model

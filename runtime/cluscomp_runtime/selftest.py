@@ -1,0 +1,250 @@
+"""The self-test record: proof that a runtime on some device computes the model that was converted.
+
+A record holds token sequences and, for every position, the `top_k` largest logits that the decoded weights give in float64. A
+runtime passes if its logits at those ids lie within a tolerance, and no other logit exceeds the largest by more than it.
+
+The tolerance is derived, not chosen. The same weights are run once in float64 and once in float32, both with plain
+decode-then-multiply. With `eps` the machine epsilon of a dtype, the model's amplification of rounding errors is
+
+    amplification = max(max |logits32 - logits64| / eps(float32), max |logits64|)
+    tolerance(dtype) = 8 * amplification * eps(dtype)
+
+over the recorded logits. The second term is what rounding the logits themselves costs, for models too small to show more; the
+factor of 8 allows for other orders of summation. Only the dtype of computation matters: weights are stored in dtypes of their
+own and are the same in every run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem, SelfTestError
+from cluscomp_formats.ir import Model
+from cluscomp_runtime.language_model import LanguageModel
+
+__all__ = ["SelfTestReport", "SequenceReport", "check_record", "make_self_test", "run_self_test"]
+
+RECORD_VERSION = 1
+SAFETY = 8.0
+SENTENCE = "The quick brown fox jumps over the lazy dog. In 1912, two small boats crossed the cold river before dawn."
+RANDOM_SEQUENCES = 2
+MAX_SENTENCE_TOKENS = 32
+
+MAX_SEQUENCES = 64
+MAX_TOKENS = 1024
+MAX_TOP_K = 256
+"""Limits on a record read from a file, whatever it says."""
+
+PREFILL_BEFORE_DECODE = 4
+TOLERANCE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class SequenceReport:
+    """The worst logit of one sequence in one mode.
+
+    `mode` is "prefill" for all tokens at once, "decode" for token after token through the key-value cache, which runs other
+    kernels. `difference` is `|found - expected|` of token `token_id`'s logit at `position`; infinite where `found` is not
+    finite.
+    """
+
+    sequence: int
+    mode: Literal["prefill", "decode"]
+    difference: float
+    position: int
+    token_id: int
+    found: float
+    expected: float
+
+
+@dataclass(frozen=True)
+class SelfTestReport:
+    """Outcome of a self-test: `sequences` has the details, the other fields the summary."""
+
+    ok: bool
+    max_difference: float
+    tolerance: float
+    sequences: tuple[SequenceReport, ...]
+
+    def raise_if_failed(self) -> None:
+        """Raise SelfTestError with the worst position unless the test passed."""
+        if self.ok:
+            return
+        worst = max(self.sequences, key=lambda report: report.difference)
+        message = (
+            f"the model does not compute what its self-test record says; worst: sequence {worst.sequence} ({worst.mode}), "
+            f"position {worst.position}, logit of token {worst.token_id}"
+        )
+        expected = f"{worst.expected:.6g}, give or take {self.tolerance:.3g}"
+        remedy = 'verify the file; if it is intact, load it with kernel="reference" and report the kernel that fails'
+        raise SelfTestError(Problem("self_test_failed", message, None, None, f"{worst.found:.6g}", expected, remedy))
+
+
+def make_self_test(
+    model: Model, *, sequences: Sequence[Sequence[int]] | None = None, tokens: int = 24, top_k: int = 8
+) -> dict[str, Any]:
+    """Compute a record for a model; a JSON value.
+
+    `sequences` are token ids; by default two deterministic random ones of `tokens` ids and, where there is a tokenizer, an
+    English sentence. Runs on the CPU and decodes one weight at a time, so memory is bounded by the largest tensor as float64
+    and the logits. Raises what `LanguageModel.from_model` raises, InvalidRequestError for unusable sequences, and SelfTestError
+    if the model's logits are not finite.
+    """
+    exact = LanguageModel.from_model(model, dtype=torch.float64, kernel="reference")
+    chosen = _default_sequences(exact, tokens) if sequences is None else [list(sequence) for sequence in sequences]
+    if not chosen or not all(1 <= len(sequence) <= MAX_TOKENS for sequence in chosen) or len(chosen) > MAX_SEQUENCES:
+        expected = f"1 to {MAX_SEQUENCES} sequences of 1 to {MAX_TOKENS} tokens"
+        raise InvalidRequestError(Problem("bad_sequences", "unusable self-test sequences", expected=expected))
+    top_k = min(top_k, exact.settings.vocab_size, MAX_TOP_K)
+    logits64 = exact.forward(_padded(chosen))
+    logits32 = LanguageModel.from_model(model, dtype=torch.float32, kernel="reference").forward(_padded(chosen))
+    if not (logits64.isfinite().all() and logits32.isfinite().all()):
+        raise SelfTestError(Problem("not_finite", "the model's logits are not finite", remedy="check the source's weights"))
+    recorded, amplification = [], 0.0
+    for index, ids in enumerate(chosen):
+        top, top_ids = logits64[index, : len(ids)].topk(top_k, dim=-1)
+        error = (logits32[index, : len(ids)].double().gather(-1, top_ids) - top).abs().max().item()
+        amplification = max(amplification, error / torch.finfo(torch.float32).eps, top.abs().max().item())
+        # Nine digits tell all float32 values apart and leave out what varies between machines in float64.
+        rounded = [[float(f"{value:.9g}") for value in row] for row in top.tolist()]
+        recorded.append({"input_ids": ids, "top_ids": top_ids.tolist(), "top_logits": rounded})
+    tolerance = {
+        # An all-zero model is exact in any dtype, yet a tolerance must be positive.
+        name: max(float(f"{SAFETY * amplification * torch.finfo(dtype).eps:.4g}"), torch.finfo(torch.float32).tiny)
+        for name, dtype in TOLERANCE_DTYPES.items()
+    }
+    return {"version": RECORD_VERSION, "sequences": recorded, "tolerance": tolerance}
+
+
+def run_self_test(model: LanguageModel, record: Mapping[str, Any]) -> SelfTestReport:
+    """Hold a loaded model against a record.
+
+    All sequences run at once, then the first again through the key-value cache: a few tokens, then one by one. float64 is
+    held to the tolerance of float32. Raises InvalidFileError if the record is malformed.
+    """
+    check_record(record, model.settings.vocab_size, model.settings.max_position_embeddings)
+    sequences = record["sequences"]
+    name = str(model.dtype).removeprefix("torch.")
+    tolerance = float(record["tolerance"].get(name, record["tolerance"]["float32"]))
+    logits = model.forward(_padded([sequence["input_ids"] for sequence in sequences]))
+    reports = [_compare(index, "prefill", sequence, logits[index]) for index, sequence in enumerate(sequences)]
+    reports.append(_compare(0, "decode", sequences[0], _decode_one_by_one(model, sequences[0]["input_ids"])))
+    worst = max(report.difference for report in reports)
+    return SelfTestReport(worst <= tolerance, worst, tolerance, tuple(reports))
+
+
+def _decode_one_by_one(model: LanguageModel, ids: list[int]) -> torch.Tensor:
+    """Logits `[tokens, vocab_size]` of the first tokens together and the others one at a time."""
+    rows = torch.tensor([ids], dtype=torch.int64, device=model.device)
+    first = max(1, min(PREFILL_BEFORE_DECODE, len(ids) - 1))
+    with torch.inference_mode():
+        cache = model.decoder.cache(len(ids))
+        parts = [model.decoder(rows[:, :first], cache)]
+        parts += [model.decoder(rows[:, index : index + 1], cache) for index in range(first, len(ids))]
+        return torch.cat(parts, dim=1)[0]
+
+
+def _compare(
+    index: int, mode: Literal["prefill", "decode"], sequence: Mapping[str, Any], logits: torch.Tensor
+) -> SequenceReport:
+    computed = logits[: len(sequence["input_ids"])].to(device="cpu", dtype=torch.float64)
+    ids = torch.tensor(sequence["top_ids"], dtype=torch.int64)
+    recorded = torch.tensor(sequence["top_logits"], dtype=torch.float64)
+    # The last column holds the highest logit of all to the highest recorded one, which it must not exceed.
+    highest, highest_ids = computed.max(dim=-1, keepdim=True)
+    limit = recorded.max(dim=-1, keepdim=True).values
+    found = torch.cat((computed.gather(-1, ids), highest), dim=-1)
+    expected = torch.cat((recorded, limit), dim=-1)
+    difference = torch.cat(((found[:, :-1] - recorded).abs(), (highest - limit).clamp(min=0)), dim=-1)
+    difference = difference.nan_to_num(nan=math.inf, posinf=math.inf)
+    position, column = divmod(int(difference.argmax()), difference.shape[1])
+    token = torch.cat((ids, highest_ids), dim=-1)[position, column]
+    return SequenceReport(
+        index,
+        mode,
+        float(difference[position, column]),
+        position,
+        int(token),
+        float(found[position, column]),
+        float(expected[position, column]),
+    )
+
+
+def _padded(sequences: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Sequences as one batch. What follows a sequence does not reach its logits, since attention is causal."""
+    longest = max(len(sequence) for sequence in sequences)
+    return torch.tensor([[*sequence, *[0] * (longest - len(sequence))] for sequence in sequences], dtype=torch.int64)
+
+
+def _default_sequences(model: LanguageModel, tokens: int) -> list[list[int]]:
+    vocab_size, longest = model.settings.vocab_size, model.settings.max_position_embeddings
+    random = np.random.default_rng(0)
+    sequences: list[list[int]] = random.integers(0, vocab_size, (RANDOM_SEQUENCES, min(tokens, longest))).tolist()
+    if model.tokenizer is not None:
+        sentence = model.tokenizer.encode(SENTENCE)[: min(MAX_SENTENCE_TOKENS, longest)]
+        if sentence and max(sentence) < vocab_size:
+            sequences.append(sentence)
+    return sequences
+
+
+def check_record(record: Mapping[str, Any], vocab_size: int, longest: int) -> None:
+    """Check a record of unknown origin before anything is computed from it. Raises InvalidFileError with every problem."""
+    if not isinstance(record, Mapping) or record.get("version") != RECORD_VERSION:
+        found = repr(record.get("version") if isinstance(record, Mapping) else type(record).__name__)
+        message = "the self-test record is of an unknown version"
+        raise InvalidFileError(Problem("bad_self_test", message, found=found, expected=str(RECORD_VERSION)))
+    problems: list[Problem] = []
+    tolerance = record.get("tolerance")
+    for name in TOLERANCE_DTYPES:
+        value: Any = tolerance.get(name) if isinstance(tolerance, Mapping) else None
+        if not (_is_number(value) and value > 0):
+            problems.append(_bad(f"tolerance.{name}", value, "a positive number"))
+    sequences = record.get("sequences")
+    if not isinstance(sequences, list) or not 1 <= len(sequences) <= MAX_SEQUENCES:
+        problems.append(_bad("sequences", type(sequences).__name__, f"a list of 1 to {MAX_SEQUENCES}"))
+        sequences = []
+    for index, sequence in enumerate(sequences):
+        where = f"sequences[{index}]"
+        if not isinstance(sequence, Mapping):
+            problems.append(_bad(where, sequence, "an object"))
+            continue
+        ids: Any = sequence.get("input_ids")
+        if not _is_ids(ids, vocab_size) or not 1 <= len(ids) <= min(MAX_TOKENS, longest):
+            expected = f"1 to {min(MAX_TOKENS, longest)} token ids below {vocab_size}"
+            problems.append(_bad(f"{where}.input_ids", ids, expected))
+            continue
+        problems += _check_rows(where, sequence, len(ids), vocab_size)
+    if problems:
+        raise InvalidFileError(problems)
+
+
+def _check_rows(where: str, sequence: Mapping[str, Any], positions: int, vocab_size: int) -> list[Problem]:
+    top_ids: Any = sequence.get("top_ids")
+    top_logits: Any = sequence.get("top_logits")
+    for name, rows in (("top_ids", top_ids), ("top_logits", top_logits)):
+        if not isinstance(rows, list) or len(rows) != positions:
+            return [_bad(f"{where}.{name}", rows, f"{positions} rows, one per token")]
+    width = len(top_ids[0]) if isinstance(top_ids[0], list) else 0
+    if not all(_is_ids(row, vocab_size) and 1 <= len(row) == width <= MAX_TOP_K for row in top_ids):
+        return [_bad(f"{where}.top_ids", top_ids, f"rows of equally many token ids below {vocab_size}")]
+    if not all(isinstance(row, list) and len(row) == width and all(map(_is_number, row)) for row in top_logits):
+        return [_bad(f"{where}.top_logits", top_logits, f"rows of {width} finite numbers")]
+    return []
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def _is_ids(value: object, vocab_size: int) -> bool:
+    return isinstance(value, list) and all(type(token) is int and 0 <= token < vocab_size for token in value)
+
+
+def _bad(name: str, found: object, expected: str) -> Problem:
+    return Problem("bad_self_test", f"the self-test record's {name} is malformed", found=repr(found)[:200], expected=expected)

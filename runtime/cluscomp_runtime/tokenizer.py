@@ -1,0 +1,169 @@
+"""Text to token ids and back, from a model's own side files.
+
+`tokenizer.json` defines the tokenizer; `tokenizer_config.json`, `special_tokens_map.json` and `generation_config.json` say
+which tokens begin and end a text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem
+from cluscomp_formats.ir import Array
+
+if TYPE_CHECKING:
+    import tokenizers
+
+__all__ = ["StreamDecoder", "Tokenizer", "end_tokens", "read_json_file"]
+
+# A UTF-8 character is at most four bytes, hence at most four byte tokens: more pending tokens are not one unfinished character.
+MAX_PENDING_TOKENS = 8
+CONTEXT_TOKENS = 8
+REPLACEMENT = "\ufffd"
+
+
+def read_json_file(files: Mapping[str, Array], name: str) -> dict[str, Any]:
+    """A side file that must be a JSON object; empty if there is none. Raises InvalidFileError."""
+    if name not in files:
+        return {}
+    try:
+        value = json.loads(files[name].read().tobytes())
+    except (ValueError, RecursionError) as error:
+        raise InvalidFileError(Problem("bad_json", f"not valid JSON: {error}", name)) from error
+    if not isinstance(value, dict):
+        raise InvalidFileError(Problem("bad_json", "not a JSON object", name, found=type(value).__name__, expected="object"))
+    return value
+
+
+class Tokenizer:
+    """A model's tokenizer: a thin layer over `tokenizers.Tokenizer`, which `backend` is.
+
+    `bos_token` and `eos_token` are texts or None, `bos_id` and `eos_id` their ids.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> None:
+        self.backend = backend
+        self.special_tokens = {
+            name: text
+            for name in ("bos_token", "eos_token", "unk_token", "pad_token")
+            if (text := _token_text(settings.get(name)))
+        }
+        self.bos_token = self.special_tokens.get("bos_token")
+        self.eos_token = self.special_tokens.get("eos_token")
+        self.bos_id = backend.token_to_id(self.bos_token) if self.bos_token else None
+        self.eos_id = backend.token_to_id(self.eos_token) if self.eos_token else None
+        add_bos = settings.get("add_bos_token")
+        self._add_bos = add_bos if isinstance(add_bos, bool) and self.bos_id is not None else None
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, Array]) -> Tokenizer | None:
+        """The tokenizer among a model's side files, None if there is no `tokenizer.json`. Raises InvalidFileError."""
+        if "tokenizer.json" not in files:
+            return None
+        import tokenizers
+
+        try:
+            backend = tokenizers.Tokenizer.from_str(files["tokenizer.json"].read().tobytes().decode("utf-8"))
+        except Exception as error:
+            # The library raises a bare Exception for any malformed file.
+            message = f"the tokenizers library cannot read it: {error}"
+            raise InvalidFileError(Problem("bad_tokenizer", message, "tokenizer.json")) from error
+        # Both belong to the training of the tokenizer; a prompt must neither be cut nor filled up.
+        backend.no_truncation()
+        backend.no_padding()
+        settings = {**read_json_file(files, "special_tokens_map.json"), **read_json_file(files, "tokenizer_config.json")}
+        return cls(backend, settings)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included."""
+        return int(self.backend.get_vocab_size(with_added_tokens=True))
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text.
+
+        With `add_special_tokens` the text gets what the tokenizer's post-processor adds; `add_bos_token` in
+        tokenizer_config.json, where present, overrules it on the beginning-of-text token. A text that already begins with
+        that token gets no second one.
+        """
+        ids = list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        if not add_special_tokens or self.bos_id is None:
+            return ids
+        written = self.bos_token is not None and text.startswith(self.bos_token)
+        begun = ids[:1] == [self.bos_id]
+        if written and ids[:2] == [self.bos_id, self.bos_id]:
+            return ids[1:]
+        if self._add_bos is True and not begun:
+            return [self.bos_id, *ids]
+        if self._add_bos is False and begun and not written:
+            return ids[1:]
+        return ids
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of token ids; bytes that are no valid UTF-8 become U+FFFD. Raises InvalidRequestError."""
+        if any(not 0 <= token < 2**32 for token in ids):
+            raise InvalidRequestError(Problem("token_out_of_range", "a token id is negative or too large to be one"))
+        return str(self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+
+class StreamDecoder:
+    """Turns tokens into text as they come: never half a character, and spaces as the prompt's continuation has them.
+
+    A token's text depends on its neighbours, so each piece is the difference between two decoded runs of the last tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
+        self.tokenizer = tokenizer
+        self.ids = list(prompt[-CONTEXT_TOKENS:])
+        # Where the prompt ends in an unfinished character, the first piece brings the whole of it.
+        self.done = len(self._text(len(self.ids)).rstrip(REPLACEMENT))
+        self.read = len(self.ids)
+
+    def push(self, token: int) -> str:
+        """Add a token; the text that is now certain, perhaps empty."""
+        self.ids.append(token)
+        text = self._text(len(self.ids))
+        if text.endswith(REPLACEMENT) and len(self.ids) - self.read < MAX_PENDING_TOKENS:
+            return ""
+        return self._emit(text)
+
+    def flush(self) -> str:
+        """What is left at the end, unfinished characters as U+FFFD."""
+        return self._emit(self._text(len(self.ids))) if self.read < len(self.ids) else ""
+
+    def _text(self, end: int) -> str:
+        return self.tokenizer.decode(self.ids[:end])
+
+    def _emit(self, text: str) -> str:
+        piece = text[self.done :]
+        self.ids = self.ids[-CONTEXT_TOKENS:]
+        self.read = len(self.ids)
+        self.done = len(self._text(self.read))
+        return piece
+
+
+def end_tokens(config: Mapping[str, Any], files: Mapping[str, Array], tokenizer: Tokenizer | None) -> frozenset[int]:
+    """Ids that end a text: those of generation_config.json, else of config.json, else the tokenizer's end token.
+
+    Raises InvalidFileError if a file says something other than an id or a list of ids.
+    """
+    generation = read_json_file(files, "generation_config.json")
+    for name, source in (("generation_config.json", generation), ("config.json", config)):
+        value = source.get("eos_token_id")
+        if value is None:
+            continue
+        ids = value if isinstance(value, list) else [value]
+        if any(isinstance(token, bool) or not isinstance(token, int) for token in ids):
+            expected = "an id or a list of ids"
+            raise InvalidFileError(Problem("bad_eos", "eos_token_id is malformed", name, None, repr(value)[:200], expected))
+        return frozenset(ids)
+    eos = tokenizer.eos_id if tokenizer else None
+    return frozenset() if eos is None else frozenset({eos})
+
+
+def _token_text(token: object) -> str | None:
+    """Special tokens are written as text or as an object with `content`."""
+    content = token.get("content") if isinstance(token, Mapping) else token
+    return content if isinstance(content, str) else None

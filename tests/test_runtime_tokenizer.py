@@ -1,0 +1,242 @@
+"""Token ids, special tokens, chat templates."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import transformers
+from runtime_models import byte_tokenizer_files, clustered_model, side_file, small_config
+
+from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, UnsupportedError
+from cluscomp_runtime import LanguageModel
+from cluscomp_runtime.chat import find_chat_template, render_chat
+from cluscomp_runtime.tokenizer import StreamDecoder, Tokenizer, end_tokens
+
+BOS, EOS = 256, 257
+
+
+def byte_tokenizer(*, template: bool = False, **settings: Any) -> Tokenizer:
+    """A byte tokenizer; with `template` its post-processor puts `<s>` before a text."""
+    files = byte_tokenizer_files(**settings)
+    if template:
+        value = json.loads(files["tokenizer.json"].read().tobytes())
+        sequence = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+        value["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": sequence,
+            "pair": [*sequence, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [BOS], "tokens": ["<s>"]}},
+        }
+        files["tokenizer.json"] = side_file(json.dumps(value))
+    tokenizer = Tokenizer.from_files(files)
+    assert tokenizer is not None
+    return tokenizer
+
+
+def test_bytes_and_back() -> None:
+    tokenizer = byte_tokenizer()
+    text = "Grüße, 世界 😀\n"
+    assert tokenizer.encode(text) == list(text.encode())
+    assert tokenizer.decode(list(text.encode())) == text
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (BOS, EOS, 258)
+
+
+def test_special_tokens_are_recognised_and_left_out() -> None:
+    tokenizer = byte_tokenizer()
+    assert tokenizer.encode("<s>a</s>") == [BOS, 97, EOS]
+    assert tokenizer.decode([BOS, 97, EOS]) == "a"
+    assert tokenizer.decode([BOS, 97, EOS], skip_special_tokens=False) == "<s>a</s>"
+
+
+@pytest.mark.parametrize(
+    ("template", "settings", "expected"),
+    [
+        (False, {}, [97]),
+        (True, {}, [BOS, 97]),
+        (False, {"add_bos_token": True}, [BOS, 97]),
+        (True, {"add_bos_token": True}, [BOS, 97]),
+        (True, {"add_bos_token": False}, [97]),
+        (True, {"add_bos_token": None}, [BOS, 97]),
+        (False, {"add_bos_token": True, "bos_token": None}, [97]),
+    ],
+)
+def test_who_says_that_a_text_begins_with_bos(template: bool, settings: dict[str, Any], expected: list[int]) -> None:
+    tokenizer = byte_tokenizer(template=template, **settings)
+    assert tokenizer.encode("a") == expected
+    assert tokenizer.encode("a", add_special_tokens=False) == [97]
+
+
+@pytest.mark.parametrize("template", [False, True])
+@pytest.mark.parametrize("add_bos_token", [None, True, False])
+def test_a_written_bos_is_not_doubled(template: bool, add_bos_token: bool | None) -> None:
+    assert byte_tokenizer(template=template, add_bos_token=add_bos_token).encode("<s>a") == [BOS, 97]
+
+
+def test_truncation_and_padding_of_training_are_off() -> None:
+    files = byte_tokenizer_files()
+    value = json.loads(files["tokenizer.json"].read().tobytes())
+    value["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    value["padding"] = {
+        "strategy": {"Fixed": 9},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "</s>",
+    }
+    tokenizer = Tokenizer.from_files({"tokenizer.json": side_file(json.dumps(value))})
+    assert tokenizer is not None
+    assert tokenizer.encode("abcde") == list(b"abcde")
+
+
+def test_no_tokenizer_is_none() -> None:
+    assert Tokenizer.from_files({}) is None
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"model": {"type": "Nonsense"}}', "\x00"])
+def test_a_broken_tokenizer_is_an_invalid_file(content: str) -> None:
+    with pytest.raises(InvalidFileError) as error:
+        Tokenizer.from_files({"tokenizer.json": side_file(content)})
+    assert error.value.problems[0].file == "tokenizer.json"
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "[" * 100000, '"text"'])
+def test_a_broken_tokenizer_config_is_an_invalid_file(content: str) -> None:
+    with pytest.raises(InvalidFileError) as error:
+        Tokenizer.from_files({**byte_tokenizer_files(), "tokenizer_config.json": side_file(content)})
+    assert error.value.problems[0].file == "tokenizer_config.json"
+
+
+def test_ids_that_are_none_are_refused() -> None:
+    with pytest.raises(InvalidRequestError):
+        byte_tokenizer().decode([-1])
+
+
+def test_the_stream_keeps_the_space_between_words() -> None:
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    backend = tokenizers.Tokenizer(models.WordLevel({"▁once": 0, "▁upon": 1, "▁a": 2}))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    tokenizer = Tokenizer(backend, {})
+    assert tokenizer.decode([1, 2]) == "upon a", "alone, the decoder strips the first space"
+    stream = StreamDecoder(tokenizer, [0])
+    assert [stream.push(1), stream.push(2), stream.flush()] == [" upon", " a", ""]
+
+
+def test_a_long_stream_is_its_text() -> None:
+    tokenizer = byte_tokenizer()
+    text = "αβγ äöü 世界 😀😀 plain text, over and over. " * 5
+    stream = StreamDecoder(tokenizer, tokenizer.encode("prompt "))
+    pieces = [stream.push(token) for token in text.encode()]
+    assert "".join(pieces) + stream.flush() == text
+    assert all("\ufffd" not in piece for piece in pieces)
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [
+        ({"eos_token_id": [5, 6]}, {"eos_token_id": 7}, {5, 6}),
+        ({"eos_token_id": 5}, {}, {5}),
+        (None, {"eos_token_id": 7}, {7}),
+        ({}, {"eos_token_id": [7, 8]}, {7, 8}),
+        (None, {}, {EOS}),
+        (None, {"eos_token_id": None}, {EOS}),
+    ],
+)
+def test_where_end_tokens_come_from(generation: dict[str, Any] | None, config: dict[str, Any], expected: set[int]) -> None:
+    files = {} if generation is None else {"generation_config.json": side_file(json.dumps(generation))}
+    assert end_tokens(config, files, byte_tokenizer()) == expected
+
+
+def test_without_anything_there_is_no_end_token() -> None:
+    assert end_tokens({}, {}, None) == frozenset()
+
+
+@pytest.mark.parametrize("value", ["</s>", [1, "2"], True, {"id": 1}])
+def test_malformed_end_tokens(value: Any) -> None:
+    with pytest.raises(InvalidFileError, match="eos_token_id"):
+        end_tokens({"eos_token_id": value}, {}, None)
+
+
+TEMPLATE = """{{ bos_token }}
+{%- for message in messages %}
+    {%- if message.role == 'system' and not loop.first %}
+        {{- raise_exception('system comes first') }}
+    {%- endif %}
+    {%- if message.role == 'skip' %}{% continue %}{% endif %}
+<{{ message['role'] }}>{{ message['content'] | trim }}{{ eos_token }}
+{% endfor %}
+{% if add_generation_prompt %}
+<assistant>
+{% endif %}
+{{ {'a': "<b>"} | tojson }}"""
+MESSAGES = [{"role": "user", "content": " Hi "}, {"role": "skip", "content": "x"}, {"role": "assistant", "content": "<Hello>"}]
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
+
+
+@pytest.mark.parametrize("add_generation_prompt", [True, False])
+def test_templates_render_as_in_transformers(add_generation_prompt: bool) -> None:
+    peer = transformers.PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer().backend, **SPECIAL)
+    expected = peer.apply_chat_template(
+        MESSAGES, chat_template=TEMPLATE, tokenize=False, add_generation_prompt=add_generation_prompt
+    )
+    found = render_chat(TEMPLATE, MESSAGES, special_tokens=SPECIAL, add_generation_prompt=add_generation_prompt)
+    assert found == expected
+    assert "<b>" in found
+
+
+def test_a_template_can_refuse_messages() -> None:
+    with pytest.raises(InvalidRequestError, match="system comes first"):
+        render_chat(TEMPLATE, [*MESSAGES, {"role": "system", "content": ""}], special_tokens=SPECIAL)
+
+
+@pytest.mark.parametrize("messages", [[], [{"content": "no role"}], [{"role": 3, "content": ""}]])
+def test_malformed_messages(messages: list[dict[str, Any]]) -> None:
+    with pytest.raises(InvalidRequestError):
+        render_chat(TEMPLATE, messages, special_tokens=SPECIAL)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{{ raise_exception.__globals__['jinja2'] }}",
+        "{% for i in range(100000000) %}x{% endfor %}",
+        "{% for i in range(90000) %}{% for j in range(90000) %}{{ 'x' * 1000 }}{% endfor %}{% endfor %}",
+    ],
+)
+def test_hostile_templates_are_stopped(template: str) -> None:
+    with pytest.raises((UnsupportedError, InvalidFileError)):
+        render_chat(template, MESSAGES, special_tokens={})
+
+
+@pytest.mark.parametrize("template", ["{% for %}", "{{ 1 / 0 }}", "{{ nothing.at.all }}", "{{ messages | nofilter }}"])
+def test_broken_templates(template: str) -> None:
+    with pytest.raises(InvalidFileError, match="template fails"):
+        render_chat(template, MESSAGES, special_tokens={})
+
+
+def test_where_templates_come_from() -> None:
+    config = {"tokenizer_config.json": side_file(json.dumps({"chat_template": "A"}))}
+    named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
+    assert find_chat_template({}) is None
+    assert find_chat_template(config) == "A"
+    assert find_chat_template({"tokenizer_config.json": side_file(json.dumps({"chat_template": named}))}) == "D"
+    assert find_chat_template({**config, "chat_template.jinja": side_file("J")}) == "J"
+    with pytest.raises(InvalidFileError):
+        find_chat_template({"tokenizer_config.json": side_file(json.dumps({"chat_template": 3}))})
+
+
+def test_chat_on_a_model() -> None:
+    config = small_config(vocab_size=258, num_hidden_layers=1)
+    with_template = LanguageModel.from_model(clustered_model(config, byte_tokenizer_files(chat_template=TEMPLATE)))
+    prompt = with_template.chat(MESSAGES[:1])
+    assert prompt == '<s><user>Hi</s>\n<assistant>\n{"a": "<b>"}'
+    assert with_template.generate(prompt, add_special_tokens=False, max_new_tokens=1).prompt_tokens == len(prompt) - 2 - 3
+    with pytest.raises(InvalidRequestError, match="no chat template"):
+        LanguageModel.from_model(clustered_model(config)).chat(MESSAGES)
