@@ -323,7 +323,7 @@ def main() -> None:
     """Entry point of the `cluscomp-export` command."""
     as_json = "--json" in sys.argv
 
-    def show_warning(text: Warning | str, *_: object, **__: object) -> None:
+    def show_warning(text: Warning | str, *_: Any) -> None:
         message(f"warning: {text}")
 
     warnings.showwarning = show_warning

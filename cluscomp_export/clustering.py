@@ -7,23 +7,21 @@ tensor at a time, in the order in which writers read them.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from cluscomp_export.planning import CodebookPlan, Plan, Treatment
+from cluscomp_export.progress import Progress, silent
 from cluscomp_formats.errors import InvalidFileError, Problem
 from cluscomp_formats.ir import Array, ClusteredWeight, Codebook, DenseTensor, Model, Stage, Tensor
 from cluscomp_kernels.kmeans import assign, kmeans
 
-__all__ = ["Method", "Progress", "cluster_model"]
+__all__ = ["Method", "cluster_model"]
 
 Floats = npt.NDArray[np.float32]
-Progress = Callable[[str, int, int], None]
-"""Called as `(what is being done, units done, units in all)`."""
-
 Method = Literal["fast", "lloyd"]
 
 FIT_VECTORS_PER_CLUSTER = 64
@@ -42,7 +40,7 @@ def cluster_model(
     threads: int | None = None,
     device: str = "cpu",
     provenance: Mapping[str, Any] | None = None,
-    on_progress: Progress = lambda stage, done, total: None,
+    on_progress: Progress = silent,
 ) -> Model:
     """A lazy model with the plan's tensors clustered and all others dense; nothing is computed yet.
 

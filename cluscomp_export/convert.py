@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from cluscomp_export.clustering import Method, Progress, cluster_model
+from cluscomp_export.clustering import Method, cluster_model
 from cluscomp_export.planning import Plan, Share, embedding_tensors, plan_bits, plan_fixed
+from cluscomp_export.progress import Progress, silent
 from cluscomp_export.sizes import Sizes, model_sizes
 from cluscomp_export.sources import open_source, source_bytes
 from cluscomp_formats.atomic import check_output
@@ -89,11 +90,7 @@ class ConversionReport:
     warnings: tuple[str, ...]
 
 
-def _silent(stage: str, done: int, total: int) -> None:
-    """Report nothing."""
-
-
-def prepare(source_path: Path, options: ConversionOptions, *, on_progress: Progress = _silent) -> Prepared:
+def prepare(source_path: Path, options: ConversionOptions, *, on_progress: Progress = silent) -> Prepared:
     """Open and plan; reads shapes only. What `--dry-run` shows.
 
     Raises InvalidRequestError for options that contradict each other or a budget that cannot be met, InvalidFileError,
@@ -132,7 +129,7 @@ def convert(
     options: ConversionOptions,
     *,
     force: bool = False,
-    on_progress: Progress = _silent,
+    on_progress: Progress = silent,
 ) -> ConversionReport:
     """Convert and write; nothing is left behind if it fails and the source is never touched.
 
@@ -187,7 +184,7 @@ def convert(
     )
 
 
-def scan_source(source: Model, path: Path, on_progress: Progress = _silent) -> str:
+def scan_source(source: Model, path: Path, on_progress: Progress = silent) -> str:
     """Read the whole source once, before the long work: its digest, and that every value is finite.
 
     Raises InvalidFileError with one problem per tensor that holds NaN or infinity.

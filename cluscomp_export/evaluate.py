@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from cluscomp_export.clustering import Progress
+from cluscomp_export.progress import Progress, silent
 from cluscomp_export.sources import open_source
 from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem
 from cluscomp_runtime import LanguageModel
@@ -113,7 +113,7 @@ def evaluate_files(
     windows: int | None = None,
     context: int = 512,
     device: str = "cpu",
-    on_progress: Progress = lambda stage, done, total: None,
+    on_progress: Progress = silent,
 ) -> Evaluation:
     """`evaluate` on files: any artefact or source, a UTF-8 text, and the original to compare with.
 

@@ -6,7 +6,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from cluscomp_export.clustering import Progress
+from cluscomp_export.progress import Progress, silent
 from cluscomp_export.sizes import model_sizes, tensor_rows
 from cluscomp_export.sources import open_source, source_bytes
 from cluscomp_formats.ir import Model
@@ -16,9 +16,7 @@ from cluscomp_kernels.clus_linear import choose_path, paths
 __all__ = ["inspect_model"]
 
 
-def inspect_model(
-    path: Path, *, quick: bool = False, on_progress: Progress = lambda stage, done, total: None
-) -> dict[str, Any]:
+def inspect_model(path: Path, *, quick: bool = False, on_progress: Progress = silent) -> dict[str, Any]:
     """A JSON-ready description: format, architecture, sizes, digest, settings per tensor, codebooks, kernel of this machine.
 
     `quick` reads no payload; `digest` is then None. Otherwise every payload is read, which checks its checksum. Raises

@@ -15,13 +15,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from cluscomp_runtime.selftest import run_self_test
 
-from cluscomp_export.clustering import Progress
+from cluscomp_export.progress import Progress, silent
 from cluscomp_export.sources import open_source
-from cluscomp_formats.errors import ClusCompError, UnsupportedError
+from cluscomp_formats.errors import ClusCompError
 from cluscomp_formats.ir import Model
 from cluscomp_runtime import LanguageModel
+from cluscomp_runtime.selftest import run_self_test
 
 __all__ = ["TensorError", "Verification", "verify"]
 
@@ -59,9 +59,7 @@ class Verification:
         return {"equal": 0, "derived": 0, "different": 1, "unknown": 2}[self.verdict]
 
 
-def verify(
-    path_a: Path, path_b: Path, *, device: str = "cpu", on_progress: Progress = lambda stage, done, total: None
-) -> Verification:
+def verify(path_a: Path, path_b: Path, *, device: str = "cpu", on_progress: Progress = silent) -> Verification:
     """Compare two models of any kind. Raises ClusCompError if one of them cannot be read: then nothing can be told."""
     model_a, model_b = open_source(path_a), open_source(path_b)
     on_progress("computing digests", 0, 2)
@@ -163,7 +161,7 @@ def _load(paths: dict[str, Model], device: str) -> tuple[dict[str, LanguageModel
 def _try_load(model: Model, device: str) -> LanguageModel | str:
     try:
         return LanguageModel.from_model(model, device=device)
-    except UnsupportedError as error:
+    except ClusCompError as error:
         return error.problems[0].message
 
 

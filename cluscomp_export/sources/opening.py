@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
+import cluscomp_formats.packed  # noqa: F401 - registers the format
 from cluscomp_export.sources.checkpoint import CONFIG, INDEX, PICKLED_SUFFIXES, open_checkpoint, pickled_problem, read_config
 from cluscomp_export.sources.gguf import gguf_parts, is_gguf, model_of, read_gguf
 from cluscomp_export.sources.huggingface import open_huggingface
@@ -16,9 +16,6 @@ from cluscomp_formats.errors import InvalidFileError, Problem
 from cluscomp_formats.ir import Model
 
 __all__ = ["open_source", "source_bytes"]
-
-_OWN_FORMATS = "cluscomp_formats.packed"
-"""Importing it registers our own formats."""
 
 _OWN_METHOD = "cluscomp"
 """`quantization_config.quant_method` of our own Hugging Face folders and `general.architecture` of our own GGUF files: those
@@ -63,7 +60,6 @@ def _open_by_content(path: Path) -> Model:
 
 
 def _open_own(path: Path) -> Model:
-    importlib.import_module(_OWN_FORMATS)
     if path.exists() and registry.detect(path) is None:
         raise InvalidFileError(_unrecognised(path))
     return registry.open_model(path)

@@ -8,7 +8,7 @@ threads nor on the other tokens; above, the weight is decoded a few columns at a
 The variant (AVX-512, AVX2, plain C) is the best the machine has; the environment variable CLUSCOMP_CPU forces one.
 """
 
-# ruff: noqa: PLR0917 (an operator takes its operands by position)
+
 from __future__ import annotations
 
 import ctypes

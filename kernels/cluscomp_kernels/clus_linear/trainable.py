@@ -7,7 +7,7 @@ it needs a few times BLOCK_BYTES, not a dense gradient; gradients of the codeboo
 torch.use_deterministic_algorithms.
 """
 
-# ruff: noqa: PLR0917 (an operator takes its operands by position)
+
 from __future__ import annotations
 
 from collections.abc import Iterator

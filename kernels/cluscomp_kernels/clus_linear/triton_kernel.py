@@ -9,7 +9,7 @@ the input channels, and a second kernel adds the partial sums in a fixed order (
 rounds once: results are the same in every run. More tokens multiply with the weight decoded to the dtype of `x`.
 """
 
-# ruff: noqa: N803, PLR0917 (constants of a kernel are upper case, its operands positional)
+# ruff: noqa: N803 (constants of a kernel are upper case, its operands positional)
 from __future__ import annotations
 
 from typing import Any
