@@ -234,6 +234,13 @@ def test_tensors_in_two_shards_or_another_than_listed(tmp_path: Path) -> None:
     assert index[moved] == names[1]
 
 
+def test_one_shard_alone_is_not_taken_for_the_model(tmp_path: Path) -> None:
+    names = save_sharded(tmp_path)
+    assert problems_of(tmp_path / names[0]) == [("one_of_several", None)]
+    (tmp_path / INDEX).unlink()
+    assert len(open_source(tmp_path / names[0]).tensors) < len(tiny_model("llama").state_dict())
+
+
 def test_a_tensor_only_its_shard_lists_is_read(tmp_path: Path) -> None:
     names = save_sharded(tmp_path)
     save_file({**load_file(tmp_path / names[0]), "extra": torch.ones(2)}, tmp_path / names[0])

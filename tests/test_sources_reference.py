@@ -132,6 +132,11 @@ def test_settings_move_from_the_config_to_the_provenance(tmp_path: Path) -> None
     }
 
 
+def test_the_file_itself_may_be_named(tmp_path: Path) -> None:
+    weights = make_reference(tmp_path, llama(), 16, 4, torch.float16)
+    assert set(open_source(tmp_path / "model.safetensors").clustered) == set(weights)
+
+
 def test_65536_clusters_fit(tmp_path: Path) -> None:
     weights = make_reference(tmp_path, llama(), 65536, 1, torch.float16)
     model = open_source(tmp_path)

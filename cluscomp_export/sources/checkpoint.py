@@ -105,6 +105,9 @@ def open_checkpoint(folder: Path, weights: Path | None = None) -> Checkpoint:
     shards: list[Path] = []
     if weights is not None:
         shards = [weights]
+        if (folder / INDEX).exists() and _is_one_of_several(weights, _or_problems(_read_index, folder / INDEX, problems)):
+            remedy = f"name the folder instead: {folder}"
+            problems.append(Problem("one_of_several", "only a part of a checkpoint", str(weights), remedy=remedy))
     elif (folder / SINGLE).exists():
         # The same order of preference as transformers.
         shards = [folder / SINGLE]
@@ -176,6 +179,11 @@ def _read_index(path: Path) -> dict[str, str]:
     if problems:
         raise InvalidFileError(problems)
     return weight_map
+
+
+def _is_one_of_several(weights: Path, index: dict[str, str] | None) -> bool:
+    files = set((index or {}).values())
+    return weights.name in files and len(files) > 1
 
 
 def _is_plain_name(name: str) -> bool:

@@ -47,16 +47,20 @@ def _open_by_content(path: Path) -> Model:
         if _is_own_folder(path):
             return _open_own(path)
         if (path / CONFIG).exists() or _has_weights(path):
-            config = _config_or_none(path)
-            return open_reference(path) if config and is_reference_config(config) else open_huggingface(path)
+            return _open_checkpoint(path)
         return _open_own(path)
     if is_gguf(path):
         container = read_gguf(path)
         own = container.metadata.get("general.architecture") == _OWN_METHOD
         return _open_own(path) if own else model_of(path, container)
     if path.is_file() and _is_safetensors(path):
-        return open_huggingface(path.parent, path)
+        return _open_checkpoint(path.parent, path)
     return _open_own(path)
+
+
+def _open_checkpoint(folder: Path, weights: Path | None = None) -> Model:
+    config = _config_or_none(folder)
+    return (open_reference if config and is_reference_config(config) else open_huggingface)(folder, weights)
 
 
 def _open_own(path: Path) -> Model:

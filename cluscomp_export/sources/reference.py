@@ -46,13 +46,14 @@ def is_reference_config(config: Mapping[str, Any]) -> bool:
     return "num_clusters" in config and "cluster_dim" in config
 
 
-def open_reference(folder: Path) -> Model:
-    """Open an authors' checkpoint; each clustered module becomes `<module>.weight` with a codebook called `<module>`.
+def open_reference(folder: Path, weights: Path | None = None) -> Model:
+    """Open an authors' checkpoint, or its one file `weights`.
 
-    Shapes and partners are checked here. The range of the index and the finiteness of the codebook are checked when they
-    are read, one module at a time. Raises InvalidFileError, in both places.
+    Each clustered module becomes `<module>.weight` with a codebook called `<module>`. Shapes and partners are checked here;
+    the range of the index and the finiteness of the codebook when they are read, one module at a time. Raises
+    InvalidFileError, in both places.
     """
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_checkpoint(folder, weights)
     arrays = checkpoint.tensors
     modules = [name.removesuffix(_CLUSTER) for name in arrays if name.endswith(_CLUSTER)]
     modules += [
