@@ -1,0 +1,24 @@
+"""The compressed linear operator `y = (x @ W^T) * row_scale + bias`, with W given as codes into a codebook.
+
+`linear` is the trainable operator on canonical codes; `prepare` lays a weight out for inference on the fastest path of a
+device; `reference` is the meaning of both.
+"""
+
+from cluscomp_kernels.clus_linear.code_packing import pack_codes, packed_size, unpack_codes
+from cluscomp_kernels.clus_linear.dispatch import PathStatus, choose_path, paths, prepare, prepare_codebook
+from cluscomp_kernels.clus_linear.prepared import PreparedCodebook, PreparedWeight
+from cluscomp_kernels.clus_linear.trainable import linear
+
+__all__ = [
+    "PathStatus",
+    "PreparedCodebook",
+    "PreparedWeight",
+    "choose_path",
+    "linear",
+    "pack_codes",
+    "packed_size",
+    "paths",
+    "prepare",
+    "prepare_codebook",
+    "unpack_codes",
+]

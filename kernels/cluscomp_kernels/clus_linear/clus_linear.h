@@ -12,13 +12,16 @@
 #define CC_LANES 64
 /* Input channels decoded at a time when several tokens share the work: CC_BLOCK * CC_LANES floats stay in the L1 cache. */
 #define CC_BLOCK 32
+/* Bytes of codes to fetch ahead: codes are one sequential stream per thread, too few for the processor's own prefetcher, which
+ * stops at every page. Measured in docs/lab-notes.md. */
+#define CC_PREFETCH 4096
 /* Tokens that share one decoded block. */
 #define CC_TOKENS 16
 
 enum { CC_FLOAT32, CC_FLOAT16, CC_BFLOAT16, CC_VALUE_TYPES };
 
-/* One tile for one token: lanes[CC_LANES] = sum over i of x[i] * decoded(i). */
-typedef void (*cc_tile_dot)(const void *codes, const void *codebook, const float *x, int64_t in_features, float *lanes);
+/* One tile for as many tokens as the kernel takes: lanes[n][CC_LANES] = sum over i of x[n][i] * decoded(i). */
+typedef void (*cc_tile_dot)(const void *codes, const void *codebook, const float *const *x, int64_t in_features, float *lanes);
 /* `channels` records of a tile as float32: block[channels][CC_LANES]. */
 typedef void (*cc_tile_decode)(const void *codes, const void *codebook, int64_t channels, float *block);
 /* lanes[tokens][CC_LANES] += x[tokens][channels] @ block[channels][CC_LANES]; rows of x are x_stride floats apart. */
@@ -26,7 +29,8 @@ typedef void (*cc_block_multiply)(const float *block, int64_t channels, const fl
                                   float *lanes);
 
 typedef struct {
-    cc_tile_dot dot;
+    cc_tile_dot dot;  /* 1 token */
+    cc_tile_dot dot4; /* 4 tokens, or NULL where decoding a block first is as fast */
     cc_tile_decode decode;
     cc_block_multiply multiply;
 } cc_kernels;

@@ -9,7 +9,7 @@
 #define CC_FN __attribute__((always_inline)) CC_TARGET
 #define VEC_LANES 8
 #define MULTIPLY_VECS 2
-#define MULTIPLY_TOKENS 4
+#define FUSE_FOUR_TOKENS 0
 
 typedef __m256 vec;
 #define vec_zero _mm256_setzero_ps

@@ -9,7 +9,7 @@
 #define CC_FN __attribute__((always_inline)) CC_TARGET
 #define VEC_LANES 16
 #define MULTIPLY_VECS 4
-#define MULTIPLY_TOKENS 4
+#define FUSE_FOUR_TOKENS 1
 
 typedef __m512 vec;
 #define vec_zero _mm512_setzero_ps
@@ -39,12 +39,18 @@ static inline CC_FN __m512i codes16(const void *record, int code_bytes, int firs
                            : _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)((const uint16_t *)record + first)));
 }
 
-/* Two rows of four elements, eight rows of one. */
-static inline CC_FN __m128i pair_of_4(const uint16_t *base, const void *record, int code_bytes, int first)
+static inline CC_FN __m128i row_of_4(const uint16_t *base, const void *record, int code_bytes, int group)
 {
-    const __m128i low = _mm_loadl_epi64((const void *)(base + (size_t)code_at(record, code_bytes, first) * 4));
-    const void *high = base + (size_t)code_at(record, code_bytes, first + 1) * 4;
-    return _mm_castps_si128(_mm_loadh_pi(_mm_castsi128_ps(low), high));
+    return _mm_loadl_epi64((const void *)(base + (size_t)code_at(record, code_bytes, group) * 4));
+}
+
+/* Masked broadcasts from memory, unlike inserts, need no shuffle unit, which the conversion keeps busy. */
+static inline CC_FN __m256i four_of_4(const uint16_t *base, const void *record, int code_bytes, int first)
+{
+    __m256i rows = _mm256_castsi128_si256(row_of_4(base, record, code_bytes, first));
+    rows = _mm256_mask_broadcastq_epi64(rows, 2, row_of_4(base, record, code_bytes, first + 1));
+    rows = _mm256_mask_broadcastq_epi64(rows, 4, row_of_4(base, record, code_bytes, first + 2));
+    return _mm256_mask_broadcastq_epi64(rows, 8, row_of_4(base, record, code_bytes, first + 3));
 }
 
 /* Inserts beat a gather instruction by 2 here. */
@@ -76,8 +82,7 @@ static inline CC_FN __m256i halves(const void *codebook, int row, const void *re
                                        1);
     }
     if (row == 4)
-        return _mm256_inserti128_si256(_mm256_castsi128_si256(pair_of_4(base, record, code_bytes, first)),
-                                       pair_of_4(base, record, code_bytes, first + 2), 1);
+        return four_of_4(base, record, code_bytes, first);
     if (row == 2)
         return _mm256_i32gather_epi32((const void *)base, codes8(record, code_bytes, first), 4);
     return _mm256_inserti128_si256(_mm256_castsi128_si256(eight_of_1(base, record, code_bytes, first)),
@@ -158,16 +163,17 @@ static inline VBMI_FN void look_up_64(const byte_planes *planes, const uint8_t *
     }
 }
 
-static inline VBMI_FN void register_dot(int value_type, const void *codes, const void *codebook, const float *x,
+static inline VBMI_FN void register_dot(int value_type, const void *codes, const void *codebook, const float *const *x,
                                         int64_t in_features, float *lanes)
 {
     const byte_planes planes = split_bytes(codebook);
     __m512 sum[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
     for (int64_t i = 0; i < in_features; i++) {
         __m512 values[4];
+        __builtin_prefetch((const char *)codes + i * CC_LANES + CC_PREFETCH);
         look_up_64(&planes, (const uint8_t *)codes + i * CC_LANES, value_type, values);
         for (int k = 0; k < 4; k++)
-            sum[k] = _mm512_fmadd_ps(_mm512_set1_ps(x[i]), values[k], sum[k]);
+            sum[k] = _mm512_fmadd_ps(_mm512_set1_ps(x[0][i]), values[k], sum[k]);
     }
     for (int k = 0; k < 4; k++)
         _mm512_storeu_ps(lanes + 16 * k, sum[k]);
@@ -184,13 +190,13 @@ static inline VBMI_FN void register_decode(int value_type, const void *codes, co
     }
 }
 
-static VBMI_TARGET void register_dot_float16(const void *codes, const void *codebook, const float *x, int64_t in_features,
+static VBMI_TARGET void register_dot_float16(const void *codes, const void *codebook, const float *const *x, int64_t in_features,
                                              float *lanes)
 {
     register_dot(CC_FLOAT16, codes, codebook, x, in_features, lanes);
 }
 
-static VBMI_TARGET void register_dot_bfloat16(const void *codes, const void *codebook, const float *x, int64_t in_features,
+static VBMI_TARGET void register_dot_bfloat16(const void *codes, const void *codebook, const float *const *x, int64_t in_features,
                                               float *lanes)
 {
     register_dot(CC_BFLOAT16, codes, codebook, x, in_features, lanes);
@@ -209,8 +215,8 @@ static VBMI_TARGET void register_decode_bfloat16(const void *codes, const void *
 cc_kernels cc_clus_avx512(int value_type, int row_log2, int code_bytes)
 {
     if (row_log2 == 0 && code_bytes == 1 && value_type != CC_FLOAT32 && __builtin_cpu_supports("avx512vbmi")) {
-        const cc_kernels float16 = {register_dot_float16, register_decode_float16, block_multiply};
-        const cc_kernels bfloat16 = {register_dot_bfloat16, register_decode_bfloat16, block_multiply};
+        const cc_kernels float16 = {register_dot_float16, NULL, register_decode_float16, block_multiply};
+        const cc_kernels bfloat16 = {register_dot_bfloat16, NULL, register_decode_bfloat16, block_multiply};
         return value_type == CC_FLOAT16 ? float16 : bfloat16;
     }
     return table_kernels(value_type, row_log2, code_bytes);

@@ -14,7 +14,7 @@ typedef float vec __attribute__((vector_size(16)));
 typedef float vec;
 #endif
 #define MULTIPLY_VECS 4
-#define MULTIPLY_TOKENS 4
+#define FUSE_FOUR_TOKENS 0
 
 static inline CC_FN uint32_t code_at(const void *record, int code_bytes, int group);
 

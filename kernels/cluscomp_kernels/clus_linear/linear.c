@@ -109,30 +109,38 @@ typedef struct {
     int64_t tokens;
 } linear_job;
 
+static void decoded_tile(const linear_job *job, int64_t tile, const float *x, int64_t tokens, float *lanes)
+{
+    const cc_weight *weight = job->weight;
+    float block[CC_BLOCK * CC_LANES];
+    memset(lanes, 0, (size_t)tokens * CC_LANES * sizeof *lanes);
+    for (int64_t channel = 0; channel < weight->in_features; channel += CC_BLOCK) {
+        const int64_t left = weight->in_features - channel, channels = left < CC_BLOCK ? left : CC_BLOCK;
+        job->kernels.decode(record_at(weight, tile, channel), weight->codebook, channels, block);
+        job->kernels.multiply(block, channels, x + channel, weight->in_features, tokens, lanes);
+    }
+}
+
 static void linear_tiles(void *arg, int64_t begin, int64_t end, int thread)
 {
     const linear_job *job = arg;
     const cc_weight *weight = job->weight;
     (void)thread;
-    if (job->tokens == 1) {
-        for (int64_t tile = begin; tile < end; tile++) {
-            float lanes[CC_LANES];
-            job->kernels.dot(record_at(weight, tile, 0), weight->codebook, job->x, weight->in_features, lanes);
-            finish_tile(weight, tile, lanes, job->y);
-        }
-        return;
-    }
     for (int64_t first = 0; first < job->tokens; first += CC_TOKENS) {
         const int64_t tokens = job->tokens - first < CC_TOKENS ? job->tokens - first : CC_TOKENS;
         const float *x = job->x + first * weight->in_features;
+        /* Fewer than four tokens repeat the last one, which costs nothing: gathering is the bottleneck. */
+        const float *rows[4];
+        for (int64_t n = 0; n < 4; n++)
+            rows[n] = x + (n < tokens ? n : tokens - 1) * weight->in_features;
         for (int64_t tile = begin; tile < end; tile++) {
-            float block[CC_BLOCK * CC_LANES], lanes[CC_TOKENS * CC_LANES];
-            memset(lanes, 0, (size_t)tokens * CC_LANES * sizeof *lanes);
-            for (int64_t channel = 0; channel < weight->in_features; channel += CC_BLOCK) {
-                const int64_t left = weight->in_features - channel, channels = left < CC_BLOCK ? left : CC_BLOCK;
-                job->kernels.decode(record_at(weight, tile, channel), weight->codebook, channels, block);
-                job->kernels.multiply(block, channels, x + channel, weight->in_features, tokens, lanes);
-            }
+            float lanes[CC_TOKENS * CC_LANES];
+            if (tokens == 1)
+                job->kernels.dot(record_at(weight, tile, 0), weight->codebook, rows, weight->in_features, lanes);
+            else if (tokens <= 4 && job->kernels.dot4)
+                job->kernels.dot4(record_at(weight, tile, 0), weight->codebook, rows, weight->in_features, lanes);
+            else
+                decoded_tile(job, tile, x, tokens, lanes);
             for (int64_t token = 0; token < tokens; token++)
                 finish_tile(weight, tile, lanes + token * CC_LANES, job->y + (first + token) * weight->out_features);
         }

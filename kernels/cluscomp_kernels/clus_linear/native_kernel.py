@@ -1,13 +1,14 @@
 """The C kernels of the compressed linear operator and their torch operator `cluscomp::linear_tiled`.
 
 Numeric contract: weights are widened to float32 without rounding, products are accumulated in float32 with fused
-multiply-adds in the order of the input channels, then multiplied by `row_scale`, then `bias` is added; the result is rounded once
-to the dtype of `x`. Up to `FUSED_TOKENS` tokens a token's result depends neither on the number of threads nor on the other
-tokens; above, the weight is decoded a few columns at a time and multiplied by torch.
+multiply-adds (plain C may round twice) in the order of the input channels, then multiplied by `row_scale`, then `bias` is added;
+the result is rounded once to the dtype of `x`. Up to FUSED_TOKENS tokens a token's result depends neither on the number of
+threads nor on the other tokens; above, the weight is decoded a few columns at a time and multiplied by torch.
 
 The variant (AVX-512, AVX2, plain C) is the best the machine has; the environment variable CLUSCOMP_CPU forces one.
 """
 
+# ruff: noqa: PLR0917 (an operator takes its operands by position)
 from __future__ import annotations
 
 import ctypes
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from cluscomp_kernels import native
-from cluscomp_kernels.clus_linear.library import LIBRARY
+from cluscomp_kernels.clus_linear.library import define_operator
 from cluscomp_kernels.clus_linear.operands import check_input
 
 __all__ = ["LANES", "VARIANTS", "cpu_variant", "decode_tiled", "pad_codebook", "row_length", "rows_tiled", "tile_codes"]
@@ -29,7 +30,7 @@ VARIANTS = ("plain", "avx2", "avx512")
 """In the order of their numbers in linear.c."""
 LANES = 64
 """Values per input channel of a tile: CC_LANES of clus_linear.h."""
-FUSED_TOKENS = 16
+FUSED_TOKENS = 32
 """More tokens than this are multiplied by torch with the decoded weight."""
 DECODED_BYTES = 2 << 20
 """Most float32 bytes of a weight decoded at a time."""
@@ -164,7 +165,13 @@ def _weight(
 
 
 def _linear_tiled(
-    x: Tensor, codes: Tensor, codebook: Tensor, row_scale: Tensor | None, bias: Tensor | None, out_features: int, cluster_dim: int
+    x: Tensor,
+    codes: Tensor,
+    codebook: Tensor,
+    row_scale: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    cluster_dim: int,
 ) -> Tensor:
     check_input(x, codes.shape[1])
     weight = _weight(codes, codebook, row_scale, bias, out_features, cluster_dim)
@@ -211,7 +218,7 @@ def rows_tiled(
 ) -> Tensor:
     """`W[ids]` float32 `[..., in_features]`, row scale applied. Raises IndexError on an id outside `[0, out_features)`."""
     flat = ids.reshape(-1).to(torch.int64).contiguous()
-    if flat.numel() and not (0 <= int(flat.min()) and int(flat.max()) < out_features):
+    if flat.numel() and not (int(flat.min()) >= 0 and int(flat.max()) < out_features):
         raise IndexError(f"ids go from {int(flat.min())} to {int(flat.max())}, expected 0 to {out_features - 1}")
     rows = torch.empty((*ids.shape, codes.shape[1]), dtype=torch.float32)
     weight = _weight(codes, codebook, row_scale, None, out_features, cluster_dim)
@@ -220,15 +227,22 @@ def rows_tiled(
 
 
 def _linear_tiled_meta(
-    x: Tensor, codes: Tensor, codebook: Tensor, row_scale: Tensor | None, bias: Tensor | None, out_features: int, cluster_dim: int
+    x: Tensor,
+    codes: Tensor,
+    codebook: Tensor,
+    row_scale: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    cluster_dim: int,
 ) -> Tensor:
     check_input(x, codes.shape[1])
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-LIBRARY.define(
-    "linear_tiled(Tensor x, Tensor codes, Tensor codebook, Tensor? row_scale, Tensor? bias, int out_features, int cluster_dim) "
-    "-> Tensor"
+define_operator(
+    "linear_tiled(Tensor x, Tensor codes, Tensor codebook, Tensor? row_scale, Tensor? bias, int out_features, int cluster_dim)"
+    " -> Tensor",
+    "CPU",
+    _linear_tiled,
+    _linear_tiled_meta,
 )
-LIBRARY.impl("linear_tiled", _linear_tiled, "CPU")
-torch.library.register_fake("cluscomp::linear_tiled", _linear_tiled_meta, lib=LIBRARY)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["check_codes", "check_codebook", "check_epilogue", "check_input"]
+__all__ = ["check_codebook", "check_codes", "check_epilogue", "check_input"]
 
 CODEBOOK_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_CLUSTERS = 65536

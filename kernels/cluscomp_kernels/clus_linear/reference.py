@@ -5,6 +5,7 @@
 (ClusComp, arXiv 2503.13089).
 """
 
+# ruff: noqa: PLR0917 (an operator takes its operands by position)
 from __future__ import annotations
 
 import torch

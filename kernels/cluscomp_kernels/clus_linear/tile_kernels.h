@@ -6,7 +6,8 @@
  *   vec_zero, vec_set1, vec_load, vec_store, vec_fmadd
  *   tile_vec(codebook, value_type, row, record, code_bytes, v)
  *                              vector v of the CC_LANES values of a record, all but the first and fourth argument constant
- *   MULTIPLY_VECS, MULTIPLY_TOKENS   register block of the multiplication
+ *   MULTIPLY_VECS              vectors of a record that the multiplication keeps in registers
+ *   FUSE_FOUR_TOKENS           whether the registers hold the sums of four tokens
  * It is included as text so that each instruction set compiles the same loops with its own target. */
 #include "clus_linear/clus_linear.h"
 
@@ -19,29 +20,36 @@ static inline CC_FN uint32_t code_at(const void *record, int code_bytes, int gro
     return code_bytes == 1 ? ((const uint8_t *)record)[group] : ((const uint16_t *)record)[group];
 }
 
-static inline CC_FN void tile_dot(int value_type, int row, int code_bytes, const void *codes, const void *codebook,
-                                  const float *x, int64_t in_features, float *lanes)
+static inline CC_FN void tile_dot(int value_type, int row, int code_bytes, int tokens, const void *codes, const void *codebook,
+                                  const float *const *x, int64_t in_features, float *lanes)
 {
     const char *record = codes;
-    vec sum[TILE_VECS];
-    for (int v = 0; v < TILE_VECS; v++)
-        sum[v] = vec_zero();
-    for (int64_t i = 0; i < in_features; i++, record += code_bytes * (CC_LANES / row)) {
-        const vec factor = vec_set1(x[i]);
+    vec sum[4][TILE_VECS];
+    for (int n = 0; n < tokens; n++)
         for (int v = 0; v < TILE_VECS; v++)
-            sum[v] = vec_fmadd(factor, tile_vec(codebook, value_type, row, record, code_bytes, v), sum[v]);
+            sum[n][v] = vec_zero();
+    for (int64_t i = 0; i < in_features; i++, record += code_bytes * (CC_LANES / row)) {
+        __builtin_prefetch(record + CC_PREFETCH);
+        for (int v = 0; v < TILE_VECS; v++) {
+            const vec weight = tile_vec(codebook, value_type, row, record, code_bytes, v);
+            for (int n = 0; n < tokens; n++)
+                sum[n][v] = vec_fmadd(vec_set1(x[n][i]), weight, sum[n][v]);
+        }
     }
-    for (int v = 0; v < TILE_VECS; v++)
-        vec_store(lanes + v * VEC_LANES, sum[v]);
+    for (int n = 0; n < tokens; n++)
+        for (int v = 0; v < TILE_VECS; v++)
+            vec_store(lanes + n * CC_LANES + v * VEC_LANES, sum[n][v]);
 }
 
 static inline CC_FN void tile_decode(int value_type, int row, int code_bytes, const void *codes, const void *codebook,
                                      int64_t channels, float *block)
 {
     const char *record = codes;
-    for (int64_t i = 0; i < channels; i++, record += code_bytes * (CC_LANES / row), block += CC_LANES)
+    for (int64_t i = 0; i < channels; i++, record += code_bytes * (CC_LANES / row), block += CC_LANES) {
+        __builtin_prefetch(record + CC_PREFETCH);
         for (int v = 0; v < TILE_VECS; v++)
             vec_store(block + v * VEC_LANES, tile_vec(codebook, value_type, row, record, code_bytes, v));
+    }
 }
 
 /* Sums in the order of the channels, like tile_dot: a token's result does not depend on the tokens beside it. */
@@ -49,7 +57,7 @@ static inline CC_FN void multiply_tokens(int tokens, const float *block, int64_t
                                          float *lanes)
 {
     for (int first = 0; first < TILE_VECS; first += MULTIPLY_VECS) {
-        vec sum[MULTIPLY_TOKENS][MULTIPLY_VECS];
+        vec sum[4][MULTIPLY_VECS];
         for (int n = 0; n < tokens; n++)
             for (int v = 0; v < MULTIPLY_VECS; v++)
                 sum[n][v] = vec_load(lanes + n * CC_LANES + (first + v) * VEC_LANES);
@@ -89,17 +97,34 @@ static CC_TARGET void block_multiply(const float *block, int64_t channels, const
     }
 }
 
-#define KERNELS(type, row_log2, bytes)                                                                                       \
-    static CC_TARGET void dot_##type##_##row_log2##_##bytes(const void *codes, const void *codebook, const float *x,         \
-                                                            int64_t in_features, float *lanes)                              \
+#define DOT(type, row_log2, bytes, tokens)                                                                                   \
+    static CC_TARGET void dot##tokens##_##type##_##row_log2##_##bytes(const void *codes, const void *codebook,               \
+                                                                      const float *const *x, int64_t in_features,            \
+                                                                      float *lanes)                                          \
     {                                                                                                                        \
-        tile_dot(type, 1 << row_log2, bytes, codes, codebook, x, in_features, lanes);                                        \
-    }                                                                                                                        \
+        tile_dot(type, 1 << row_log2, bytes, tokens, codes, codebook, x, in_features, lanes);                                \
+    }
+#define DECODE(type, row_log2, bytes)                                                                                        \
     static CC_TARGET void decode_##type##_##row_log2##_##bytes(const void *codes, const void *codebook, int64_t channels,    \
                                                                float *block)                                                 \
     {                                                                                                                        \
         tile_decode(type, 1 << row_log2, bytes, codes, codebook, channels, block);                                           \
     }
+#if FUSE_FOUR_TOKENS
+#define KERNELS(type, row_log2, bytes)                                                                                       \
+    DOT(type, row_log2, bytes, 1) DOT(type, row_log2, bytes, 4) DECODE(type, row_log2, bytes)
+#define ENTRY(type, row_log2, bytes)                                                                                         \
+    {                                                                                                                        \
+        dot1_##type##_##row_log2##_##bytes, dot4_##type##_##row_log2##_##bytes, decode_##type##_##row_log2##_##bytes,        \
+            block_multiply                                                                                                   \
+    }
+#else
+#define KERNELS(type, row_log2, bytes) DOT(type, row_log2, bytes, 1) DECODE(type, row_log2, bytes)
+#define ENTRY(type, row_log2, bytes)                                                                                         \
+    {                                                                                                                        \
+        dot1_##type##_##row_log2##_##bytes, NULL, decode_##type##_##row_log2##_##bytes, block_multiply                       \
+    }
+#endif
 #define KERNELS_OF_ROW(row_log2)                                                                                             \
     KERNELS(CC_FLOAT32, row_log2, 1)                                                                                         \
     KERNELS(CC_FLOAT32, row_log2, 2)                                                                                         \
@@ -115,10 +140,6 @@ KERNELS_OF_ROW(4)
 KERNELS_OF_ROW(5)
 KERNELS_OF_ROW(6)
 
-#define ENTRY(type, row_log2, bytes)                                                                                         \
-    {                                                                                                                        \
-        dot_##type##_##row_log2##_##bytes, decode_##type##_##row_log2##_##bytes, block_multiply                              \
-    }
 #define ENTRIES_OF_ROW(row_log2)                                                                                             \
     {                                                                                                                        \
         {ENTRY(CC_FLOAT32, row_log2, 1), ENTRY(CC_FLOAT32, row_log2, 2)},                                                    \

@@ -1,0 +1,205 @@
+"""Weights prepared for inference: what all paths share, and the paths that need nothing but torch.
+
+A path lays out codebook and codes once, so that each call is one operator. A prepared codebook can serve many weights.
+"""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from cluscomp_kernels.clus_linear import reference
+from cluscomp_kernels.clus_linear.operands import check_input
+
+__all__ = ["DenseWeight", "EmbeddingBagWeight", "Operands", "PreparedCodebook", "PreparedWeight", "ReferenceWeight"]
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedCodebook:
+    """A codebook laid out for one path: `values [rows, row_length]` on the device, rows and columns possibly padded."""
+
+    path: str
+    values: Tensor
+    num_clusters: int
+    cluster_dim: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory. Shared by all weights that were prepared with it."""
+        return self.values.nbytes
+
+
+@dataclass(frozen=True, eq=False)
+class Operands:
+    """What a path is given, checked and on its device: codes canonical, `row_scale` and `bias` float32 or None."""
+
+    codebook: PreparedCodebook
+    codes: Tensor
+    out_features: int
+    row_scale: Tensor | None
+    bias: Tensor | None
+    dtype: torch.dtype
+
+
+class PreparedWeight(abc.ABC):
+    """`W [out_features, in_features]` with its row scale, and a bias, ready for inference on one path. Forward only.
+
+    `dtype` is the dtype of `decode()` and `embedding()`; `linear()` gives the dtype of its input.
+    """
+
+    path: ClassVar[str]
+
+    def __init__(self, operands: Operands) -> None:
+        self.codebook = operands.codebook
+        self.in_features = operands.codes.shape[0]
+        self.out_features = operands.out_features
+        self.row_scale = operands.row_scale
+        self.bias = operands.bias
+        self.dtype = operands.dtype
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+    def linear(self, x: Tensor) -> Tensor:
+        """`x @ W^T + bias` for float `x [..., in_features]`, in the dtype of `x`.
+
+        Raises ValueError or TypeError on a wrong `x`, RuntimeError if `x` requires a gradient (there is
+        `cluscomp_kernels.clus_linear.linear` for that).
+        """
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError("a prepared weight has no backward pass; use clus_linear.linear, or torch.no_grad()")
+        return self._linear(x)
+
+    @abc.abstractmethod
+    def _linear(self, x: Tensor) -> Tensor: ...
+
+    @abc.abstractmethod
+    def embedding(self, ids: Tensor) -> Tensor:
+        """Rows `W[ids]` as `[*ids.shape, in_features]` in `dtype`.
+
+        Raises IndexError on an id outside `[0, out_features)`, on a GPU as a device-side assertion.
+        """
+
+    @abc.abstractmethod
+    def decode(self) -> Tensor:
+        """`W [out_features, in_features]` in `dtype`, row scale applied; possibly a transposed view."""
+
+    @property
+    @abc.abstractmethod
+    def _own_tensors(self) -> tuple[Tensor, ...]: ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what belongs to this weight alone; `codebook.nbytes` comes on top, once for all weights that share it."""
+        epilogue = (tensor for tensor in (self.row_scale, self.bias) if tensor is not None)
+        return sum(tensor.nbytes for tensor in (*self._own_tensors, *epilogue))
+
+    def _finish(self, y: Tensor) -> Tensor:
+        if self.row_scale is not None:
+            y = y * self.row_scale.to(y.dtype)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class ReferenceWeight(PreparedWeight):
+    """Decodes the weight at every call. Slow; the smallest in memory, and the meaning of the other paths."""
+
+    path = "reference"
+
+    def __init__(self, operands: Operands) -> None:
+        super().__init__(operands)
+        self._codes = operands.codes.to(self.codebook.values.device)
+
+    @property
+    def _rows(self) -> Tensor:
+        """The codebook without padding."""
+        return self.codebook.values[: self.codebook.num_clusters, : self.codebook.cluster_dim]
+
+    def _linear(self, x: Tensor) -> Tensor:
+        check_input(x, self.in_features)
+        return reference.linear(x, self._rows, self._codes, self.out_features, self.row_scale, self.bias)
+
+    def embedding(self, ids: Tensor) -> Tensor:
+        _check_ids(ids, self.out_features)
+        group, lane = ids // self.codebook.cluster_dim, ids % self.codebook.cluster_dim
+        # Indexing is not implemented for uint16; the bits of a code are.
+        indexable = self._codes.view(torch.int16) if self._codes.dtype == torch.uint16 else self._codes
+        chosen = indexable.t()[group].to(torch.int64) & 0xFFFF
+        rows = self._rows[chosen, lane.unsqueeze(-1)].to(self.dtype)
+        return rows if self.row_scale is None else rows * self.row_scale[ids].unsqueeze(-1).to(self.dtype)
+
+    def decode(self) -> Tensor:
+        weight = reference.decode(self._rows, self._codes, self.out_features).to(self.dtype).t()
+        return weight if self.row_scale is None else weight * self.row_scale.to(self.dtype).unsqueeze(-1)
+
+    @property
+    def _own_tensors(self) -> tuple[Tensor, ...]:
+        return (self._codes,)
+
+
+class EmbeddingBagWeight(ReferenceWeight):
+    """`torch.nn.functional.embedding_bag` over the codebook, weighted by `x`: the fast way for few tokens without C kernels.
+
+    Keeps the codes as int32 `[groups, in_features]`, computes in float32.
+    """
+
+    path = "embedding_bag"
+    FEW_TOKENS: ClassVar[int] = 4
+    """More tokens than this are cheaper with a decoded weight."""
+
+    def __init__(self, operands: Operands) -> None:
+        super().__init__(operands)
+        self._bags = self._codes.t().to(torch.int32).contiguous()
+        self._codes = self._bags.t()
+
+    def _linear(self, x: Tensor) -> Tensor:
+        check_input(x, self.in_features)
+        tokens = x.reshape(-1, self.in_features).float()
+        if not 0 < tokens.shape[0] <= self.FEW_TOKENS or self.in_features == 0:
+            return super()._linear(x)
+        y = torch.stack([self._one_token(token) for token in tokens])
+        return self._finish(y).to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+
+    def _one_token(self, token: Tensor) -> Tensor:
+        weights = token.expand(self._bags.shape)
+        bag = torch.nn.functional.embedding_bag(self._bags, self.codebook.values, per_sample_weights=weights, mode="sum")
+        return bag.reshape(-1)[: self.out_features]
+
+    @property
+    def _own_tensors(self) -> tuple[Tensor, ...]:
+        return (self._bags,)
+
+
+class DenseWeight(PreparedWeight):
+    """Decodes once and keeps the matrix in `dtype`: speed at any number of tokens, for the memory of the dense model."""
+
+    path = "dense"
+
+    def __init__(self, operands: Operands) -> None:
+        super().__init__(operands)
+        self._weight = ReferenceWeight(operands).decode().contiguous()
+
+    def _linear(self, x: Tensor) -> Tensor:
+        check_input(x, self.in_features)
+        bias = None if self.bias is None else self.bias.to(self.dtype)
+        return torch.nn.functional.linear(x.to(self.dtype), self._weight, bias).to(x.dtype)
+
+    def embedding(self, ids: Tensor) -> Tensor:
+        _check_ids(ids, self.out_features)
+        return self._weight[ids]
+
+    def decode(self) -> Tensor:
+        return self._weight
+
+    @property
+    def _own_tensors(self) -> tuple[Tensor, ...]:
+        return (self._weight,)
+
+
+def _check_ids(ids: Tensor, out_features: int) -> None:
+    """Indexing takes negative ids for positions from the end; an embedding must not."""
+    if ids.device.type == "cpu" and ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < out_features):
+        raise IndexError(f"ids go from {int(ids.min())} to {int(ids.max())}, expected 0 to {out_features - 1}")
