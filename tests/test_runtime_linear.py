@@ -90,7 +90,7 @@ def test_a_product_by_hand() -> None:
     assert matrix(torch.tensor([[1.0, 2.0]])).tolist() == [[261.0, 164.0, 60.0]]
 
 
-@pytest.mark.parametrize("path", clus_linear.paths(CPU))
+@pytest.mark.parametrize("path", [status.name for status in clus_linear.paths(CPU) if status.available])
 def test_every_kernel_gives_the_same_model(path: str) -> None:
     model = clustered_model(small_config(tie_word_embeddings=True), row_scale=True)
     ids = torch.arange(60).reshape(2, 30) % 97
@@ -187,3 +187,16 @@ def test_an_outlier_past_the_weight_names_the_tensor() -> None:
     with pytest.raises(InvalidFileError, match="outlier") as error:
         builder().build(bad)
     assert error.value.problems[0].tensor == "w"
+
+
+def test_a_kernel_that_is_known_but_not_here_says_why() -> None:
+    with pytest.raises(InvalidRequestError, match="CUDA devices only"):
+        LanguageModel.from_model(clustered_model(small_config()), kernel="triton")
+
+
+def test_a_codebook_too_wide_for_the_kernel_asked_for() -> None:
+    if not {status.name: status.available for status in clus_linear.paths(CPU)}["native"]:
+        pytest.skip("the C kernels were not built")
+    weight = random_clustered("w", (130, 8), np.random.default_rng(0), cluster_dim=65)
+    with pytest.raises(InvalidRequestError, match="cluster_dim"):
+        builder("native").build(weight)

@@ -160,7 +160,7 @@ class LanguageModel:
                 remedy = "give token ids instead of text"
                 raise InvalidRequestError(Problem("no_tokenizer", "this model has no tokenizer.json", remedy=remedy))
             return self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
-        ids = prompt.tolist() if isinstance(prompt, torch.Tensor) else list(prompt)
+        ids: list[Any] = prompt.tolist() if isinstance(prompt, torch.Tensor) else list(prompt)
         if isinstance(prompt, torch.Tensor) and prompt.dim() == 2 and len(prompt) == 1:
             ids = ids[0]
         if not all(isinstance(token, int) for token in ids):

@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem
-from cluscomp_formats.ir import Array, ClusteredWeight, Codebook, DenseTensor, Outliers, Tensor
+from cluscomp_formats.ir import Array, ClusteredWeight, Codebook, DenseTensor, Outliers, Stage, Tensor
 from cluscomp_kernels import clus_linear
 
 __all__ = ["ClusLinear", "DecodedLinear", "DenseLinear", "Matrix", "MatrixBuilder", "check_kernel", "tensor_of"]
@@ -25,10 +25,12 @@ OWN_KERNELS = ("auto", "dense", "reference")
 
 def check_kernel(kernel: str, device: torch.device) -> str:
     """The kernel asked for, if it can run there. Raises InvalidRequestError, listing those that can."""
-    known = dict.fromkeys((*OWN_KERNELS, *clus_linear.paths(device)))
-    if kernel not in known:
-        problem = Problem("unknown_kernel", f"no such kernel on {device}", found=repr(kernel), expected=", ".join(known))
-        raise InvalidRequestError(problem)
+    statuses = {status.name: status for status in clus_linear.paths(device)}
+    usable = dict.fromkeys((*OWN_KERNELS, *(name for name, status in statuses.items() if status.available)))
+    if kernel not in usable:
+        reason = f": {statuses[kernel].reason}" if kernel in statuses else ""
+        message = f"no such kernel on {device}{reason}"
+        raise InvalidRequestError(Problem("unknown_kernel", message, found=repr(kernel), expected=", ".join(usable)))
     return kernel
 
 
@@ -161,7 +163,7 @@ class MatrixBuilder:
     """Kernel of each matrix built, by tensor name."""
     without_kernel: list[str] = field(default_factory=list)
     """Clustered matrices that had to be decoded for want of a kernel."""
-    _codebooks: dict[str, object] = field(default_factory=dict)
+    _codebooks: dict[str, clus_linear.PreparedCodebook] = field(default_factory=dict)
 
     def build(self, tensor: Tensor, bias: Tensor | None = None) -> Matrix:
         """One matrix `[out_features, in_features]` with its bias `[out_features]`."""
@@ -184,28 +186,36 @@ class MatrixBuilder:
         return self._clustered(tensor, bias_values)
 
     def _clustered(self, tensor: ClusteredWeight, bias: torch.Tensor | None) -> ClusLinear:
-        out_features = tensor.shape[0]
         row_scale = None if tensor.row_scale is None else tensor_of(tensor.row_scale)
         stages = [
-            clus_linear.prepare(
-                self._codebook(stage.codebook),
-                tensor_of(stage.codes),
-                out_features,
-                row_scale=row_scale,
-                bias=bias if index == 0 else None,
-                path=self.kernel,
-                device=self.device,
-                dtype=self.dtype,
-            )
-            for index, stage in enumerate(tensor.stages)
+            self._stage(tensor, stage, row_scale, bias if index == 0 else None) for index, stage in enumerate(tensor.stages)
         ]
         column_scale = None if tensor.column_scale is None else self._place(tensor_of(tensor.column_scale))
         outliers = None if tensor.outliers is None else self._outliers(tensor, tensor.outliers)
         return ClusLinear(stages, column_scale=column_scale, outliers=outliers)
 
-    def _codebook(self, codebook: Codebook) -> object:
+    def _stage(
+        self, tensor: ClusteredWeight, stage: Stage, row_scale: torch.Tensor | None, bias: torch.Tensor | None
+    ) -> clus_linear.PreparedWeight:
+        codebook = self._codebook(stage.codebook)
+        codes = tensor_of(stage.codes)
+        try:
+            return clus_linear.prepare(
+                codebook, codes, tensor.shape[0], row_scale=row_scale, bias=bias, device=self.device, dtype=self.dtype
+            )
+        except ValueError as error:
+            # Shapes and dtypes are the IR's to guarantee; what is left is a code past the codebook.
+            raise InvalidFileError(Problem("code_out_of_range", str(error), None, tensor.name)) from error
+
+    def _codebook(self, codebook: Codebook) -> clus_linear.PreparedCodebook:
         if codebook.name not in self._codebooks:
-            self._codebooks[codebook.name] = tensor_of(codebook.values)
+            values = tensor_of(codebook.values)
+            try:
+                prepared = clus_linear.prepare_codebook(values, path=self.kernel, device=self.device)
+            except ValueError as error:
+                message = f"the kernel {self.kernel!r} cannot use codebook {codebook.name!r}: {error}"
+                raise InvalidRequestError(Problem("kernel_unfit", message, remedy='use kernel="auto"')) from error
+            self._codebooks[codebook.name] = prepared
         return self._codebooks[codebook.name]
 
     def _outliers(self, tensor: ClusteredWeight, outliers: Outliers) -> torch.Tensor:
