@@ -10,11 +10,11 @@ from __future__ import annotations
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from cluscomp_export.terminal import ProgressDisplay, message, print_json, print_table
+from cluscomp_export.terminal import ProgressDisplay, print_json, print_table, say
 from cluscomp_formats.errors import ClusCompError
 from cluscomp_formats.version import __version__
 
@@ -103,7 +103,7 @@ def convert(source: Path, output: Path, *, dry_run: bool, force: bool, as_json: 
     with ProgressDisplay() as progress:
         report = run(source, output, chosen, force=force, on_progress=progress)
     for text in report.warnings:
-        message(f"warning: {text}")
+        say(f"warning: {text}")
     if as_json:
         print_json(vars(report))
         return
@@ -140,7 +140,7 @@ def _show_plan(prepared: Prepared, *, as_json: bool) -> None:
     click.echo(f"bits per weight: {bits['linears']:.2f} (linear layers), {bits['all']:.2f} (everything)")
     click.echo(f"predicted size: {sizes.payload_bytes / 1e6:.1f} MB; source: {prepared.source_file_bytes / 1e6:.1f} MB")
     for text in prepared.warnings:
-        message(f"warning: {text}")
+        say(f"warning: {text}")
 
 
 def _print_tensors(rows: list[dict[str, Any]]) -> None:
@@ -293,7 +293,7 @@ def generate(
     with ProgressDisplay() as progress:
         progress("loading", 0, 1)
         loaded = load(model, device=device, kernel=kernel, selftest=selftest)
-    message(f"kernel: {loaded.kernel_summary}")
+    say(f"kernel: {loaded.kernel_summary}")
     text = loaded.chat([{"role": "user", "content": prompt}]) if chat else prompt
     stream = loaded.stream(text, add_special_tokens=not chat, **options)
     if not as_json and not chat:
@@ -308,7 +308,7 @@ def generate(
         print_json({**asdict(result), **rates, "kernel": loaded.kernel_summary})
         return
     click.echo()
-    message(f"{result.new_tokens} tokens, {result.tokens_per_second:.1f} tokens/s, stopped by {result.stop_reason}")
+    say(f"{result.new_tokens} tokens, {result.tokens_per_second:.1f} tokens/s, stopped by {result.stop_reason}")
 
 
 def _report(error: ClusCompError, *, as_json: bool, exit_code: int) -> None:
@@ -316,19 +316,27 @@ def _report(error: ClusCompError, *, as_json: bool, exit_code: int) -> None:
         print_json({"exit_code": exit_code, "problems": [problem.as_dict() for problem in error.problems]})
     else:
         for problem in error.problems:
-            message(f"error: {problem}")
+            say(f"error: {problem}")
 
 
 def main() -> None:
     """Entry point of the `cluscomp-export` command."""
     as_json = "--json" in sys.argv
 
-    def show_warning(text: Warning | str, *_: Any) -> None:
-        message(f"warning: {text}")
+    def show_warning(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        say(f"warning: {message}")
 
-    warnings.showwarning = show_warning
     try:
-        code = cli.main(standalone_mode=False)
+        with warnings.catch_warnings():
+            warnings.showwarning = show_warning
+            code = cli.main(standalone_mode=False)
     except click.ClickException as error:
         error.show()
         code = error.exit_code
@@ -336,7 +344,7 @@ def main() -> None:
         _report(error, as_json=as_json, exit_code=error.exit_code)
         code = error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        message("interrupted; nothing was written")
+        say("interrupted; nothing was written")
         code = INTERRUPTED
     sys.exit(code if isinstance(code, int) else 0)
 

@@ -111,13 +111,13 @@ class _Worker:
         scale = None
         if treatment.row_scale:
             rms = np.sqrt(np.mean(np.square(weight, dtype=np.float64), axis=1)).astype(np.float32)
-            scale = np.where(rms == 0, np.float32(1), rms)
+            scale = np.where(rms == 0, np.float32(1), rms).astype(np.float32)
             if scale.min() < SCALE_RANGE[0] or scale.max() > SCALE_RANGE[1]:
                 found = f"rows of root mean square {scale.min():g} to {scale.max():g}"
                 expected = f"{SCALE_RANGE[0]:g} to {SCALE_RANGE[1]:g}, the range of float16"
                 remedy = "use --share none, which needs no row scales"
                 raise InvalidFileError(Problem("out_of_range", "row scales do not fit", None, name, found, expected, remedy))
-            weight = weight / scale[:, None]
+            weight = np.divide(weight, scale[:, None], dtype=np.float32)
         dim = treatment.codebook.cluster_dim
         padded = np.zeros((weight.shape[1], -(-weight.shape[0] // dim) * dim), dtype=np.float32)
         padded[:, : weight.shape[0]] = weight.T
@@ -185,4 +185,5 @@ def _refit_scale(vectors: Floats, decoded: Floats, in_features: int, scale: Floa
     products = np.einsum("ir,ir->r", wanted, given, dtype=np.float64)
     energies = np.einsum("ir,ir->r", given, given, dtype=np.float64)
     factor = np.divide(products, energies, out=np.ones(rows), where=(energies > 0) & (products > 0))
-    return np.clip(scale * factor, *SCALE_RANGE).astype(np.float16)
+    refitted: npt.NDArray[np.float16] = np.clip(scale * factor, *SCALE_RANGE).astype(np.float16)
+    return refitted

@@ -54,7 +54,7 @@ def expected_error(cluster_dim: int, num_clusters: int, num_vectors: int) -> flo
     the share of vectors that are not centroids themselves: as many clusters as vectors lose nothing.
     """
     d = cluster_dim
-    gaussian = 2 * math.pi * ((d + 2) / d) ** ((d + 2) / 2)
+    gaussian = 2 * math.pi * math.pow((d + 2) / d, (d + 2) / 2)
     asymptotic = LATTICE_SECOND_MOMENT[d] * gaussian * math.pow(num_clusters, -2 / d)
     return min(1.0, asymptotic) * max(0.0, 1 - num_clusters / num_vectors)
 

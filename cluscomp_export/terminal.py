@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-__all__ = ["ProgressDisplay", "message", "print_json", "print_table"]
+__all__ = ["ProgressDisplay", "print_json", "print_table", "say"]
 
 
 class ProgressDisplay:
@@ -46,7 +46,7 @@ class ProgressDisplay:
         self._progress.update(self._tasks[key], description=self._prefix + stage, completed=done, total=total)
 
 
-def message(text: str) -> None:
+def say(text: str) -> None:
     """A line for the person, on standard error."""
     click.echo(text, err=True)
 

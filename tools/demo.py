@@ -16,7 +16,7 @@ from typing import Any
 from cluscomp_export.convert import ConversionOptions, convert, prepare
 from cluscomp_export.evaluate import evaluate_files
 from cluscomp_export.sources import open_source
-from cluscomp_export.terminal import ProgressDisplay, message, print_table
+from cluscomp_export.terminal import ProgressDisplay, print_table, say
 from cluscomp_runtime import LanguageModel, load
 
 ROOT = Path(__file__).parent.parent
@@ -66,7 +66,7 @@ def main() -> None:
     arguments = parser.parse_args()
     OUTPUT.mkdir(exist_ok=True)
     source = find_model()
-    message(f"compressing {source.name} ({source.stat().st_size / 1e6:.1f} MB); artefacts go to {OUTPUT.name}/")
+    say(f"compressing {source.name} ({source.stat().st_size / 1e6:.1f} MB); artefacts go to {OUTPUT.name}/")
     outputs, rows = zip(*(measure(source, bits) for bits in arguments.bits), strict=True)
     original = prepare(source, ConversionOptions(bits=arguments.bits[0]))
     first = {
