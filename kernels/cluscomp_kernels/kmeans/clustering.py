@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 
 from cluscomp_kernels import native
 from cluscomp_kernels.kmeans.engine import Engine, run_lloyd
+from cluscomp_kernels.kmeans.groups import group
 from cluscomp_kernels.kmeans.native_engine import NativeEngine, assign_native, spatial_order
 from cluscomp_kernels.kmeans.one_dim import assign_values, cluster_values
 from cluscomp_kernels.kmeans.torch_engine import TorchEngine, nearest_search
@@ -31,8 +32,6 @@ LLOYD_ITERATIONS = 20
 """What the ClusComp paper uses."""
 VALUE_ITERATIONS = 300
 """In one dimension an iteration costs next to nothing."""
-LARGEST_TREE_DIM = 12
-"""Beyond, the tree's cells are long boxes, most dimensions cut once or never: a random sample is a better start."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def default_iterations(dim: int, method: Method) -> int:
         return LLOYD_ITERATIONS
     if dim == 1:
         return VALUE_ITERATIONS
-    return 8 if dim <= LARGEST_TREE_DIM else 12
+    return 8 if dim <= 6 else 12
 
 
 def kmeans(
@@ -75,7 +74,7 @@ def kmeans(
 ) -> KMeansResult:
     """Cluster `points` float32 `[n, dim]`, 1 <= dim <= 64, into `num_clusters` <= 65536 centroids.
 
-    `method="fast"` starts from a greedy tree (beyond 12 dimensions a random sample) and assigns by neighbour lists.
+    `method="fast"` starts from a greedy tree and makes a few over-relaxed iterations, assigning by neighbour lists.
     `method="lloyd"` is plain k-means as in the ClusComp paper: a random sample of the points, then `iterations` rounds of
     exact assignment and means. In both, a cluster that loses its points is revived by splitting the one with the largest
     error: it moves to that cluster's farthest point. Both stop early when nothing moves any more.
@@ -97,16 +96,16 @@ def kmeans(
     if rounds < 0:
         raise ValueError(f"iterations must not be negative, got {iterations}")
     scales = checked_weights(weights, count)
-    job = _Job(points, scales, num_clusters, rounds, seed, checked_threads(threads), _path(device), on_progress)
+    job = _Job(points, scales, num_clusters, method, rounds, seed, checked_threads(threads), _path(device), on_progress)
     if count <= num_clusters:
-        result = job.lossless(method)
+        result = job.lossless()
     elif dim == 1 and method == "fast":
-        result = job.values(method)
+        result = job.values()
     else:
-        result = job.lloyd(method)
+        result = job.lloyd()
     if weights is not None and scales is None:
-        result = KMeansResult(result.centroids, result.codes, 0.0, result.iterations, method, result.path)
-    job.report(rounds)
+        result = replace(result, error=0.0)
+    job.finish()
     return result
 
 
@@ -122,6 +121,103 @@ def assign(points: Floats, centroids: Floats, *, threads: int | None = None, dev
     if len(centroids) > MAX_CLUSTERS:
         raise ValueError(f"at most {MAX_CLUSTERS} centroids are possible (a code fits 16 bits), got {len(centroids)}")
     return _assign(points, centroids, checked_threads(threads), _path(device), _nothing)
+
+
+@dataclass
+class _Job:
+    """One call of `kmeans` with checked arguments."""
+
+    points: Floats
+    weights: Floats | None
+    num_clusters: int
+    method: Method
+    iterations: int
+    seed: int
+    threads: int
+    path: str
+    on_progress: Progress | None
+    done: int = field(default=0, init=False)
+
+    def tick(self) -> None:
+        """Report progress: the start, every iteration and the final assignment are one unit each."""
+        if self.on_progress is not None:
+            self.on_progress(self.done, self.iterations + 2)
+
+    def finish(self) -> None:
+        self.done = self.iterations + 2
+        self.tick()
+
+    def after_iteration(self, done: int) -> None:
+        self.done = done + 1
+        self.tick()
+
+    def result(self, centroids: Floats, codes: Codes, error: float, iterations: int) -> KMeansResult:
+        return KMeansResult(centroids, codes, error, iterations, self.method, self.path)
+
+    def lossless(self) -> KMeansResult:
+        """No more points than clusters: the points are the centroids."""
+        centroids = self.points.copy()
+        return self.result(centroids, _assign(self.points, centroids, self.threads, self.path, self.tick), 0.0, 0)
+
+    def values(self) -> KMeansResult:
+        """One dimension."""
+        values = self.points[:, 0]
+        centroids, done = cluster_values(values, self.weights, self.num_clusters, self.iterations)
+        self.after_iteration(done)
+        codes = _assign(self.points, centroids[:, None], self.threads, self.path, self.tick)
+        squares = np.square(values - centroids[codes])
+        total = squares.sum(dtype=np.float64) if self.weights is None else np.dot(squares, self.weights.astype(np.float64))
+        return self.result(centroids[:, None], codes, float(total), done)
+
+    def lloyd(self) -> KMeansResult:
+        """Lloyd iterations from a tree or from a sample."""
+        self.tick()
+        starts_from_tree = self.method == "fast" and native.library() is not None
+        if self.path != "native":
+            centroids = self.tree_start()[0] if starts_from_tree else self.sample()
+            engine = _torch_engine(self.points, self.weights, self.path, self.tick)
+            self.after_iteration(0)
+            return self.result(*self.run(engine, centroids))
+        if starts_from_tree:
+            centroids, points, weights, codes, order = self.tree_start()
+        else:
+            centroids = self.sample()
+            centroids = np.ascontiguousarray(centroids[spatial_order(centroids, self.threads)])
+            near = assign_native(self.points, centroids, self.threads, self.tick, exact=False)
+            order = group(near, len(centroids)).order
+            points, codes = self.points[order], near[order]
+            weights = None if self.weights is None else self.weights[order]
+        self.after_iteration(0)
+        engine = NativeEngine(points, weights, codes, self.num_clusters, self.threads, self.tick)
+        centroids, moved_codes, error, done = self.run(engine, centroids)
+        codes = np.empty_like(moved_codes)
+        codes[order] = moved_codes
+        return self.result(centroids, codes, error, done)
+
+    def run(self, engine: Engine, centroids: Floats) -> tuple[Floats, Codes, float, int]:
+        plain = self.method == "lloyd"
+        centroids, error, done = run_lloyd(
+            engine, centroids, self.iterations, plain=plain, after_iteration=self.after_iteration
+        )
+        return centroids, engine.codes, error, done
+
+    def sample(self) -> Floats:
+        """Distinct rows of the points, drawn at random."""
+        rows = np.random.default_rng(self.seed).choice(len(self.points), self.num_clusters, replace=False)
+        return self.points[rows]
+
+    def tree_start(self) -> tuple[Floats, Floats, Floats | None, Codes, npt.NDArray[np.int32]]:
+        """Centroids from a tree; the points and their weights in its order, their codes, and that order.
+
+        Where the tree runs out of different points, the last centroid is repeated.
+        """
+        order = np.arange(len(self.points), dtype=np.int32)
+        points = self.points.copy()
+        weights = None if self.weights is None else self.weights.copy()
+        tree = build_tree(points, weights, order, self.num_clusters, self.threads)
+        missing = self.num_clusters - len(tree.means)
+        centroids = np.concatenate((tree.means, np.repeat(tree.means[-1:], missing, axis=0)))
+        return centroids, points, weights, tree.codes(), order
 
 
 def _nothing() -> None:

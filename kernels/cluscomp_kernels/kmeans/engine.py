@@ -35,25 +35,39 @@ class Engine(Protocol):
         """Centroids were revived: what is remembered of their neighbourhood no longer holds."""
 
 
+RELAXATION = 2.0
+"""How far centroids move, in units of the way to the mean."""
+PLAIN_ITERATIONS = 2
+"""The last iterations move to the mean itself."""
+
+
 def run_lloyd(
-    engine: Engine, centroids: Floats, iterations: int, *, exact: bool, after_iteration: Callable[[int], None]
+    engine: Engine, centroids: Floats, iterations: int, *, plain: bool, after_iteration: Callable[[int], None]
 ) -> tuple[Floats, float, int]:
     """Up to `iterations` Lloyd iterations, then an exact assignment to the centroids they end with.
+
+    `plain` iterations are those of the textbook: exact assignment, move to the mean. Otherwise assignments may miss the nearest
+    centroid of a few points, and all but the last iterations move past the mean to its other side, as far again (over-relaxation:
+    Lee, Baek and Sung, "Modified K-means algorithm for vector quantizer design", IEEE Signal Processing Letters 4(1), 1997),
+    which reaches in a few iterations a lower error than many plain ones.
 
     Stops earlier when an iteration moves no centroid. Returns the centroids, the weighted squared error of the final codes
     and the number of iterations made.
     """
     done = 0
     while done < iterations:
-        engine.assign(centroids, exact=exact)
+        engine.assign(centroids, exact=plain)
         means = engine.update(centroids)
+        moved = means.centroids - centroids
+        if not plain and iterations - done > PLAIN_ITERATIONS:
+            means.centroids[:] = centroids + np.float32(RELAXATION) * moved
         if revive(means, engine.points_at):
             engine.centroids_jumped()
-        moved = not np.array_equal(means.centroids, centroids)
+        still = np.array_equal(means.centroids, centroids)
         centroids = means.centroids
         done += 1
         after_iteration(done)
-        if not moved:
+        if still:
             break
     engine.assign(centroids, exact=True)
     return centroids, float(engine.update(centroids).error.sum()), done

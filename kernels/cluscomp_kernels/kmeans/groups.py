@@ -53,19 +53,20 @@ def scan(
     centroids: Floats,
     *,
     exact: bool,
+    stale: bool,
     threads: int,
     tick: Callable[[], None],
 ) -> Scan:
     """Assign every point to the nearest of its group's centroid and that centroid's listed neighbours.
 
-    An exact scan then searches all centroids for the points that the lists left open; its lists must be those of these
-    very centroids.
+    An exact scan then searches all centroids for the points that the lists left open: all of them if the lists are stale,
+    those of other centroids than these.
     """
     count, dim = centroids.shape
     codes = np.empty(len(points), dtype=np.uint16)
     distances = np.empty(len(points), dtype=np.float32)
     open_points = np.empty(count, dtype=np.int64)
-    data = (points, groups.order, groups.start, centroids, count, dim, lists, lists.shape[1], exact)
+    data = (points, groups.order, groups.start, centroids, count, dim, lists, lists.shape[1], exact, stale)
     step = max(1, count * POINTS_PER_CALL // len(points))
     for first in range(0, count, step):
         piece = (first, min(first + step, count), threads, library.INSTRUCTION_LEVEL)

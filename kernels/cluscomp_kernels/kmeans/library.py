@@ -19,19 +19,20 @@ __all__ = ["INSTRUCTION_LEVEL", "call"]
 INSTRUCTION_LEVEL = 2
 """The highest instruction set used where the CPU has it: 0 plain C, 1 AVX2, 2 AVX-512. Results do not depend on it."""
 
-_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int32, "l": ctypes.c_int64}
+_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int32, "l": ctypes.c_int64, "f": ctypes.c_float}
 
 _SIGNATURES = {
     "cc_kmeans_tree_root": "pppi ppppppp i",
     "cc_kmeans_tree_split": "pppi ppppppp pl ii",
     "cc_kmeans_tree_descend": "pli ppppp i",
-    "cc_kmeans_neighbours": "ppppl pi pii plpl ll ii",
-    "cc_kmeans_scan": "ppppl ppp pii pii ppp ll ii",
+    "cc_kmeans_neighbours": "pppppfl pi pii plpl ll ii",
+    "cc_kmeans_refresh": "pii pp iii pl p ll ii",
+    "cc_kmeans_scan": "pppppfl ppp pii piii ppp ll ii",
     "cc_kmeans_group": "pli pp",
     "cc_kmeans_update": "ppppp ii pppp ii",
     "cc_kmeans_sorted": "pl ppi p i",
 }
-"""Argument types by function: p pointer, i int32, l int64."""
+"""Argument types by function: p pointer, i int32, l int64, f float32."""
 
 
 @functools.cache

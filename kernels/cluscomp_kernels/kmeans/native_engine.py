@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from cluscomp_kernels.kmeans.groups import Groups, group, scan, update_means
 from cluscomp_kernels.kmeans.means import Means
-from cluscomp_kernels.kmeans.tiles import neighbour_lists, pack_tiles
+from cluscomp_kernels.kmeans.tiles import neighbour_lists, pack_tiles, refresh_lists
 from cluscomp_kernels.kmeans.tree import build_tree
 
 __all__ = ["NativeEngine", "assign_native", "list_length", "spatial_order"]
@@ -18,7 +18,8 @@ Floats = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.uint16]
 Ints = npt.NDArray[np.int32]
 
-REBUILD_EVERY = 2
+REFRESH_EVERY = 2
+LARGEST_LIST_DIM = 10
 
 
 def list_length(dim: int, num_clusters: int) -> int:
@@ -30,8 +31,9 @@ def list_length(dim: int, num_clusters: int) -> int:
 class NativeEngine:
     """An `Engine` over `points` `[n, dim]` that lie in memory cluster by cluster, more or less.
 
-    `codes` says where the search for the nearest centroid starts. Neighbour lists are remade for every exact assignment,
-    else every `REBUILD_EVERY` assignments; in between only the distances in them are fresh.
+    `codes` says where the search for the nearest centroid starts. Exact assignments use exact neighbour lists, others refresh
+    what lists there are every `REFRESH_EVERY` assignments. Beyond `LARGEST_LIST_DIM` dimensions hardly any list is long enough
+    to close a search, so exact assignments leave theirs as they are and search all centroids.
     """
 
     def __init__(
@@ -50,15 +52,18 @@ class NativeEngine:
 
     def assign(self, centroids: Floats, *, exact: bool) -> None:
         tiles = pack_tiles(centroids)
-        if exact or self._lists is None or self._age >= REBUILD_EVERY:
+        stale = exact and centroids.shape[1] > LARGEST_LIST_DIM
+        if self._lists is None or (exact and not stale):
             self._lists = neighbour_lists(
                 tiles, centroids, self._length, threads=self._threads, previous=self._lists, tick=self._tick
             )
             self._age = 0
+        elif self._age >= REFRESH_EVERY:
+            self._lists = refresh_lists(centroids, self._lists, threads=self._threads, tick=self._tick)
+            self._age = 0
         self._age += 1
-        found = scan(
-            tiles, self._lists, self._points, self._groups, centroids, exact=exact, threads=self._threads, tick=self._tick
-        )
+        state = (tiles, self._lists, self._points, self._groups, centroids)
+        found = scan(*state, exact=exact, stale=stale, threads=self._threads, tick=self._tick)
         self.codes, self._distances = found.codes, found.distances
         self._groups = group(self.codes, len(centroids))
 
@@ -69,7 +74,7 @@ class NativeEngine:
         return self._points[indices]
 
     def centroids_jumped(self) -> None:
-        self._age = REBUILD_EVERY
+        self._lists = None
 
 
 def spatial_order(centroids: Floats, threads: int) -> Ints:
@@ -93,5 +98,6 @@ def assign_native(points: Floats, centroids: Floats, threads: int, tick: Callabl
     lists = neighbour_lists(tiles, centroids, length, threads=threads, previous=None, tick=tick)
     for last in (False, True):
         groups = group(codes, len(centroids))
-        codes = scan(tiles, lists, points, groups, centroids, exact=exact and last, threads=threads, tick=tick).codes
+        state = (tiles, lists, points, groups, centroids)
+        codes = scan(*state, exact=exact and last, stale=False, threads=threads, tick=tick).codes
     return codes

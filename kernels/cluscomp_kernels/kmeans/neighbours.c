@@ -34,15 +34,16 @@ static CC_INLINE float previous_radius(const neighbours_job *job, int32_t id, in
 
 /* Adds the members of a tile nearer than the limit to the candidates of one centroid; returns the new limit. */
 static CC_INLINE float gather_tile(const neighbours_job *job, candidates *found, const float *x, int32_t own, int64_t tile,
-                                   float limit, int dim)
+                                   float limit, float *least_score, int dim, int fuses)
 {
-    float distances[CC_LANES];
-    cc_tile_distances(x, job->space.tiles + tile * dim * CC_LANES, distances, dim);
+    const float *members = job->space.tiles + tile * dim * CC_LANES;
+    float scores[CC_LANES], distances[CC_LANES];
+    cc_tile_scores(x, members, job->space.half_norms + tile * CC_LANES, scores, dim, fuses);
     int any = 0;
-    CC_EACH_LANE(lane)
-        any |= distances[lane] < limit;
+    CC_EACH_LANE(lane) any |= scores[lane] >= *least_score;
     if (!any)
         return limit;
+    cc_tile_distances(x, members, distances, dim);
     const int32_t *ids = job->space.ids + tile * CC_LANES;
     CC_EACH_LANE(lane) {
         if (!(distances[lane] < limit) || ids[lane] == own || ids[lane] == CC_NO_ID)
@@ -52,18 +53,19 @@ static CC_INLINE float gather_tile(const neighbours_job *job, candidates *found,
             cc_select(found->keys, found->count, job->length);
             found->count = job->length;
             limit = cc_key_distance(found->keys[job->length - 1]);
+            *least_score = cc_least_score(x, limit, job->space.largest, dim);
         }
     }
     return limit;
 }
 
-static CC_INLINE void list_tile(const neighbours_job *job, int64_t own, int thread, int dim)
+static CC_INLINE void list_tile(const neighbours_job *job, int64_t own, int thread, int fuses, int dim)
 {
     const cc_tiles *space = &job->space;
     const float *queries = space->tiles + own * dim * CC_LANES;
     const int32_t *ids = space->ids + own * CC_LANES;
     float *bounds = job->bounds + thread * job->bounds_stride;
-    float x[CC_LANES][CC_MAX_DIM], limits[CC_LANES], low[CC_MAX_DIM], high[CC_MAX_DIM];
+    float x[CC_LANES][CC_MAX_DIM], limits[CC_LANES], least_scores[CC_LANES], low[CC_MAX_DIM], high[CC_MAX_DIM];
     candidates found[CC_LANES];
     for (int d = 0; d < dim; d++) {
         low[d] = space->low[((own / CC_LANES) * dim + d) * CC_LANES + own % CC_LANES];
@@ -80,6 +82,7 @@ static CC_INLINE void list_tile(const neighbours_job *job, int64_t own, int thre
             limits[lane] = 0.0f;
         else if (job->has_previous)
             limits[lane] = previous_radius(job, ids[lane], dim);
+        least_scores[lane] = cc_least_score(x[lane], limits[lane], space->largest, dim);
         widest = limits[lane] > widest ? limits[lane] : widest;
     }
     for (int64_t group = 0; group * CC_LANES < space->num_tiles; group++)
@@ -105,7 +108,8 @@ static CC_INLINE void list_tile(const neighbours_job *job, int64_t own, int thre
         }
         CC_EACH_LANE(lane)
             if (gaps[lane] < limits[lane])
-                limits[lane] = gather_tile(job, &found[lane], x[lane], ids[lane], tile, limits[lane], dim);
+                limits[lane] = gather_tile(job, &found[lane], x[lane], ids[lane], tile, limits[lane],
+                                           &least_scores[lane], dim, fuses);
         widest = 0.0f;
         CC_EACH_LANE(lane)
             widest = limits[lane] > widest ? limits[lane] : widest;
@@ -122,10 +126,11 @@ static CC_INLINE void list_tile(const neighbours_job *job, int64_t own, int thre
     }
 }
 
-static CC_INLINE void list_range(const neighbours_job *job, int64_t begin, int64_t end, int thread, int64_t first, int dim)
+static CC_INLINE void list_range(const neighbours_job *job, int64_t begin, int64_t end, int thread, int64_t first, int fuses,
+                                 int dim)
 {
     for (int64_t tile = begin; tile < end; tile++)
-        list_tile(job, first + tile, thread, dim);
+        list_tile(job, first + tile, thread, fuses, dim);
 }
 
 typedef struct {
@@ -133,10 +138,10 @@ typedef struct {
     int64_t first;
 } neighbours_slice;
 
-static CC_INLINE void neighbours_body(void *arg, int64_t begin, int64_t end, int thread)
+static CC_INLINE void neighbours_body(void *arg, int64_t begin, int64_t end, int thread, int fuses)
 {
     const neighbours_slice *slice = arg;
-    CC_FOR_DIM(slice->job.dim, list_range, &slice->job, begin, end, thread, slice->first)
+    CC_FOR_DIM(slice->job.dim, list_range, &slice->job, begin, end, thread, slice->first, fuses)
 }
 
 CC_TASK_VARIANTS(neighbours_task, neighbours_body)
@@ -145,12 +150,12 @@ CC_TASK_VARIANTS(neighbours_task, neighbours_body)
  * first (by id where distances are equal). With has_previous, the lists hold `length` distinct other centroids already, whose
  * distances bound the search. `capacity` > length is the number of candidates kept per centroid. */
 CC_EXPORT void cc_kmeans_neighbours(const float *tiles, const int32_t *ids, const float *low, const float *high,
-                                    int64_t num_tiles, const float *centroids, int32_t dim, int32_t *lists, int32_t length,
+                                    const float *half_norms, float largest, int64_t num_tiles, const float *centroids, int32_t dim, int32_t *lists, int32_t length,
                                     int has_previous, uint64_t *scratch, int64_t capacity, float *bounds,
                                     int64_t bounds_stride, int64_t first, int64_t last, int threads, int level)
 {
     neighbours_slice slice = {
-        {{tiles, low, high, ids, num_tiles},
+        {{tiles, low, high, half_norms, ids, num_tiles, largest},
          centroids,
          lists,
          has_previous,

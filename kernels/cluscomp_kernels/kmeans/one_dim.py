@@ -77,9 +77,7 @@ def _split(moments: _Moments, bounds: npt.NDArray[np.int64], num_clusters: int) 
     return np.sort(np.append(bounds, np.asarray(added, dtype=np.int64)))
 
 
-def cluster_values(
-    points: Floats, weights: Floats | None, num_clusters: int, iterations: int
-) -> tuple[Floats, int]:
+def cluster_values(points: Floats, weights: Floats | None, num_clusters: int, iterations: int) -> tuple[Floats, int]:
     """Cluster `points` float32 `[n]`: the centroids, float32 `[num_clusters]`, and the number of iterations made.
 
     Greedy splits, then Lloyd iterations until nothing moves or `iterations` are done. With no more distinct values than

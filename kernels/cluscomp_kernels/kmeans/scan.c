@@ -15,33 +15,88 @@ typedef struct {
     const float *centroids;
     int32_t num_centroids;
     const int32_t *lists;
-    int32_t length, dim, exact;
+    int32_t length, dim, exact, stale;
     uint16_t *codes;
     float *distances;
     int64_t *open; /* [num_centroids] */
 } scan_job;
 
-/* The nearest of all centroids, given one to start from. */
-static CC_INLINE void search_all(const cc_tiles *space, const float *x, cc_best *best, int dim)
+/* Points of one cluster whose search goes on over all tiles, in the same round: they share the bounding-box tests and what is
+ * loaded of the tiles. Filled up to a whole number of batches with copies of the last. */
+#define BATCH 4
+#define MAX_ROUND 64
+
+typedef struct {
+    int64_t count;
+    int32_t point[MAX_ROUND], id[MAX_ROUND];
+    float x[MAX_ROUND][CC_MAX_DIM], distance[MAX_ROUND], least_score[MAX_ROUND];
+} search_round;
+
+static CC_INLINE void improve(search_round *round, int64_t i, const cc_tiles *space, int64_t tile, int dim)
 {
-    float limit = cc_float(cc_best_distance(best));
-    for (int64_t group = 0; group * CC_LANES < space->num_tiles; group++) {
-        float bounds[CC_LANES], distances[CC_LANES];
-        cc_box_distances(x, x, space->low + group * dim * CC_LANES, space->high + group * dim * CC_LANES, bounds, dim);
-        int any = 0;
-        CC_EACH_LANE(lane)
-            any |= bounds[lane] <= limit;
-        if (!any)
-            continue;
-        CC_EACH_LANE(lane) {
-            int64_t tile = group * CC_LANES + lane;
-            if (!(bounds[lane] <= limit) || tile >= space->num_tiles)
-                continue;
-            cc_tile_distances(x, space->tiles + tile * dim * CC_LANES, distances, dim);
-            cc_best_update(best, distances, space->ids + tile * CC_LANES);
-            limit = cc_float(cc_best_distance(best));
+    float distances[CC_LANES];
+    const int32_t *ids = space->ids + tile * CC_LANES;
+    cc_tile_distances(round->x[i], space->tiles + tile * dim * CC_LANES, distances, dim);
+    for (int lane = 0; lane < CC_LANES; lane++) {
+        float distance = distances[lane];
+        if (distance < round->distance[i] || (distance == round->distance[i] && ids[lane] < round->id[i])) {
+            round->distance[i] = distance;
+            round->id[i] = ids[lane];
         }
     }
+    round->least_score[i] = cc_least_score(round->x[i], round->distance[i], space->largest, dim);
+}
+
+static CC_INLINE void search_tile(search_round *round, int64_t padded, const cc_tiles *space, int64_t tile, int dim, int fuses)
+{
+    const float *members = space->tiles + tile * dim * CC_LANES, *half_norms = space->half_norms + tile * CC_LANES;
+    for (int64_t i = 0; i < padded; i += BATCH) {
+        float scores[BATCH][CC_LANES];
+        for (int j = 0; j < BATCH; j++)
+            cc_tile_scores(round->x[i + j], members, half_norms, scores[j], dim, fuses);
+        int any = 0;
+        for (int j = 0; j < BATCH; j++) {
+            CC_EACH_LANE(lane) any |= scores[j][lane] >= round->least_score[i + j];
+        }
+        if (any)
+            for (int j = 0; j < BATCH; j++)
+                improve(round, i + j, space, tile, dim);
+    }
+}
+
+/* Finds the nearest of all centroids for the points of a round, which know a near one, and empties it. */
+static CC_INLINE void search_all(const scan_job *job, search_round *round, int dim, int fuses)
+{
+    const cc_tiles *space = &job->space;
+    float low[CC_MAX_DIM], high[CC_MAX_DIM], widest = 0.0f;
+    int64_t padded = (round->count + BATCH - 1) / BATCH * BATCH;
+    for (int64_t i = round->count; i < padded; i++) {
+        memcpy(round->x[i], round->x[i - 1], sizeof round->x[i]);
+        round->distance[i] = round->distance[i - 1];
+        round->id[i] = round->id[i - 1];
+    }
+    for (int d = 0; d < dim; d++)
+        low[d] = high[d] = round->x[0][d];
+    for (int64_t i = 0; i < padded; i++) {
+        for (int d = 0; d < dim; d++) {
+            low[d] = round->x[i][d] < low[d] ? round->x[i][d] : low[d];
+            high[d] = round->x[i][d] > high[d] ? round->x[i][d] : high[d];
+        }
+        widest = round->distance[i] > widest ? round->distance[i] : widest;
+        round->least_score[i] = cc_least_score(round->x[i], round->distance[i], space->largest, dim);
+    }
+    for (int64_t group = 0; group * CC_LANES < space->num_tiles; group++) {
+        float bounds[CC_LANES];
+        cc_box_distances(low, high, space->low + group * dim * CC_LANES, space->high + group * dim * CC_LANES, bounds, dim);
+        for (int lane = 0; lane < CC_LANES; lane++)
+            if (bounds[lane] <= widest && group * CC_LANES + lane < space->num_tiles)
+                search_tile(round, padded, space, group * CC_LANES + lane, dim, fuses);
+    }
+    for (int64_t i = 0; i < round->count; i++) {
+        job->distances[round->point[i]] = round->distance[i];
+        job->codes[round->point[i]] = (uint16_t)round->id[i];
+    }
+    round->count = 0;
 }
 
 static CC_INLINE float reach(float own, float best)
@@ -66,7 +121,7 @@ static CC_INLINE int64_t near_tiles(const scan_job *job, int32_t own, float radi
             keys[count++] = cc_key(distance, list[j]);
     }
     cc_insertion_sort(keys, count);
-    *complete = job->length == job->num_centroids - 1 ? INFINITY : sqrtf(last);
+    *complete = job->length == job->num_centroids - 1 ? INFINITY : job->stale ? 0.0f : sqrtf(last);
     for (int64_t j = 0; j < count; j++) {
         int64_t tile = j / CC_LANES, lane = j % CC_LANES;
         const float *neighbour = job->centroids + (int64_t)cc_key_id(keys[j]) * dim;
@@ -85,13 +140,15 @@ static CC_INLINE int64_t near_tiles(const scan_job *job, int32_t own, float radi
     return padded / CC_LANES;
 }
 
-static CC_INLINE void scan_cluster(const scan_job *job, int32_t own, float *tiles, int dim)
+static CC_INLINE void scan_cluster(const scan_job *job, int32_t own, float *tiles, int dim, int fuses)
 {
+    search_round round;
     int32_t ids[MAX_LIST];
     float spacing[MAX_LIST / CC_LANES], complete;
     const float *centroid = job->centroids + (int64_t)own * dim;
     int64_t begin = job->start[own], end = job->start[own + 1], open = 0;
     float widest = 0.0f;
+    round.count = 0;
     if (begin == end) {
         job->open[own] = 0;
         return;
@@ -114,15 +171,23 @@ static CC_INLINE void scan_cluster(const scan_job *job, int32_t own, float *tile
             cc_best_update(&best, distances, ids + tile * CC_LANES);
             limit = reach(to_own, cc_float(cc_best_distance(&best)));
         }
-        if (complete <= limit) {
-            open++;
-            if (job->exact)
-                search_all(&job->space, x, &best, dim);
-        }
         int32_t distance = cc_best_distance(&best);
         job->distances[point] = cc_float(distance);
         job->codes[point] = (uint16_t)cc_best_id(&best, distance);
+        if (complete > limit)
+            continue;
+        open++;
+        if (job->exact) {
+            memcpy(round.x[round.count], x, (size_t)dim * sizeof *x);
+            round.distance[round.count] = job->distances[point];
+            round.id[round.count] = job->codes[point];
+            round.point[round.count++] = (int32_t)point;
+            if (round.count == MAX_ROUND)
+                search_all(job, &round, dim, fuses);
+        }
     }
+    if (round.count > 0)
+        search_all(job, &round, dim, fuses);
     job->open[own] = open;
 }
 
@@ -131,31 +196,31 @@ typedef struct {
     int64_t first;
 } scan_slice;
 
-static CC_INLINE void scan_range(const scan_slice *slice, int64_t begin, int64_t end, int dim)
+static CC_INLINE void scan_range(const scan_slice *slice, int64_t begin, int64_t end, int fuses, int dim)
 {
     float tiles[MAX_LIST * CC_MAX_DIM];
     for (int64_t own = begin; own < end; own++)
-        scan_cluster(&slice->job, (int32_t)(slice->first + own), tiles, dim);
+        scan_cluster(&slice->job, (int32_t)(slice->first + own), tiles, dim, fuses);
 }
 
-static CC_INLINE void scan_body(void *arg, int64_t begin, int64_t end, int thread)
+static CC_INLINE void scan_body(void *arg, int64_t begin, int64_t end, int thread, int fuses)
 {
     (void)thread;
-    CC_FOR_DIM(((const scan_slice *)arg)->job.dim, scan_range, arg, begin, end)
+    CC_FOR_DIM(((const scan_slice *)arg)->job.dim, scan_range, arg, begin, end, fuses)
 }
 
 CC_TASK_VARIANTS(scan_task, scan_body)
 
 /* Scans the points of clusters [first, last); writes their codes, squared distances and, per cluster, how many were open.
- * `lists` [num_centroids, length], length <= 1024, holds each centroid's nearest others; they need not be sorted, and for an
- * inexact scan the centroids may have moved since. */
-CC_EXPORT void cc_kmeans_scan(const float *tiles, const int32_t *ids, const float *low, const float *high, int64_t num_tiles,
-                              const float *points, const int32_t *order, const int32_t *start, const float *centroids,
-                              int32_t num_centroids, int32_t dim, const int32_t *lists, int32_t length, int exact,
+ * `lists` [num_centroids, length], length <= 1024, holds each centroid's nearest others; they need not be sorted. Where the
+ * centroids moved since, the lists are stale: no centroid can be ruled out by them, and every point is open. */
+CC_EXPORT void cc_kmeans_scan(const float *tiles, const int32_t *ids, const float *low, const float *high,
+                              const float *half_norms, float largest, int64_t num_tiles, const float *points, const int32_t *order, const int32_t *start, const float *centroids,
+                              int32_t num_centroids, int32_t dim, const int32_t *lists, int32_t length, int exact, int stale,
                               uint16_t *codes, float *distances, int64_t *open, int64_t first, int64_t last, int threads,
                               int level)
 {
-    scan_slice slice = {{{tiles, low, high, ids, num_tiles},
+    scan_slice slice = {{{tiles, low, high, half_norms, ids, num_tiles, largest},
                          points,
                          order,
                          start,
@@ -165,6 +230,7 @@ CC_EXPORT void cc_kmeans_scan(const float *tiles, const int32_t *ids, const floa
                          length,
                          dim,
                          exact,
+                         stale,
                          codes,
                          distances,
                          open},

@@ -23,11 +23,13 @@
 
 /* `tiles` [num_tiles, dim, CC_LANES] and `ids` [num_tiles, CC_LANES] hold the centroids in an order in which near ones are
  * together; the last tile is filled up with far points of id CC_NO_ID. `low` and `high` [ceil(num_tiles / CC_LANES), dim,
- * CC_LANES] are the corners of the tiles' bounding boxes, again in tiles. */
+ * CC_LANES] are the corners of the tiles' bounding boxes, again in tiles. `half_norms` [num_tiles, CC_LANES] is half the
+ * squared norm of each centroid, `largest` the greatest squared norm. */
 typedef struct {
-    const float *tiles, *low, *high;
+    const float *tiles, *low, *high, *half_norms;
     const int32_t *ids;
     int64_t num_tiles;
+    float largest;
 } cc_tiles;
 
 static CC_INLINE float cc_distance(const float *a, const float *b, int dim)
@@ -51,6 +53,34 @@ static CC_INLINE void cc_tile_distances(const float *x, const float *tile, float
         }
     }
     memcpy(out, sum, sizeof sum);
+}
+
+/* The score of c for x, x . c - |c|^2 / 2, is |x|^2 / 2 - distance / 2 but for rounding: cheaper than a distance, and enough
+ * to tell which tiles hold nothing near. */
+static CC_INLINE void cc_tile_scores(const float *x, const float *tile, const float *half_norms, float *out, int dim,
+                                     int fuses)
+{
+    float sum[CC_LANES];
+    CC_EACH_LANE(lane) sum[lane] = -half_norms[lane];
+    for (int d = 0; d < dim; d++) {
+        const float *row = tile + d * CC_LANES;
+        if (fuses) {
+            CC_EACH_LANE(lane) sum[lane] = fmaf(x[d], row[lane], sum[lane]);
+        } else {
+            CC_EACH_LANE(lane) sum[lane] += x[d] * row[lane];
+        }
+    }
+    memcpy(out, sum, sizeof sum);
+}
+
+/* No centroid within `distance` of x has a score below this. A score and half a distance are each off by at most
+ * (dim + 2) 2^-24 (|x|^2 + |c|^2); the margin is four times what both need. */
+static CC_INLINE float cc_least_score(const float *x, float distance, float largest, int dim)
+{
+    float norm = 0.0f;
+    for (int d = 0; d < dim; d++)
+        norm += x[d] * x[d];
+    return 0.5f * norm - 0.5f * distance - (float)(dim + 4) * 0x1p-21f * (norm + largest) - CC_TINY * CC_TINY;
 }
 
 /* Lower bounds of the distances from a box (a point is a box with low = high) to CC_LANES boxes. */

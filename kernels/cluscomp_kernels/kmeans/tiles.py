@@ -11,15 +11,20 @@ import numpy.typing as npt
 
 from cluscomp_kernels.kmeans import library
 
-__all__ = ["Tiles", "neighbour_lists", "pack_tiles"]
+__all__ = ["Tiles", "neighbour_lists", "pack_tiles", "refresh_lists"]
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int32]
 
 LANES = 16
 FAR = np.float32(1e30)
+FAR_HALF_NORM = np.float32(1e38)
 NO_ID = np.int32(2**31 - 1)
 TILES_PER_CALL = 256
+NEAR = 12
+"""Members of a list whose own lists are looked through when it is refreshed."""
+WIDTH = 64
+"""How far each of those is looked through."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +35,12 @@ class Tiles:
     ids: Ints
     low: Floats
     high: Floats
+    half_norms: Floats
+    largest: float
 
     def arguments(self) -> tuple[Any, ...]:
         """As the C functions take them."""
-        return self.tiles, self.ids, self.low, self.high, len(self.tiles)
+        return self.tiles, self.ids, self.low, self.high, self.half_norms, self.largest, len(self.tiles)
 
 
 def _in_lanes(rows: Floats) -> Floats:
@@ -52,7 +59,12 @@ def pack_tiles(centroids: Floats, order: Ints | None = None) -> Tiles:
     low, high = np.minimum.reduceat(ordered, edges, axis=0), np.maximum.reduceat(ordered, edges, axis=0)
     padded = np.full(len(edges) * LANES, NO_ID, dtype=np.int32)
     padded[: len(ids)] = ids
-    return Tiles(_in_lanes(ordered), padded, _in_lanes(low), _in_lanes(high))
+    norms = np.einsum("kd,kd->k", ordered, ordered, dtype=np.float64)
+    half_norms = np.full(len(padded), FAR_HALF_NORM, dtype=np.float32)
+    half_norms[: len(ids)] = norms / 2
+    # Rounded up: the search relies on no norm being larger.
+    largest = float(np.nextafter(np.float32(norms.max()), np.float32(np.inf)))
+    return Tiles(_in_lanes(ordered), padded, _in_lanes(low), _in_lanes(high), half_norms, largest)
 
 
 def neighbour_lists(
@@ -76,5 +88,24 @@ def neighbour_lists(
     for first in range(0, num_tiles, TILES_PER_CALL):
         piece = (first, min(first + TILES_PER_CALL, num_tiles), threads, library.INSTRUCTION_LEVEL)
         library.call("cc_kmeans_neighbours", *tiles.arguments(), centroids, dim, *search, *piece)
+        tick()
+    return lists
+
+
+def refresh_lists(centroids: Floats, old: Ints, *, threads: int, tick: Callable[[], None]) -> Ints:
+    """Lists as `neighbour_lists` makes them, nearly, from the lists of before the centroids moved; quicker, not exact."""
+    count, dim = centroids.shape
+    length = old.shape[1]
+    lists = np.empty_like(old)
+    if length == 0:
+        return lists
+    capacity = 2 * length + 4 * LANES
+    keys = np.empty(threads * capacity, dtype=np.uint64)
+    stamps = np.zeros(threads * count, dtype=np.int32)
+    search = (old, lists, length, min(NEAR, length), min(WIDTH, length), keys, capacity, stamps)
+    step = LANES * TILES_PER_CALL
+    for first in range(0, count, step):
+        piece = (first, min(first + step, count), threads, library.INSTRUCTION_LEVEL)
+        library.call("cc_kmeans_refresh", centroids, count, dim, *search, *piece)
         tick()
     return lists

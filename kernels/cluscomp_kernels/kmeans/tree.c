@@ -125,16 +125,18 @@ static CC_INLINE void split_range(const tree_job *job, int64_t begin, int64_t en
         split(job, job->chosen[i], dim);
 }
 
-static CC_INLINE void split_body(void *arg, int64_t begin, int64_t end, int thread)
+static CC_INLINE void split_body(void *arg, int64_t begin, int64_t end, int thread, int fuses)
 {
     (void)thread;
+    (void)fuses;
     CC_FOR_DIM(((const tree_job *)arg)->dim, split_range, arg, begin, end)
 }
 
 CC_TASK_VARIANTS(split_task, split_body)
 
-static CC_INLINE void describe_body(void *arg, int64_t begin, int64_t end, int thread)
+static CC_INLINE void describe_body(void *arg, int64_t begin, int64_t end, int thread, int fuses)
 {
+    (void)fuses;
     (void)begin;
     (void)end;
     (void)thread;

@@ -60,9 +60,10 @@ static CC_INLINE void update_range(const update_job *job, int64_t begin, int64_t
     }
 }
 
-static CC_INLINE void update_body(void *arg, int64_t begin, int64_t end, int thread)
+static CC_INLINE void update_body(void *arg, int64_t begin, int64_t end, int thread, int fuses)
 {
     (void)thread;
+    (void)fuses;
     CC_FOR_DIM(((const update_job *)arg)->dim, update_range, arg, begin, end)
 }
 

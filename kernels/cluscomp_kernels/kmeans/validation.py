@@ -16,7 +16,7 @@ MAX_CLUSTERS = 65536
 """A code fits 16 bits."""
 MAX_DIM = 64
 MAX_POINTS = 2**31 - 1
-MAX_MAGNITUDE = 1e18
+MAX_MAGNITUDE = 1e17
 """Squared distances of larger values would overflow float32."""
 
 ROWS_PER_CHECK = 1 << 20
@@ -26,7 +26,7 @@ def checked_vectors(values: Any, what: str) -> Floats:
     """`values` as a C-contiguous float32 `[n, dim]` array with 1 <= dim <= 64 and 1 <= n < 2**31, all finite.
 
     Raises TypeError for another type or dtype; ValueError for another shape, or naming the first row that is not finite or
-    exceeds 1e18.
+    exceeds 1e17.
     """
     if not isinstance(values, np.ndarray) or values.dtype != np.float32:
         found = values.dtype if isinstance(values, np.ndarray) else type(values).__name__

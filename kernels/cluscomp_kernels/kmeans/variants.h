@@ -2,8 +2,8 @@
  *
  * The inner loops run over CC_LANES floats at a time and are left to the compiler's vectoriser. CC_TASK_VARIANTS compiles a
  * task once for every instruction set and picks one at run time. Products and sums are never contracted into fused
- * multiply-adds, and a sum over dimensions runs from the first to the last, so every variant, on every CPU, gives the same
- * bits as the plain C one and as the numpy reference. */
+ * multiply-adds by the compiler, and a sum over dimensions runs from the first to the last, so every variant, on every CPU,
+ * gives the same bits as the plain C one and as the numpy reference. */
 #ifndef CLUSCOMP_KMEANS_VARIANTS_H
 #define CLUSCOMP_KMEANS_VARIANTS_H
 
@@ -32,35 +32,43 @@
 #define CC_INLINE inline
 #endif
 
+/* Plain C may use fused multiply-adds, where only a filter depends on them, if they are instructions here. */
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+#define CC_PLAIN_FUSES 1
+#else
+#define CC_PLAIN_FUSES 0
+#endif
+
+/* Defines the function `name(level)`, which picks a variant of the task. `body(arg, begin, end, thread, fuses)` is inlined in
+ * each; `fuses` says whether the variant has fused multiply-adds, for filters whose results do not reach the caller. */
 #if defined(__GNUC__) && defined(__x86_64__)
 #define CC_TASK_VARIANTS(name, body)                                                                                   \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512"))) static void name##_avx512(   \
-        void *arg, int64_t begin, int64_t end, int thread)                                                             \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512"))) static void              \
+    name##_avx512(void *arg, int64_t begin, int64_t end, int thread)                                                   \
     {                                                                                                                  \
-        body(arg, begin, end, thread);                                                                                 \
+        body(arg, begin, end, thread, 1);                                                                              \
     }                                                                                                                  \
-    __attribute__((target("avx2"))) static void name##_avx2(void *arg, int64_t begin, int64_t end, int thread)         \
+    __attribute__((target("avx2,fma"))) static void name##_avx2(void *arg, int64_t begin, int64_t end, int thread)     \
     {                                                                                                                  \
-        body(arg, begin, end, thread);                                                                                 \
+        body(arg, begin, end, thread, 1);                                                                              \
     }                                                                                                                  \
     static void name##_plain(void *arg, int64_t begin, int64_t end, int thread)                                        \
     {                                                                                                                  \
-        body(arg, begin, end, thread);                                                                                 \
+        body(arg, begin, end, thread, CC_PLAIN_FUSES);                                                                 \
     }                                                                                                                  \
     static cc_task name(int level)                                                                                     \
     {                                                                                                                  \
-        if (level >= 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&                   \
+        int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");                                    \
+        if (level >= 2 && avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&           \
             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))                                  \
             return name##_avx512;                                                                                      \
-        if (level >= 1 && __builtin_cpu_supports("avx2"))                                                              \
-            return name##_avx2;                                                                                        \
-        return name##_plain;                                                                                           \
+        return level >= 1 && avx2 ? name##_avx2 : name##_plain;                                                        \
     }
 #else
 #define CC_TASK_VARIANTS(name, body)                                                                                   \
     static void name##_plain(void *arg, int64_t begin, int64_t end, int thread)                                        \
     {                                                                                                                  \
-        body(arg, begin, end, thread);                                                                                 \
+        body(arg, begin, end, thread, CC_PLAIN_FUSES);                                                                 \
     }                                                                                                                  \
     static cc_task name(int level)                                                                                     \
     {                                                                                                                  \
