@@ -57,7 +57,7 @@ def default_iterations(dim: int, method: Method) -> int:
         return LLOYD_ITERATIONS
     if dim == 1:
         return VALUE_ITERATIONS
-    return 8 if dim <= 6 else 12
+    return 8 if dim <= 6 else 10
 
 
 def kmeans(
@@ -175,9 +175,8 @@ class _Job:
         starts_from_tree = self.method == "fast" and native.library() is not None
         if self.path != "native":
             centroids = self.tree_start()[0] if starts_from_tree else self.sample()
-            engine = _torch_engine(self.points, self.weights, self.path, self.tick)
             self.after_iteration(0)
-            return self.result(*self.run(engine, centroids))
+            return self.result(*self.run(_torch_engine(self.points, self.weights, self.path, self.tick), centroids))
         if starts_from_tree:
             centroids, points, weights, codes, order = self.tree_start()
         else:
@@ -188,7 +187,7 @@ class _Job:
             points, codes = self.points[order], near[order]
             weights = None if self.weights is None else self.weights[order]
         self.after_iteration(0)
-        engine = NativeEngine(points, weights, codes, self.num_clusters, self.threads, self.tick)
+        engine = NativeEngine(points, weights, codes, self.num_clusters, threads=self.threads, tick=self.tick)
         centroids, moved_codes, error, done = self.run(engine, centroids)
         codes = np.empty_like(moved_codes)
         codes[order] = moved_codes

@@ -19,8 +19,9 @@ Codes = npt.NDArray[np.uint16]
 class Engine(Protocol):
     """Holds the points on a device, with the code of each."""
 
-    codes: Codes
-    """The centroid of every point, uint16 `[n]`, as of the last assignment."""
+    @property
+    def codes(self) -> Codes:
+        """The centroid of every point, uint16 `[n]`, as of the last assignment."""
 
     def assign(self, centroids: Floats, *, exact: bool) -> None:
         """Assign every point to its nearest centroid; if not `exact`, an engine may miss the nearest of a few points."""
@@ -46,10 +47,10 @@ def run_lloyd(
 ) -> tuple[Floats, float, int]:
     """Up to `iterations` Lloyd iterations, then an exact assignment to the centroids they end with.
 
-    `plain` iterations are those of the textbook: exact assignment, move to the mean. Otherwise assignments may miss the nearest
-    centroid of a few points, and all but the last iterations move past the mean to its other side, as far again (over-relaxation:
-    Lee, Baek and Sung, "Modified K-means algorithm for vector quantizer design", IEEE Signal Processing Letters 4(1), 1997),
-    which reaches in a few iterations a lower error than many plain ones.
+    `plain` iterations are those of the textbook: exact assignment, move to the mean. Otherwise assignments may miss the
+    nearest centroid of a few points, and all but the last iterations move past the mean, as far again. That reaches in a few
+    iterations a lower error than many plain ones (over-relaxation: Lee, Baek and Sung, "Modified K-means algorithm for vector
+    quantizer design", IEEE Signal Processing Letters 4(1), 1997).
 
     Stops earlier when an iteration moves no centroid. Returns the centroids, the weighted squared error of the final codes
     and the number of iterations made.

@@ -76,7 +76,7 @@ def scan(
 
 
 def update_means(
-    points: Floats, weights: Floats | None, distances: Floats, groups: Groups, centroids: Floats, threads: int
+    points: Floats, weights: Floats | None, distances: Floats, groups: Groups, centroids: Floats, *, threads: int
 ) -> Means:
     """The mean of each group; where a group weighs nothing, the centroid it had."""
     count, dim = centroids.shape

@@ -37,9 +37,9 @@ class NativeEngine:
     """
 
     def __init__(
-        self, points: Floats, weights: Floats | None, codes: Codes, num_clusters: int, threads: int, tick: Callable[[], None]
+        self, points: Floats, weights: Floats | None, codes: Codes, num_clusters: int, *, threads: int, tick: Callable[[], None]
     ) -> None:
-        self.codes = codes
+        self._codes = codes
         self._points = points
         self._weights = weights
         self._threads = threads
@@ -49,6 +49,10 @@ class NativeEngine:
         self._distances: Floats = np.empty(0, dtype=np.float32)
         self._lists: Ints | None = None
         self._age = 0
+
+    @property
+    def codes(self) -> Codes:
+        return self._codes
 
     def assign(self, centroids: Floats, *, exact: bool) -> None:
         tiles = pack_tiles(centroids)
@@ -64,11 +68,11 @@ class NativeEngine:
         self._age += 1
         state = (tiles, self._lists, self._points, self._groups, centroids)
         found = scan(*state, exact=exact, stale=stale, threads=self._threads, tick=self._tick)
-        self.codes, self._distances = found.codes, found.distances
-        self._groups = group(self.codes, len(centroids))
+        self._codes, self._distances = found.codes, found.distances
+        self._groups = group(self._codes, len(centroids))
 
     def update(self, centroids: Floats) -> Means:
-        return update_means(self._points, self._weights, self._distances, self._groups, centroids, self._threads)
+        return update_means(self._points, self._weights, self._distances, self._groups, centroids, threads=self._threads)
 
     def points_at(self, indices: Ints) -> Floats:
         return self._points[indices]

@@ -7,7 +7,6 @@ import heapq
 import numpy as np
 import numpy.typing as npt
 
-from cluscomp_kernels import native
 from cluscomp_kernels.kmeans import library
 
 __all__ = ["assign_values", "cluster_values"]

@@ -1,4 +1,4 @@
-"""The greedy tree: the leaf with the largest squared error is split, at the mean of its widest dimension, until there are enough.
+"""The greedy tree: the leaf with the largest squared error is split at the mean of its widest dimension, until all are made.
 
 Its leaves are a good start for k-means in few dimensions, and an order of the points in which near ones are together.
 An error never exceeds the parent's, so the nodes split by the greedy order are simply those with the largest errors. That lets
@@ -78,10 +78,11 @@ def _largest(error: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.bool_
     if count <= 0:
         return np.zeros(len(error), dtype=bool)
     least = np.partition(error, len(error) - count)[len(error) - count]
-    marked = error > least
+    marked: npt.NDArray[np.bool_] = error > least
     tied = np.flatnonzero(error == least)
     marked[tied[: count - int(marked.sum())]] = True
-    return marked & (error > 0)
+    marked &= error > 0
+    return marked
 
 
 def build_tree(points: Floats, weights: Floats | None, order: npt.NDArray[np.int32], num_leaves: int, threads: int) -> Tree:
