@@ -92,7 +92,8 @@ def test_neighbour_lists_are_exact(dim: int) -> None:
     assert all(len(set(row)) == 20 and own not in row for own, row in enumerate(refreshed.tolist()))
     reused = tiles.neighbour_lists(tiles.pack_tiles(centroids), centroids, 20, threads=2, previous=old, tick=lambda: None)
     np.testing.assert_array_equal(reused, expected)
-    assert recall(refreshed, expected) > max(0.95, recall(before, expected))
+    # A refresh finds most of what the old lists lack.
+    assert 1 - recall(refreshed, expected) < (1 - recall(before, expected)) / 3
 
 
 @pytest.mark.parametrize("stale", [False, True])

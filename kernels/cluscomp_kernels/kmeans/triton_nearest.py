@@ -13,7 +13,7 @@ import triton.language as tl
 
 __all__ = ["BLOCK_CENTROIDS", "BLOCK_POINTS", "WARPS", "nearest_kernel", "nearest_triton"]
 
-BLOCK_POINTS = 64
+BLOCK_POINTS = 32
 BLOCK_CENTROIDS = 64
 WARPS = 4
 
@@ -39,7 +39,7 @@ def nearest_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0917
         column = begin + tl.arange(0, CENTROIDS)
         there = column < num_centroids
         total = tl.zeros((POINTS, CENTROIDS), tl.float32)
-        for d in tl.static_range(DIM):
+        for d in range(DIM):
             x = tl.load(points + row * DIM + d, mask=inside, other=0.0)
             c = tl.load(centroids + d * num_centroids + column, mask=there, other=0.0)
             difference = x[:, None] - c[None, :]
