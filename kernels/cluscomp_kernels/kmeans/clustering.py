@@ -1,0 +1,255 @@
+"""`kmeans` and `assign`: checks, the choice of path, and the start of the centroids."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cluscomp_kernels import native
+from cluscomp_kernels.kmeans.engine import Engine, run_lloyd
+from cluscomp_kernels.kmeans.groups import group
+from cluscomp_kernels.kmeans.native_engine import NativeEngine, assign_native, spatial_order
+from cluscomp_kernels.kmeans.one_dim import assign_values, cluster_values
+from cluscomp_kernels.kmeans.torch_engine import TorchEngine, nearest_search
+from cluscomp_kernels.kmeans.tree import build_tree
+from cluscomp_kernels.kmeans.validation import MAX_CLUSTERS, checked_threads, checked_vectors, checked_weights
+
+__all__ = ["KMeansResult", "assign", "kmeans"]
+
+Floats = npt.NDArray[np.float32]
+Codes = npt.NDArray[np.uint16]
+Progress = Callable[[int, int], None]
+Method = Literal["fast", "lloyd"]
+
+LLOYD_ITERATIONS = 20
+"""What the ClusComp paper uses."""
+VALUE_ITERATIONS = 300
+"""In one dimension an iteration costs next to nothing."""
+
+
+@dataclass(frozen=True)
+class KMeansResult:
+    """A clustering of points `[n, dim]`.
+
+    `centroids` float32 `[k, dim]`; `codes` uint16 `[n]`, the nearest centroid of each point, the lowest index of equally near
+    ones; `error`, the sum over points of weight times squared distance; `iterations` made; `method` as asked for; `path`, what
+    did the work: `native`, `torch` (no C library) or `cuda`.
+    """
+
+    centroids: Floats
+    codes: Codes
+    error: float
+    iterations: int
+    method: str
+    path: str
+
+
+def default_iterations(dim: int, method: Method) -> int:
+    """Iterations made unless the caller says otherwise; see docs/lab-notes.md for how the fast ones were chosen."""
+    if method == "lloyd":
+        return LLOYD_ITERATIONS
+    if dim == 1:
+        return VALUE_ITERATIONS
+    return 8 if dim <= 6 else 10
+
+
+def kmeans(
+    points: Floats,
+    num_clusters: int,
+    *,
+    weights: Floats | None = None,
+    iterations: int | None = None,
+    seed: int = 0,
+    threads: int | None = None,
+    device: str = "cpu",
+    method: Method = "fast",
+    on_progress: Progress | None = None,
+) -> KMeansResult:
+    """Cluster `points` float32 `[n, dim]`, 1 <= dim <= 64, into `num_clusters` <= 65536 centroids.
+
+    `method="fast"` starts from a greedy tree and makes a few over-relaxed iterations, assigning by neighbour lists.
+    `method="lloyd"` is plain k-means as in the ClusComp paper: a random sample of the points, then `iterations` rounds of
+    exact assignment and means. In both, a cluster that loses its points is revived by splitting the one with the largest
+    error: it moves to that cluster's farthest point. Both stop early when nothing moves any more.
+
+    `weights` float32 `[n]`, not negative, scale each point's squared error; all zero means equal centroids as without, and
+    error 0. The result has `num_clusters` centroids, or the points themselves where there are fewer; with no more distinct
+    points than centroids some centroids repeat. It depends on the seed, not on the number of threads or the CPU.
+    `on_progress(done, total)` is called about once a second or oftener.
+
+    Raises TypeError for arguments of the wrong type; ValueError for values out of range, naming the first bad point.
+    """
+    points = checked_vectors(points, "points")
+    if not 1 <= num_clusters <= MAX_CLUSTERS:
+        raise ValueError(f"num_clusters must be 1 to {MAX_CLUSTERS} (a code fits 16 bits), got {num_clusters}")
+    if method not in ("fast", "lloyd"):
+        raise ValueError(f"method must be 'fast' or 'lloyd', got {method!r}")
+    count, dim = points.shape
+    rounds = default_iterations(dim, method) if iterations is None else iterations
+    if rounds < 0:
+        raise ValueError(f"iterations must not be negative, got {iterations}")
+    scales = checked_weights(weights, count)
+    job = _Job(points, scales, num_clusters, method, rounds, seed, checked_threads(threads), _path(device), on_progress)
+    if count <= num_clusters:
+        result = job.lossless()
+    elif dim == 1 and method == "fast":
+        result = job.values()
+    else:
+        result = job.lloyd()
+    if weights is not None and scales is None:
+        result = replace(result, error=0.0)
+    job.finish()
+    return result
+
+
+def assign(points: Floats, centroids: Floats, *, threads: int | None = None, device: str = "cpu") -> Codes:
+    """The nearest of `centroids` float32 `[k, dim]` for each of `points` float32 `[n, dim]`, exactly: uint16 `[n]`.
+
+    Of equally near centroids the lowest index; distances are those of `reference.py`. Raises TypeError for arguments of the
+    wrong type; ValueError for values out of range, naming the first bad row.
+    """
+    points, centroids = checked_vectors(points, "points"), checked_vectors(centroids, "centroids")
+    if points.shape[1] != centroids.shape[1]:
+        raise ValueError(f"points have dim {points.shape[1]}, centroids dim {centroids.shape[1]}; they must agree")
+    if len(centroids) > MAX_CLUSTERS:
+        raise ValueError(f"at most {MAX_CLUSTERS} centroids are possible (a code fits 16 bits), got {len(centroids)}")
+    return _assign(points, centroids, checked_threads(threads), _path(device), _nothing)
+
+
+@dataclass
+class _Job:
+    """One call of `kmeans` with checked arguments."""
+
+    points: Floats
+    weights: Floats | None
+    num_clusters: int
+    method: Method
+    iterations: int
+    seed: int
+    threads: int
+    path: str
+    on_progress: Progress | None
+    done: int = field(default=0, init=False)
+
+    def tick(self) -> None:
+        """Report progress: the start, every iteration and the final assignment are one unit each."""
+        if self.on_progress is not None:
+            self.on_progress(self.done, self.iterations + 2)
+
+    def finish(self) -> None:
+        self.done = self.iterations + 2
+        self.tick()
+
+    def after_iteration(self, done: int) -> None:
+        self.done = done + 1
+        self.tick()
+
+    def result(self, centroids: Floats, codes: Codes, error: float, iterations: int) -> KMeansResult:
+        return KMeansResult(centroids, codes, error, iterations, self.method, self.path)
+
+    def lossless(self) -> KMeansResult:
+        """No more points than clusters: the points are the centroids."""
+        centroids = self.points.copy()
+        return self.result(centroids, _assign(self.points, centroids, self.threads, self.path, self.tick), 0.0, 0)
+
+    def values(self) -> KMeansResult:
+        """One dimension."""
+        values = self.points[:, 0]
+        centroids, done = cluster_values(values, self.weights, self.num_clusters, self.iterations)
+        self.after_iteration(done)
+        codes = _assign(self.points, centroids[:, None], self.threads, self.path, self.tick)
+        squares = np.square(values - centroids[codes])
+        total = squares.sum(dtype=np.float64) if self.weights is None else np.dot(squares, self.weights.astype(np.float64))
+        return self.result(centroids[:, None], codes, float(total), done)
+
+    def lloyd(self) -> KMeansResult:
+        """Lloyd iterations from a tree or from a sample."""
+        self.tick()
+        starts_from_tree = self.method == "fast" and native.library() is not None
+        if self.path != "native":
+            centroids = self.tree_start()[0] if starts_from_tree else self.sample()
+            self.after_iteration(0)
+            return self.result(*self.run(_torch_engine(self.points, self.weights, self.path, self.tick), centroids))
+        if starts_from_tree:
+            centroids, points, weights, codes, order = self.tree_start()
+        else:
+            centroids = self.sample()
+            centroids = np.ascontiguousarray(centroids[spatial_order(centroids, self.threads)])
+            near = assign_native(self.points, centroids, self.threads, self.tick, exact=False)
+            order = group(near, len(centroids)).order
+            points, codes = self.points[order], near[order]
+            weights = None if self.weights is None else self.weights[order]
+        self.after_iteration(0)
+        engine = NativeEngine(points, weights, codes, self.num_clusters, threads=self.threads, tick=self.tick)
+        centroids, moved_codes, error, done = self.run(engine, centroids)
+        codes = np.empty_like(moved_codes)
+        codes[order] = moved_codes
+        return self.result(centroids, codes, error, done)
+
+    def run(self, engine: Engine, centroids: Floats) -> tuple[Floats, Codes, float, int]:
+        plain = self.method == "lloyd"
+        centroids, error, done = run_lloyd(
+            engine, centroids, self.iterations, plain=plain, after_iteration=self.after_iteration
+        )
+        return centroids, engine.codes, error, done
+
+    def sample(self) -> Floats:
+        """Distinct rows of the points, drawn at random."""
+        rows = np.random.default_rng(self.seed).choice(len(self.points), self.num_clusters, replace=False)
+        return self.points[rows]
+
+    def tree_start(self) -> tuple[Floats, Floats, Floats | None, Codes, npt.NDArray[np.int32]]:
+        """Centroids from a tree; the points and their weights in its order, their codes, and that order.
+
+        Where the tree runs out of different points, the last centroid is repeated.
+        """
+        order = np.arange(len(self.points), dtype=np.int32)
+        points = self.points.copy()
+        weights = None if self.weights is None else self.weights.copy()
+        tree = build_tree(points, weights, order, self.num_clusters, self.threads)
+        missing = self.num_clusters - len(tree.means)
+        centroids = np.concatenate((tree.means, np.repeat(tree.means[-1:], missing, axis=0)))
+        return centroids, points, weights, tree.codes(), order
+
+
+def _nothing() -> None:
+    return None
+
+
+@functools.cache
+def _warn_missing(reason: str) -> None:
+    warnings.warn(f"k-means runs in torch, many times slower: {reason}", RuntimeWarning, stacklevel=4)
+
+
+def _path(device: str) -> str:
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return "cuda"
+    if kind != "cpu":
+        raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}")
+    if native.library() is not None:
+        return "native"
+    _warn_missing(native.missing_reason())
+    return "torch"
+
+
+def _assign(points: Floats, centroids: Floats, threads: int, path: str, tick: Callable[[], None]) -> Codes:
+    if path == "native":
+        if points.shape[1] == 1:
+            return assign_values(points[:, 0], centroids[:, 0], threads)
+        return assign_native(points, centroids, threads, tick)
+    engine = _torch_engine(points, None, path, tick)
+    engine.assign(centroids, exact=True)
+    return engine.codes
+
+
+def _torch_engine(points: Floats, weights: Floats | None, path: str, tick: Callable[[], None]) -> TorchEngine:
+    device = torch.device("cuda" if path == "cuda" else "cpu")
+    return TorchEngine(points, weights, device, nearest_search(device), tick)

@@ -1,0 +1,86 @@
+"""The two halves of a Lloyd iteration on the CPU, both over points grouped by their cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from cluscomp_kernels.kmeans import library
+from cluscomp_kernels.kmeans.means import Means
+from cluscomp_kernels.kmeans.tiles import Tiles
+
+__all__ = ["Groups", "Scan", "group", "scan", "update_means"]
+
+Floats = npt.NDArray[np.float32]
+Codes = npt.NDArray[np.uint16]
+Ints = npt.NDArray[np.int32]
+
+POINTS_PER_CALL = 1 << 17
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Points by cluster: those of cluster c are `order[start[c]:start[c + 1]]`, ascending."""
+
+    order: Ints
+    start: Ints
+
+
+def group(codes: Codes, num_clusters: int) -> Groups:
+    """Group points by their code."""
+    groups = Groups(np.empty(len(codes), dtype=np.int32), np.empty(num_clusters + 1, dtype=np.int32))
+    library.call("cc_kmeans_group", codes, len(codes), num_clusters, groups.start, groups.order)
+    return groups
+
+
+@dataclass(frozen=True)
+class Scan:
+    """Nearest centroids: `codes` uint16 `[n]`, squared `distances` float32 `[n]`, and how many points the lists left open."""
+
+    codes: Codes
+    distances: Floats
+    open_points: int
+
+
+def scan(
+    tiles: Tiles,
+    lists: Ints,
+    points: Floats,
+    groups: Groups,
+    centroids: Floats,
+    *,
+    exact: bool,
+    stale: bool,
+    threads: int,
+    tick: Callable[[], None],
+) -> Scan:
+    """Assign every point to the nearest of its group's centroid and that centroid's listed neighbours.
+
+    An exact scan then searches all centroids for the points that the lists left open: all of them if the lists are stale,
+    those of other centroids than these.
+    """
+    count, dim = centroids.shape
+    codes = np.empty(len(points), dtype=np.uint16)
+    distances = np.empty(len(points), dtype=np.float32)
+    open_points = np.empty(count, dtype=np.int64)
+    data = (points, groups.order, groups.start, centroids, count, dim, lists, lists.shape[1], exact, stale)
+    step = max(1, count * POINTS_PER_CALL // len(points))
+    for first in range(0, count, step):
+        piece = (first, min(first + step, count), threads, library.INSTRUCTION_LEVEL)
+        library.call("cc_kmeans_scan", *tiles.arguments(), *data, codes, distances, open_points, *piece)
+        tick()
+    return Scan(codes, distances, int(open_points.sum()))
+
+
+def update_means(
+    points: Floats, weights: Floats | None, distances: Floats, groups: Groups, centroids: Floats, *, threads: int
+) -> Means:
+    """The mean of each group; where a group weighs nothing, the centroid it had."""
+    count, dim = centroids.shape
+    means = Means(centroids.copy(), np.empty(count), np.empty(count), np.empty(count, dtype=np.int32))
+    results = (means.centroids, means.mass, means.error, means.farthest, threads, library.INSTRUCTION_LEVEL)
+    library.call("cc_kmeans_update", points, weights, distances, groups.order, groups.start, count, dim, *results)
+    return means

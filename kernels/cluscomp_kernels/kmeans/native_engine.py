@@ -1,0 +1,107 @@
+"""Clustering on the CPU with the C functions: neighbour-list scans over points kept in the order of a tree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from cluscomp_kernels.kmeans.groups import Groups, group, scan, update_means
+from cluscomp_kernels.kmeans.means import Means
+from cluscomp_kernels.kmeans.tiles import neighbour_lists, pack_tiles, refresh_lists
+from cluscomp_kernels.kmeans.tree import build_tree
+
+__all__ = ["NativeEngine", "assign_native", "list_length", "spatial_order"]
+
+Floats = npt.NDArray[np.float32]
+Codes = npt.NDArray[np.uint16]
+Ints = npt.NDArray[np.int32]
+
+REFRESH_EVERY = 2
+LARGEST_LIST_DIM = 10
+
+
+def list_length(dim: int, num_clusters: int) -> int:
+    """How many neighbours per centroid are worth listing: the distance a scan must cover grows with the dimension."""
+    wanted = 48 if dim <= 4 else 96 if dim <= 6 else 128 if dim <= 8 else 256
+    return min(wanted, num_clusters - 1)
+
+
+class NativeEngine:
+    """An `Engine` over `points` `[n, dim]` that lie in memory cluster by cluster, more or less.
+
+    `codes` says where the search for the nearest centroid starts. Exact assignments use exact neighbour lists, others refresh
+    what lists there are every `REFRESH_EVERY` assignments. Beyond `LARGEST_LIST_DIM` dimensions hardly any list is long enough
+    to close a search, so exact assignments leave theirs as they are and search all centroids.
+    """
+
+    def __init__(
+        self, points: Floats, weights: Floats | None, codes: Codes, num_clusters: int, *, threads: int, tick: Callable[[], None]
+    ) -> None:
+        self._codes = codes
+        self._points = points
+        self._weights = weights
+        self._threads = threads
+        self._tick = tick
+        self._length = list_length(points.shape[1], num_clusters)
+        self._groups: Groups = group(codes, num_clusters)
+        self._distances: Floats = np.empty(0, dtype=np.float32)
+        self._lists: Ints | None = None
+        self._age = 0
+
+    @property
+    def codes(self) -> Codes:
+        return self._codes
+
+    def assign(self, centroids: Floats, *, exact: bool) -> None:
+        tiles = pack_tiles(centroids)
+        stale = exact and centroids.shape[1] > LARGEST_LIST_DIM
+        if self._lists is None or (exact and not stale):
+            self._lists = neighbour_lists(
+                tiles, centroids, self._length, threads=self._threads, previous=self._lists, tick=self._tick
+            )
+            self._age = 0
+        elif self._age >= REFRESH_EVERY:
+            self._lists = refresh_lists(centroids, self._lists, threads=self._threads, tick=self._tick)
+            self._age = 0
+        self._age += 1
+        state = (tiles, self._lists, self._points, self._groups, centroids)
+        found = scan(*state, exact=exact, stale=stale, threads=self._threads, tick=self._tick)
+        self._codes, self._distances = found.codes, found.distances
+        self._groups = group(self._codes, len(centroids))
+
+    def update(self, centroids: Floats) -> Means:
+        return update_means(self._points, self._weights, self._distances, self._groups, centroids, threads=self._threads)
+
+    def points_at(self, indices: Ints) -> Floats:
+        return self._points[indices]
+
+    def centroids_jumped(self) -> None:
+        self._lists = None
+
+
+def spatial_order(centroids: Floats, threads: int) -> Ints:
+    """An order of the rows in which near ones are together, int32 `[k]`."""
+    order = np.arange(len(centroids), dtype=np.int32)
+    build_tree(centroids.copy(), None, order, len(centroids), threads)
+    return order
+
+
+def assign_native(points: Floats, centroids: Floats, threads: int, tick: Callable[[], None], *, exact: bool = True) -> Codes:
+    """The nearest centroid of each point, uint16 `[n]`; if not `exact`, a near one.
+
+    A tree over the centroids gives a first guess, a scan of its neighbour list a better one, from which an exact scan has
+    little left to do.
+    """
+    order = np.arange(len(centroids), dtype=np.int32)
+    tree = build_tree(centroids.copy(), None, order, len(centroids), threads)
+    codes = order[tree.starts[:-1]].astype(np.uint16)[tree.descend(points, threads)]
+    tiles = pack_tiles(centroids, order)
+    length = list_length(points.shape[1], len(centroids))
+    lists = neighbour_lists(tiles, centroids, length, threads=threads, previous=None, tick=tick)
+    for last in (False, True):
+        groups = group(codes, len(centroids))
+        state = (tiles, lists, points, groups, centroids)
+        codes = scan(*state, exact=exact and last, stale=False, threads=threads, tick=tick).codes
+    return codes

@@ -1,0 +1,47 @@
+"""The meaning of the k-means kernel in a few lines of numpy; slow, for tests and benchmarks.
+
+Distances are squared Euclidean in float32, summed from the first dimension to the last, every operation rounded. The nearest
+centroid is the one at the least distance, of equally near ones that of the lowest index. Every path of this package gives
+exactly these codes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["lloyd_step", "nearest", "squared_distances"]
+
+Floats = npt.NDArray[np.float32]
+
+
+def squared_distances(points: Floats, centroids: Floats) -> Floats:
+    """All distances, float32 `[n, k]`, of `points` `[n, dim]` and `centroids` `[k, dim]`."""
+    total = np.zeros((len(points), len(centroids)), dtype=np.float32)
+    for d in range(points.shape[1]):
+        total += np.square(points[:, d, None] - centroids[None, :, d])
+    return total
+
+
+def nearest(points: Floats, centroids: Floats, chunk: int = 256) -> tuple[npt.NDArray[np.uint16], Floats]:
+    """The nearest centroid of each point, uint16 `[n]`, and its squared distance, float32 `[n]`."""
+    codes = np.empty(len(points), dtype=np.uint16)
+    least = np.empty(len(points), dtype=np.float32)
+    for begin in range(0, len(points), chunk):
+        distances = squared_distances(points[begin : begin + chunk], centroids)
+        index = distances.argmin(axis=1)
+        codes[begin : begin + chunk] = index
+        least[begin : begin + chunk] = distances[np.arange(len(index)), index]
+    return codes, least
+
+
+def lloyd_step(points: Floats, weights: Floats | None, centroids: Floats) -> Floats:
+    """Assign, then move each centroid to the weighted mean (float64) of its points; one without weight stays."""
+    codes, _ = nearest(points, centroids)
+    mass = np.ones(len(points)) if weights is None else weights.astype(np.float64)
+    total = np.bincount(codes, mass, len(centroids))
+    moved = centroids.copy()
+    alive = total > 0
+    for d in range(points.shape[1]):
+        moved[alive, d] = np.bincount(codes, mass * points[:, d], len(centroids))[alive] / total[alive]
+    return moved

@@ -1,0 +1,111 @@
+"""Centroids packed in tiles for search, and the lists of their nearest neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cluscomp_kernels.kmeans import library
+
+__all__ = ["Tiles", "neighbour_lists", "pack_tiles", "refresh_lists"]
+
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int32]
+
+LANES = 16
+FAR = np.float32(1e30)
+FAR_HALF_NORM = np.float32(1e38)
+NO_ID = np.int32(2**31 - 1)
+TILES_PER_CALL = 256
+NEAR = 12
+"""Members of a list whose own lists are looked through when it is refreshed."""
+WIDTH = 64
+"""How far each of those is looked through."""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Centroids in tiles of 16 with bounding boxes; `tiles.h` describes the layout."""
+
+    tiles: Floats
+    ids: Ints
+    low: Floats
+    high: Floats
+    half_norms: Floats
+    largest: float
+
+    def arguments(self) -> tuple[Any, ...]:
+        """As the C functions take them."""
+        return self.tiles, self.ids, self.low, self.high, self.half_norms, self.largest, len(self.tiles)
+
+
+def _in_lanes(rows: Floats) -> Floats:
+    """`[rows, dim]` to `[ceil(rows / 16), dim, 16]`, filled up with far points."""
+    count, dim = rows.shape
+    filled = np.full((-(-count // LANES) * LANES, dim), FAR, dtype=np.float32)
+    filled[:count] = rows
+    return np.ascontiguousarray(filled.reshape(-1, LANES, dim).transpose(0, 2, 1))
+
+
+def pack_tiles(centroids: Floats, order: Ints | None = None) -> Tiles:
+    """Pack `centroids` `[k, dim]` in an `order` (int `[k]`) in which near ones are together; by default as they come."""
+    ids = np.arange(len(centroids), dtype=np.int32) if order is None else order
+    ordered = centroids[ids]
+    edges = np.arange(0, len(ids), LANES)
+    low, high = np.minimum.reduceat(ordered, edges, axis=0), np.maximum.reduceat(ordered, edges, axis=0)
+    padded = np.full(len(edges) * LANES, NO_ID, dtype=np.int32)
+    padded[: len(ids)] = ids
+    norms = np.einsum("kd,kd->k", ordered, ordered, dtype=np.float64)
+    half_norms = np.full(len(padded), FAR_HALF_NORM, dtype=np.float32)
+    half_norms[: len(ids)] = norms / 2
+    # Rounded up: the search relies on no norm being larger.
+    largest = float(np.nextafter(np.float32(norms.max()), np.float32(np.inf)))
+    return Tiles(_in_lanes(ordered), padded, _in_lanes(low), _in_lanes(high), half_norms, largest)
+
+
+def neighbour_lists(
+    tiles: Tiles, centroids: Floats, length: int, *, threads: int, previous: Ints | None, tick: Callable[[], None]
+) -> Ints:
+    """The `length` < k nearest other centroids of each centroid, int32 `[k, length]`, nearest first.
+
+    Where several are equally far at the end of a list, any of them may be in it. `previous` lists of the same shape, made
+    before the centroids moved, speed the search up and are overwritten.
+    """
+    count, dim = centroids.shape
+    lists = np.empty((count, length), dtype=np.int32) if previous is None else previous
+    if length == 0:
+        return lists
+    num_tiles = len(tiles.tiles)
+    padded_tiles = -(-num_tiles // LANES) * LANES
+    capacity = 4 * length + 4 * LANES
+    scratch = np.empty(threads * LANES * capacity, dtype=np.uint64)
+    bounds = np.empty(threads * padded_tiles, dtype=np.float32)
+    search = (lists, length, previous is not None, scratch, capacity, bounds, padded_tiles)
+    for first in range(0, num_tiles, TILES_PER_CALL):
+        piece = (first, min(first + TILES_PER_CALL, num_tiles), threads, library.INSTRUCTION_LEVEL)
+        library.call("cc_kmeans_neighbours", *tiles.arguments(), centroids, dim, *search, *piece)
+        tick()
+    return lists
+
+
+def refresh_lists(centroids: Floats, old: Ints, *, threads: int, tick: Callable[[], None]) -> Ints:
+    """Lists as `neighbour_lists` makes them, nearly, from the lists of before the centroids moved; quicker, not exact."""
+    count, dim = centroids.shape
+    length = old.shape[1]
+    lists = np.empty_like(old)
+    if length == 0:
+        return lists
+    capacity = 2 * length + 4 * LANES
+    keys = np.empty(threads * capacity, dtype=np.uint64)
+    stamps = np.zeros(threads * count, dtype=np.int32)
+    search = (old, lists, length, min(NEAR, length), min(WIDTH, length), keys, capacity, stamps)
+    step = LANES * TILES_PER_CALL
+    for first in range(0, count, step):
+        piece = (first, min(first + step, count), threads, library.INSTRUCTION_LEVEL)
+        library.call("cc_kmeans_refresh", centroids, count, dim, *search, *piece)
+        tick()
+    return lists

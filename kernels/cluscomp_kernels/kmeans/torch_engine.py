@@ -1,0 +1,137 @@
+"""Clustering in torch: on a GPU with the Triton search, and on the CPU where the C library is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cluscomp_kernels.kmeans.means import Means
+
+__all__ = ["Search", "TorchEngine", "nearest_search", "nearest_torch"]
+
+Floats = npt.NDArray[np.float32]
+Codes = npt.NDArray[np.uint16]
+Search = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+POINTS_PER_LAUNCH = 1 << 20
+DISTANCES_PER_CHUNK = 1 << 23
+
+
+def nearest_search(device: torch.device) -> Search:
+    """The brute-force search to use on a device."""
+    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        from cluscomp_kernels.kmeans.triton_nearest import nearest_triton
+
+        return nearest_triton
+    return nearest_torch
+
+
+def _distances(points: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
+    """The squared distances of `reference.py`, float32 `[n, k]`."""
+    total = torch.zeros(len(points), len(centroids), device=points.device)
+    for d in range(points.shape[1]):
+        total += (points[:, d, None] - centroids[None, :, d]).square_()
+    return total
+
+
+def nearest_torch(points: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The nearest of `centroids` `[k, dim]` for each of `points` `[n, dim]`: int32 codes and float32 squared distances `[n]`.
+
+    A float64 matrix product ranks the centroids; only where the first and the second are closer together than float32
+    distances are accurate, the float32 distances to all centroids are computed.
+    """
+    dim = points.shape[1]
+    codes = torch.empty(len(points), dtype=torch.int32, device=points.device)
+    distances = torch.empty(len(points), dtype=torch.float32, device=points.device)
+    wide = centroids.double()
+    half_norms = wide.square().sum(1) / 2
+    # Twice the relative error of a float32 distance; the second term covers float64 cancellation and float32 underflow.
+    relative = 4 * (dim + 2) * 2.0**-24
+    largest = half_norms.max()
+    step = max(1, DISTANCES_PER_CHUNK // len(centroids))
+    for begin in range(0, len(points), step):
+        x = points[begin : begin + step]
+        x_wide = x.double()
+        x_half = x_wide.square().sum(1) / 2
+        scores = torch.addmm(half_norms, x_wide, wide.t(), alpha=-1)
+        least, code = scores.min(1)
+        margin = relative * (least + x_half).clamp(min=0) + 1e-12 * (x_half + largest) + 1e-36
+        unclear = (scores <= (least + margin)[:, None]).sum(1) > 1
+        rows = unclear.nonzero()[:, 0]
+        if len(rows):
+            code[rows] = _distances(x[rows], centroids).argmin(1)
+        chosen = centroids[code]
+        distance = torch.zeros_like(x[:, 0])
+        for d in range(dim):
+            distance += (x[:, d] - chosen[:, d]).square_()
+        codes[begin : begin + step] = code.to(torch.int32)
+        distances[begin : begin + step] = distance
+    return codes, distances
+
+
+class TorchEngine:
+    """An `Engine` of brute-force searches over `points` `[n, dim]` on `device`. Every assignment is exact.
+
+    Sums run over points sorted by code, cluster by cluster, in float64: the results do not depend on timing.
+    """
+
+    def __init__(
+        self, points: Floats, weights: Floats | None, device: torch.device, search: Search, tick: Callable[[], None]
+    ) -> None:
+        self._points = torch.from_numpy(points).to(device)
+        self._weights = None if weights is None else torch.from_numpy(weights).to(device).double()
+        self._search = search
+        self._tick = tick
+        self._codes = torch.zeros(len(points), dtype=torch.int32, device=device)
+        self._distances = torch.zeros(len(points), dtype=torch.float32, device=device)
+
+    @property
+    def codes(self) -> Codes:
+        return self._codes.cpu().numpy().astype(np.uint16)
+
+    def assign(self, centroids: Floats, *, exact: bool) -> None:
+        del exact
+        on_device = torch.from_numpy(centroids).to(self._points.device)
+        # A few seconds' work at most between two chances to interrupt.
+        step = POINTS_PER_LAUNCH if self._points.is_cuda else max(1, (1 << 31) // centroids.size)
+        for begin in range(0, len(self._points), step):
+            end = begin + step
+            self._codes[begin:end], self._distances[begin:end] = self._search(self._points[begin:end], on_device)
+            self._tick()
+
+    def update(self, centroids: Floats) -> Means:
+        count = len(centroids)
+        codes = self._codes.long()
+        order = torch.argsort(codes, stable=True)
+        lengths = torch.bincount(codes, minlength=count)
+        shares = self._distances.double()
+        vectors = self._points[order].double()
+        if self._weights is None:
+            mass = lengths.double()
+        else:
+            shares = shares * self._weights
+            vectors = vectors * self._weights[order, None]
+            mass = torch.segment_reduce(self._weights[order], "sum", lengths=lengths)
+        sums = torch.segment_reduce(vectors, "sum", lengths=lengths, axis=0)
+        error = torch.segment_reduce(shares[order], "sum", lengths=lengths)
+        worst = torch.zeros(count, dtype=torch.float64, device=codes.device).scatter_reduce_(0, codes, shares, "amax")
+        at_worst = ((shares == worst[codes]) & (shares > 0)).nonzero()[:, 0]
+        farthest = torch.full((count,), len(codes), device=codes.device)
+        farthest.scatter_reduce_(0, codes[at_worst], at_worst, "amin")
+        farthest[farthest == len(codes)] = -1
+        alive = mass > 0
+        means = torch.from_numpy(centroids).to(codes.device).clone()
+        means[alive] = (sums[alive] / mass[alive, None]).float()
+        parts = (means, mass, error, farthest.to(torch.int32))
+        return Means(*(part.cpu().numpy() for part in parts))
+
+    def points_at(self, indices: npt.NDArray[np.int32]) -> Floats:
+        found: Floats = self._points[torch.from_numpy(indices).long().to(self._points.device)].cpu().numpy()
+        return found
+
+    def centroids_jumped(self) -> None:
+        """Nothing is remembered between assignments."""

@@ -1,0 +1,83 @@
+"""The Triton search: results in interpreter mode, and registers of what it compiles to, each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+INTERPRETED = """
+import numpy as np, torch
+from cluscomp_kernels.kmeans.engine import run_lloyd
+from cluscomp_kernels.kmeans.reference import nearest
+from cluscomp_kernels.kmeans.torch_engine import TorchEngine
+from cluscomp_kernels.kmeans.triton_nearest import nearest_triton
+for count, clusters, dim in ((1, 1, 1), (65, 130, 3), (129, 63, 8), (100, 64, 16)):
+    rng = np.random.default_rng(count)
+    for points, centroids in (
+        (rng.standard_normal((count, dim), dtype=np.float32), rng.standard_normal((clusters, dim), dtype=np.float32)),
+        (rng.integers(-1, 2, (count, dim)).astype(np.float32), rng.integers(-1, 2, (clusters, dim)).astype(np.float32)),
+    ):
+        codes, distances = nearest_triton(torch.from_numpy(points), torch.from_numpy(centroids))
+        expected, least = nearest(points, centroids)
+        assert np.array_equal(codes.numpy(), expected), (count, clusters, dim)
+        assert np.array_equal(distances.numpy(), least), (count, clusters, dim)
+points = rng.standard_normal((300, 4), dtype=np.float32)
+engine = TorchEngine(points, np.ones(300, dtype=np.float32), torch.device("cpu"), nearest_triton, lambda: None)
+centroids, error, _ = run_lloyd(engine, points[:20].copy(), 3, plain=False, after_iteration=lambda done: None)
+expected, least = nearest(points, centroids)
+assert np.array_equal(engine.codes, expected)
+assert abs(error - least.sum(dtype=np.float64)) < 1e-9 * error
+print("fine")
+"""
+
+COMPILED = """
+import pathlib, re, subprocess, sys, tempfile
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from cluscomp_kernels.kmeans.triton_nearest import BLOCK_CENTROIDS, BLOCK_POINTS, WARPS, nearest_kernel
+cuobjdump = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+for dim in (4, 8, 16):
+    constants = {"DIM": dim, "POINTS": BLOCK_POINTS, "CENTROIDS": BLOCK_CENTROIDS}
+    types = {"points": "*fp32", "centroids": "*fp32", "codes": "*i32", "distances": "*fp32"}
+    signature = {**types, "num_points": "i32", "num_centroids": "i32", **dict.fromkeys(constants, "constexpr")}
+    source = ASTSource(fn=nearest_kernel, signature=signature, constexprs=constants)
+    options = {"num_warps": WARPS, "enable_fp_fusion": False}
+    kernel = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options=options)
+    assert "fma.rn.f32" not in kernel.asm["ptx"]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [cuobjdump, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(re.search(name + r":(\\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
+    assert (stack, local) == (0, 0) and registers <= 255, usage
+    print("dim", dim, "registers", registers)
+"""
+
+
+def run(code: str, *arguments: str, interpret: bool) -> str:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment.pop("TRITON_INTERPRET", None)
+    if interpret:
+        environment["TRITON_INTERPRET"] = "1"
+    finished = subprocess.run(
+        [sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def test_interpreted_equals_reference() -> None:
+    assert run(INTERPRETED, interpret=True).strip() == "fine"
+
+
+@pytest.mark.parametrize("capability", [80, 86, 87, 89, 90])
+def test_compiles_without_spills(capability: int) -> None:
+    """A spill would show as stack or local memory."""
+    assert run(COMPILED, str(capability), interpret=False).count("registers") == 3
