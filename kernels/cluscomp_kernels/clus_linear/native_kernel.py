@@ -1,9 +1,9 @@
 """The C kernels of the compressed linear operator and their torch operator `cluscomp::linear_tiled`.
 
 Numeric contract: weights are widened to float32 without rounding, products are accumulated in float32 with fused
-multiply-adds (plain C may round twice) in the order of the input channels, then multiplied by `row_scale`, then `bias` is added;
-the result is rounded once to the dtype of `x`. Up to FUSED_TOKENS tokens a token's result depends neither on the number of
-threads nor on the other tokens; above, the weight is decoded a few columns at a time and multiplied by torch.
+multiply-adds (plain C may round twice) in the order of the input channels, then multiplied by `row_scale`, then `bias` is
+added; the result is rounded once to the dtype of `x`. Up to FUSED_TOKENS tokens a token's result depends neither on the
+number of threads nor on the other tokens; above, the weight is decoded a few columns at a time and multiplied by torch.
 
 The variant (AVX-512, AVX2, plain C) is the best the machine has; the environment variable CLUSCOMP_CPU forces one.
 """
