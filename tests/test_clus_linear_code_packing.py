@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from cluscomp_kernels import native
-from cluscomp_kernels.clus_linear import pack_codes, packed_size, unpack_codes
 from hypothesis import given
 from hypothesis import strategies as st
+
+from cluscomp_kernels import native
+from cluscomp_kernels.clus_linear import pack_codes, packed_size, unpack_codes
 
 
 @pytest.fixture(params=["native", "numpy"], autouse=True)

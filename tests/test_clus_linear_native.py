@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from cluscomp_kernels import native
 from cluscomp_kernels.clus_linear import native_kernel, prepare, prepare_codebook, reference
-from torch import Tensor
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=native.missing_reason())
 
@@ -17,7 +18,9 @@ EPS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11
 DIMS = (1, 2, 3, 4, 6, 7, 8, 9, 16, 24, 40, 64)
 
 
-def problem(seed: int, in_features: int, out_features: int, dim: int, clusters: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def problem(  # noqa: PLR0917
+    seed: int, in_features: int, out_features: int, dim: int, clusters: int, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
     """Codebook, codes, row scale, bias."""
     generator = torch.Generator().manual_seed(seed)
     return (

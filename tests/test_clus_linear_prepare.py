@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from cluscomp_kernels import native
 from cluscomp_kernels.clus_linear import PreparedWeight, choose_path, dispatch, paths, prepare, prepare_codebook
 
