@@ -2,10 +2,10 @@
 
     python benchmarks/clus_linear.py [--threads 1 2] [--repetitions 31] [--sets 8] [--only TEXT] [--json FILE]
 
-Every case first checks the results it is about to time against a product in float64. The competitors take turns, one call each
-per repetition, and every repetition takes the next of several sets of weights: nothing is timed on a matrix that the call before
-left in a small cache. A last-level cache of hundreds of megabytes still holds all sets; compare ratios, not bandwidths.
-Times are medians; the spread is the range from the first to the third quartile.
+Every case first checks the results it is about to time against a product in float64. The competitors take turns, one call
+each per repetition, and every repetition takes the next of several sets of weights: nothing is timed on a matrix that the
+call before left in a small cache. A last-level cache of hundreds of megabytes still holds all sets; compare ratios, not
+bandwidths. Times are medians; the spread is the range from the first to the third quartile.
 """
 
 from __future__ import annotations

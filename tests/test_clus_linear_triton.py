@@ -16,7 +16,8 @@ from cluscomp_kernels.clus_linear import reference, triton_kernel
 
 real = torch.empty
 torch.empty = lambda *a, **k: real(*a, **k).fill_(float("nan"))
-EPS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+# the interpreter truncates to bfloat16, so its error is a whole unit in the last place
+EPS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-11}
 cases = [
     (1, 1, 1, 1, 1, torch.float16, torch.float32),
     (5, 70, 50, 8, 40, torch.float16, torch.float16),
