@@ -1,9 +1,9 @@
 """The C kernels of the compressed linear operator and their torch operator `cluscomp::linear_tiled`.
 
 Numeric contract: weights are widened to float32 without rounding, products are accumulated in float32 with fused
-multiply-adds (plain C may round twice) in the order of the input channels, then multiplied by `row_scale`, then `bias` is added;
-the result is rounded once to the dtype of `x`. Up to FUSED_TOKENS tokens a token's result depends neither on the number of
-threads nor on the other tokens; above, the weight is decoded a few columns at a time and multiplied by torch.
+multiply-adds (plain C may round twice) in the order of the input channels, then multiplied by `row_scale`, then `bias` is
+added; the result is rounded once to the dtype of `x`. Up to FUSED_TOKENS tokens a token's result depends neither on the
+number of threads nor on the other tokens; above, the weight is decoded a few columns at a time and multiplied by torch.
 
 The variant (AVX-512, AVX2, plain C) is the best the machine has; the environment variable CLUSCOMP_CPU forces one.
 """
@@ -24,7 +24,17 @@ from cluscomp_kernels import native
 from cluscomp_kernels.clus_linear.library import define_operator
 from cluscomp_kernels.clus_linear.operands import check_input
 
-__all__ = ["LANES", "VARIANTS", "cpu_variant", "decode_tiled", "pad_codebook", "row_length", "rows_tiled", "tile_codes"]
+__all__ = [
+    "LANES",
+    "VARIANTS",
+    "BoundWeight",
+    "cpu_variant",
+    "decode_tiled",
+    "pad_codebook",
+    "row_length",
+    "rows_tiled",
+    "tile_codes",
+]
 
 VARIANTS = ("plain", "avx2", "avx512")
 """In the order of their numbers in linear.c."""
@@ -189,6 +199,49 @@ def _linear_tiled(
     if bias is not None:
         rows.add_(bias)
     return y.to(x.dtype)
+
+
+class BoundWeight:
+    """Operands of `cluscomp::linear_tiled` checked once, for calls that need neither the dispatcher nor autograd.
+
+    Decoding a token makes hundreds of calls of tens of microseconds, so what a call costs by itself counts.
+    """
+
+    def __init__(
+        self,
+        codes: Tensor,
+        codebook: Tensor,
+        row_scale: Tensor | None,
+        bias: Tensor | None,
+        out_features: int,
+        cluster_dim: int,
+    ) -> None:
+        self._operands = (codes, codebook, row_scale, bias)  # keeps alive what the pointers point to
+        self._weight = _weight(codes, codebook, row_scale, bias, out_features, cluster_dim)
+        self._in_features = codes.shape[1]
+        self._out_features = out_features
+        self._linear = _functions().linear
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether `linear` may be called: plain contiguous float32 CPU tensors of few tokens, outside of tracing."""
+        return (
+            type(x) is Tensor
+            and x.dtype is torch.float32
+            and x.is_cpu
+            and x.is_contiguous()
+            and x.dim() > 0
+            and x.shape[-1] == self._in_features
+            and x.numel() <= FUSED_TOKENS * self._in_features
+            and not torch.compiler.is_compiling()
+        )
+
+    def linear(self, x: Tensor) -> Tensor:
+        """The same result as the operator, for an `x` that it takes."""
+        shape = x.shape
+        y = torch.empty((*shape[:-1], self._out_features), dtype=torch.float32)
+        self._weight.threads = torch.get_num_threads()
+        self._linear(self._weight, x.data_ptr(), shape[:-1].numel(), y.data_ptr())
+        return y
 
 
 def _decoded_columns(weight: _Weight, tiles: int) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cluscomp_kernels.clus_linear.native_kernel import decode_tiled, rows_tiled, tile_codes
+from cluscomp_kernels.clus_linear.native_kernel import BoundWeight, decode_tiled, rows_tiled, tile_codes
 from cluscomp_kernels.clus_linear.prepared import Operands, PreparedWeight
 
 __all__ = ["NativeWeight"]
@@ -19,8 +19,12 @@ class NativeWeight(PreparedWeight):
     def __init__(self, operands: Operands) -> None:
         super().__init__(operands)
         self._tiled = tile_codes(operands.codes, self.codebook.num_clusters, self.codebook.cluster_dim)
+        dim, padded = self.codebook.cluster_dim, self.codebook.values
+        self._bound = BoundWeight(self._tiled, padded, self.row_scale, self.bias, self.out_features, dim)
 
     def _linear(self, x: Tensor) -> Tensor:
+        if self._bound.takes(x):
+            return self._bound.linear(x)
         y: Tensor = torch.ops.cluscomp.linear_tiled.default(
             x, self._tiled, self.codebook.values, self.row_scale, self.bias, self.out_features, self.codebook.cluster_dim
         )

@@ -124,7 +124,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 define_operator(
-    "linear(Tensor x, Tensor codebook, Tensor codes, int out_features, Tensor? row_scale=None, Tensor? bias=None) -> Tensor",
+    "linear(Tensor x, Tensor codebook, Tensor codes, int out_features, Tensor? row_scale, Tensor? bias) -> Tensor",
     "CompositeExplicitAutograd",
     _forward,
     _meta,
