@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+import cluscomp_formats.builtin  # noqa: F401 - registers the formats
 from cluscomp_formats import registry
 from cluscomp_formats.errors import InvalidRequestError, Problem
 from cluscomp_runtime.language_model import LanguageModel

@@ -1,0 +1,3 @@
+"""Importing this module registers the formats of this package."""
+
+import cluscomp_formats.packed  # noqa: F401
