@@ -76,7 +76,7 @@ def main() -> None:
         "perplexity": rows[0]["reference_perplexity"],
         "tokens_per_second": speed(LanguageModel.from_model(open_source(source))),
     }
-    model = load(outputs[-1], selftest=True)
+    model = load(outputs[0], selftest=True)
     answer = model.generate(
         model.chat([{"role": "user", "content": QUESTION}]), max_new_tokens=60, add_special_tokens=False
     ).text
@@ -98,7 +98,7 @@ def main() -> None:
         for row in (first, *rows)
     ]
     print_table(("", "MB", "bits/weight", "linears", "perplexity", "KL", "top-1 %", "tokens/s", "seconds"), table)
-    print(f"\nself-test passed; kernel: {model.kernel_summary}\n\nQ: {QUESTION}\nA ({arguments.bits[-1]:g} bits): {answer}")
+    print(f"\nself-test passed; kernel: {model.kernel_summary}\n\nQ: {QUESTION}\nA ({arguments.bits[0]:g} bits): {answer}")
 
 
 if __name__ == "__main__":

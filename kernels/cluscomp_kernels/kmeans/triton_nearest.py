@@ -19,7 +19,7 @@ WARPS = 4
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def nearest_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0917
+def nearest_kernel(  # type: ignore[no-untyped-def]
     points,
     centroids,
     codes,

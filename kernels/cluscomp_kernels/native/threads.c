@@ -15,6 +15,7 @@ void cc_parallel_for(int64_t items, int64_t grain, int threads, cc_task task, vo
 #else
 
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stddef.h>
 
@@ -159,8 +160,13 @@ void cc_parallel_for(int64_t items, int64_t grain, int threads, cc_task task, vo
 
     run_chunks(0);
     atomic_fetch_or_explicit(&pool.state, CLOSED, memory_order_acq_rel);
-    while (atomic_load_explicit(&pool.state, memory_order_acquire) & WORKERS_MASK)
-        CPU_RELAX();
+    /* On a busy machine a worker may have lost its core in the middle of a chunk: after a while, offer it ours. */
+    for (int spin = 0; atomic_load_explicit(&pool.state, memory_order_acquire) & WORKERS_MASK; spin++) {
+        if (spin < SPINS)
+            CPU_RELAX();
+        else
+            sched_yield();
+    }
     pthread_mutex_unlock(&pool.busy);
 }
 
