@@ -15,6 +15,11 @@
 /* Bytes of codes to fetch ahead: codes are one sequential stream per thread, too few for the processor's own prefetcher, which
  * stops at every page. Measured in docs/lab-notes.md. */
 #define CC_PREFETCH 4096
+#if defined(__GNUC__)
+#define CC_FETCH(address) __builtin_prefetch(address)
+#else
+#define CC_FETCH(address) ((void)(address))
+#endif
 /* Tokens that share one decoded block. */
 #define CC_TOKENS 16
 

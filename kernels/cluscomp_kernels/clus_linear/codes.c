@@ -6,6 +6,12 @@
 
 #include "native/threads.h"
 
+#if defined(__GNUC__)
+#define CC_INLINE inline __attribute__((always_inline))
+#else
+#define CC_INLINE inline
+#endif
+
 typedef struct {
     const uint16_t *codes;
     int64_t in_features, groups, groups_per_tile;
@@ -63,7 +69,7 @@ typedef struct {
     int bits;
 } stream_job;
 
-static inline __attribute__((always_inline)) void unpack8(const uint8_t *packed, int bits, uint16_t *codes)
+static CC_INLINE void unpack8(const uint8_t *packed, int bits, uint16_t *codes)
 {
     for (int k = 0; k < 8; k++) {
         const uint8_t *at = packed + k * bits / 8;
@@ -77,7 +83,7 @@ static inline __attribute__((always_inline)) void unpack8(const uint8_t *packed,
     }
 }
 
-static inline __attribute__((always_inline)) void pack8(const uint16_t *codes, int bits, uint8_t *packed)
+static CC_INLINE void pack8(const uint16_t *codes, int bits, uint8_t *packed)
 {
     uint32_t window = 0;
     int held = 0;

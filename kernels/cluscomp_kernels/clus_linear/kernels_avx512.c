@@ -170,7 +170,7 @@ static inline VBMI_FN void register_dot(int value_type, const void *codes, const
     __m512 sum[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
     for (int64_t i = 0; i < in_features; i++) {
         __m512 values[4];
-        __builtin_prefetch((const char *)codes + i * CC_LANES + CC_PREFETCH);
+        CC_FETCH((const char *)codes + i * CC_LANES + CC_PREFETCH);
         look_up_64(&planes, (const uint8_t *)codes + i * CC_LANES, value_type, values);
         for (int k = 0; k < 4; k++)
             sum[k] = _mm512_fmadd_ps(_mm512_set1_ps(x[0][i]), values[k], sum[k]);

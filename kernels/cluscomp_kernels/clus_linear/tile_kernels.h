@@ -29,7 +29,7 @@ static inline CC_FN void tile_dot(int value_type, int row, int code_bytes, int t
         for (int v = 0; v < TILE_VECS; v++)
             sum[n][v] = vec_zero();
     for (int64_t i = 0; i < in_features; i++, record += code_bytes * (CC_LANES / row)) {
-        __builtin_prefetch(record + CC_PREFETCH);
+        CC_FETCH(record + CC_PREFETCH);
         for (int v = 0; v < TILE_VECS; v++) {
             const vec weight = tile_vec(codebook, value_type, row, record, code_bytes, v);
             for (int n = 0; n < tokens; n++)
@@ -46,7 +46,7 @@ static inline CC_FN void tile_decode(int value_type, int row, int code_bytes, co
 {
     const char *record = codes;
     for (int64_t i = 0; i < channels; i++, record += code_bytes * (CC_LANES / row), block += CC_LANES) {
-        __builtin_prefetch(record + CC_PREFETCH);
+        CC_FETCH(record + CC_PREFETCH);
         for (int v = 0; v < TILE_VECS; v++)
             vec_store(block + v * VEC_LANES, tile_vec(codebook, value_type, row, record, code_bytes, v));
     }
