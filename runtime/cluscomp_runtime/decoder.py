@@ -87,9 +87,6 @@ class Attention:
         self.index = index
         self.heads, self.kv_heads, self.head_dim = settings.num_heads, settings.num_kv_heads, settings.head_dim
         self.window = settings.windows[index]
-        # On a CPU, torch's fused attention enters an OpenMP parallel region at every call, however small. On a busy machine the
-        # barrier at its end waits for a time slice: 0.02 ms were measured to become 1 to 7 ms.
-        self.plain_attention = builder.device.type == "cpu" and builder.dtype.itemsize >= 4
 
     def __call__(self, x: torch.Tensor, positions: _Positions, cache: KeyValueCache | None) -> torch.Tensor:
         batch, tokens, _ = x.shape
@@ -121,12 +118,7 @@ class Attention:
         batch = queries.shape[0]
         begin = 0 if self.window is None else max(0, end - self.window)
         grouped = queries.reshape(batch, self.kv_heads, self.heads // self.kv_heads, self.head_dim)
-        keys, values = keys[:, :, begin:end], values[:, :, begin:end]
-        if self.plain_attention:
-            weights = torch.softmax(torch.matmul(grouped * self.head_dim**-0.5, keys.transpose(-1, -2)), dim=-1)
-            mixed = torch.matmul(weights, values)
-        else:
-            mixed = F.scaled_dot_product_attention(grouped, keys, values)
+        mixed = F.scaled_dot_product_attention(grouped, keys[:, :, begin:end], values[:, :, begin:end])
         return mixed.reshape(batch, 1, -1)
 
 
