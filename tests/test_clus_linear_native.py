@@ -18,9 +18,7 @@ EPS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11
 DIMS = (1, 2, 3, 4, 6, 7, 8, 9, 16, 24, 40, 64)
 
 
-def problem(
-    seed: int, in_features: int, out_features: int, dim: int, clusters: int, dtype: torch.dtype
-) -> tuple[Tensor, ...]:
+def problem(seed: int, in_features: int, out_features: int, dim: int, clusters: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Codebook, codes, row scale, bias."""
     generator = torch.Generator().manual_seed(seed)
     return (

@@ -4,7 +4,6 @@
 device; `reference` is the meaning of both.
 """
 
-from cluscomp_kernels.clus_linear.code_packing import pack_codes, packed_size, unpack_codes
 from cluscomp_kernels.clus_linear.dispatch import PathStatus, choose_path, paths, prepare, prepare_codebook
 from cluscomp_kernels.clus_linear.prepared import PreparedCodebook, PreparedWeight
 from cluscomp_kernels.clus_linear.trainable import linear
@@ -15,10 +14,7 @@ __all__ = [
     "PreparedWeight",
     "choose_path",
     "linear",
-    "pack_codes",
-    "packed_size",
     "paths",
     "prepare",
     "prepare_codebook",
-    "unpack_codes",
 ]

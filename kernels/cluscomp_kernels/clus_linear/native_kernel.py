@@ -8,7 +8,6 @@ number of threads nor on the other tokens; above, the weight is decoded a few co
 The variant (AVX-512, AVX2, plain C) is the best the machine has; the environment variable CLUSCOMP_CPU forces one.
 """
 
-
 from __future__ import annotations
 
 import ctypes

@@ -5,7 +5,6 @@
 (ClusComp, arXiv 2503.13089).
 """
 
-
 from __future__ import annotations
 
 import torch

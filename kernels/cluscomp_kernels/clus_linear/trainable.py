@@ -7,7 +7,6 @@ it needs a few times BLOCK_BYTES, not a dense gradient; gradients of the codeboo
 torch.use_deterministic_algorithms.
 """
 
-
 from __future__ import annotations
 
 from collections.abc import Iterator
