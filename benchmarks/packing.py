@@ -2,7 +2,8 @@
 
 A synthetic clustered model lies in `.npy` files, one per array, and is packed from there at 16, 14 and 12 bits per code.
 
-- packing: `write_packed`, which reads, checks, packs, sums, hashes, writes and syncs, against `cp` of the file it makes, plus fsync.
+- packing: `write_packed`, which reads, checks, packs, sums, hashes, writes and syncs, against `cp` of the file it makes and
+  an fsync.
 - loading: `open_packed` and reading every payload, checksums and range of codes included, against `safetensors.numpy.load_file`
   of the same arrays (codes as uint16), which checks nothing.
 - memory: the peak resident size of a process that packs, less what it had before, against the largest payload.
@@ -146,14 +147,17 @@ def measure(folder: Path, bits: int, megabytes: int, repetitions: int) -> dict[s
 
 
 def peak_of(source_folder: Path, folder: Path) -> int:
-    """Bytes by which packing raises this process's peak resident size; mapped pages of the source count."""
-    import resource
-
+    """Bytes by which packing raises this process's peak resident size; mapped pages of the source count. Linux only."""
     source = source_model(source_folder)
-    unit = 1 if sys.platform == "darwin" else 1024
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_resident_bytes()
     write_packed(source, folder / "peak.clus", force=True)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
+    return peak_resident_bytes() - before
+
+
+def peak_resident_bytes() -> int:
+    # Not getrusage: its ru_maxrss starts at what the parent process had.
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def report(result: dict[str, Any]) -> str:
