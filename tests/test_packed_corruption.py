@@ -360,7 +360,7 @@ def float_bytes(*values: float) -> bytes:
 
 # Codes are 2 bits wide: 0, 1, 2, 1, 0, 2 are stored as 01 10 01 00, 0000 10 00.
 @pytest.mark.parametrize(
-    ("section", ("content", "problem")),
+    ("section", "content", "problem"),
     [
         (CODES, bytes([0b01110100, 0b00001000]), ("code_out_of_range", "attn")),
         (CODES, bytes([0b01100100, 0b00011000]), ("bad_padding", "attn")),
