@@ -69,6 +69,11 @@ def cli() -> None:
     help="Most bits per weight of embedding and head; 16 keeps them dense. [default: the width they have in the source]",
 )
 @click.option(
+    "--calibration",
+    metavar="FILE|none",
+    help="A text whose activations tell which input channels matter. [default: a text of this package; none with --dim]",
+)
+@click.option(
     "--method",
     type=click.Choice(["fast", "lloyd"]),
     default="fast",

@@ -39,6 +39,7 @@ def cluster_model(
     seed: int = 0,
     threads: int | None = None,
     device: str = "cpu",
+    energies: Mapping[str, Floats] | None = None,
     provenance: Mapping[str, Any] | None = None,
     on_progress: Progress = silent,
 ) -> Model:
@@ -48,7 +49,7 @@ def cluster_model(
     codes or scales encodes that tensor (the last one is kept), so reading in the order of `Model.payloads()` does each tensor
     once. Raises InvalidFileError, on reading, for weights that are not finite or out of float16's range.
     """
-    worker = _Worker(source, plan, method, seed, threads, device, on_progress)
+    worker = _Worker(source, plan, energies or {}, method, seed, threads, device, on_progress)
     codebooks = {book.name: worker.codebook(book) for book in plan.codebooks}
     tensors: dict[str, Tensor] = {}
     for name, tensor in source.tensors.items():
@@ -81,10 +82,19 @@ class _Worker:
     """Does the work behind the lazy arrays. Keeps all codebooks made so far and the last tensor encoded."""
 
     def __init__(
-        self, source: Model, plan: Plan, method: Method, seed: int, threads: int | None, device: str, on_progress: Progress
+        self,
+        source: Model,
+        plan: Plan,
+        energies: Mapping[str, Floats],
+        method: Method,
+        seed: int,
+        threads: int | None,
+        device: str,
+        on_progress: Progress,
     ) -> None:
         self.source = source
         self.plan = plan
+        self.energies = energies
         self.method: Method = method
         self.seed = seed
         self.threads = threads
@@ -123,30 +133,45 @@ class _Worker:
         padded[:, : weight.shape[0]] = weight.T
         return padded.reshape(-1, dim), scale
 
-    def _sample(self, book: CodebookPlan) -> Floats:
-        """The vectors a codebook is fitted on: all of a matrix without row scales (the paper's setting), else a sample."""
+    def _weights(self, name: str, num_vectors: int) -> Floats:
+        """One weight per vector `[num_vectors]`: the energy of its input channel, 1 where that is not known."""
+        energy = self.energies.get(name)
+        if energy is None:
+            return np.ones(num_vectors, dtype=np.float32)
+        return np.repeat(energy, num_vectors // len(energy))
+
+    def _sample(self, book: CodebookPlan) -> tuple[Floats, Floats | None]:
+        """The vectors a codebook is fitted on, and their weights if there are any energies.
+
+        All vectors of a matrix without row scales (the paper's setting), else a sample.
+        """
         limit = FIT_VECTORS_PER_CLUSTER * book.num_clusters
         shapes = {name: self.plan.treatments[name].shape for name in book.members}
         counts = {name: shape[1] * -(-shape[0] // book.cluster_dim) for name, shape in shapes.items()}
         share = min(1.0, limit / sum(counts.values()))
-        samples = []
+        samples, weights = [], []
         for done, name in enumerate(book.members):
             self.on_progress(f"reading {book.name}", done, len(book.members))
             vectors, scale = self._vectors(name)
+            weight = self._weights(name, len(vectors))
             if scale is not None and share < 1:
                 # Seeded by name as well: the sample of a tensor does not depend on the order of the tensors.
                 generator = np.random.default_rng([self.seed, zlib.crc32(name.encode())])
                 size = max(1, round(share * len(vectors)))
-                vectors = vectors[np.sort(generator.choice(len(vectors), size, replace=False, shuffle=False))]
+                chosen = np.sort(generator.choice(len(vectors), size, replace=False, shuffle=False))
+                vectors, weight = vectors[chosen], weight[chosen]
             samples.append(vectors)
-        return samples[0] if len(samples) == 1 else np.concatenate(samples)
+            weights.append(weight)
+        weighted = any(name in self.energies for name in book.members)
+        return np.concatenate(samples), np.concatenate(weights) if weighted else None
 
     def _fit(self, book: CodebookPlan) -> npt.NDArray[np.float16]:
         if book.name not in self.centroids:
-            points = self._sample(book)
+            points, weights = self._sample(book)
             result = kmeans(
                 points,
                 book.num_clusters,
+                weights=weights,
                 method=self.method,
                 seed=self.seed,
                 threads=self.threads,
@@ -172,18 +197,25 @@ class _Worker:
             vectors, scale = self._vectors(name)
             codes = assign(vectors, centroids, threads=self.threads, device=self.device)
             in_features = self.plan.treatments[name].shape[1]
-            self.encoded = (name, codes.reshape(in_features, -1), _refit_scale(vectors, centroids[codes], in_features, scale))
+            self.encoded = (
+                name,
+                codes.reshape(in_features, -1),
+                _refit_scale(vectors, centroids[codes], self._weights(name, in_features), scale),
+            )
         return self.encoded[1:]
 
 
-def _refit_scale(vectors: Floats, decoded: Floats, in_features: int, scale: Floats | None) -> npt.NDArray[np.float16]:
-    """Row scales float16 `[out_features]` with the least squared error for these codes: `s <w, q> / <q, q>` per row."""
+def _refit_scale(vectors: Floats, decoded: Floats, energy: Floats, scale: Floats | None) -> npt.NDArray[np.float16]:
+    """Row scales float16 `[out_features]` with the least squared error for these codes.
+
+    `s <w, q> / <q, q>` per row, the products weighted by `energy` `[in_features]`.
+    """
     if scale is None:
         return np.empty(0, dtype=np.float16)
     rows = len(scale)
-    wanted, given = (values.reshape(in_features, -1)[:, :rows] for values in (vectors, decoded))
-    products = np.einsum("ir,ir->r", wanted, given, dtype=np.float64)
-    energies = np.einsum("ir,ir->r", given, given, dtype=np.float64)
+    wanted, given = (values.reshape(len(energy), -1)[:, :rows] for values in (vectors, decoded))
+    products = np.einsum("i,ir,ir->r", energy, wanted, given, dtype=np.float64)
+    energies = np.einsum("i,ir,ir->r", energy, given, given, dtype=np.float64)
     factor = np.divide(products, energies, out=np.ones(rows), where=(energies > 0) & (products > 0))
     refitted: npt.NDArray[np.float16] = np.clip(scale * factor, *SCALE_RANGE).astype(np.float16)
     return refitted

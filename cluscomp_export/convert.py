@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cluscomp_export.calibration import channel_energies, read_text, shipped_text
 from cluscomp_export.clustering import Method, cluster_model
 from cluscomp_export.planning import Plan, Share, embedding_tensors, plan_bits, plan_fixed
 from cluscomp_export.progress import Progress, silent
@@ -27,6 +29,8 @@ __all__ = ["ConversionOptions", "ConversionReport", "Prepared", "convert", "prep
 
 WRITERS = {"packed": write_packed}
 DEFAULT_BITS = 4.0
+UNRECORDED = ("calibration", "device", "threads", "to")
+"""Options that do not enter the provenance: the calibration enters as a digest of the text."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,8 @@ class ConversionOptions:
     Either `bits` (a budget per weight of the linear layers, codebooks and scales counted) or `cluster_dim` and `num_clusters`
     (the paper's setting, the same for every matrix); neither means 4 bits. `share=None` lets the planner choose.
     `embedding_bits` is a budget per weight of embedding and head; 16 keeps them dense, None keeps the width of the source
-    where that is below 16. `threads`, `device` do not change the result.
+    where that is below 16. `calibration` is a text file whose activations weight the clustering, "none", or None: the text the
+    package ships with `bits`, none with the paper's setting. `threads`, `device` do not change the result.
     """
 
     bits: float | None = None
@@ -44,6 +49,7 @@ class ConversionOptions:
     num_clusters: int | None = None
     share: Share | None = None
     embedding_bits: float | None = None
+    calibration: str | None = None
     method: Method = "fast"
     seed: int = 0
     to: str = "packed"
@@ -53,9 +59,14 @@ class ConversionOptions:
     @property
     def asks_clustering(self) -> bool:
         """Whether any option says how to cluster."""
-        return any(
-            value is not None for value in (self.bits, self.cluster_dim, self.num_clusters, self.share, self.embedding_bits)
-        )
+        given = (self.bits, self.cluster_dim, self.num_clusters, self.share, self.embedding_bits, self.calibration)
+        return any(value is not None for value in given)
+
+    def calibration_text(self) -> str | None:
+        """The text to calibrate on, if any. Raises InvalidFileError."""
+        if self.calibration == "none" or (self.calibration is None and self.cluster_dim is not None):
+            return None
+        return shipped_text() if self.calibration is None else read_text(Path(self.calibration))
 
     def recorded(self) -> dict[str, Any]:
         """The options that determine the result, for the provenance."""
@@ -66,7 +77,7 @@ class ConversionOptions:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A conversion that has been planned: `model` is lazy, `plan` is None when a clustered source is only repacked."""
+    """A conversion that has been planned: `model` tells sizes, `plan` is None when a clustered source is only repacked."""
 
     source: Model
     plan: Plan | None
@@ -90,7 +101,7 @@ class ConversionReport:
     warnings: tuple[str, ...]
 
 
-def prepare(source_path: Path, options: ConversionOptions, *, on_progress: Progress = silent) -> Prepared:
+def prepare(source_path: Path, options: ConversionOptions) -> Prepared:
     """Open and plan; reads shapes only. What `--dry-run` shows.
 
     Raises InvalidRequestError for options that contradict each other or a budget that cannot be met, InvalidFileError,
@@ -108,19 +119,10 @@ def prepare(source_path: Path, options: ConversionOptions, *, on_progress: Progr
         model = source
     else:
         plan = _make_plan(source, options)
-        model = cluster_model(
-            source,
-            plan,
-            method=options.method,
-            seed=options.seed,
-            threads=options.threads,
-            device=options.device,
-            on_progress=on_progress,
-        )
+        model = cluster_model(source, plan)
     sizes = model_sizes(model)
-    return Prepared(
-        source, plan, model, sizes, source_bytes(source_path), tuple(_warnings(source, sizes, source_bytes(source_path)))
-    )
+    file_bytes = source_bytes(source_path)
+    return Prepared(source, plan, model, sizes, file_bytes, tuple(_warnings(source, sizes, file_bytes)))
 
 
 def convert(
@@ -145,19 +147,12 @@ def convert(
         raise InvalidRequestError(
             Problem("output_is_source", "the output is the source itself", str(output), remedy="name another output")
         )
-    prepared = prepare(source_path, options, on_progress=on_progress)
+    prepared = prepare(source_path, options)
     _check_space(output, prepared.sizes.payload_bytes)
+    warnings = list(prepared.warnings)
     model = prepared.model
     if prepared.plan is not None:
-        digest = scan_source(prepared.source, source_path, on_progress)
-        provenance = {
-            "tool": "cluscomp-export",
-            "version": __version__,
-            "source": {**prepared.source.provenance, "digest": digest},
-            "options": options.recorded(),
-        }
-        model = replace(model, provenance=provenance)
-    warnings = list(prepared.warnings)
+        model = _clustered(prepared.source, prepared.plan, source_path, options, warnings, on_progress)
     record: Mapping[str, Any] | None = None
 
     def self_test(written: Model) -> Mapping[str, Any] | None:
@@ -181,6 +176,40 @@ def convert(
         self_test=record is not None,
         seconds=time.perf_counter() - started,
         warnings=tuple(warnings),
+    )
+
+
+def _clustered(
+    source: Model, plan: Plan, source_path: Path, options: ConversionOptions, warnings: list[str], on_progress: Progress
+) -> Model:
+    """The model to write, with its provenance: what it was made from, and how."""
+    text = options.calibration_text()
+    digest = scan_source(source, source_path, on_progress)
+    energies = None
+    recorded = options.recorded()
+    if text is not None:
+        try:
+            energies = channel_energies(source, text, on_progress)
+            recorded["calibration"] = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+        except (InvalidRequestError, UnsupportedError) as error:
+            if options.calibration is not None:
+                raise
+            warnings.append(f"clustered without calibration: {error.problems[0].message}")
+    return cluster_model(
+        source,
+        plan,
+        method=options.method,
+        seed=options.seed,
+        threads=options.threads,
+        device=options.device,
+        energies=energies,
+        provenance={
+            "tool": "cluscomp-export",
+            "version": __version__,
+            "source": {**source.provenance, "digest": digest},
+            "options": recorded,
+        },
+        on_progress=on_progress,
     )
 
 

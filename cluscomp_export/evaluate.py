@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 
+from cluscomp_export.calibration import read_text
 from cluscomp_export.progress import Progress, silent
 from cluscomp_export.sources import open_source
-from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem
+from cluscomp_formats.errors import InvalidRequestError, Problem
 from cluscomp_runtime import LanguageModel
 
 __all__ = ["Evaluation", "evaluate", "evaluate_files", "text_windows"]
@@ -120,7 +121,7 @@ def evaluate_files(
     Both models must have the same tokenizer; the text is cut with the first one's. Raises InvalidFileError,
     InvalidRequestError, UnsupportedError.
     """
-    words = _read_text(text)
+    words = read_text(text)
     on_progress("loading", 0, 1)
     model = LanguageModel.from_model(open_source(model_path), device=device)
     original = LanguageModel.from_model(open_source(reference), device=device) if reference else None
@@ -140,15 +141,3 @@ def _tokenize(model: LanguageModel, text: str, path: Path) -> list[int]:
         remedy = "convert from a source with tokenizer.json"
         raise InvalidRequestError(Problem("no_tokenizer", "this model has no tokenizer", str(path), remedy=remedy))
     return model.tokenizer.encode(text)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InvalidFileError(Problem("missing", "the text cannot be read", str(path), found=error.strerror)) from error
-    except UnicodeDecodeError as error:
-        problem = Problem(
-            "not_utf8", "the text is not UTF-8", str(path), found=f"byte {error.start}", remedy="convert it to UTF-8"
-        )
-        raise InvalidFileError(problem) from error

@@ -18,7 +18,7 @@ from cluscomp_runtime.linear import MatrixBuilder, check_kernel
 from cluscomp_runtime.sampling import Sampler
 from cluscomp_runtime.tokenizer import Tokenizer, end_tokens
 
-__all__ = ["DEFAULT_CONTEXT", "LanguageModel"]
+__all__ = ["DEFAULT_CONTEXT", "LanguageModel", "observe_inputs"]
 
 DEFAULT_CONTEXT = 2048
 """Positions of the key-value cache unless asked otherwise or the model knows fewer."""
@@ -167,6 +167,22 @@ class LanguageModel:
             expected = "a text, or integer token ids [tokens]"
             raise InvalidRequestError(Problem("bad_prompt", "this is no prompt", found=repr(ids)[:200], expected=expected))
         return ids
+
+
+def observe_inputs(model: Model, input_ids: torch.Tensor, observe: Callable[[str, torch.Tensor], None]) -> None:
+    """Run a model once on `input_ids` `[batch, tokens]` and show `observe` each matrix's name and input.
+
+    Inputs are `[batch, tokens, in_features]`; the head sees the last token only. In float64 reference mode: nothing is kept,
+    so memory is bounded by the largest matrix and the activations. Raises UnsupportedError, InvalidFileError,
+    InvalidRequestError.
+    """
+    settings = DecoderSettings.from_config(model.config)
+    check_tensors(model, settings)
+    for row in input_ids.tolist():
+        check_prompt(row, settings.vocab_size, settings.max_position_embeddings)
+    builder = MatrixBuilder("reference", torch.float64, torch.device("cpu"), observe)
+    with torch.inference_mode():
+        Decoder(model, settings, builder)(input_ids, last_only=True)
 
 
 def _device(device: str | torch.device) -> torch.device:

@@ -8,6 +8,7 @@ head is the embedding's own object; `path` names the kernel that runs.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -67,13 +68,24 @@ class DecodedLinear:
 
     path = "reference"
 
-    def __init__(self, tensor: Tensor, bias: Tensor | None, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        tensor: Tensor,
+        bias: Tensor | None,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        observe: Callable[[str, torch.Tensor], None] | None = None,
+    ) -> None:
         self.tensor = tensor
         self.bias = bias
         self.dtype = dtype
         self.device = device
+        self.observe = observe
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.observe is not None:
+            self.observe(self.tensor.name, x)
         bias = None if self.bias is None else decoded(self.bias).to(self.device, self.dtype)
         return F.linear(x, decoded(self.tensor).to(self.device, self.dtype), bias)
 
@@ -159,6 +171,8 @@ class MatrixBuilder:
     kernel: str
     dtype: torch.dtype
     device: torch.device
+    observe: Callable[[str, torch.Tensor], None] | None = None
+    """Called with a matrix's name and its input at every multiplication; only the "reference" kernel does."""
     paths: dict[str, str] = field(default_factory=dict)
     """Kernel of each matrix built, by tensor name."""
     without_kernel: list[str] = field(default_factory=list)
@@ -173,7 +187,7 @@ class MatrixBuilder:
 
     def _build(self, tensor: Tensor, bias: Tensor | None) -> Matrix:
         if self.kernel == "reference":
-            return DecodedLinear(tensor, bias, dtype=self.dtype, device=self.device)
+            return DecodedLinear(tensor, bias, dtype=self.dtype, device=self.device, observe=self.observe)
         bias_values = None if bias is None else self.vector(bias)
         if isinstance(tensor, DenseTensor):
             return DenseLinear(self._place(decoded(tensor)), bias_values)

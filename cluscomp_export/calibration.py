@@ -1,0 +1,82 @@
+"""Which input channels of a matrix matter: the mean square of what flows into them on a calibration text.
+
+Clustering can weight each vector by the energy of its input channel, which turns the error of the weights into the error of
+the layer's output (for uncorrelated inputs, exactly). In the reference layout a vector lies in one input channel, so the weight
+is one number per vector.
+
+Runs the source once in reference mode: memory stays bounded by the largest matrix and the activations of the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cluscomp_export.progress import Progress, silent
+from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem
+from cluscomp_formats.ir import Model
+from cluscomp_runtime.language_model import observe_inputs
+from cluscomp_runtime.tokenizer import Tokenizer
+
+__all__ = ["channel_energies", "read_text", "shipped_text"]
+
+CONTEXT = 512
+MAX_WINDOWS = 16
+
+
+def shipped_text() -> str:
+    """The calibration text of this package; see `data/README.md` for what it is made of."""
+    return resources.files("cluscomp_export").joinpath("data/calibration.txt").read_text(encoding="utf-8")
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file. Raises InvalidFileError."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InvalidFileError(Problem("missing", "the text cannot be read", str(path), found=error.strerror)) from error
+    except UnicodeDecodeError as error:
+        remedy = "convert it to UTF-8"
+        raise InvalidFileError(
+            Problem("not_utf8", "not UTF-8", str(path), found=f"byte {error.start}", remedy=remedy)
+        ) from error
+
+
+def channel_energies(model: Model, text: str, on_progress: Progress = silent) -> Mapping[str, npt.NDArray[np.float32]]:
+    """Mean square of each input channel, float32 `[in_features]` with mean 1, by name of the matrix.
+
+    Uses up to 16 windows of 512 tokens; a shorter text is one window. Computed in float64 and rounded to float32, so that
+    the result does not depend on the order in which threads add. Raises InvalidRequestError without a tokenizer or tokens,
+    UnsupportedError if the runtime does not know the architecture.
+    """
+    tokenizer = Tokenizer.from_files(model.files)
+    if tokenizer is None:
+        raise InvalidRequestError(Problem("no_tokenizer", "the source has no tokenizer to read a calibration text with"))
+    token_ids = tokenizer.encode(text)
+    length = min(CONTEXT, len(token_ids))
+    if length == 0:
+        raise InvalidRequestError(Problem("text_too_short", "the calibration text is empty"))
+    count = min(MAX_WINDOWS, len(token_ids) // length)
+    windows = torch.tensor(token_ids[: count * length]).reshape(count, length)
+    sums: dict[str, torch.Tensor] = {}
+
+    def observe(name: str, inputs: torch.Tensor) -> None:
+        on_progress("calibrating", len(sums), len(model.tensors))
+        sums[name] = inputs.square().flatten(0, -2).mean(0)
+
+    observe_inputs(model, windows, observe)
+    on_progress("calibrating", len(model.tensors), len(model.tensors))
+    return {name: _normalised(energy) for name, energy in sums.items()}
+
+
+def _normalised(energy: torch.Tensor) -> npt.NDArray[np.float32]:
+    """Scaled to mean 1; a matrix that saw nothing but zeros counts every channel alike."""
+    mean = energy.mean()
+    scaled = energy / mean if mean > 0 else torch.ones_like(energy)
+    values: npt.NDArray[np.float32] = scaled.numpy().astype(np.float32)
+    return values
