@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluscomp_formats import payload_stream as stream_module
 from cluscomp_formats.errors import InvalidRequestError, OutputExistsError, StorageError
 from cluscomp_formats.ir import AnyArray, Array, ClusteredWeight, Codebook, DenseTensor, Model, Outliers, Stage
 from cluscomp_formats.packed import open_packed, write_packed
+from cluscomp_formats.packed import payload_stream as stream_module
 from cluscomp_formats.packed import writer as writer_module
 
 

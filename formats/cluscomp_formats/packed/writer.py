@@ -12,10 +12,7 @@ from cluscomp_formats.atomic import atomic_write, check_output
 from cluscomp_formats.errors import InvalidRequestError, Problem
 from cluscomp_formats.ir import Array, DigestBuilder, Model, canonical_json
 from cluscomp_formats.packed.header import PackedHeader, Section, header_of, header_value
-from cluscomp_formats.packed.payloads import Payload, stored_payloads
-from cluscomp_formats.packed.reader import open_packed
-from cluscomp_formats.packed.spec import MAX_HEADER_LENGTH, PREAMBLE_LENGTH, VERSION, Preamble, align
-from cluscomp_formats.payload_stream import (
+from cluscomp_formats.packed.payload_stream import (
     Progress,
     SelfTest,
     Writeback,
@@ -26,6 +23,9 @@ from cluscomp_formats.payload_stream import (
     read_checked,
     stored_pieces,
 )
+from cluscomp_formats.packed.payloads import Payload, stored_payloads
+from cluscomp_formats.packed.reader import open_packed
+from cluscomp_formats.packed.spec import MAX_HEADER_LENGTH, PREAMBLE_LENGTH, VERSION, Preamble, align
 
 __all__ = ["WriteReport", "write_packed"]
 
