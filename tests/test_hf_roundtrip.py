@@ -91,7 +91,10 @@ def test_safetensors_reads_what_the_specification_says(tmp_path: Path) -> None:
 def test_config_is_the_model_s_own_with_one_member_more(tmp_path: Path) -> None:
     report = write_hf(small_model(), tmp_path / "m")
     config = json.loads((tmp_path / "m" / "config.json").read_bytes())
+    # No dtype in the configuration: transformers is told that of the dense tensors.
+    assert config.pop("dtype") == "float32"
     assert config.pop("quantization_config") == {
+        "added": {"dtype": "float32"},
         "quant_method": "cluscomp",
         "version": 1,
         "digest": report.digest,
@@ -101,6 +104,14 @@ def test_config_is_the_model_s_own_with_one_member_more(tmp_path: Path) -> None:
         },
     }
     assert config == small_model().config
+
+
+@pytest.mark.parametrize("config", [{"dtype": "bfloat16"}, {"torch_dtype": "float16"}, {"dtype": None}])
+def test_a_dtype_that_is_there_stays(tmp_path: Path, config: dict[str, object]) -> None:
+    write_hf(Model(config, {}), tmp_path / "m")
+    stored = json.loads((tmp_path / "m" / "config.json").read_bytes())
+    assert "added" not in stored.pop("quantization_config")
+    assert stored == config == open_hf(tmp_path / "m", check=True).config
 
 
 @pytest.mark.parametrize("former", [None, {"quant_method": "gptq"}, "x", {"replaced": 1}])

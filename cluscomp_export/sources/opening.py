@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import cluscomp_formats.hf  # noqa: F401 - registers the format
+import cluscomp_formats.hf
 import cluscomp_formats.packed  # noqa: F401 - registers the format
 from cluscomp_export.sources.checkpoint import CONFIG, INDEX, PICKLED_SUFFIXES, open_checkpoint, pickled_problem, read_config
 from cluscomp_export.sources.gguf import gguf_parts, is_gguf, model_of, read_gguf

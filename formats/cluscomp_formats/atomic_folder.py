@@ -38,7 +38,7 @@ def check_output_folder(folder: Path, *, force: bool, replaceable: Callable[[Pat
         remedy = "choose another output, or pass --force to replace it"
         raise OutputExistsError(Problem("output_exists", "the output already exists", str(folder), remedy=remedy))
     if not replaceable(folder):
-        message = "the folder holds something else than a model of this format; it is not replaced"
+        message = "the folder holds other files than a model of this format; it is not replaced"
         raise OutputExistsError(Problem("output_is_foreign", message, str(folder), remedy="choose another output"))
 
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -65,6 +66,10 @@ class StoredWeights:
         self.payloads: Mapping[str, Payload] = {}
         self._shards = shards
         self._sound: set[str] = set()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StoredWeights:
+        """What is mapped never changes, and cannot be copied: a copy of a model reads the same files."""
+        return self
 
     def __contains__(self, key: object) -> bool:
         return key in self._shards

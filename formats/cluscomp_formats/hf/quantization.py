@@ -9,16 +9,16 @@ from typing import Any, Literal
 
 from cluscomp_formats.errors import InvalidFileError, Problem
 from cluscomp_formats.hf.layout import METHOD, VERSION
-from cluscomp_formats.ir import Model
+from cluscomp_formats.ir import FLOAT_DTYPES, DenseTensor, Model
 from cluscomp_formats.packed.spec import name_fault
 
-__all__ = ["Quantization", "WeightEntry", "parse_quantization", "quantization_value", "split_config"]
+__all__ = ["Quantization", "WeightEntry", "join_config", "parse_quantization", "split_config"]
 
 MEMBER = "quantization_config"
 
 # The members, required and optional; the specification's table says the same.
 MEMBERS = ("digest", "quant_method", "version", "weights")
-OPTIONAL_MEMBERS = ("replaced",)
+OPTIONAL_MEMBERS = ("added", "replaced")
 WEIGHT_MEMBERS = ("codebooks", "extra_arrays", "group_axis", "shape")
 EXTRA_ARRAYS = ("row_scale", "column_scale", "outlier_positions", "outlier_values")
 GROUP_AXES = ("in", "out")
@@ -45,7 +45,7 @@ class Quantization:
     weights: Mapping[str, WeightEntry]
 
 
-def quantization_value(model: Model, digest: str) -> dict[str, Any]:
+def _quantization_value(model: Model, digest: str) -> dict[str, Any]:
     """The `quantization_config` of a model. One that its configuration had before is kept as `replaced`."""
     value: dict[str, Any] = {
         "quant_method": METHOD,
@@ -63,20 +63,41 @@ def quantization_value(model: Model, digest: str) -> dict[str, Any]:
     }
     if MEMBER in model.config:
         value["replaced"] = model.config[MEMBER]
+    if not model.config.keys() & {"dtype", "torch_dtype"}:
+        value["added"] = {"dtype": _dense_dtype(model)}
     return value
+
+
+def _dense_dtype(model: Model) -> str:
+    """The dtype of the first dense float tensor by name, float32 if there is none."""
+    dense = (tensor.values.dtype for _, tensor in sorted(model.tensors.items()) if isinstance(tensor, DenseTensor))
+    return next((dtype for dtype in dense if dtype in FLOAT_DTYPES), "float32")
+
+
+def join_config(model: Model, digest: str) -> dict[str, Any]:
+    """The content of `config.json`: the model's own configuration, our `quantization_config` and what that says was added.
+
+    Where a configuration names no dtype, transformers takes that of the first array it finds, which may be a codebook's; so
+    one is added.
+    """
+    ours = _quantization_value(model, digest)
+    return {**model.config, **ours.get("added", {}), MEMBER: ours}
 
 
 def split_config(stored: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
     """The model's own configuration and our `quantization_config`, from the content of `config.json`."""
     config = dict(stored)
     ours = config.pop(MEMBER, None)
-    if isinstance(ours, dict) and "replaced" in ours:
-        config[MEMBER] = ours["replaced"]
+    if isinstance(ours, dict):
+        if "replaced" in ours:
+            config[MEMBER] = ours["replaced"]
+        for name in ours["added"] if isinstance(ours.get("added"), dict) else ():
+            config.pop(name, None)
     return config, ours
 
 
 def parse_quantization(value: Any, file: str) -> Quantization:
-    """Parse what `quantization_value` made. Raises InvalidFileError, with one problem per weight."""
+    """Parse the `quantization_config` that `join_config` made. Raises InvalidFileError, with one problem per weight."""
 
     def fail(kind: str, message: str, found: object, expected: str, remedy: str | None = None) -> InvalidFileError:
         return InvalidFileError(Problem(kind, message, file, MEMBER, repr(found)[:200], expected, remedy))
@@ -94,6 +115,9 @@ def parse_quantization(value: Any, file: str) -> Quantization:
         raise fail(*fault)
     if not (isinstance(value["digest"], str) and _DIGEST.fullmatch(value["digest"])):
         raise fail("bad_digest", "the digest is malformed", value["digest"], "sha256: and 64 hexadecimal digits")
+    added = value.get("added", {"dtype": "float32"})
+    if not isinstance(added, dict) or added.keys() != {"dtype"} or added["dtype"] not in FLOAT_DTYPES:
+        raise fail("bad_added", "malformed added", added, f"dtype: one of {', '.join(FLOAT_DTYPES)}")
     if not isinstance(value["weights"], dict):
         raise fail("wrong_type", "weights is not an object", value["weights"], "name -> settings")
     problems: list[Problem] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ from cluscomp_formats.ir import AnyArray, Array, Model
 from cluscomp_formats.packed.json_values import StrictJsonError, parse_strict
 from cluscomp_formats.packed.spec import file_name_fault
 
-__all__ = ["looks_hf", "open_hf"]
+__all__ = ["holds_only_model", "looks_hf", "open_hf"]
 
 MAX_JSON_BYTES = 1 << 26
 """Limit on each of the folder's JSON files."""
+
+_SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors", re.ASCII)
 
 RECORD_MEMBERS = ("files", "provenance", "self_test", "version")
 
@@ -64,6 +67,17 @@ def looks_hf(folder: Path) -> bool:
         return False
     quantization = config.get(MEMBER) if isinstance(config, dict) else None
     return isinstance(quantization, dict) and quantization.get("quant_method") == METHOD
+
+
+def holds_only_model(folder: Path) -> bool:
+    """Whether a folder is of this format and holds nothing else, so that deleting it loses only the model. Never raises."""
+    try:
+        record = json.loads((folder / RECORD).read_bytes())
+        known = {*OWN_FILES, *record["files"]}
+        others = [path.name for path in folder.iterdir() if path.name not in known and not _SHARD.fullmatch(path.name)]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return False
+    return not others and looks_hf(folder)
 
 
 def _read_object(path: Path) -> dict[str, Any]:

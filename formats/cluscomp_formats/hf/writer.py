@@ -13,8 +13,8 @@ from typing import Any
 from cluscomp_formats.atomic_folder import atomic_folder, check_output_folder
 from cluscomp_formats.errors import InvalidRequestError, Problem
 from cluscomp_formats.hf.layout import CONFIG, INDEX, OWN_FILES, RECORD, SINGLE, VERSION, StoredArray, stored_arrays
-from cluscomp_formats.hf.quantization import MEMBER, quantization_value
-from cluscomp_formats.hf.reader import looks_hf, open_hf
+from cluscomp_formats.hf.quantization import join_config
+from cluscomp_formats.hf.reader import holds_only_model, open_hf
 from cluscomp_formats.hf.safetensors import MAX_HEADER_BYTES, Entry, header_bytes
 from cluscomp_formats.ir import DTYPES, DigestBuilder, Model, canonical_json
 from cluscomp_formats.packed.payload_stream import (
@@ -50,14 +50,14 @@ def write_hf(
 
     With `self_test`, the callback gets the model as opened from the finished payloads and returns the self-test record to
     store; without, `model.self_test` is kept. `on_progress` gets payload bytes done and in total. An empty folder may be
-    filled; with `force` a folder of this format is replaced, and never any other.
+    filled; with `force` a folder of this format that holds nothing else is replaced, and never any other.
 
     Raises OutputExistsError and StorageError; InvalidRequestError for a model the format cannot hold: before anything is
     written for names, configuration and shapes, and before the folder appears for values (a code past its codebook, NaN in a
     codebook, unsorted outliers). Each payload's loader is called once; what it raises passes through, but an OSError comes
     as a StorageError that names the tensor.
     """
-    check_output_folder(folder, force=force, replaceable=looks_hf)
+    check_output_folder(folder, force=force, replaceable=holds_only_model)
     if shard_bytes < 1:
         problem = Problem("bad_option", "shards of no size", found=str(shard_bytes), expected="at least 1 byte")
         raise InvalidRequestError(problem)
@@ -65,7 +65,7 @@ def write_hf(
     problems = list(_request_problems(model, arrays, str(folder)))
     if problems:
         raise InvalidRequestError(problems)
-    with atomic_folder(folder, force=force, replaceable=looks_hf) as temporary:
+    with atomic_folder(folder, force=force, replaceable=holds_only_model) as temporary:
         progress = _Progress(sum(payload.stored_bytes for payload, _ in stored_payloads(model)), on_progress)
         shards = _shards(arrays, shard_bytes)
         digest = _write_shards(temporary, shards, model, folder, progress)
@@ -73,7 +73,7 @@ def write_hf(
             _write_json(temporary / INDEX, _index_value(shards))
         for name in sorted(model.files):
             _write_side_file(temporary / name, name, model, folder, progress)
-        _write_json(temporary / CONFIG, {**model.config, MEMBER: quantization_value(model, digest)})
+        _write_json(temporary / CONFIG, join_config(model, digest))
         _write_record(temporary, model, model.self_test if self_test is None else None)
         if self_test is not None:
             record = self_test(open_hf(temporary))
