@@ -95,8 +95,9 @@ def clustered_model(model: Any, clustered: Collection[ClusteredWeight]) -> Model
             tensors[name] = by_name[name]
         elif name not in tied:
             tensors[name] = DenseTensor(name, Array.of(values.numpy()))
-    config = json.loads(model.config.to_json_string(use_diff=False))
-    # transformers writes floats as they are, but settings of generation may be absent: nothing else is changed.
+    config = {
+        name: value for name, value in json.loads(model.config.to_json_string(use_diff=False)).items() if value is not None
+    }
     return Model({**config, "architectures": [type(model).__name__]}, tensors)
 
 
@@ -111,4 +112,5 @@ def with_decoded_weights(model: Any, clustered: Collection[ClusteredWeight], dty
 def linear_names(model: Any) -> list[str]:
     """Names of the weights of the linears inside the layers."""
     kinds = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
-    return [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, kinds) and ".layer" in f".{name}" or isinstance(module, kinds) and ".h." in name]
+    linears = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    return [f"{name}.weight" for name in linears if any(part.isdigit() for part in name.split("."))]

@@ -98,7 +98,7 @@ class ClusteredModule(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy asks for its matrix again, and mostly gets the one there is: a sparse one cannot be copied."""
-        return {**super().__getstate__(), "_matrix": None, "_builder": None}  # type: ignore[dict-item]
+        return {**self.__dict__, "_matrix": None, "_builder": None}
 
     def extra_repr(self) -> str:
         weight = self.clustered
