@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -179,6 +182,19 @@ def test_the_registry_knows_the_format(tmp_path: Path) -> None:
     assert fmt.name == "hf"
     assert open_model(tmp_path / "m").digest() == small_model().digest()
     assert cluscomp_formats.hf.SHARD_BYTES == 5_000_000_000
+
+
+def test_sources_open_the_format_without_being_told(tmp_path: Path) -> None:
+    write_hf(small_model(), tmp_path / "m")
+    code = "import sys, pathlib, cluscomp_export.sources as s; print(s.open_source(pathlib.Path(sys.argv[1])).digest())"
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "m")],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.strip() == small_model().digest()
 
 
 def test_other_folders_are_not_taken_for_ours(tmp_path: Path) -> None:

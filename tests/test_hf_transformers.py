@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
 import subprocess
 import sys
-import textwrap
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from hf_models import VOCABULARY, clustered_model, linear_names, random_weight, 
 
 from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, OutputExistsError, UnsupportedError
 from cluscomp_formats.hf import open_hf, write_hf
-from cluscomp_formats.ir import ClusteredWeight, DenseTensor, Model
+from cluscomp_formats.ir import Array, ClusteredWeight, DenseTensor, Model
 from cluscomp_runtime.hf.modules import ClusteredEmbedding, ClusteredLinear, ClusteredModule, transposed
 from cluscomp_runtime.language_model import LanguageModel
 
@@ -130,7 +130,9 @@ def test_saving_gives_the_folder_back(name: str, tmp_path: Path) -> None:
 
 def test_saving_keeps_files_and_records_and_shards(tmp_path: Path) -> None:
     _, _, stored = written("llama", tmp_path / "m")
-    stored = replace(stored, files={"notes.txt": stored_bytes(b"hello")}, provenance={"a": 1}, self_test={"version": 1})
+    stored = replace(
+        stored, files={"notes.txt": Array.of(np.frombuffer(b"hello", np.uint8))}, provenance={"a": 1}, self_test={"version": 1}
+    )
     write_hf(stored, tmp_path / "n", shard_bytes=2000)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "n")
     model.save_pretrained(tmp_path / "o", max_shard_size="2KB")
@@ -139,12 +141,6 @@ def test_saving_keeps_files_and_records_and_shards(tmp_path: Path) -> None:
     }
     assert len(list((tmp_path / "o").glob("*.safetensors"))) > 1
     assert (tmp_path / "o" / "notes.txt").read_bytes() == b"hello"
-
-
-def stored_bytes(content: bytes) -> Any:
-    from cluscomp_formats.ir import Array
-
-    return Array.of(np.frombuffer(content, np.uint8))
 
 
 def test_saving_writes_what_changed_since_loading(tmp_path: Path) -> None:
@@ -352,13 +348,7 @@ def test_a_state_dict_is_not_enough(tmp_path: Path) -> None:
 
 def test_the_runtime_itself_does_not_import_transformers() -> None:
     code = "import sys, cluscomp_runtime, cluscomp_formats.hf; assert 'transformers' not in sys.modules"
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, env=_environment())
-
-
-def _environment() -> dict[str, str]:
-    import os
-
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
 
 
 def test_dense_tensors_of_the_ir_are_loaded_bit_for_bit(tmp_path: Path) -> None:
