@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
 import textwrap
@@ -242,6 +243,22 @@ def test_other_outputs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(StorageError) as storage:
         write_hf(models_of(dense("a", unread)), tmp_path / "no" / "m")
     assert storage.value.problems[0].kind == "no_folder"
+
+
+def test_a_folder_may_be_named_by_its_own_dot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "m").mkdir()
+    monkeypatch.chdir(tmp_path / "m")
+    write_hf(models_of(dense("a")), Path())
+    assert list(open_hf(tmp_path / "m", check=True).tensors) == ["a"]
+
+
+def test_what_another_writer_is_making_is_left_alone(tmp_path: Path) -> None:
+    part = tmp_path / f".m.{os.getpid()}.part"
+    part.mkdir()
+    (part / "x").write_bytes(b"1")
+    with pytest.raises(StorageError):
+        write_hf(models_of(dense("a", unread)), tmp_path / "m")
+    assert (part / "x").read_bytes() == b"1"
 
 
 def test_a_folder_that_cannot_be_put_in_place_puts_the_old_one_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

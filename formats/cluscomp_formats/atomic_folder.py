@@ -50,12 +50,17 @@ def atomic_folder(folder: Path, *, force: bool = False, replaceable: Callable[[P
     and `folder` is untouched. A folder that is replaced steps aside first and is deleted last, so that its content is
     there, under its own or the temporary name, at every moment. Raises OutputExistsError, StorageError.
     """
+    # The name of "." is empty.
+    folder = Path(os.path.abspath(folder))  # noqa: PTH100 - resolve() would follow links
     check_output_folder(folder, force=force, replaceable=replaceable)
     # Same folder as the target: only a rename within one file system is atomic.
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     replaced = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     try:
         temporary.mkdir()
+    except OSError as error:
+        raise storage_error(folder, error) from error
+    try:
         yield temporary
         fsync_folder(temporary)
         check_output_folder(folder, force=force, replaceable=replaceable)
