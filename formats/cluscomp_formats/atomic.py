@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from cluscomp_formats.errors import OutputExistsError, Problem, StorageError
 
-__all__ = ["atomic_write", "check_output", "storage_error"]
+__all__ = ["atomic_write", "check_output", "fsync_folder", "storage_error"]
 
 
 def check_output(path: Path, *, force: bool) -> None:
@@ -50,7 +50,7 @@ def atomic_write(path: Path, *, force: bool = False) -> Iterator[BinaryIO]:
         if path.exists() and not force:
             raise OutputExistsError(Problem("output_exists", "the output appeared while it was being made", str(path)))
         temporary.replace(path)
-        _fsync_folder(path.parent)
+        fsync_folder(path.parent)
     except OSError as error:
         raise storage_error(path, error) from error
     finally:
@@ -58,8 +58,8 @@ def atomic_write(path: Path, *, force: bool = False) -> Iterator[BinaryIO]:
             temporary.unlink(missing_ok=True)
 
 
-def _fsync_folder(folder: Path) -> None:
-    """Make the rename itself durable, where the platform can (Windows cannot open a folder)."""
+def fsync_folder(folder: Path) -> None:
+    """Make what was made, renamed or removed in a folder durable, where the platform can (Windows cannot open a folder)."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:

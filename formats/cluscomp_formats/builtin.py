@@ -1,3 +1,4 @@
 """Importing this module registers the formats of this package."""
 
+import cluscomp_formats.hf
 import cluscomp_formats.packed  # noqa: F401

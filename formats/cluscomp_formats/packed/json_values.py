@@ -9,7 +9,7 @@ from typing import Any
 
 from cluscomp_formats.ir import canonical_json
 
-__all__ = ["MAX_DEPTH", "StrictJsonError", "json_faults", "parse_canonical"]
+__all__ = ["MAX_DEPTH", "StrictJsonError", "json_faults", "parse_canonical", "parse_strict"]
 
 MAX_DEPTH = 64
 """Objects and arrays may be nested this deep."""
@@ -61,17 +61,13 @@ def json_faults(value: Any, where: str) -> Iterator[tuple[str, str]]:
             yield path, f"a {type(item).__name__}"
 
 
-def parse_canonical(data: bytes) -> Any:
-    """The value of a canonical JSON text: see `canonical_json`.
+def parse_strict(data: bytes, encoding: str = "utf-8") -> Any:
+    """The value of a JSON text, in any formatting, that `json_faults` has nothing against.
 
-    Raises StrictJsonError of kind `bad_json`, `duplicate_key` or `not_canonical`.
+    Raises StrictJsonError of kind `bad_json` or `duplicate_key`.
     """
     try:
-        value = json.loads(data.decode("ascii"), object_pairs_hook=_object_without_duplicates, parse_constant=_no_constant)
-        fault = next(json_faults(value, "header"), None)
-        if fault is not None:
-            raise StrictJsonError("bad_json", f"{fault[0]} is {fault[1]}")
-        text = canonical_json(value)
+        value = json.loads(data.decode(encoding), object_pairs_hook=_object_without_duplicates, parse_constant=_no_constant)
     except StrictJsonError:
         raise
     except RecursionError:
@@ -79,7 +75,19 @@ def parse_canonical(data: bytes) -> Any:
     except ValueError as error:
         # JSONDecodeError, UnicodeDecodeError and Python's limit on the digits of an integer.
         raise StrictJsonError("bad_json", str(error)) from None
-    if text.encode() != data:
+    fault = next(json_faults(value, "the value"), None)
+    if fault is not None:
+        raise StrictJsonError("bad_json", f"{fault[0]} is {fault[1]}")
+    return value
+
+
+def parse_canonical(data: bytes) -> Any:
+    """The value of a canonical JSON text: see `canonical_json`.
+
+    Raises StrictJsonError of kind `bad_json`, `duplicate_key` or `not_canonical`.
+    """
+    value = parse_strict(data, "ascii")
+    if canonical_json(value).encode() != data:
         raise StrictJsonError("not_canonical", "keys are unsorted, or white space or numbers are not in canonical form")
     return value
 

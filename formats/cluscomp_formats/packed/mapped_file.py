@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import mmap
 import zlib
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from cluscomp_formats.errors import InvalidFileError, Problem
-from cluscomp_formats.ir import DTYPES, AnyArray
-from cluscomp_formats.packed.bits import unpack_bits
+from cluscomp_formats.ir import AnyArray
 from cluscomp_formats.packed.header import Section
 from cluscomp_formats.packed.payloads import Payload
 from cluscomp_formats.packed.spec import align
@@ -48,9 +45,9 @@ class MappedFile:
             raise self._error(payload, "file_changed", "the file was cut while open", found, f"{len(self._mapping)} bytes")
         stored = self._bytes(section.offset, section.length)
         if number in self._sound:
-            return _values(payload, stored)
+            return payload.unpack(stored)
         self._check_stored(payload, section, stored)
-        values = _values(payload, stored)
+        values = payload.unpack(stored)
         fault = payload.content_fault(values)
         if fault is not None:
             raise self._error(payload, fault.kind, fault.message, fault.found, fault.expected)
@@ -68,18 +65,9 @@ class MappedFile:
         end = section.offset + section.length
         if self._bytes(end, align(end) - end).any():
             raise self._error(payload, "bad_padding", f"the padding after {payload.part} is not zero", "other bytes", "zeros")
-        if payload.code_bits is not None:
-            used = math.prod(payload.shape) * payload.code_bits % 8
-            if used and stored[-1] >> used:
-                message = "the unused bits of the last byte of codes are not zero"
-                raise self._error(payload, "bad_padding", message, f"{stored[-1]:08b}", f"{8 - used} leading zeros")
+        fault = payload.padding_fault(stored)
+        if fault is not None:
+            raise self._error(payload, fault.kind, fault.message, fault.found, fault.expected)
 
     def _error(self, payload: Payload, kind: str, message: str, found: str, expected: str) -> InvalidFileError:
         return InvalidFileError(Problem(kind, message, self.name, payload.owner, found, expected, _DAMAGED))
-
-
-def _values(payload: Payload, stored: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
-    if payload.code_bits is None:
-        return stored.view(DTYPES[payload.dtype]).reshape(payload.shape)
-    rows, columns = payload.shape
-    return unpack_bits(stored, rows * columns, payload.code_bits).reshape(rows, columns)

@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from cluscomp_formats.ir import DTYPES, AnyArray, Array, Model
-from cluscomp_formats.packed.bits import packed_bytes
+from cluscomp_formats.packed.bits import packed_bytes, unpack_bits
 
 __all__ = ["ContentFault", "Payload", "stored_payloads"]
 
@@ -51,6 +52,20 @@ class Payload:
         """Length of the section, in bytes."""
         size = math.prod(self.shape)
         return size * DTYPES[self.dtype].itemsize if self.code_bits is None else packed_bytes(size, self.code_bits)
+
+    def unpack(self, stored: npt.NDArray[np.uint8]) -> AnyArray:
+        """The values in `stored [stored_bytes]`; a view of it, codes narrower than 16 bits excepted."""
+        if self.code_bits is None:
+            return stored.view(DTYPES[self.dtype]).reshape(self.shape)
+        return unpack_bits(stored, math.prod(self.shape), self.code_bits).reshape(self.shape)
+
+    def padding_fault(self, stored: npt.NDArray[np.uint8]) -> ContentFault | None:
+        """Whether the unused bits of the last byte of codes are not zero."""
+        used = math.prod(self.shape) * (self.code_bits or 0) % 8
+        if used and stored[-1] >> used:
+            message = "the unused bits of the last byte of codes are not zero"
+            return ContentFault("bad_padding", message, f"{stored[-1]:08b}", f"{8 - used} leading zeros")
+        return None
 
     def content_fault(self, values: AnyArray) -> ContentFault | None:
         """The first rule `values`, the array as read, breaks."""

@@ -2,57 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-import numpy as np
-
-from cluscomp_formats.atomic import atomic_write, check_output, storage_error
-from cluscomp_formats.errors import InvalidRequestError, Problem, StorageError
-from cluscomp_formats.ir import AnyArray, Array, DigestBuilder, Model, canonical_json
-from cluscomp_formats.packed.bits import pack_bits
+from cluscomp_formats.atomic import atomic_write, check_output
+from cluscomp_formats.errors import InvalidRequestError, Problem
+from cluscomp_formats.ir import Array, DigestBuilder, Model, canonical_json
 from cluscomp_formats.packed.header import PackedHeader, Section, header_of, header_value
-from cluscomp_formats.packed.json_values import json_faults
+from cluscomp_formats.packed.payload_stream import (
+    Progress,
+    SelfTest,
+    Writeback,
+    WriteReport,
+    hash_payload,
+    json_problems,
+    model_problems,
+    read_checked,
+    stored_pieces,
+)
 from cluscomp_formats.packed.payloads import Payload, stored_payloads
 from cluscomp_formats.packed.reader import open_packed
-from cluscomp_formats.packed.spec import (
-    MAX_HEADER_LENGTH,
-    MAX_RANK,
-    PREAMBLE_LENGTH,
-    VERSION,
-    Preamble,
-    align,
-    file_name_fault,
-    name_fault,
-)
+from cluscomp_formats.packed.spec import MAX_HEADER_LENGTH, PREAMBLE_LENGTH, VERSION, Preamble, align
 
 __all__ = ["WriteReport", "write_packed"]
-
-Progress = Callable[[int, int], None]
-SelfTest = Callable[[Model], Mapping[str, Any] | None]
-
-_PIECE = 1 << 19
-"""Elements handled at a time, a multiple of 8: few enough to be summed, packed and written while in the cache."""
-
-_WRITEBACK = 1 << 23
-"""Bytes after which the system is asked to start writing to the disk."""
-
-
-@dataclass(frozen=True)
-class WriteReport:
-    """What was written. Sizes in bytes; `payload_bytes` counts the sections without padding, preamble and header."""
-
-    path: Path
-    digest: str
-    file_bytes: int
-    payload_bytes: int
-    num_sections: int
 
 
 def write_packed(
@@ -85,7 +60,7 @@ def write_packed(
         file_bytes = _write_header(stream, header)
         if self_test is not None:
             record = self_test(open_packed(Path(stream.name)))
-            faults = list(_json_problems({"self_test": record}, str(path)))
+            faults = list(json_problems({"self_test": record}, str(path)))
             if faults:
                 raise InvalidRequestError(faults)
             header = header_of(model, [payload for payload, _ in payloads], sections, digest, record)
@@ -103,14 +78,14 @@ def _write_sections(
     sections: list[Section] = []
     # The preamble stays zero until the end: an unfinished file is never taken for a model.
     stream.write(bytes(PREAMBLE_LENGTH))
-    writeback = _Writeback(stream)
+    writeback = Writeback(stream)
     # hashlib lets go of the interpreter lock, so one payload is hashed while it is packed and written.
     with ThreadPoolExecutor(max_workers=1) as hasher:
         for payload, array in payloads:
-            values = _read(payload, array, path)
-            hashing = hasher.submit(_hash, builder, payload, array, values)
+            values = read_checked(payload, array, path)
+            hashing = hasher.submit(hash_payload, builder, payload, array, values)
             offset, crc = stream.tell(), 0
-            for piece in _pieces(payload, values):
+            for piece in stored_pieces(payload, values):
                 crc = zlib.crc32(piece, crc)
                 stream.write(piece)
                 writeback.advance()
@@ -123,57 +98,6 @@ def _write_sections(
             hashing.result()
             del values, piece
     return sections, builder.digest()
-
-
-class _Writeback:
-    """Has the disk work while the rest of the file is being made, instead of only at the final fsync.
-
-    Without it packing takes a third longer. Only a hint, given where the system has it (Linux).
-    """
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-        self._started = 0
-
-    def advance(self) -> None:
-        """Start writing out what was written since the last time, if it is worth it."""
-        position = self._stream.tell()
-        if not hasattr(os, "posix_fadvise") or position - self._started < _WRITEBACK:
-            return
-        self._stream.flush()
-        with contextlib.suppress(OSError):
-            length = position - self._started
-            os.posix_fadvise(self._stream.fileno(), self._started, length, os.POSIX_FADV_DONTNEED)
-        self._started = position
-
-
-def _hash(builder: DigestBuilder, payload: Payload, array: Array, values: AnyArray) -> None:
-    if payload.description is not None:
-        builder.add(payload.description, array, values)
-
-
-def _read(payload: Payload, array: Array, path: Path) -> AnyArray:
-    try:
-        values = array.read()
-    except OSError as error:
-        problem = storage_error(path, error).problems[0]
-        message = f"{payload.part} cannot be read: {problem.message}"
-        raise StorageError(Problem("source_unreadable", message, error.filename, payload.owner)) from error
-    fault = payload.content_fault(values)
-    if fault is not None:
-        raise InvalidRequestError(
-            Problem(fault.kind, fault.message, str(path), payload.owner, fault.found, fault.expected, "the model is faulty")
-        )
-    return values
-
-
-def _pieces(payload: Payload, values: AnyArray) -> Iterator[memoryview]:
-    """The section's bytes, a piece at a time. Yields at least one, possibly empty."""
-    flat = values.reshape(-1)
-    for start in range(0, max(flat.size, 1), _PIECE):
-        piece = flat[start : start + _PIECE]
-        stored = piece.view(np.uint8) if payload.code_bits is None else pack_bits(piece, payload.code_bits)
-        yield stored.data
 
 
 def _write_header(stream: BinaryIO, header: PackedHeader) -> int:
@@ -193,40 +117,12 @@ def _write_header(stream: BinaryIO, header: PackedHeader) -> int:
 
 def _request_problems(model: Model, payloads: Sequence[tuple[Payload, Array]], file: str) -> Iterator[Problem]:
     """What can be found wrong without reading a payload."""
-    for label, names, fault_of in (
-        ("tensor", model.tensors, name_fault),
-        ("codebook", model.codebooks, name_fault),
-        ("side file", model.files, file_name_fault),
-    ):
-        for name in names:
-            fault = fault_of(name)
-            if fault is not None:
-                yield Problem("bad_name", f"the name of a {label} {fault}", file, repr(name[:200]))
-    for name, array in model.files.items():
-        if array.dtype != "uint8" or len(array.shape) != 1:
-            found = f"{array.dtype} {list(array.shape)}"
-            yield Problem("bad_side_file", "a side file is held as its bytes", file, name, found, "uint8 [bytes]")
-    for payload, _ in payloads:
-        if len(payload.shape) > MAX_RANK:
-            found, expected = f"{len(payload.shape)} dimensions", f"at most {MAX_RANK}"
-            yield Problem("bad_shape", f"{payload.part} has too many dimensions", file, payload.owner, found, expected)
-    values = {"config": model.config, "provenance": model.provenance, "self_test": model.self_test}
-    json_problems = list(_json_problems(values, file))
-    yield from json_problems
-    if not json_problems:
+    problems = list(model_problems(model, payloads, file))
+    yield from problems
+    if not any(problem.kind == "not_json" for problem in problems):
         # Sections as long as their text can get.
         sections = [Section(1 << 62, 1 << 62, (1 << 32) - 1)] * len(payloads)
         header = header_of(model, [payload for payload, _ in payloads], sections, "sha256:" + "0" * 64, model.self_test)
         length = len(canonical_json(header_value(header)))
         if length > MAX_HEADER_LENGTH:
             yield Problem("header_too_long", "the header is too long", file, None, str(length), f"at most {MAX_HEADER_LENGTH}")
-
-
-def _json_problems(values: Mapping[str, Any], file: str) -> Iterator[Problem]:
-    for label, value in values.items():
-        if not isinstance(value, dict) and not (value is None and label == "self_test"):
-            found = f"a {type(value).__name__}"
-            yield Problem("not_json", f"{label} is not a JSON object", file, found=found, expected="a dict")
-            continue
-        for where, fault in json_faults(value, label):
-            yield Problem("not_json", f"{where} is {fault}, which JSON cannot hold", file)

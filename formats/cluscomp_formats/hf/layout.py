@@ -1,0 +1,84 @@
+"""What the files of a folder are called, and under which name and in which form safetensors holds each payload."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from cluscomp_formats.ir import Array, Model
+from cluscomp_formats.packed.payloads import Payload, stored_payloads
+
+__all__ = [
+    "CONFIG",
+    "INDEX",
+    "METHOD",
+    "OWN_FILES",
+    "RECORD",
+    "SINGLE",
+    "VERSION",
+    "StoredArray",
+    "codebook_key",
+    "codes_form",
+    "part_key",
+    "stored_arrays",
+]
+
+METHOD = "cluscomp"
+"""`quantization_config.quant_method`."""
+
+VERSION = 1
+CONFIG = "config.json"
+RECORD = "cluscomp.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+OWN_FILES = (CONFIG, RECORD, SINGLE, INDEX)
+
+
+@dataclass(frozen=True)
+class StoredArray:
+    """One array of a safetensors file: its name there, its stored dtype (a key of `DTYPES`) and shape, what it holds."""
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    payload: Payload
+    array: Array
+
+
+def codebook_key(name: str) -> str:
+    """Where the centroids of a codebook are stored."""
+    return f"codebooks.{name}"
+
+
+def part_key(tensor: str, part: str, stage: int = 0) -> str:
+    """Where a part (`codes`, `row_scale`, ...) of the clustered weight `tensor` is stored.
+
+    Under the name of the module, as is the custom: `<module>.codes` for `<module>.weight`. Codes of further stages are
+    numbered from 1: `<module>.codes_1`.
+    """
+    module = tensor.removesuffix(".weight") or tensor
+    return f"{module}.{part}_{stage}" if stage else f"{module}.{part}"
+
+
+def codes_form(payload: Payload) -> tuple[str, tuple[int, ...]]:
+    """Stored dtype and shape of codes: as they are at 16 bits, else a bit stream."""
+    return ("uint16", payload.shape) if payload.code_bits == 16 else ("uint8", (payload.stored_bytes,))
+
+
+def stored_arrays(model: Model) -> Iterator[StoredArray]:
+    """Every payload of the model in canonical order, side files excepted."""
+    stages: Counter[str] = Counter()
+    for payload, array in stored_payloads(model):
+        if payload.description is None:
+            continue
+        key, dtype, shape = payload.owner, payload.dtype, payload.shape
+        if payload.part == "centroids":
+            key = codebook_key(payload.owner)
+        elif payload.part == "codes":
+            key = part_key(payload.owner, "codes", stages[payload.owner])
+            stages[payload.owner] += 1
+            dtype, shape = codes_form(payload)
+        elif payload.part != "values":
+            key = part_key(payload.owner, payload.part)
+        yield StoredArray(key, dtype, shape, payload, array)

@@ -1,0 +1,178 @@
+"""The `quantization_config` of a folder: which weights are clustered and how, made and strictly parsed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from cluscomp_formats.errors import InvalidFileError, Problem
+from cluscomp_formats.hf.layout import METHOD, VERSION
+from cluscomp_formats.ir import FLOAT_DTYPES, DenseTensor, Model
+from cluscomp_formats.packed.spec import name_fault
+
+__all__ = ["Quantization", "WeightEntry", "join_config", "parse_quantization", "split_config"]
+
+MEMBER = "quantization_config"
+
+# The members, required and optional; the specification's table says the same.
+MEMBERS = ("digest", "quant_method", "version", "weights")
+OPTIONAL_MEMBERS = ("added", "replaced")
+WEIGHT_MEMBERS = ("codebooks", "extra_arrays", "group_axis", "shape")
+EXTRA_ARRAYS = ("row_scale", "column_scale", "outlier_positions", "outlier_values")
+GROUP_AXES = ("in", "out")
+
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}", re.ASCII)
+_SIZE_LIMIT = 1 << 62
+
+
+@dataclass(frozen=True)
+class WeightEntry:
+    """A clustered weight of `shape (out_features, in_features)`: its codebooks, one per stage, and its other arrays."""
+
+    shape: tuple[int, int]
+    group_axis: Literal["out", "in"]
+    codebooks: tuple[str, ...]
+    extra_arrays: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """`digest` is the folder's claim; `Model.digest()` recomputes it."""
+
+    digest: str
+    weights: Mapping[str, WeightEntry]
+
+
+def _quantization_value(model: Model, digest: str) -> dict[str, Any]:
+    """The `quantization_config` of a model. One that its configuration had before is kept as `replaced`."""
+    value: dict[str, Any] = {
+        "quant_method": METHOD,
+        "version": VERSION,
+        "digest": digest,
+        "weights": {
+            name: {
+                "shape": list(weight.shape),
+                "group_axis": weight.group_axis,
+                "codebooks": [stage.codebook.name for stage in weight.stages],
+                "extra_arrays": [part for part, _ in weight.extra_arrays],
+            }
+            for name, weight in model.clustered.items()
+        },
+    }
+    if MEMBER in model.config:
+        value["replaced"] = model.config[MEMBER]
+    if not model.config.keys() & {"dtype", "torch_dtype"}:
+        value["added"] = {"dtype": _dense_dtype(model)}
+    return value
+
+
+def _dense_dtype(model: Model) -> str:
+    """The dtype of the first dense float tensor by name, float32 if there is none."""
+    dense = (tensor.values.dtype for _, tensor in sorted(model.tensors.items()) if isinstance(tensor, DenseTensor))
+    return next((dtype for dtype in dense if dtype in FLOAT_DTYPES), "float32")
+
+
+def join_config(model: Model, digest: str) -> dict[str, Any]:
+    """The content of `config.json`: the model's own configuration, our `quantization_config` and what that says was added.
+
+    Where a configuration names no dtype, transformers takes that of the first array it finds, which may be a codebook's; so
+    one is added.
+    """
+    ours = _quantization_value(model, digest)
+    return {**model.config, **ours.get("added", {}), MEMBER: ours}
+
+
+def split_config(stored: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+    """The model's own configuration and our `quantization_config`, from the content of `config.json`."""
+    config = dict(stored)
+    ours = config.pop(MEMBER, None)
+    if isinstance(ours, dict):
+        if "replaced" in ours:
+            config[MEMBER] = ours["replaced"]
+        for name in ours["added"] if isinstance(ours.get("added"), dict) else ():
+            config.pop(name, None)
+    return config, ours
+
+
+def parse_quantization(value: Any, file: str) -> Quantization:
+    """Parse the `quantization_config` that `join_config` made. Raises InvalidFileError, with one problem per weight."""
+
+    def fail(kind: str, message: str, found: object, expected: str, remedy: str | None = None) -> InvalidFileError:
+        return InvalidFileError(Problem(kind, message, file, MEMBER, repr(found)[:200], expected, remedy))
+
+    method = value.get("quant_method") if isinstance(value, dict) else None
+    if not isinstance(value, dict) or method != METHOD:
+        raise fail("not_cluscomp", "not a codebook model: another or no quant_method", method, METHOD)
+    version = value.get("version")
+    if type(version) is not int or version < 1:
+        raise fail("bad_version", "there is no such version", version, str(VERSION))
+    if version > VERSION:
+        raise fail("newer_version", "written by a newer version", version, str(VERSION), "upgrade cluscomp-export")
+    fault = _members_fault(value, MEMBERS, OPTIONAL_MEMBERS)
+    if fault is not None:
+        raise fail(*fault)
+    if not (isinstance(value["digest"], str) and _DIGEST.fullmatch(value["digest"])):
+        raise fail("bad_digest", "the digest is malformed", value["digest"], "sha256: and 64 hexadecimal digits")
+    added = value.get("added", {"dtype": "float32"})
+    if not isinstance(added, dict) or added.keys() != {"dtype"} or added["dtype"] not in FLOAT_DTYPES:
+        raise fail("bad_added", "malformed added", added, f"dtype: one of {', '.join(FLOAT_DTYPES)}")
+    if not isinstance(value["weights"], dict):
+        raise fail("wrong_type", "weights is not an object", value["weights"], "name -> settings")
+    problems: list[Problem] = []
+    weights: dict[str, WeightEntry] = {}
+    for name, member in value["weights"].items():
+        entry = _weight(name, member)
+        if isinstance(entry, WeightEntry):
+            weights[name] = entry
+        else:
+            kind, message, found, expected = entry
+            problems.append(Problem(kind, message, file, name[:200], repr(found)[:200], expected))
+    if problems:
+        raise InvalidFileError(problems)
+    return Quantization(value["digest"], weights)
+
+
+_Fault = tuple[str, str, object, str]
+
+
+def _members_fault(value: Mapping[str, Any], required: tuple[str, ...], optional: tuple[str, ...] = ()) -> _Fault | None:
+    missing = [key for key in required if key not in value]
+    if missing:
+        return "missing_key", f"there is no {' and no '.join(missing)}", sorted(value), ", ".join(required)
+    unknown = [key for key in value if key not in required and key not in optional]
+    if unknown:
+        return "unknown_key", f"unknown key {unknown[0][:80]!r}", unknown, ", ".join(required + optional)
+    return None
+
+
+def _weight(name: str, value: Any) -> WeightEntry | _Fault:
+    fault = name_fault(name)
+    if fault is not None:
+        return "bad_name", f"the name of a weight {fault}", name, "a plain name"
+    if not isinstance(value, dict):
+        return "wrong_type", "the settings are not an object", value, ", ".join(WEIGHT_MEMBERS)
+    members = _members_fault(value, WEIGHT_MEMBERS)
+    if members is not None:
+        return members
+    shape, codebooks, extra = value["shape"], value["codebooks"], value["extra_arrays"]
+    if not (isinstance(shape, list) and len(shape) == 2 and all(_is_length(length) for length in shape)):
+        return "bad_shape", "malformed shape", shape, "[out_features, in_features]"
+    if value["group_axis"] not in GROUP_AXES:
+        return "bad_group_axis", "no such group_axis", value["group_axis"], " or ".join(GROUP_AXES)
+    if not (isinstance(codebooks, list) and codebooks and all(isinstance(codebook, str) for codebook in codebooks)):
+        return "bad_codebooks", "malformed codebooks", codebooks, "the names of one codebook per stage"
+    for codebook in codebooks:
+        fault = name_fault(codebook)
+        if fault is not None:
+            return "bad_name", f"the name of a codebook {fault}", codebook, "a plain name"
+    # In canonical order, each at most once, outliers whole or not at all.
+    canonical = [part for part in EXTRA_ARRAYS if isinstance(extra, list) and part in extra]
+    if extra != canonical or ("outlier_positions" in canonical) != ("outlier_values" in canonical):
+        return "bad_extra_arrays", "malformed extra_arrays", extra, f"some of {', '.join(EXTRA_ARRAYS)}, in this order"
+    return WeightEntry((shape[0], shape[1]), value["group_axis"], tuple(codebooks), tuple(canonical))
+
+
+def _is_length(value: Any) -> bool:
+    return type(value) is int and 1 <= value < _SIZE_LIMIT

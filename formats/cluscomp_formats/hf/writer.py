@@ -1,0 +1,207 @@
+"""Write model folders in one pass: each payload is read once, checked, packed, hashed and written before the next."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluscomp_formats.atomic_folder import atomic_folder, check_output_folder
+from cluscomp_formats.errors import InvalidRequestError, Problem
+from cluscomp_formats.hf.layout import CONFIG, INDEX, OWN_FILES, RECORD, SINGLE, VERSION, StoredArray, stored_arrays
+from cluscomp_formats.hf.quantization import join_config
+from cluscomp_formats.hf.reader import holds_only_model, open_hf
+from cluscomp_formats.hf.safetensors import MAX_HEADER_BYTES, Entry, header_bytes
+from cluscomp_formats.ir import DTYPES, DigestBuilder, Model, canonical_json
+from cluscomp_formats.packed.payload_stream import (
+    Progress,
+    SelfTest,
+    WriteReport,
+    hash_payload,
+    json_problems,
+    model_problems,
+    read_checked,
+    stored_pieces,
+)
+from cluscomp_formats.packed.payloads import Payload, stored_payloads
+
+__all__ = ["SHARD_BYTES", "write_hf"]
+
+SHARD_BYTES = 5_000_000_000
+"""A file of weights gets no longer than this, unless one array alone does."""
+
+_MAX_FILE_NAME_BYTES = 255
+
+
+def write_hf(
+    model: Model,
+    folder: Path,
+    *,
+    force: bool = False,
+    self_test: SelfTest | None = None,
+    on_progress: Progress | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> WriteReport:
+    """Write `model` as a folder, atomically, with no more than about one payload in memory.
+
+    With `self_test`, the callback gets the model as opened from the finished payloads and returns the self-test record to
+    store; without, `model.self_test` is kept. `on_progress` gets payload bytes done and in total. An empty folder may be
+    filled; with `force` a folder of this format that holds nothing else is replaced, and never any other.
+
+    Raises OutputExistsError and StorageError; InvalidRequestError for a model the format cannot hold: before anything is
+    written for names, configuration and shapes, and before the folder appears for values (a code past its codebook, NaN in a
+    codebook, unsorted outliers). Each payload's loader is called once; what it raises passes through, but an OSError comes
+    as a StorageError that names the tensor.
+    """
+    check_output_folder(folder, force=force, replaceable=holds_only_model)
+    if shard_bytes < 1:
+        problem = Problem("bad_option", "shards of no size", found=str(shard_bytes), expected="at least 1 byte")
+        raise InvalidRequestError(problem)
+    arrays = list(stored_arrays(model))
+    problems = list(_request_problems(model, arrays, str(folder)))
+    if problems:
+        raise InvalidRequestError(problems)
+    with atomic_folder(folder, force=force, replaceable=holds_only_model) as temporary:
+        progress = _Progress(sum(payload.stored_bytes for payload, _ in stored_payloads(model)), on_progress)
+        shards = _shards(arrays, shard_bytes)
+        digest = _write_shards(temporary, shards, model, folder, progress)
+        if len(shards) > 1:
+            _write_json(temporary / INDEX, _index_value(shards))
+        for name in sorted(model.files):
+            _write_side_file(temporary / name, name, model, folder, progress)
+        _write_json(temporary / CONFIG, join_config(model, digest))
+        _write_record(temporary, model, model.self_test if self_test is None else None)
+        if self_test is not None:
+            record = self_test(open_hf(temporary))
+            faults = list(json_problems({"self_test": record}, str(folder)))
+            if faults:
+                raise InvalidRequestError(faults)
+            _write_record(temporary, model, record)
+        file_bytes = sum(path.stat().st_size for path in temporary.iterdir())
+    return WriteReport(folder, digest, file_bytes, progress.total, len(arrays) + len(model.files))
+
+
+@dataclass
+class _Progress:
+    total: int
+    callback: Progress | None
+    done: int = 0
+
+    def advance(self, count: int) -> None:
+        self.done += count
+        if self.callback is not None:
+            self.callback(self.done, self.total)
+
+
+@dataclass(frozen=True)
+class _Shard:
+    name: str
+    arrays: Sequence[StoredArray]
+
+    def entries(self) -> dict[str, Entry]:
+        """Where the arrays lie: wide items before narrow ones, which aligns all of them without a hole."""
+        entries: dict[str, Entry] = {}
+        position = 0
+        for array in sorted(self.arrays, key=lambda array: -DTYPES[array.dtype].itemsize):
+            end = position + array.payload.stored_bytes
+            entries[array.key] = Entry(array.dtype, array.shape, position, end)
+            position = end
+        return entries
+
+
+def _shards(arrays: Sequence[StoredArray], shard_bytes: int) -> list[_Shard]:
+    """The arrays in canonical order, cut where a shard would get too long. At least one shard."""
+    parts: list[list[StoredArray]] = [[]]
+    length = 0
+    for array in arrays:
+        if parts[-1] and length + array.payload.stored_bytes > shard_bytes:
+            parts.append([])
+            length = 0
+        parts[-1].append(array)
+        length += array.payload.stored_bytes
+    if len(parts) == 1:
+        return [_Shard(SINGLE, parts[0])]
+    return [_Shard(f"model-{number:05}-of-{len(parts):05}.safetensors", part) for number, part in enumerate(parts, 1)]
+
+
+def _index_value(shards: Sequence[_Shard]) -> dict[str, Any]:
+    total = sum(array.payload.stored_bytes for shard in shards for array in shard.arrays)
+    weight_map = {array.key: shard.name for shard in shards for array in shard.arrays}
+    return {"metadata": {"total_size": total}, "weight_map": weight_map}
+
+
+def _write_shards(folder: Path, shards: Sequence[_Shard], model: Model, output: Path, progress: _Progress) -> str:
+    """Write the shards one after the other. Returns the model's digest."""
+    builder = DigestBuilder(model.config)
+    # hashlib lets go of the interpreter lock, so one payload is hashed while it is packed and written.
+    with ThreadPoolExecutor(max_workers=1) as hasher:
+        for shard in shards:
+            entries = shard.entries()
+            header = header_bytes(entries)
+            with (folder / shard.name).open("xb") as stream:
+                stream.write(header)
+                for array in shard.arrays:
+                    values = read_checked(array.payload, array.array, output)
+                    hashing = hasher.submit(hash_payload, builder, array.payload, array.array, values)
+                    # The digest sets the order of reading, alignment that of the file.
+                    stream.seek(len(header) + entries[array.key].begin)
+                    for piece in stored_pieces(array.payload, values):
+                        stream.write(piece)
+                        progress.advance(piece.nbytes)
+                    hashing.result()
+                    del values, piece
+                stream.flush()
+                os.fsync(stream.fileno())
+    return builder.digest()
+
+
+def _write_side_file(path: Path, name: str, model: Model, output: Path, progress: _Progress) -> None:
+    array = model.files[name]
+    content = read_checked(Payload(name, "bytes", array.dtype, array.shape), array, output)
+    _write_bytes(path, content.tobytes())
+    progress.advance(content.nbytes)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False)
+    _write_bytes(path, f"{text}\n".encode())
+
+
+def _write_record(folder: Path, model: Model, self_test: Mapping[str, Any] | None) -> None:
+    # In one line: a self-test record is thousands of numbers.
+    value = {"version": VERSION, "files": sorted(model.files), "provenance": model.provenance, "self_test": self_test}
+    _write_bytes(folder / RECORD, f"{canonical_json(value)}\n".encode())
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    with path.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _request_problems(model: Model, arrays: Sequence[StoredArray], file: str) -> Iterator[Problem]:
+    """What can be found wrong without reading a payload."""
+    yield from model_problems(model, [(array.payload, array.array) for array in arrays], file)
+    taken = {name.casefold() for name in OWN_FILES}
+    for name in model.files:
+        if name.casefold() in taken or name.casefold().endswith(".safetensors"):
+            message = "the name of a side file is that of a file of the format"
+            yield Problem("bad_name", message, file, name, remedy="leave the side file out")
+        elif len(name.encode(errors="replace")) > _MAX_FILE_NAME_BYTES:
+            message = f"the name of a side file is longer than {_MAX_FILE_NAME_BYTES} bytes"
+            yield Problem("bad_name", message, file, name[:200])
+    owners: dict[str, str] = {"__metadata__": "the safetensors format"}
+    for array in arrays:
+        if owners.setdefault(array.key, array.payload.owner) != array.payload.owner:
+            found, expected = f"{array.key}, also of {owners[array.key]}", "names that differ"
+            message = "two arrays would be stored under the same name"
+            yield Problem("name_collision", message, file, array.payload.owner, found, expected)
+    # Offsets as long as their text can get.
+    header = header_bytes({array.key: Entry(array.dtype, array.shape, 1 << 62, 1 << 62) for array in arrays})
+    if len(header) > MAX_HEADER_BYTES:
+        yield Problem("header_too_long", "the header is too long", file, None, str(len(header)), f"at most {MAX_HEADER_BYTES}")
