@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
-
-from cluscomp_formats.atomic import atomic_write, check_output, storage_error
-from cluscomp_formats.errors import InvalidRequestError, Problem, StorageError
-from cluscomp_formats.ir import AnyArray, Array, DigestBuilder, Model, canonical_json
-from cluscomp_formats.packed.bits import pack_bits
+from cluscomp_formats.atomic import atomic_write, check_output
+from cluscomp_formats.errors import InvalidRequestError, Problem
+from cluscomp_formats.ir import Array, Model, canonical_json
 from cluscomp_formats.packed.header import PackedHeader, Section, header_of, header_value
 from cluscomp_formats.packed.json_values import json_faults
 from cluscomp_formats.packed.payloads import Payload, stored_payloads
 from cluscomp_formats.packed.reader import open_packed
+from cluscomp_formats.packed.section_stream import Progress, write_sections
 from cluscomp_formats.packed.spec import (
     MAX_HEADER_LENGTH,
     MAX_RANK,
@@ -32,16 +27,9 @@ from cluscomp_formats.packed.spec import (
     name_fault,
 )
 
-__all__ = ["WriteReport", "write_packed"]
+__all__ = ["SelfTest", "WriteReport", "json_problems", "request_problems", "write_packed"]
 
-Progress = Callable[[int, int], None]
 SelfTest = Callable[[Model], Mapping[str, Any] | None]
-
-_PIECE = 1 << 19
-"""Elements handled at a time, a multiple of 8: few enough to be summed, packed and written while in the cache."""
-
-_WRITEBACK = 1 << 23
-"""Bytes after which the system is asked to start writing to the disk."""
 
 
 @dataclass(frozen=True)
@@ -75,105 +63,24 @@ def write_packed(
     """
     check_output(path, force=force)
     payloads = list(stored_payloads(model))
-    problems = list(_request_problems(model, payloads, str(path)))
+    problems = list(request_problems(model, payloads, str(path)))
     if problems:
         raise InvalidRequestError(problems)
     with atomic_write(path, force=force) as stream:
-        sections, digest = _write_sections(stream, model, payloads, path, on_progress)
+        # The preamble stays zero until the end: an unfinished file is never taken for a model.
+        sections, digest = write_sections(stream, PREAMBLE_LENGTH, model, payloads, path, on_progress)
         record = model.self_test if self_test is None else None
         header = header_of(model, [payload for payload, _ in payloads], sections, digest, record)
         file_bytes = _write_header(stream, header)
         if self_test is not None:
             record = self_test(open_packed(Path(stream.name)))
-            faults = list(_json_problems({"self_test": record}, str(path)))
+            faults = list(json_problems({"self_test": record}, str(path)))
             if faults:
                 raise InvalidRequestError(faults)
             header = header_of(model, [payload for payload, _ in payloads], sections, digest, record)
             file_bytes = _write_header(stream, header)
     payload_bytes = sum(section.length for section in sections)
     return WriteReport(path, digest, file_bytes, payload_bytes, len(sections))
-
-
-def _write_sections(
-    stream: BinaryIO, model: Model, payloads: Sequence[tuple[Payload, Array]], path: Path, on_progress: Progress | None
-) -> tuple[list[Section], str]:
-    total = sum(payload.stored_bytes for payload, _ in payloads)
-    done = 0
-    builder = DigestBuilder(model.config)
-    sections: list[Section] = []
-    # The preamble stays zero until the end: an unfinished file is never taken for a model.
-    stream.write(bytes(PREAMBLE_LENGTH))
-    writeback = _Writeback(stream)
-    # hashlib lets go of the interpreter lock, so one payload is hashed while it is packed and written.
-    with ThreadPoolExecutor(max_workers=1) as hasher:
-        for payload, array in payloads:
-            values = _read(payload, array, path)
-            hashing = hasher.submit(_hash, builder, payload, array, values)
-            offset, crc = stream.tell(), 0
-            for piece in _pieces(payload, values):
-                crc = zlib.crc32(piece, crc)
-                stream.write(piece)
-                writeback.advance()
-                done += piece.nbytes
-                if on_progress is not None:
-                    on_progress(done, total)
-            section = Section(offset, payload.stored_bytes, crc)
-            stream.write(bytes(align(stream.tell()) - stream.tell()))
-            sections.append(section)
-            hashing.result()
-            del values, piece
-    return sections, builder.digest()
-
-
-class _Writeback:
-    """Has the disk work while the rest of the file is being made, instead of only at the final fsync.
-
-    Without it packing takes a third longer. Only a hint, given where the system has it (Linux).
-    """
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-        self._started = 0
-
-    def advance(self) -> None:
-        """Start writing out what was written since the last time, if it is worth it."""
-        position = self._stream.tell()
-        if not hasattr(os, "posix_fadvise") or position - self._started < _WRITEBACK:
-            return
-        self._stream.flush()
-        with contextlib.suppress(OSError):
-            length = position - self._started
-            os.posix_fadvise(self._stream.fileno(), self._started, length, os.POSIX_FADV_DONTNEED)
-        self._started = position
-
-
-def _hash(builder: DigestBuilder, payload: Payload, array: Array, values: AnyArray) -> None:
-    if payload.description is not None:
-        builder.add(payload.description, array, values)
-
-
-def _read(payload: Payload, array: Array, path: Path) -> AnyArray:
-    try:
-        values = array.read()
-    except OSError as error:
-        problem = storage_error(path, error).problems[0]
-        message = f"{payload.part} cannot be read: {problem.message}"
-        raise StorageError(Problem("source_unreadable", message, error.filename, payload.owner)) from error
-    fault = payload.content_fault(values)
-    if fault is not None:
-        raise InvalidRequestError(
-            Problem(fault.kind, fault.message, str(path), payload.owner, fault.found, fault.expected, "the model is faulty")
-        )
-    return values
-
-
-def _pieces(payload: Payload, values: AnyArray) -> Iterator[memoryview]:
-    """The section's bytes, a piece at a time. Yields at least one, possibly empty."""
-    flat = values.reshape(-1)
-    for start in range(0, max(flat.size, 1), _PIECE):
-        piece = flat[start : start + _PIECE]
-        stored = piece.view(np.uint8) if payload.code_bits is None else pack_bits(piece, payload.code_bits)
-        yield stored.data
 
 
 def _write_header(stream: BinaryIO, header: PackedHeader) -> int:
@@ -191,8 +98,8 @@ def _write_header(stream: BinaryIO, header: PackedHeader) -> int:
     return offset + len(data)
 
 
-def _request_problems(model: Model, payloads: Sequence[tuple[Payload, Array]], file: str) -> Iterator[Problem]:
-    """What can be found wrong without reading a payload."""
+def request_problems(model: Model, payloads: Sequence[tuple[Payload, Array]], file: str) -> Iterator[Problem]:
+    """What can be found wrong with a model before a payload is read; also the rules of the GGUF format."""
     for label, names, fault_of in (
         ("tensor", model.tensors, name_fault),
         ("codebook", model.codebooks, name_fault),
@@ -211,9 +118,9 @@ def _request_problems(model: Model, payloads: Sequence[tuple[Payload, Array]], f
             found, expected = f"{len(payload.shape)} dimensions", f"at most {MAX_RANK}"
             yield Problem("bad_shape", f"{payload.part} has too many dimensions", file, payload.owner, found, expected)
     values = {"config": model.config, "provenance": model.provenance, "self_test": model.self_test}
-    json_problems = list(_json_problems(values, file))
-    yield from json_problems
-    if not json_problems:
+    not_json = list(json_problems(values, file))
+    yield from not_json
+    if not not_json:
         # Sections as long as their text can get.
         sections = [Section(1 << 62, 1 << 62, (1 << 32) - 1)] * len(payloads)
         header = header_of(model, [payload for payload, _ in payloads], sections, "sha256:" + "0" * 64, model.self_test)
@@ -222,7 +129,8 @@ def _request_problems(model: Model, payloads: Sequence[tuple[Payload, Array]], f
             yield Problem("header_too_long", "the header is too long", file, None, str(length), f"at most {MAX_HEADER_LENGTH}")
 
 
-def _json_problems(values: Mapping[str, Any], file: str) -> Iterator[Problem]:
+def json_problems(values: Mapping[str, Any], file: str) -> Iterator[Problem]:
+    """Each of `values`, by label, that is no JSON object, or nothing in the case of a self-test record."""
     for label, value in values.items():
         if not isinstance(value, dict) and not (value is None and label == "self_test"):
             found = f"a {type(value).__name__}"

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cluscomp_formats.errors import InvalidFileError, Problem, UnsupportedError
+from cluscomp_formats.errors import ClusCompError, InvalidFileError, Problem, UnsupportedError
 
-__all__ = ["MAGIC", "Container", "StoredTensor", "gguf_package", "read_container"]
+__all__ = ["MAGIC", "Container", "StoredTensor", "architecture_of", "gguf_package", "read_container"]
 
 MAGIC = b"GGUF"
 
@@ -59,7 +59,7 @@ def gguf_package() -> Any:
         import gguf
     except ImportError as error:
         remedy = "pip install cluscomp-export[gguf]"
-        raise UnsupportedError(Problem("no_gguf", "reading GGUF files needs the package gguf", remedy=remedy)) from error
+        raise UnsupportedError(Problem("no_gguf", "GGUF files need the package gguf", remedy=remedy)) from error
     return gguf
 
 
@@ -89,6 +89,30 @@ def read_container(path: Path) -> Container:
         cursor.need(num_tensors * _MIN_TENSOR_BYTES, f"{num_tensors} tensors")
         entries = [_read_entry(cursor) for _ in range(num_tensors)]
         return Container(metadata, _place(path, entries, cursor.at, len(data), _alignment(cursor, metadata)))
+
+
+def architecture_of(path: Path) -> str | None:
+    """`general.architecture` of a GGUF file, None if `path` is none or does not say. Reads no further than that key.
+
+    Never raises: what is wrong with the file is for the one who opens it to report.
+    """
+    try:
+        if not path.is_file() or path.stat().st_size == 0:
+            return None
+        with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            cursor = _Cursor(path, data)
+            if cursor.take(4, "the magic") != MAGIC:
+                return None
+            _check_version(path, cursor.number("<I", "the version"))
+            cursor.number("<Q", "the tensor count")
+            for _ in range(cursor.number("<Q", "the metadata count")):
+                key = cursor.name("a metadata key")
+                value = cursor.value(cursor.number("<I", key), key)
+                if key == "general.architecture":
+                    return value if isinstance(value, str) else None
+    except (ClusCompError, OSError, ValueError):
+        return None
+    return None
 
 
 class _Cursor:
