@@ -161,7 +161,8 @@ def _section_problems(names: Sequence[str], checksums: Sequence[int], container:
         if count > 1:
             yield Problem("section_shared", "the tensor holds more than one section", file, name, f"{count} sections", "1")
         if name not in container.tensors:
-            yield Problem("missing_tensor", "a section's tensor is missing", file, ascii(name)[:80])
+            shown = name if name.isprintable() else ascii(name)
+            yield Problem("missing_tensor", "a section's tensor is missing", file, shown[:80])
     known = set(names)
     for name in container.tensors:
         if name not in known:
