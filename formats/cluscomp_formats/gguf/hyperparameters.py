@@ -85,6 +85,9 @@ class _Reader:
         # Qwen2 has its biases whatever the configuration says.
         if architecture.qkv_bias is None:
             settings["attention_bias"] = bool(self.config.get("attention_bias", False))
+        if architecture.query_key_norms:
+            # llama.cpp's Qwen3 has no bias of the output projection; no published model has one either.
+            self.refuse_unless("attention_bias", (None, False))
         if heads % key_heads or head_dim % 2:
             found = f"{heads} heads, {key_heads} key heads, head_dim {head_dim}"
             self.invalid.append(
