@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +19,10 @@ from hypothesis import strategies as st
 from model_builders import tiny_llama
 
 from cluscomp_export.sources import open_source
-from cluscomp_formats.errors import ClusCompError, InvalidFileError
-from cluscomp_formats.gguf import looks_gguf, open_gguf, write_gguf
+from cluscomp_formats.errors import ClusCompError, InvalidFileError, UnsupportedError
+from cluscomp_formats.gguf import looks_gguf, open_gguf, write_dense_gguf, write_gguf
+from cluscomp_formats.gguf.container import _PLAIN_TYPES
+from cluscomp_formats.gguf.spec import GGML_TYPES
 from cluscomp_formats.packed import read_header, write_packed
 from cluscomp_formats.packed.header import header_value
 
@@ -218,3 +221,26 @@ def test_the_layout_key_is_the_packed_headers_description(sound: Path, tmp_path:
     write_packed(open_gguf(sound), tmp_path / "m.clus")
     value = json.loads(json.dumps(header_value(read_header(tmp_path / "m.clus"))))
     assert json_key(sound, "cluscomp.layout") == {key: value[key] for key in ("codebooks", "files", "tensors")}
+
+
+def test_reading_needs_no_gguf_package(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = open_gguf(sound).digest()
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert open_gguf(sound, check=True).digest() == expected
+
+
+def test_writing_says_which_package_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    for write in (write_gguf, write_dense_gguf):
+        with pytest.raises(UnsupportedError) as caught:
+            write(tiny_llama(), tmp_path / "m.gguf")
+        assert "pip install cluscomp-export[gguf]" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_types_of_native_files_are_those_of_gguf_py() -> None:
+    assert {
+        int(kind): (kind.name, *gguf.GGML_QUANT_SIZES[kind])
+        for kind in gguf.GGMLQuantizationType
+        if kind.name in GGML_TYPES.values()
+    } == _PLAIN_TYPES

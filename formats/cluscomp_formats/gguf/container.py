@@ -3,7 +3,7 @@
 Follows the GGUF specification, versions 2 and 3, little-endian (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
 gguf-py's own reader trusts every length and offset in the file; here each is held against the file's size before it is
 used, so that no file, however damaged, makes the reader crash, allocate without bound or return a neighbour's bytes. From
-gguf-py come the type numbers and block sizes.
+gguf-py come the numbers and block sizes of the quantised types.
 """
 
 from __future__ import annotations
@@ -22,6 +22,19 @@ MAGIC = b"GGUF"
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 """Metadata value types by number, as struct formats."""
+
+_PLAIN_TYPES = {
+    0: ("F32", 1, 4),
+    1: ("F16", 1, 2),
+    24: ("I8", 1, 1),
+    25: ("I16", 1, 2),
+    26: ("I32", 1, 4),
+    27: ("I64", 1, 8),
+    28: ("F64", 1, 8),
+    30: ("BF16", 1, 2),
+}
+"""ggml types stored value by value, by number: name, weights per block, bytes per block. All that native files hold, so that
+reading those needs no gguf-py."""
 
 _STRING, _ARRAY = 8, 9
 _MAX_DIMS = 4
@@ -253,7 +266,12 @@ def _place(path: Path, entries: list[_Entry], header_end: int, size: int, alignm
 
 
 def _block_layout(type_number: int) -> tuple[str, int, int] | None:
-    """Name, weights per block and bytes per block of a ggml type, or None if gguf-py does not know the number."""
+    """Name, weights per block and bytes per block of a ggml type, or None if gguf-py does not know the number.
+
+    Raises UnsupportedError for a quantised type if gguf-py is not installed.
+    """
+    if type_number in _PLAIN_TYPES:
+        return _PLAIN_TYPES[type_number]
     gguf = gguf_package()
     try:
         ggml_type = gguf.GGMLQuantizationType(type_number)

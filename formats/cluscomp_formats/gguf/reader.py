@@ -39,7 +39,7 @@ def open_gguf(path: Path, *, check: bool = False) -> Model:
     The structure is checked at once; a payload's checksum and values when it is first read, which then may raise
     InvalidFileError, or all of them and the digest now if `check`. The file is mapped, as by `open_packed`.
 
-    Raises InvalidFileError, StorageError, UnsupportedError (a GGUF version or type that is not read, no package gguf).
+    Raises InvalidFileError, StorageError, UnsupportedError (a GGUF version or type that is not read).
     """
     try:
         container = read_container(path)
