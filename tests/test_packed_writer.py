@@ -18,6 +18,7 @@ import pytest
 from cluscomp_formats.errors import InvalidRequestError, OutputExistsError, StorageError
 from cluscomp_formats.ir import AnyArray, Array, ClusteredWeight, Codebook, DenseTensor, Model, Outliers, Stage
 from cluscomp_formats.packed import open_packed, write_packed
+from cluscomp_formats.packed import section_stream
 from cluscomp_formats.packed import writer as writer_module
 
 
@@ -243,7 +244,7 @@ def test_an_unfinished_file_is_never_taken_for_a_model(tmp_path: Path) -> None:
 
 
 def test_progress_counts_stored_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer_module, "_PIECE", 8)
+    monkeypatch.setattr(section_stream, "_PIECE", 8)
     codebook = Codebook("c", Array.of(np.zeros((300, 4), dtype=np.float16)))
     codes = Array.of(np.arange(110, dtype=np.uint16).reshape(10, 11))
     files = {"f": Array.of(np.zeros(0, dtype=np.uint8))}
@@ -261,7 +262,7 @@ def test_progress_counts_stored_bytes(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_the_disk_is_set_to_work_on_large_models_without_changing_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Model({}, {"a": dense("a"), "b": dense("b")})
     write_packed(model, tmp_path / "plain.clus")
-    monkeypatch.setattr(writer_module, "_WRITEBACK", 1)
+    monkeypatch.setattr(section_stream, "_WRITEBACK", 1)
     write_packed(model, tmp_path / "flushed.clus")
     assert (tmp_path / "plain.clus").read_bytes() == (tmp_path / "flushed.clus").read_bytes()
 

@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from cluscomp_formats.gguf.container import MAGIC
+
 __all__ = ["MAX_TENSOR_NAME_BYTES", "DirectoryEntry", "Value", "aligned", "encode_header"]
 
 MAX_TENSOR_NAME_BYTES = 63
 """ggml keeps names in 64 bytes with a terminating zero."""
 
-_MAGIC = b"GGUF"
 _VERSION = 3
 _ARRAY = 9
 _TYPE_NUMBERS = {"uint32": 4, "int32": 5, "float32": 6, "bool": 7, "string": 8, "uint64": 10}
@@ -65,7 +66,7 @@ def aligned(offset: int, alignment: int) -> int:
 
 def encode_header(metadata: Mapping[str, Value], entries: Sequence[DirectoryEntry]) -> bytes:
     """Everything before the data section, without the padding after it."""
-    parts = [_MAGIC, struct.pack("<IQQ", _VERSION, len(entries), len(metadata))]
+    parts = [MAGIC, struct.pack("<IQQ", _VERSION, len(entries), len(metadata))]
     for key, value in metadata.items():
         parts += [_string(key), _value(value)]
     for entry in entries:
