@@ -212,13 +212,19 @@ def test_what_cannot_be_expressed_is_refused_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_tied_head_and_rotary_buffers_are_left_out(tmp_path: Path) -> None:
-    model = tiny_llama()
-    needless = {"lm_head.weight": (50, 24), "model.layers.0.self_attn.rotary_emb.inv_freq": (4,)}
-    more = {name: DenseTensor(name, Array.of(np.ones(shape, np.float32))) for name, shape in needless.items()}
-    write_dense_gguf(Model(model.config, {**model.tensors, **more}), tmp_path / "1.gguf")
-    write_dense_gguf(model, tmp_path / "2.gguf")
+def with_more(model: Model, name: str, shape: tuple[int, ...]) -> Model:
+    return Model(model.config, {**model.tensors, name: DenseTensor(name, Array.of(np.full(shape, 0.5, np.float32)))})
+
+
+def test_rotary_buffers_are_left_out(tmp_path: Path) -> None:
+    write_dense_gguf(with_more(tiny_llama(), "model.layers.0.self_attn.rotary_emb.inv_freq", (4,)), tmp_path / "1.gguf")
+    write_dense_gguf(tiny_llama(), tmp_path / "2.gguf")
     assert (tmp_path / "1.gguf").read_bytes() == (tmp_path / "2.gguf").read_bytes()
+
+
+def test_a_head_of_its_own_wins_over_a_tied_one(tmp_path: Path) -> None:
+    write_dense_gguf(with_more(tiny_llama(), "lm_head.weight", (50, 24)), tmp_path / "m.gguf")
+    assert (tensors_of(tmp_path / "m.gguf")["output.weight"].data == 0.5).all()
 
 
 @pytest.mark.parametrize(("value", "gguf_type"), [(1e5, "f16"), (np.nan, "f32"), (np.inf, "q8_0"), (np.inf, "bf16")])

@@ -17,8 +17,7 @@ import pytest
 
 from cluscomp_formats.errors import InvalidRequestError, OutputExistsError, StorageError
 from cluscomp_formats.ir import AnyArray, Array, ClusteredWeight, Codebook, DenseTensor, Model, Outliers, Stage
-from cluscomp_formats.packed import open_packed, write_packed
-from cluscomp_formats.packed import section_stream
+from cluscomp_formats.packed import open_packed, section_stream, write_packed
 from cluscomp_formats.packed import writer as writer_module
 
 

@@ -123,7 +123,9 @@ def write_dense_gguf(
 
 def _plan(model: Model, hyperparameters: Hyperparameters, asked: _DenseType, file: str) -> list[_Planned]:
     """What to write, in order. Raises InvalidRequestError, UnsupportedError with every tensor that does not fit."""
-    expected = expected_tensors(hyperparameters.architecture, hyperparameters.settings)
+    # A head of its own wins over a tied one, in our runtime as in llama.cpp.
+    tied = hyperparameters.settings["tie_word_embeddings"] and "lm_head.weight" not in model.tensors
+    expected = expected_tensors(hyperparameters.architecture, {**hyperparameters.settings, "tie_word_embeddings": tied})
     problems = []
     planned = []
     for stored_name, place in expected.items():
@@ -142,10 +144,9 @@ def _plan(model: Model, hyperparameters: Hyperparameters, asked: _DenseType, fil
             planned.append(_Planned(stored_name, place, _type_for(place.shape, asked)))
     if problems:
         raise InvalidRequestError(problems)
-    # A tied head may be there as well, and old checkpoints store the rotary frequencies, which follow from the configuration.
-    needless = {"lm_head.weight"} if hyperparameters.settings["tie_word_embeddings"] else set()
-    needless |= {place.name for place in expected.values()}
-    unknown = [name for name in sorted(model.tensors) if name not in needless and not name.endswith("rotary_emb.inv_freq")]
+    # Old checkpoints store the rotary frequencies, which follow from the configuration.
+    placed = {place.name for place in expected.values()}
+    unknown = [name for name in sorted(model.tensors) if name not in placed and not name.endswith("rotary_emb.inv_freq")]
     if unknown:
         message = "llama.cpp has no place for this tensor; running without it could give wrong results"
         raise UnsupportedError([Problem("unused_tensor", message, file, name) for name in unknown])
