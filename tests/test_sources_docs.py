@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 from cluscomp_export.sources.checkpoint import PICKLED_SUFFIXES, SIDE_FILES
-from cluscomp_export.sources.gguf.architectures import ARCHITECTURES
-from cluscomp_export.sources.gguf.tokenizer import SCHEMES
+from cluscomp_formats.gguf.architectures import ARCHITECTURES
+from cluscomp_formats.gguf.word_schemes import SCHEMES
 
 TEXT = (Path(__file__).parents[1] / "docs" / "sources.md").read_text(encoding="utf-8")
 

@@ -13,8 +13,8 @@ import pytest
 from sources_gguf_writer import add_tensors, finish, start_writer, tiny_model, write_gguf
 
 from cluscomp_export.sources import open_source
-from cluscomp_export.sources.gguf.container import read_container
 from cluscomp_formats.errors import ClusCompError, InvalidFileError, UnsupportedError
+from cluscomp_formats.gguf.container import read_container
 
 ALIGNMENT = 32
 

@@ -13,13 +13,13 @@ from cluscomp_export.sources.reference import is_reference_config, open_referenc
 from cluscomp_formats import registry
 from cluscomp_formats.atomic import storage_error
 from cluscomp_formats.errors import InvalidFileError, Problem
+from cluscomp_formats.gguf import looks_gguf
 from cluscomp_formats.ir import Model
 
 __all__ = ["open_source", "source_bytes"]
 
 _OWN_METHOD = "cluscomp"
-"""`quantization_config.quant_method` of our own Hugging Face folders and `general.architecture` of our own GGUF files: those
-are formats, not sources."""
+"""`quantization_config.quant_method` of our own Hugging Face folders: those are a format, not a source."""
 
 _MAX_HEADER_BYTES = 100_000_000
 """The limit the safetensors library sets to itself."""
@@ -50,9 +50,7 @@ def _open_by_content(path: Path) -> Model:
             return _open_checkpoint(path)
         return _open_own(path)
     if is_gguf(path):
-        container = read_gguf(path)
-        own = container.metadata.get("general.architecture") == _OWN_METHOD
-        return _open_own(path) if own else model_of(path, container)
+        return _open_own(path) if looks_gguf(path) else model_of(path, read_gguf(path))
     if path.is_file() and _is_safetensors(path):
         return _open_checkpoint(path.parent, path)
     return _open_own(path)

@@ -1,4 +1,5 @@
 """Importing this module registers the formats of this package."""
 
+import cluscomp_formats.gguf
 import cluscomp_formats.hf
 import cluscomp_formats.packed  # noqa: F401

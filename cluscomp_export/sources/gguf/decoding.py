@@ -11,8 +11,8 @@ import math
 
 import numpy as np
 
-from cluscomp_export.sources.gguf.container import StoredTensor, gguf_package
 from cluscomp_formats.errors import InvalidFileError, Problem, UnsupportedError
+from cluscomp_formats.gguf.container import StoredTensor, gguf_package
 from cluscomp_formats.ir import DTYPES, AnyArray, Array
 
 __all__ = ["PLAIN_DTYPES", "check_decodable", "lazy_array", "undo_rope_permutation"]

@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cluscomp_formats.errors import InvalidFileError, Problem, UnsupportedError
+from cluscomp_formats.gguf.rope import llama3_divisors
 
-__all__ = ["llama3_divisors", "rope_config", "shortest_float"]
+__all__ = ["rope_config", "shortest_float"]
 
 _DEFAULT_THETA = 10000.0
 _ORIGINAL_CONTEXTS = tuple(1 << power for power in range(10, 20))
@@ -70,19 +71,6 @@ def _declared_scaling(file: str, arch: str, metadata: Mapping[str, Any]) -> dict
     found = f"{rope_type!a}, attention factor {attention}, original context {context}"
     expected = "none, linear, or yarn with its original context length"
     raise UnsupportedError(Problem("rope_scaling", "a rotary scaling this tool does not read", file, None, found, expected))
-
-
-def llama3_divisors(
-    theta: float, head_dim: int, *, factor: float, low: float, high: float, original_context: int
-) -> npt.NDArray[np.float64]:
-    """Divisors of the rotary frequencies, `[head_dim / 2]`, by the formula of Llama 3.1.
-
-    Wavelengths under `original_context / high` are kept, those over `original_context / low` are multiplied by `factor`, and
-    between the two the frequencies are interpolated. Source: `_compute_llama3_parameters` in transformers.
-    """
-    wavelengths = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
-    smooth = np.clip((original_context / wavelengths - low) / (high - low), 0.0, 1.0)
-    return 1.0 / ((1.0 - smooth) / factor + smooth)
 
 
 def _llama3_scaling(file: str, theta: float, head_dim: int, divisors: npt.NDArray[np.float32]) -> dict[str, Any]:

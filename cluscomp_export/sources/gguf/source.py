@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from cluscomp_export.sources.gguf.architectures import Placed, build_config, expected_tensors, find_architecture
-from cluscomp_export.sources.gguf.container import MAGIC, Container, StoredTensor, read_container
+from cluscomp_export.sources.gguf.architectures import build_config, find_architecture
 from cluscomp_export.sources.gguf.decoding import check_decodable, lazy_array
 from cluscomp_export.sources.gguf.tokenizer import UnsupportedTokenizer, build_tokenizer
 from cluscomp_formats.errors import InvalidFileError, Problem, UnsupportedError
+from cluscomp_formats.gguf.architectures import Placed, expected_tensors
+from cluscomp_formats.gguf.container import MAGIC, Container, StoredTensor, read_container
 from cluscomp_formats.ir import Array, DenseTensor, Model
 
 __all__ = ["gguf_parts", "is_gguf", "model_of", "read_gguf"]

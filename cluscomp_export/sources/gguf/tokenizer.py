@@ -3,8 +3,7 @@
 Two of llama.cpp's tokenizer models are rebuilt:
 
 - `gpt2`: byte-level BPE with the merges of the file. How text is cut into words before merging is not stored, only the name
-  of a scheme (`tokenizer.ggml.pre`); the schemes below are those of llama.cpp's `llama-vocab.cpp` and of the models'
-  own `tokenizer.json`.
+  of a scheme (`tokenizer.ggml.pre`), see `cluscomp_formats.gguf.word_schemes`.
 - `llama`: SentencePiece BPE. It merges, over and over, the neighbours whose union has the best score; the
   `tokenizers` library wants a ranked list of merges instead, which is recovered from the scores.
 
@@ -18,56 +17,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["SCHEMES", "UnsupportedTokenizer", "build_tokenizer"]
+from cluscomp_formats.gguf.word_schemes import SCHEMES, Scheme
+
+__all__ = ["UnsupportedTokenizer", "build_tokenizer"]
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 """Values of `tokenizer.ggml.token_type`."""
 
 _SPACE = "\u2581"
-
-_GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_LLAMA3_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2_WORDS = _LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
-_TEKKEN_WORDS = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-@dataclass(frozen=True)
-class _Scheme:
-    """How text is cut into words: each pattern in turn cuts what the one before left; `words` then go to BPE.
-
-    `ignore_merges`: a word that is itself a token needs no merges. `add_bos`: the default where the file does not say.
-    """
-
-    patterns: tuple[str, ...]
-    ignore_merges: bool = False
-    add_bos: bool = False
-    normalizer: str | None = None
-
-
-_GPT2 = _Scheme((_GPT2_WORDS,))
-_DIGITS_GPT2 = _Scheme((r"\p{N}", _GPT2_WORDS))
-_LLAMA3 = _Scheme((_LLAMA3_WORDS,), ignore_merges=True, add_bos=True)
-_QWEN2 = _Scheme((_QWEN2_WORDS,))
-_DEFAULT = _Scheme((r"[\p{P}\$\+<=>\^~\|]+", _GPT2_WORDS, r"\p{N}+", "[0-9][0-9][0-9]"))
-
-SCHEMES: dict[str, _Scheme] = {
-    "default": _DEFAULT,
-    **dict.fromkeys(("gpt-2", "phi-2", "olmo", "mpt", "jais", "exaone4", "trillion", "granite-docling", "mellum"), _GPT2),
-    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), _DIGITS_GPT2),
-    **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"), _LLAMA3),
-    **dict.fromkeys(("dbrx", "smaug-bpe"), _Scheme((_LLAMA3_WORDS,))),
-    # Only Qwen's own tokenizer.json normalises to NFC; llama.cpp leaves that to the caller.
-    "qwen2": _Scheme((_QWEN2_WORDS,), normalizer="NFC"),
-    **dict.fromkeys(("deepseek-r1-qwen", "stablelm2", "megrez", "kormo"), _QWEN2),
-    "tekken": _Scheme((_TEKKEN_WORDS,), ignore_merges=True, add_bos=True),
-}
 
 
 class UnsupportedTokenizer(Exception):  # noqa: N818 - not an error of the file: the model is read without it
@@ -221,7 +178,7 @@ def _bpe(vocabulary: _Vocabulary, merges: Sequence[tuple[str, str]], **options: 
     }
 
 
-def _byte_level(metadata: Mapping[str, Any], vocabulary: _Vocabulary, scheme: _Scheme) -> dict[str, Any]:
+def _byte_level(metadata: Mapping[str, Any], vocabulary: _Vocabulary, scheme: Scheme) -> dict[str, Any]:
     known = set(vocabulary.tokens)
     merges = []
     for line in _list(metadata, "merges", str):

@@ -29,7 +29,7 @@ from cluscomp_formats.packed.spec import (
     Preamble,
 )
 
-__all__ = ["looks_packed", "open_packed", "read_header"]
+__all__ = ["content_problems", "looks_packed", "open_packed", "read_header"]
 
 _FETCH_AGAIN = "copy, download or convert it again"
 
@@ -46,7 +46,7 @@ def open_packed(path: Path, *, check: bool = False) -> Model:
     """
     header, model, file = _open(path)
     if check:
-        problems = list(_content_problems(header, model, file))
+        problems = list(content_problems(header, model, file))
         if problems:
             raise InvalidFileError(problems)
     return model
@@ -175,7 +175,8 @@ def _read_header(stream: BinaryIO, preamble: Preamble, name: str) -> PackedHeade
     return header
 
 
-def _content_problems(header: PackedHeader, model: Model, file: MappedFile) -> Iterator[Problem]:
+def content_problems(header: PackedHeader, model: Model, file: MappedFile) -> Iterator[Problem]:
+    """What is wrong with the payloads, all of which are read, or with the digest over them."""
     builder = DigestBuilder(model.config)
     sound = True
     for payload, array in stored_payloads(model):

@@ -4,30 +4,20 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
 from cluscomp_formats.atomic import atomic_write, check_output
 from cluscomp_formats.errors import InvalidRequestError, Problem
-from cluscomp_formats.ir import Array, DigestBuilder, Model, canonical_json
+from cluscomp_formats.ir import Array, Model, canonical_json
 from cluscomp_formats.packed.header import PackedHeader, Section, header_of, header_value
-from cluscomp_formats.packed.payload_stream import (
-    Progress,
-    SelfTest,
-    Writeback,
-    WriteReport,
-    hash_payload,
-    json_problems,
-    model_problems,
-    read_checked,
-    stored_pieces,
-)
+from cluscomp_formats.packed.payload_stream import Progress, SelfTest, WriteReport, json_problems, model_problems
 from cluscomp_formats.packed.payloads import Payload, stored_payloads
 from cluscomp_formats.packed.reader import open_packed
+from cluscomp_formats.packed.section_stream import write_sections
 from cluscomp_formats.packed.spec import MAX_HEADER_LENGTH, PREAMBLE_LENGTH, VERSION, Preamble, align
 
-__all__ = ["WriteReport", "write_packed"]
+__all__ = ["WriteReport", "request_problems", "write_packed"]
 
 
 def write_packed(
@@ -50,11 +40,12 @@ def write_packed(
     """
     check_output(path, force=force)
     payloads = list(stored_payloads(model))
-    problems = list(_request_problems(model, payloads, str(path)))
+    problems = list(request_problems(model, payloads, str(path)))
     if problems:
         raise InvalidRequestError(problems)
     with atomic_write(path, force=force) as stream:
-        sections, digest = _write_sections(stream, model, payloads, path, on_progress)
+        # The preamble stays zero until the end: an unfinished file is never taken for a model.
+        sections, digest = write_sections(stream, PREAMBLE_LENGTH, model, payloads, path, on_progress)
         record = model.self_test if self_test is None else None
         header = header_of(model, [payload for payload, _ in payloads], sections, digest, record)
         file_bytes = _write_header(stream, header)
@@ -67,37 +58,6 @@ def write_packed(
             file_bytes = _write_header(stream, header)
     payload_bytes = sum(section.length for section in sections)
     return WriteReport(path, digest, file_bytes, payload_bytes, len(sections))
-
-
-def _write_sections(
-    stream: BinaryIO, model: Model, payloads: Sequence[tuple[Payload, Array]], path: Path, on_progress: Progress | None
-) -> tuple[list[Section], str]:
-    total = sum(payload.stored_bytes for payload, _ in payloads)
-    done = 0
-    builder = DigestBuilder(model.config)
-    sections: list[Section] = []
-    # The preamble stays zero until the end: an unfinished file is never taken for a model.
-    stream.write(bytes(PREAMBLE_LENGTH))
-    writeback = Writeback(stream)
-    # hashlib lets go of the interpreter lock, so one payload is hashed while it is packed and written.
-    with ThreadPoolExecutor(max_workers=1) as hasher:
-        for payload, array in payloads:
-            values = read_checked(payload, array, path)
-            hashing = hasher.submit(hash_payload, builder, payload, array, values)
-            offset, crc = stream.tell(), 0
-            for piece in stored_pieces(payload, values):
-                crc = zlib.crc32(piece, crc)
-                stream.write(piece)
-                writeback.advance()
-                done += piece.nbytes
-                if on_progress is not None:
-                    on_progress(done, total)
-            section = Section(offset, payload.stored_bytes, crc)
-            stream.write(bytes(align(stream.tell()) - stream.tell()))
-            sections.append(section)
-            hashing.result()
-            del values, piece
-    return sections, builder.digest()
 
 
 def _write_header(stream: BinaryIO, header: PackedHeader) -> int:
@@ -115,8 +75,8 @@ def _write_header(stream: BinaryIO, header: PackedHeader) -> int:
     return offset + len(data)
 
 
-def _request_problems(model: Model, payloads: Sequence[tuple[Payload, Array]], file: str) -> Iterator[Problem]:
-    """What can be found wrong without reading a payload."""
+def request_problems(model: Model, payloads: Sequence[tuple[Payload, Array]], file: str) -> Iterator[Problem]:
+    """What can be found wrong before a payload is read, the length of the header included; also the rules of GGUF files."""
     problems = list(model_problems(model, payloads, file))
     yield from problems
     if not any(problem.kind == "not_json" for problem in problems):

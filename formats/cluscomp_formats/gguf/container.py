@@ -3,7 +3,7 @@
 Follows the GGUF specification, versions 2 and 3, little-endian (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
 gguf-py's own reader trusts every length and offset in the file; here each is held against the file's size before it is
 used, so that no file, however damaged, makes the reader crash, allocate without bound or return a neighbour's bytes. From
-gguf-py come the type numbers and block sizes.
+gguf-py come the numbers and block sizes of the quantised types.
 """
 
 from __future__ import annotations
@@ -14,14 +14,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cluscomp_formats.errors import InvalidFileError, Problem, UnsupportedError
+from cluscomp_formats.errors import ClusCompError, InvalidFileError, Problem, UnsupportedError
 
-__all__ = ["MAGIC", "Container", "StoredTensor", "gguf_package", "read_container"]
+__all__ = ["MAGIC", "Container", "StoredTensor", "architecture_of", "gguf_package", "read_container"]
 
 MAGIC = b"GGUF"
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 """Metadata value types by number, as struct formats."""
+
+_PLAIN_TYPES = {
+    0: ("F32", 1, 4),
+    1: ("F16", 1, 2),
+    24: ("I8", 1, 1),
+    25: ("I16", 1, 2),
+    26: ("I32", 1, 4),
+    27: ("I64", 1, 8),
+    28: ("F64", 1, 8),
+    30: ("BF16", 1, 2),
+}
+"""ggml types stored value by value, by number: name, weights per block, bytes per block. All that native files hold, so that
+reading those needs no gguf-py."""
 
 _STRING, _ARRAY = 8, 9
 _MAX_DIMS = 4
@@ -59,7 +72,7 @@ def gguf_package() -> Any:
         import gguf
     except ImportError as error:
         remedy = "pip install cluscomp-export[gguf]"
-        raise UnsupportedError(Problem("no_gguf", "reading GGUF files needs the package gguf", remedy=remedy)) from error
+        raise UnsupportedError(Problem("no_gguf", "GGUF files need the package gguf", remedy=remedy)) from error
     return gguf
 
 
@@ -89,6 +102,30 @@ def read_container(path: Path) -> Container:
         cursor.need(num_tensors * _MIN_TENSOR_BYTES, f"{num_tensors} tensors")
         entries = [_read_entry(cursor) for _ in range(num_tensors)]
         return Container(metadata, _place(path, entries, cursor.at, len(data), _alignment(cursor, metadata)))
+
+
+def architecture_of(path: Path) -> str | None:
+    """`general.architecture` of a GGUF file, None if `path` is none or does not say. Reads no further than that key.
+
+    Never raises: what is wrong with the file is for the one who opens it to report.
+    """
+    try:
+        if not path.is_file() or path.stat().st_size == 0:
+            return None
+        with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            cursor = _Cursor(path, data)
+            if cursor.take(4, "the magic") != MAGIC:
+                return None
+            _check_version(path, cursor.number("<I", "the version"))
+            cursor.number("<Q", "the tensor count")
+            for _ in range(cursor.number("<Q", "the metadata count")):
+                key = cursor.name("a metadata key")
+                value = cursor.value(cursor.number("<I", key), key)
+                if key == "general.architecture":
+                    return value if isinstance(value, str) else None
+    except (ClusCompError, OSError, ValueError):
+        return None
+    return None
 
 
 class _Cursor:
@@ -229,7 +266,12 @@ def _place(path: Path, entries: list[_Entry], header_end: int, size: int, alignm
 
 
 def _block_layout(type_number: int) -> tuple[str, int, int] | None:
-    """Name, weights per block and bytes per block of a ggml type, or None if gguf-py does not know the number."""
+    """Name, weights per block and bytes per block of a ggml type, or None if gguf-py does not know the number.
+
+    Raises UnsupportedError for a quantised type if gguf-py is not installed.
+    """
+    if type_number in _PLAIN_TYPES:
+        return _PLAIN_TYPES[type_number]
     gguf = gguf_package()
     try:
         ggml_type = gguf.GGMLQuantizationType(type_number)

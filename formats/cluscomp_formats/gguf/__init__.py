@@ -1,0 +1,10 @@
+"""GGUF files: *native*, a codebook model under our own keys, and *dense*, for stock llama.cpp; see `docs/gguf-format.md`."""
+
+from cluscomp_formats.gguf.dense_writer import DENSE_TYPES, DenseReport, write_dense_gguf
+from cluscomp_formats.gguf.reader import looks_gguf, open_gguf
+from cluscomp_formats.gguf.writer import write_gguf
+from cluscomp_formats.registry import Format, register
+
+__all__ = ["DENSE_TYPES", "DenseReport", "looks_gguf", "open_gguf", "write_dense_gguf", "write_gguf"]
+
+register(Format("gguf", "a GGUF file of a codebook model (.gguf)", looks_gguf, open_gguf))

@@ -1,0 +1,213 @@
+"""Write dense GGUF files: the model decoded and requantised as its stock architecture, for stock llama.cpp.
+
+Each tensor is decoded to float32 and stored in one of ggml's types by gguf-py's quantisers, one tensor at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cluscomp_formats.atomic import atomic_write, check_output
+from cluscomp_formats.errors import InvalidRequestError, Problem, StorageError, UnsupportedError
+from cluscomp_formats.gguf.architectures import Placed, expected_tensors
+from cluscomp_formats.gguf.container import gguf_package
+from cluscomp_formats.gguf.container_encoding import DirectoryEntry, Value, aligned, encode_header
+from cluscomp_formats.gguf.hyperparameters import Hyperparameters, read_hyperparameters
+from cluscomp_formats.gguf.rope import interleave_halves
+from cluscomp_formats.gguf.tokenizer_metadata import InexpressibleTokenizer, tokenizer_metadata, with_tokenizer_read
+from cluscomp_formats.ir import FLOAT_DTYPES, AnyArray, DenseTensor, Model, float32_to_bfloat16
+from cluscomp_formats.packed.payload_stream import Progress
+
+__all__ = ["DENSE_TYPES", "DenseReport", "write_dense_gguf"]
+
+
+@dataclass(frozen=True)
+class _DenseType:
+    """A ggml type: weights and bytes per block, and the `general.file_type` of a file of it (llama.cpp's `llama_ftype`)."""
+
+    name: str
+    block_weights: int
+    block_bytes: int
+    file_type: int
+
+
+DENSE_TYPES = {
+    dense_type.name.lower(): dense_type
+    for dense_type in (
+        _DenseType("F32", 1, 4, 0),
+        _DenseType("F16", 1, 2, 1),
+        _DenseType("BF16", 1, 2, 32),
+        _DenseType("Q8_0", 32, 34, 7),
+        _DenseType("Q4_0", 32, 18, 2),
+        _DenseType("Q4_1", 32, 20, 3),
+        _DenseType("Q5_0", 32, 22, 8),
+        _DenseType("Q5_1", 32, 24, 9),
+    )
+}
+"""The types that can be asked for, by name."""
+
+_ALIGNMENT = 32
+_QUANTIZATION_VERSION = 2
+
+
+@dataclass(frozen=True)
+class DenseReport:
+    """What was written. `kept_at_f16` names the tensors whose rows are no whole blocks of the type asked for."""
+
+    path: Path
+    file_bytes: int
+    num_tensors: int
+    kept_at_f16: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """A tensor to write: its name in the file and the model, the heads whose rows are interleaved, its type."""
+
+    stored_name: str
+    place: Placed
+    dense_type: _DenseType
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.place.shape)) // self.dense_type.block_weights * self.dense_type.block_bytes
+
+
+def write_dense_gguf(
+    model: Model, path: Path, *, gguf_type: str = "f16", force: bool = False, on_progress: Progress | None = None
+) -> DenseReport:
+    """Write `model`, clustered or not, as a dense GGUF file that stock llama.cpp runs, atomically.
+
+    Matrices are stored as `gguf_type`, a key of `DENSE_TYPES`, or as F16 where their rows are no whole blocks; vectors as
+    F32. `on_progress` gets bytes done and in total. Holds one decoded tensor in memory.
+
+    Raises OutputExistsError, StorageError; InvalidRequestError for an unknown type, a model that lacks tensors, or weights
+    that are not finite in the type asked for; UnsupportedError for architectures, configurations and tokenizers llama.cpp
+    cannot express, and without the package gguf.
+    """
+    if gguf_type not in DENSE_TYPES:
+        expected = ", ".join(DENSE_TYPES)
+        raise InvalidRequestError(Problem("unknown_type", "no such GGUF type", None, None, repr(gguf_type), expected))
+    check_output(path, force=force)
+    gguf_package()
+    hyperparameters = read_hyperparameters(model.config)
+    model = with_tokenizer_read(model, path)
+    planned = _plan(model, hyperparameters, DENSE_TYPES[gguf_type], str(path))
+    metadata = _metadata(model, hyperparameters, DENSE_TYPES[gguf_type], str(path))
+    divisors = hyperparameters.rope_divisors
+    sizes = [("rope_freqs.weight", divisors.shape, "F32", divisors.nbytes)] if divisors is not None else []
+    sizes += [(item.stored_name, item.place.shape, item.dense_type.name, item.nbytes) for item in planned]
+    entries, total = [], 0
+    for name, shape, type_name, nbytes in sizes:
+        entries.append(DirectoryEntry(name, shape, type_name, total))
+        total += aligned(nbytes, _ALIGNMENT)
+    header = encode_header(metadata, entries)
+    with atomic_write(path, force=force) as stream:
+        stream.write(header.ljust(aligned(len(header), _ALIGNMENT), b"\0"))
+        start = stream.tell()
+        for values in _contents(model, hyperparameters, planned, str(path)):
+            data = values.tobytes()
+            stream.write(data.ljust(aligned(len(data), _ALIGNMENT), b"\0"))
+            if on_progress is not None:
+                on_progress(stream.tell() - start, total)
+        file_bytes = stream.tell()
+    asked = DENSE_TYPES[gguf_type]
+    kept = tuple(item.place.name for item in planned if len(item.place.shape) > 1 and item.dense_type is not asked)
+    return DenseReport(path, file_bytes, len(entries), kept)
+
+
+def _plan(model: Model, hyperparameters: Hyperparameters, asked: _DenseType, file: str) -> list[_Planned]:
+    """What to write, in order. Raises InvalidRequestError, UnsupportedError with every tensor that does not fit."""
+    # A head of its own wins over a tied one, in our runtime as in llama.cpp.
+    tied = hyperparameters.settings["tie_word_embeddings"] and "lm_head.weight" not in model.tensors
+    expected = expected_tensors(hyperparameters.architecture, {**hyperparameters.settings, "tie_word_embeddings": tied})
+    problems = []
+    planned = []
+    for stored_name, place in expected.items():
+        tensor = model.tensors.get(place.name)
+        if tensor is None:
+            message = "the model lacks a tensor its configuration calls for"
+            problems.append(Problem("missing_tensor", message, file, place.name))
+        elif tensor.shape != place.shape:
+            found, wanted = str(list(tensor.shape)), str(list(place.shape))
+            message = "the tensor's shape contradicts the configuration"
+            problems.append(Problem("wrong_shape", message, file, place.name, found, wanted))
+        elif isinstance(tensor, DenseTensor) and tensor.values.dtype not in FLOAT_DTYPES:
+            found, wanted = tensor.values.dtype, ", ".join(FLOAT_DTYPES)
+            problems.append(Problem("wrong_dtype", "not a float", file, place.name, found, wanted))
+        else:
+            planned.append(_Planned(stored_name, place, _type_for(place.shape, asked)))
+    if problems:
+        raise InvalidRequestError(problems)
+    # Old checkpoints store the rotary frequencies, which follow from the configuration.
+    placed = {place.name for place in expected.values()}
+    unknown = [name for name in sorted(model.tensors) if name not in placed and not name.endswith("rotary_emb.inv_freq")]
+    if unknown:
+        message = "llama.cpp has no place for this tensor; running without it could give wrong results"
+        raise UnsupportedError([Problem("unused_tensor", message, file, name) for name in unknown])
+    return planned
+
+
+def _type_for(shape: tuple[int, ...], asked: _DenseType) -> _DenseType:
+    if len(shape) == 1:
+        return DENSE_TYPES["f32"]
+    return asked if shape[-1] % asked.block_weights == 0 else DENSE_TYPES["f16"]
+
+
+def _metadata(model: Model, hyperparameters: Hyperparameters, asked: _DenseType, file: str) -> dict[str, Value]:
+    values = {
+        "general.architecture": Value("string", hyperparameters.architecture.name),
+        "general.type": Value("string", "model"),
+        "general.file_type": Value("uint32", asked.file_type),
+        "general.quantization_version": Value("uint32", _QUANTIZATION_VERSION),
+    }
+    name = model.provenance.get("name")
+    if isinstance(name, str) and name:
+        values["general.name"] = Value("string", name)
+    try:
+        tokenizer = tokenizer_metadata(model, hyperparameters.settings["vocab_size"])
+    except InexpressibleTokenizer as reason:
+        message = f"llama.cpp cannot express the tokenizer: {reason}"
+        remedy = "write another format, such as packed, or the native flavour of GGUF"
+        raise UnsupportedError(Problem("tokenizer", message, file, "tokenizer.json", remedy=remedy)) from reason
+    return {**values, **hyperparameters.metadata, **tokenizer}
+
+
+def _contents(model: Model, hyperparameters: Hyperparameters, planned: list[_Planned], file: str) -> Iterator[AnyArray]:
+    """The stored form of each tensor, in order."""
+    if hyperparameters.rope_divisors is not None:
+        yield hyperparameters.rope_divisors
+    for item in planned:
+        try:
+            weight = model.tensors[item.place.name].decode()
+        except OSError as error:
+            message = f"the tensor cannot be read: {error.strerror or error}"
+            raise StorageError(Problem("source_unreadable", message, error.filename, item.place.name)) from error
+        if item.place.permuted_heads is not None:
+            weight = interleave_halves(weight, item.place.permuted_heads)
+        yield _stored(weight, item, file)
+
+
+def _stored(weight: AnyArray, item: _Planned, file: str) -> AnyArray:
+    """float32 as the item's type. Raises InvalidRequestError for values that are not finite there."""
+    type_name = item.dense_type.name
+    stored: Any = weight
+    with np.errstate(over="ignore"):
+        if type_name == "F16":
+            stored = weight.astype(np.float16)
+    if not np.isfinite(stored).all():
+        largest = f"largest magnitude {float(np.abs(weight).max()):g}"
+        remedy = "choose bf16 or f32" if np.isfinite(weight).all() else "the model is faulty"
+        message = f"the weight holds values that are not finite as {type_name}"
+        raise InvalidRequestError(Problem("not_finite", message, file, item.place.name, largest, "finite values", remedy))
+    if type_name == "BF16":
+        return float32_to_bfloat16(weight)
+    if item.dense_type.block_weights == 1:
+        return np.asarray(stored)
+    gguf = gguf_package()
+    return np.asarray(gguf.quants.quantize(weight, gguf.GGMLQuantizationType[type_name]))

@@ -1,0 +1,182 @@
+"""Open native GGUF files. Every file is taken for hostile until checked; see `docs/gguf-format.md`."""
+
+from __future__ import annotations
+
+import mmap
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cluscomp_formats.atomic import storage_error
+from cluscomp_formats.errors import InvalidFileError, Problem
+from cluscomp_formats.gguf.container import Container, architecture_of, read_container
+from cluscomp_formats.gguf.spec import ALIGNMENT, ARCHITECTURE, ROW_ORDER, VERSION, stored_form
+from cluscomp_formats.ir import Model
+from cluscomp_formats.packed.assembly import build_model, reference_problems
+from cluscomp_formats.packed.header import PackedHeader
+from cluscomp_formats.packed.header_parsing import parse_header
+from cluscomp_formats.packed.json_values import StrictJsonError, parse_canonical
+from cluscomp_formats.packed.mapped_file import MappedFile
+from cluscomp_formats.packed.payloads import Payload, stored_payloads
+from cluscomp_formats.packed.reader import content_problems
+from cluscomp_formats.packed.spec import align
+
+__all__ = ["looks_gguf", "open_gguf"]
+
+_LAYOUT_MEMBERS = ("codebooks", "files", "tensors")
+_FETCH_AGAIN = "copy, download or convert it again"
+
+
+def looks_gguf(path: Path) -> bool:
+    """Whether `path` is a native GGUF file, by its metadata. Never raises."""
+    return architecture_of(path) == ARCHITECTURE
+
+
+def open_gguf(path: Path, *, check: bool = False) -> Model:
+    """Open a native GGUF file as a lazy model.
+
+    The structure is checked at once; a payload's checksum and values when it is first read, which then may raise
+    InvalidFileError, or all of them and the digest now if `check`. The file is mapped, as by `open_packed`.
+
+    Raises InvalidFileError, StorageError, UnsupportedError (a GGUF version or type that is not read).
+    """
+    try:
+        container = read_container(path)
+        _check_version(path, container.metadata)
+        header, names = _read_header(path, container)
+        with path.open("rb") as stream:
+            mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise storage_error(path, error) from error
+    except ValueError:
+        # mmap's answer to a file that has become empty.
+        raise InvalidFileError(Problem("file_changed", "the file was cut while being opened", str(path))) from None
+    end = max((align(tensor.offset + tensor.nbytes) for tensor in container.tensors.values()), default=0)
+    if len(mapping) < end:
+        found, expected = f"{len(mapping)} bytes", f"{end} bytes"
+        raise InvalidFileError(Problem("truncated", "the file ends early", str(path), None, found, expected, _FETCH_AGAIN))
+    file = MappedFile(str(path), mapping, header.sections)
+    model = build_model(header, file)
+    problems = list(reference_problems(header, model, str(path)))
+    payloads = [payload for payload, _ in stored_payloads(model)]
+    if not problems:
+        problems = list(_form_problems(payloads, names, container, str(path)))
+    if problems:
+        raise InvalidFileError(problems)
+    file.payloads = payloads
+    if check:
+        problems = list(content_problems(header, model, file))
+        if problems:
+            raise InvalidFileError(problems)
+    return model
+
+
+def _check_version(path: Path, metadata: Mapping[str, Any]) -> None:
+    architecture = metadata.get("general.architecture")
+    if architecture != ARCHITECTURE:
+        found, message = ascii(architecture)[:80], "a GGUF file, but not of a codebook model"
+        raise InvalidFileError(Problem("not_native", message, str(path), "general.architecture", found, ARCHITECTURE))
+    for key, expected in (("cluscomp.version", VERSION), ("cluscomp.row_order", ROW_ORDER), ("general.alignment", ALIGNMENT)):
+        value = metadata.get(key)
+        if type(value) is type(expected) and value == expected:
+            continue
+        if key == "cluscomp.version" and type(value) is int and value > VERSION:
+            message, remedy = "written by a newer version", "upgrade cluscomp-export"
+            raise InvalidFileError(Problem("newer_version", message, str(path), key, str(value), str(expected), remedy))
+        found = "nothing" if value is None else ascii(value)[:80]
+        raise InvalidFileError(Problem("bad_key", f"{key} has another value", str(path), key, found, str(expected)))
+
+
+def _read_header(path: Path, container: Container) -> tuple[PackedHeader, list[str]]:
+    """The metadata as the header of a packed file, and the name of the tensor that holds each section.
+
+    Raises InvalidFileError.
+    """
+    keys = _Keys(str(path), container.metadata)
+    names, checksums = keys.array("cluscomp.sections", str), keys.array("cluscomp.crc32", int)
+    layout = keys.json("cluscomp.layout", _LAYOUT_MEMBERS)
+    value = {
+        **{member: layout.get(member) for member in _LAYOUT_MEMBERS},
+        "config": keys.json("cluscomp.config"),
+        "provenance": keys.json("cluscomp.provenance"),
+        "self_test": keys.json("cluscomp.self_test") if "cluscomp.self_test" in container.metadata else None,
+        "digest": keys.metadata.get("cluscomp.digest"),
+    }
+    problems = keys.problems or list(_section_problems(names, checksums, container, str(path)))
+    if problems:
+        raise InvalidFileError(problems)
+    value["sections"] = [
+        {
+            "offset": container.tensors[name].offset if name else 0,
+            "length": container.tensors[name].nbytes if name else 0,
+            "crc32": checksum,
+        }
+        for name, checksum in zip(names, checksums, strict=True)
+    ]
+    header, problems = parse_header(value, str(path))
+    if header is None:
+        raise InvalidFileError(problems)
+    return header, names
+
+
+class _Keys:
+    """Reads our metadata keys, collecting what is missing or of the wrong type."""
+
+    def __init__(self, file: str, metadata: Mapping[str, Any]) -> None:
+        self.file, self.metadata = file, metadata
+        self.problems: list[Problem] = []
+
+    def array(self, key: str, item: type) -> list[Any]:
+        value = self.metadata.get(key)
+        if isinstance(value, list) and all(type(member) is item for member in value):
+            return value
+        self.problems.append(Problem("bad_key", f"{key} is missing or no array of {item.__name__}", self.file, key))
+        return []
+
+    def json(self, key: str, members: tuple[str, ...] | None = None) -> dict[str, Any]:
+        """A JSON object, with exactly these members if given."""
+        text = self.metadata.get(key)
+        if not isinstance(text, str):
+            self.problems.append(Problem("bad_key", f"{key} is missing or no string", self.file, key))
+            return {}
+        try:
+            value = parse_canonical(text.encode("utf-8", "surrogateescape"))
+        except StrictJsonError as error:
+            self.problems.append(Problem(error.kind, str(error), self.file, key))
+            return {}
+        if not isinstance(value, dict) or (members is not None and sorted(value) != sorted(members)):
+            expected = "a JSON object" + (f" of {', '.join(members)}" if members else "")
+            self.problems.append(Problem("bad_key", f"{key} has another content", self.file, key, None, expected))
+            return {}
+        return value
+
+
+def _section_problems(names: Sequence[str], checksums: Sequence[int], container: Container, file: str) -> Iterator[Problem]:
+    """Names of sections that are not each the name of one tensor, and tensors that are no section."""
+    if len(names) != len(checksums):
+        found, expected = f"{len(checksums)} checksums", f"{len(names)}, one per section"
+        yield Problem("bad_key", "cluscomp.crc32 has another length", file, "cluscomp.crc32", found, expected)
+    for name, count in Counter(name for name in names if name).items():
+        if count > 1:
+            yield Problem("section_shared", "the tensor holds more than one section", file, name, f"{count} sections", "1")
+        if name not in container.tensors:
+            shown = name if name.isprintable() else ascii(name)
+            yield Problem("missing_tensor", "a section's tensor is missing", file, shown[:80])
+    known = set(names)
+    for name in container.tensors:
+        if name not in known:
+            yield Problem("unknown_tensor", "the tensor holds no section", file, name)
+
+
+def _form_problems(payloads: Sequence[Payload], names: Sequence[str], container: Container, file: str) -> Iterator[Problem]:
+    """Tensors whose type or shape is not what their payload needs."""
+    for payload, name in zip(payloads, names, strict=True):
+        if not name:
+            continue
+        tensor = container.tensors[name]
+        expected = stored_form(payload)
+        if (tensor.type_name, tensor.shape) != expected:
+            found = f"{tensor.type_name} {list(tensor.shape)}"
+            message = f"the tensor of {payload.part} has another type or shape"
+            yield Problem("wrong_form", message, file, name, found, f"{expected[0]} {list(expected[1])}")

@@ -1,0 +1,93 @@
+"""Names of the tensors in a native file: those llama.cpp would give, so that people and tools find their way.
+
+Names carry no meaning: what a tensor is stands in `cluscomp.layout`. Readers only need them to be unique.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from cluscomp_formats.gguf.container import gguf_package
+from cluscomp_formats.gguf.container_encoding import MAX_TENSOR_NAME_BYTES
+from cluscomp_formats.ir import Model
+from cluscomp_formats.packed.payloads import Payload
+
+__all__ = ["tensor_names"]
+
+_MAX_BLOCKS = 10_000
+_RESERVED = "cluscomp."
+
+
+def tensor_names(model: Model, payloads: Sequence[Payload], architecture: str | None) -> list[str]:
+    """A name per payload, in order; an empty one for an empty payload, which needs no tensor.
+
+    `architecture` is what gguf-py calls the base architecture, None if it has no name for it. A name that is longer than 63
+    bytes, not printable, taken, or in the space of our own names gives way to `cluscomp.<number of the payload>.<part>`.
+    """
+    stem_of = _stems(model.config, architecture)
+    readable = _Readable(model, stem_of)
+    names: list[str] = []
+    taken: set[str] = set()
+    for number, payload in enumerate(payloads):
+        if payload.stored_bytes == 0:
+            names.append("")
+            continue
+        name = readable.name(payload)
+        reserved = payload.part != "bytes" and name.startswith(_RESERVED)
+        if reserved or name in taken or not name.isprintable() or len(name.encode()) > MAX_TENSOR_NAME_BYTES:
+            name = f"{_RESERVED}{number}.{payload.part}"
+        taken.add(name)
+        names.append(name)
+    return names
+
+
+class _Readable:
+    """The name a payload should have, to be called once for each in order: stages are counted."""
+
+    def __init__(self, model: Model, stem_of: Callable[[str], str]) -> None:
+        self._stem_of = stem_of
+        self._stage: Counter[str] = Counter()
+        users: dict[str, list[tuple[str, int]]] = {}
+        for name, weight in model.clustered.items():
+            for number, stage in enumerate(weight.stages):
+                users.setdefault(stage.codebook.name, []).append((name, number))
+        self._only_use = {codebook: uses[0] for codebook, uses in users.items() if len(uses) == 1}
+
+    def name(self, payload: Payload) -> str:
+        owner, part = payload.owner, payload.part
+        if part == "bytes":
+            return f"{_RESERVED}file.{owner}"
+        if part == "centroids":
+            if owner not in self._only_use:
+                return f"codebook.{owner}"
+            tensor, stage = self._only_use[owner]
+            return self._numbered(f"{self._base(tensor)}.codebook", stage)
+        if part == "values":
+            return self._stem_of(owner)
+        if part == "codes":
+            stage = self._stage[owner]
+            self._stage[owner] += 1
+            return self._numbered(f"{self._base(owner)}.codes", stage)
+        return f"{self._base(owner)}.{part}"
+
+    def _base(self, tensor: str) -> str:
+        return self._stem_of(tensor).removesuffix(".weight")
+
+    @staticmethod
+    def _numbered(name: str, stage: int) -> str:
+        return name if stage == 0 else f"{name}.{stage}"
+
+
+def _stems(config: Mapping[str, Any], architecture: str | None) -> Callable[[str], str]:
+    """A tensor's name in llama.cpp by its Hugging Face name; that itself where gguf-py knows no other."""
+    blocks = config.get("num_hidden_layers")
+    if architecture is None or type(blocks) is not int or not 0 < blocks <= _MAX_BLOCKS:
+        return str
+    gguf = gguf_package()
+    number = next((number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), None)
+    if number is None:
+        return str
+    table = gguf.get_tensor_name_map(number, blocks)
+    return lambda name: str(table.get_name(name, try_suffixes=(".weight", ".bias")) or name)

@@ -1,0 +1,257 @@
+"""A `tokenizer.json` as the `tokenizer.ggml.*` keys llama.cpp reads.
+
+Two of llama.cpp's tokenizer models can be written: `gpt2` (byte-level BPE whose way to cut text into words is one of
+`word_schemes`) and `llama` (SentencePiece BPE, whose ranked merges become scores). Unicode normalisation (NFC, Qwen) is left
+to whoever calls llama.cpp, as everywhere. Any other tokenizer is refused with the reason: a tokenizer that is nearly
+right gives wrong answers that nobody notices.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cluscomp_formats.gguf.container_encoding import Value
+from cluscomp_formats.gguf.word_schemes import GPT2_WORDS, SCHEMES
+from cluscomp_formats.ir import Array, Model
+from cluscomp_formats.packed.payload_stream import read_checked
+from cluscomp_formats.packed.payloads import Payload
+
+__all__ = ["InexpressibleTokenizer", "tokenizer_metadata", "with_tokenizer_read"]
+
+TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+"""The side files that are read."""
+
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
+"""Values of `tokenizer.ggml.token_type`."""
+
+_SPACE = "\u2581"
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+_SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+
+_SCHEME_NAMES = ("gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2", "tekken", "default")
+"""One name for each way to cut words, among those llama.cpp treats alike."""
+
+
+class InexpressibleTokenizer(Exception):  # noqa: N818 - not an error of the model: whether it matters is for the writer to say
+    """Why the tokenizer cannot be expressed."""
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    tokens: list[str]
+    types: list[int]
+    special_ids: dict[str, int]
+
+
+def with_tokenizer_read(model: Model, path: Path) -> Model:
+    """`model` with the files the keys are made of in memory: a writer needs them again, and reads each once.
+
+    Raises StorageError, InvalidRequestError, naming the output `path`.
+    """
+    files = dict(model.files)
+    for name in TOKENIZER_FILES & files.keys():
+        array = files[name]
+        files[name] = Array.of(read_checked(Payload(name, "bytes", array.dtype, array.shape), array, path))
+    return replace(model, files=files)
+
+
+def tokenizer_metadata(model: Model, vocab_size: int) -> dict[str, Value]:
+    """The `tokenizer.*` keys of a model with `vocab_size` embeddings; `tokenizer.ggml.model` is `none` if it has no tokenizer.
+
+    Raises InexpressibleTokenizer.
+    """
+    if "tokenizer.json" not in model.files:
+        return {"tokenizer.ggml.model": Value("string", "none")}
+    try:
+        tokenizer = _json(model, "tokenizer.json")
+        config = _json(model, "tokenizer_config.json") if "tokenizer_config.json" in model.files else {}
+        return _metadata(model, tokenizer, config, vocab_size)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
+        raise InexpressibleTokenizer(f"its files are not laid out as usual ({type(error).__name__}: {error})") from error
+
+
+def _json(model: Model, name: str) -> dict[str, Any]:
+    value = json.loads(model.files[name].read().tobytes())
+    if not isinstance(value, dict):
+        raise InexpressibleTokenizer(f"{name} is no JSON object")
+    return value
+
+
+def _metadata(model: Model, tokenizer: Mapping[str, Any], config: Mapping[str, Any], vocab_size: int) -> dict[str, Value]:
+    bpe = tokenizer["model"]
+    if bpe["type"] != "BPE":
+        raise InexpressibleTokenizer(f"its model is {bpe['type']!a}, not BPE")
+    unusual = [key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if bpe.get(key)]
+    if unusual:
+        raise InexpressibleTokenizer(f"its model has a {unusual[0]}")
+    byte_fallback = bool(bpe.get("byte_fallback"))
+    vocabulary = _vocabulary(tokenizer, config, model.config, vocab_size, sentencepiece=byte_fallback)
+    merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in bpe["merges"]]
+    parts = _sentencepiece(tokenizer, vocabulary, merges) if byte_fallback else _byte_level(tokenizer, merges)
+    add_bos, add_eos = _framing(tokenizer.get("post_processor"), vocabulary)
+    values = {
+        **parts,
+        "tokens": Value("string", vocabulary.tokens),
+        "token_type": Value("int32", vocabulary.types),
+        **{f"{_SPECIAL[name]}_token_id": Value("uint32", number) for name, number in vocabulary.special_ids.items()},
+        "add_bos_token": Value("bool", add_bos),
+        "add_eos_token": Value("bool", add_eos),
+    }
+    metadata = {f"tokenizer.ggml.{key}": value for key, value in values.items()}
+    template = _chat_template(model, config)
+    if template is not None:
+        metadata["tokenizer.chat_template"] = Value("string", template)
+    return metadata
+
+
+def _vocabulary(
+    tokenizer: Mapping[str, Any],
+    config: Mapping[str, Any],
+    model_config: Mapping[str, Any],
+    vocab_size: int,
+    *,
+    sentencepiece: bool,
+) -> _Vocabulary:
+    """Tokens by id; ids without one get a name, as llama.cpp's converter does."""
+    bpe = tokenizer["model"]
+    by_id = {number: token for token, number in bpe["vocab"].items()}
+    types = dict.fromkeys(by_id, _NORMAL)
+    for number, token in by_id.items():
+        if sentencepiece and _BYTE_TOKEN.fullmatch(token):
+            types[number] = _BYTE
+    for added in tokenizer.get("added_tokens") or ():
+        by_id[added["id"]] = added["content"]
+        types[added["id"]] = _CONTROL if added["special"] else _USER_DEFINED
+    if not all(type(number) is int and 0 <= number < vocab_size for number in by_id):
+        raise InexpressibleTokenizer(f"it has ids past the {vocab_size} embeddings")
+    tokens = [by_id.get(number, f"[PAD{number}]") for number in range(vocab_size)]
+    ids = {token: number for number, token in enumerate(tokens)}
+    if len(ids) != len(tokens):
+        raise InexpressibleTokenizer("two ids have the same token")
+    special_ids = {}
+    for name in _SPECIAL:
+        token = config.get(f"{name}_token")
+        number = ids.get(token["content"] if isinstance(token, dict) else token)
+        if number is None:
+            number = model_config.get(f"{name}_token_id")
+            number = number[0] if isinstance(number, list) and number else number
+        if type(number) is int and 0 <= number < vocab_size:
+            special_ids[name] = number
+    if sentencepiece:
+        unknown = ids.get(bpe.get("unk_token") or "<unk>")
+        if unknown is not None:
+            types[unknown] = _UNKNOWN
+            special_ids.setdefault("unk", unknown)
+    return _Vocabulary(tokens, [types.get(number, _UNUSED) for number in range(vocab_size)], special_ids)
+
+
+def _byte_level(tokenizer: Mapping[str, Any], merges: Sequence[tuple[str, ...]]) -> dict[str, Value]:
+    normalizer = tokenizer.get("normalizer")
+    if normalizer is not None and normalizer["type"] != "NFC":
+        raise InexpressibleTokenizer(f"it normalises text with {normalizer['type']}")
+    patterns = _word_patterns(tokenizer["pre_tokenizer"])
+    ignore_merges = bool(tokenizer["model"].get("ignore_merges"))
+    for name in _SCHEME_NAMES:
+        scheme = SCHEMES[name]
+        if (scheme.patterns, scheme.ignore_merges) == (patterns, ignore_merges):
+            return {
+                "model": Value("string", "gpt2"),
+                "pre": Value("string", name),
+                "merges": Value("string", [" ".join(merge) for merge in merges]),
+            }
+    raise InexpressibleTokenizer(f"llama.cpp knows no scheme that cuts words by {patterns} with ignore_merges {ignore_merges}")
+
+
+def _word_patterns(pre_tokenizer: Mapping[str, Any]) -> tuple[str, ...]:
+    """The regular expressions by which text is cut, in order."""
+    *steps, last = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+    if last["type"] != "ByteLevel" or last["add_prefix_space"]:
+        raise InexpressibleTokenizer("its pre-tokenizer does not end with ByteLevel, or prefixes a space")
+    patterns = []
+    for step in steps:
+        if step["type"] == "Digits" and step["individual_digits"]:
+            patterns.append(r"\p{N}")
+        elif step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
+            patterns.append(step["pattern"]["Regex"])
+        else:
+            raise InexpressibleTokenizer(f"its pre-tokenizer has a step {step['type']} that llama.cpp lacks")
+    return (*patterns, GPT2_WORDS) if last.get("use_regex", True) else tuple(patterns)
+
+
+def _sentencepiece(
+    tokenizer: Mapping[str, Any], vocabulary: _Vocabulary, merges: Sequence[tuple[str, ...]]
+) -> dict[str, Value]:
+    """Scores that make llama.cpp, which merges the neighbours whose union scores best, merge in the same order."""
+    normal = {token for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True) if kind == _NORMAL}
+    ranked = [result for result, _ in itertools.groupby("".join(merge) for merge in merges)]
+    rank = {result: number for number, result in enumerate(ranked)}
+    if len(rank) != len(ranked):
+        raise InexpressibleTokenizer("its merges are not ranked by the token they make")
+    known = set(merges)
+    for token in normal:
+        for at in range(1, len(token)):
+            left, right = token[:at], token[at:]
+            if left in normal and right in normal and (left, right) not in known:
+                raise InexpressibleTokenizer(f"llama.cpp would merge {left!a} and {right!a}, which the tokenizer does not")
+    worst = float(len(rank))
+    scores = [
+        -float(rank.get(token, worst)) if kind == _NORMAL else 0.0
+        for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
+    ]
+    return {
+        "model": Value("string", "llama"),
+        "pre": Value("string", "default"),
+        "scores": Value("float32", scores),
+        "add_space_prefix": Value("bool", _prefixes_space(tokenizer)),
+    }
+
+
+def _prefixes_space(tokenizer: Mapping[str, Any]) -> bool:
+    """Whether a space goes before the text; that spaces become U+2581 is checked on the way."""
+    normalizer, pre_tokenizer = tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer")
+    if normalizer is None and pre_tokenizer is not None:
+        if pre_tokenizer["type"] == "Metaspace" and pre_tokenizer["replacement"] == _SPACE and not pre_tokenizer["split"]:
+            return bool(pre_tokenizer["prepend_scheme"] != "never")
+    elif pre_tokenizer is None and normalizer is not None:
+        *first, last = normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]
+        replaces = last["type"] == "Replace" and last["pattern"] == {"String": " "} and last["content"] == _SPACE
+        if replaces and first in ([], [{"type": "Prepend", "prepend": _SPACE}]):
+            return bool(first)
+    raise InexpressibleTokenizer("it does not treat spaces as SentencePiece does")
+
+
+def _framing(post_processor: Mapping[str, Any] | None, vocabulary: _Vocabulary) -> tuple[bool, bool]:
+    """Whether the begin and end tokens go around a text."""
+    steps: Sequence[Any] = ()
+    if post_processor is not None:
+        steps = post_processor["processors"] if post_processor["type"] == "Sequence" else [post_processor]
+    steps = [step for step in steps if step["type"] != "ByteLevel"]
+    if not steps:
+        return False, False
+    if len(steps) > 1 or steps[0]["type"] != "TemplateProcessing":
+        raise InexpressibleTokenizer(f"its post-processor has {len(steps)} steps, {steps[0]['type']} first")
+    ids = [
+        steps[0]["special_tokens"][piece["SpecialToken"]["id"]]["ids"] if "SpecialToken" in piece else None
+        for piece in steps[0]["single"]
+    ]
+    for add_bos, add_eos in itertools.product((False, True), repeat=2):
+        before = [[vocabulary.special_ids.get("bos")]] if add_bos else []
+        after = [[vocabulary.special_ids.get("eos")]] if add_eos else []
+        if ids == [*before, None, *after]:
+            return add_bos, add_eos
+    raise InexpressibleTokenizer("its post-processor adds tokens other than the begin and end tokens")
+
+
+def _chat_template(model: Model, config: Mapping[str, Any]) -> str | None:
+    if "chat_template.jinja" in model.files:
+        return model.files["chat_template.jinja"].read().tobytes().decode()
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
+    return template if isinstance(template, str) else None

@@ -1,0 +1,150 @@
+"""Write native GGUF files: the sections of the packed format as GGUF tensors, what they are in the metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from cluscomp_formats.atomic import atomic_write, check_output
+from cluscomp_formats.errors import ClusCompError, InvalidRequestError
+from cluscomp_formats.gguf.container_encoding import DirectoryEntry, Value, aligned, encode_header
+from cluscomp_formats.gguf.hyperparameters import base_architecture, read_hyperparameters
+from cluscomp_formats.gguf.reader import open_gguf
+from cluscomp_formats.gguf.spec import ALIGNMENT, ARCHITECTURE, ROW_ORDER, VERSION, stored_form
+from cluscomp_formats.gguf.tensor_names import tensor_names
+from cluscomp_formats.gguf.tokenizer_metadata import InexpressibleTokenizer, tokenizer_metadata, with_tokenizer_read
+from cluscomp_formats.ir import Model, canonical_json
+from cluscomp_formats.packed.header import Section, header_of, header_value
+from cluscomp_formats.packed.payload_stream import Progress, SelfTest, WriteReport, json_problems
+from cluscomp_formats.packed.payloads import Payload, stored_payloads
+from cluscomp_formats.packed.section_stream import write_sections
+from cluscomp_formats.packed.writer import request_problems
+
+__all__ = ["write_gguf"]
+
+_COPY_BYTES = 1 << 24
+_NO_DIGEST = "sha256:" + "0" * 64
+
+
+def write_gguf(
+    model: Model,
+    path: Path,
+    *,
+    force: bool = False,
+    self_test: SelfTest | None = None,
+    on_progress: Progress | None = None,
+) -> WriteReport:
+    """Write `model` as a native GGUF file, atomically, with no more than about one payload in memory.
+
+    With `self_test`, the callback gets the model as opened from the finished payloads, valid only while it runs, and returns
+    the self-test record to store; without, `model.self_test` is kept. `on_progress` gets payload bytes done and in total.
+
+    Raises OutputExistsError, StorageError, InvalidRequestError as `write_packed` does; UnsupportedError without the package
+    gguf. Each payload's loader is called once.
+    """
+    check_output(path, force=force)
+    problems = list(request_problems(model, list(stored_payloads(model)), str(path)))
+    if problems:
+        raise InvalidRequestError(problems)
+    model = with_tokenizer_read(model, path)
+    arrays = list(stored_payloads(model))
+    payloads = [payload for payload, _ in arrays]
+    header_bytes = _header_builder(model, payloads)
+    record = model.self_test if self_test is None else None
+    # Every part of the header but the record has its final length from the start.
+    start = len(header_bytes([Section(0, 0, 0)] * len(payloads), _NO_DIGEST, record))
+    with atomic_write(path, force=force) as stream:
+        # Zeros stand for the header until the end: an unfinished file is never taken for a model.
+        sections, digest = write_sections(stream, start, model, arrays, path, on_progress)
+        file_bytes = stream.tell()
+        _overwrite_start(stream, header_bytes(sections, digest, record))
+        if self_test is not None:
+            record = self_test(open_gguf(Path(stream.name)))
+            faults = list(json_problems({"self_test": record}, str(path)))
+            if faults:
+                raise InvalidRequestError(faults)
+            header = header_bytes(sections, digest, record)
+            _move_up(stream, start, file_bytes, len(header) - start)
+            file_bytes += len(header) - start
+            _overwrite_start(stream, header)
+    payload_bytes = sum(section.length for section in sections)
+    return WriteReport(path, digest, file_bytes, payload_bytes, len(sections))
+
+
+def _header_builder(
+    model: Model, payloads: Sequence[Payload]
+) -> Callable[[Sequence[Section], str, Mapping[str, Any] | None], bytes]:
+    """A function from what is known only after the payloads were written to the padded header."""
+    architecture = base_architecture(model.config)
+    names = tensor_names(model, payloads, architecture)
+    described = _described(model)
+    entries = []
+    offset = 0
+    for name, payload in zip(names, payloads, strict=True):
+        if name:
+            type_name, shape = stored_form(payload)
+            entries.append(DirectoryEntry(name, shape, type_name, offset))
+            offset += aligned(payload.stored_bytes, ALIGNMENT)
+
+    def build(sections: Sequence[Section], digest: str, record: Mapping[str, Any] | None) -> bytes:
+        value = header_value(header_of(model, payloads, sections, digest, record))
+        layout = {key: value[key] for key in ("codebooks", "files", "tensors")}
+        own = {
+            "version": Value("uint32", VERSION),
+            "base_architecture": Value("string", architecture or "unknown"),
+            "original_parameter_count": Value("uint64", sum(tensor.num_weights for tensor in model.tensors.values())),
+            "row_order": Value("string", ROW_ORDER),
+            "digest": Value("string", digest),
+            "config": Value("string", canonical_json(model.config)),
+            "provenance": Value("string", canonical_json(model.provenance)),
+            "layout": Value("string", canonical_json(layout)),
+            "sections": Value("string", names),
+            "crc32": Value("uint32", [section.crc32 for section in sections]),
+        }
+        if record is not None:
+            own["self_test"] = Value("string", canonical_json(record))
+        header = encode_header({**described, **{f"cluscomp.{key}": value for key, value in own.items()}}, entries)
+        return header.ljust(aligned(len(header), ALIGNMENT), b"\0")
+
+    return build
+
+
+def _described(model: Model) -> dict[str, Value]:
+    """Keys for other readers of GGUF: names, hyperparameters, tokenizer. Ours does not need them."""
+    values = {
+        "general.architecture": Value("string", ARCHITECTURE),
+        "general.alignment": Value("uint32", ALIGNMENT),
+        "general.type": Value("string", "model"),
+    }
+    name = model.provenance.get("name")
+    if isinstance(name, str) and name:
+        values["general.name"] = Value("string", name)
+    try:
+        hyperparameters = read_hyperparameters(model.config)
+    except ClusCompError:
+        # A model llama.cpp has no keys for; its configuration is there as JSON.
+        return values
+    values |= hyperparameters.metadata
+    try:
+        values |= tokenizer_metadata(model, hyperparameters.settings["vocab_size"])
+    except InexpressibleTokenizer as reason:
+        values["cluscomp.tokenizer_note"] = Value("string", f"not expressed in tokenizer.ggml keys: {reason}")
+    return values
+
+
+def _overwrite_start(stream: BinaryIO, header: bytes) -> None:
+    stream.seek(0)
+    stream.write(header)
+    stream.flush()
+
+
+def _move_up(stream: BinaryIO, start: int, end: int, distance: int) -> None:
+    """Move bytes `start` to `end` up by `distance`, the last first: where they go may be where others still are."""
+    while distance and end > start:
+        begin = max(start, end - _COPY_BYTES)
+        stream.seek(begin)
+        piece = stream.read(end - begin)
+        stream.seek(begin + distance)
+        stream.write(piece)
+        end = begin

@@ -1,0 +1,66 @@
+"""Sections written in one pass: each payload is read once, checked, packed, summed, hashed and written before the next."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import BinaryIO
+
+from cluscomp_formats.ir import Array, DigestBuilder, Model
+from cluscomp_formats.packed.header import Section
+from cluscomp_formats.packed.payload_stream import Progress, Writeback, hash_payload, read_checked, stored_pieces
+from cluscomp_formats.packed.payloads import Payload
+from cluscomp_formats.packed.spec import align
+
+__all__ = ["write_sections"]
+
+
+def write_sections(
+    stream: BinaryIO,
+    start: int,
+    model: Model,
+    payloads: Sequence[tuple[Payload, Array]],
+    path: Path,
+    on_progress: Progress | None,
+) -> tuple[list[Section], str]:
+    """Write the sections from byte `start`, a multiple of the alignment, with zeros before; the sections and the digest.
+
+    Raises InvalidRequestError for values the formats cannot hold, StorageError if a payload cannot be read.
+    """
+    total = sum(payload.stored_bytes for payload, _ in payloads)
+    done = 0
+    builder = DigestBuilder(model.config)
+    sections: list[Section] = []
+    stream.write(bytes(start))
+    writeback = Writeback(stream)
+    # hashlib and zlib let go of the interpreter lock: one thread hashes and sums what this one packs and writes.
+    with ThreadPoolExecutor(max_workers=1) as summing:
+        for payload, array in payloads:
+            values = read_checked(payload, array, path)
+            offset, checksum = stream.tell(), _Checksum()
+            tasks = [summing.submit(hash_payload, builder, payload, array, values)]
+            for piece in stored_pieces(payload, values):
+                tasks.append(summing.submit(checksum.add, piece))
+                stream.write(piece)
+                writeback.advance()
+                done += piece.nbytes
+                if on_progress is not None:
+                    on_progress(done, total)
+            stream.write(bytes(align(stream.tell()) - stream.tell()))
+            for task in tasks:
+                task.result()
+            sections.append(Section(offset, payload.stored_bytes, checksum.value))
+            del values, piece, tasks
+    return sections, builder.digest()
+
+
+class _Checksum:
+    """A CRC-32 that grows piece by piece."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def add(self, piece: memoryview) -> None:
+        self.value = zlib.crc32(piece, self.value)
