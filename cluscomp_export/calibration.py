@@ -1,4 +1,4 @@
-"""Which input channels of a matrix matter: the mean square of what flows into them on a calibration text.
+"""Which input channels of a matrix matter: their share of the energy of what flows in on a calibration text.
 
 Clustering can weight each vector by the energy of its input channel, which turns the error of the weights into the error of
 the layer's output (for uncorrelated inputs, exactly). In the reference layout a vector lies in one input channel, so the weight
@@ -48,7 +48,9 @@ def read_text(path: Path) -> str:
 
 
 def channel_energies(model: Model, text: str, on_progress: Progress = silent) -> Mapping[str, npt.NDArray[np.float32]]:
-    """Mean square of each input channel, float32 `[in_features]` with mean 1, by name of the matrix.
+    """Energy of each input channel, float32 `[in_features]` with mean 1, by name of the matrix.
+
+    The mean over all tokens of the channel's square over the mean square of that token's channels.
 
     Uses up to 16 windows of 512 tokens; a shorter text is one window. Computed in float64 and rounded to float32, so that
     the result does not depend on the order in which threads add. Raises InvalidRequestError without a tokenizer or tokens,
@@ -67,7 +69,9 @@ def channel_energies(model: Model, text: str, on_progress: Progress = silent) ->
 
     def observe(name: str, inputs: torch.Tensor) -> None:
         on_progress("calibrating", len(sums), len(model.tensors))
-        sums[name] = inputs.square().flatten(0, -2).mean(0)
+        energy = inputs.square().flatten(0, -2)
+        # Every token counts alike: the first of a text can have a thousand times the energy of the others, in few channels.
+        sums[name] = (energy / energy.mean(1, keepdim=True).clamp(min=torch.finfo(energy.dtype).tiny)).mean(0)
 
     observe_inputs(model, windows, observe)
     on_progress("calibrating", len(model.tensors), len(model.tensors))

@@ -51,7 +51,18 @@ def cli() -> None:
 @cli.command()
 @click.argument("source", type=PATH)
 @click.argument("output", type=PATH)
-@click.option("--to", type=click.Choice(["packed"]), default="packed", show_default=True, help="The format to write.")
+@click.option(
+    "--to",
+    type=click.Choice(["packed", "hf", "gguf"]),
+    default="packed",
+    show_default=True,
+    help="The format to write: one .clus file, a Hugging Face folder, or a GGUF file.",
+)
+@click.option(
+    "--gguf-type",
+    type=click.Choice(["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]),
+    help="With --to gguf: decode and store as this type, for stock llama.cpp. [default: codebooks and codes]",
+)
 @click.option(
     "--bits", type=float, help="Most bits per weight of the linear layers, codebooks and scales counted. [default: 4]"
 )
@@ -95,6 +106,8 @@ def convert(source: Path, output: Path, *, dry_run: bool, force: bool, as_json: 
       cluscomp-export convert model.gguf model.clus --bits 2.5 --embedding-bits 4 --dry-run
       cluscomp-export convert llama/ paper.clus --dim 6 --clusters 65500        the paper's setting
       cluscomp-export convert clustered-checkpoint/ packed.clus                 repack without loss
+      cluscomp-export convert packed.clus folder/ --to hf                       for transformers
+      cluscomp-export convert packed.clus out.gguf --to gguf --gguf-type q8_0   for stock llama.cpp
 
     Memory stays near the largest tensor. If it fails or is interrupted, nothing is left behind; SOURCE is never changed.
     """
@@ -114,11 +127,13 @@ def convert(source: Path, output: Path, *, dry_run: bool, force: bool, as_json: 
         return
     bits = report.bits_per_weight
     print_table(
-        ("", "source", "packed"),
+        ("", "source", chosen.to),
         [("MB", f"{report.source_file_bytes / 1e6:.1f}", f"{report.file_bytes / 1e6:.1f}")],
     )
     click.echo(f"bits per weight: {bits['linears']:.2f} (linear layers), {bits['all']:.2f} (everything)")
-    click.echo(f"{report.digest}\nwrote {report.output} in {report.seconds:.0f} s")
+    if report.digest:
+        click.echo(report.digest)
+    click.echo(f"wrote {report.output} in {report.seconds:.0f} s")
 
 
 def _show_plan(prepared: Prepared, *, as_json: bool) -> None:

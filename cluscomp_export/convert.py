@@ -19,17 +19,15 @@ from cluscomp_export.planning import Plan, Share, embedding_tensors, plan_bits, 
 from cluscomp_export.progress import Progress, silent
 from cluscomp_export.sizes import Sizes, model_sizes
 from cluscomp_export.sources import open_source, source_bytes
-from cluscomp_formats.atomic import check_output
+from cluscomp_export.writers import WRITERS, Writer, dense_gguf_writer
 from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem, StorageError, UnsupportedError
 from cluscomp_formats.ir import FLOAT_DTYPES, AnyArray, Array, Model
-from cluscomp_formats.packed import write_packed
 from cluscomp_formats.version import __version__
 
 __all__ = ["ConversionOptions", "ConversionReport", "Prepared", "convert", "prepare", "scan_source"]
 
-WRITERS = {"packed": write_packed}
 DEFAULT_BITS = 4.0
-UNRECORDED = ("calibration", "device", "threads", "to")
+UNRECORDED = ("calibration", "device", "gguf_type", "threads", "to")
 """Options that do not enter the provenance: the calibration enters as a digest of the text."""
 
 
@@ -41,7 +39,8 @@ class ConversionOptions:
     (the paper's setting, the same for every matrix); neither means 4 bits. `share=None` lets the planner choose.
     `embedding_bits` is a budget per weight of embedding and head; 16 keeps them dense, None keeps the width of the source
     where that is below 16. `calibration` is a text file whose activations weight the clustering, "none", or None: the text the
-    package ships with `bits`, none with the paper's setting. `threads`, `device` do not change the result.
+    package ships with `bits`, none with the paper's setting. `gguf_type` decodes for stock llama.cpp. `threads` and `device`
+    do not change the result.
     """
 
     bits: float | None = None
@@ -53,6 +52,7 @@ class ConversionOptions:
     method: Method = "fast"
     seed: int = 0
     to: str = "packed"
+    gguf_type: str | None = None
     threads: int | None = None
     device: str = "cpu"
 
@@ -94,7 +94,7 @@ class ConversionReport:
     output: str
     file_bytes: int
     source_file_bytes: int
-    digest: str
+    digest: str | None
     bits_per_weight: Mapping[str, float]
     self_test: bool
     seconds: float
@@ -138,11 +138,8 @@ def convert(
     Raises what `prepare` does, OutputExistsError, StorageError, SelfTestError.
     """
     started = time.perf_counter()
-    if options.to not in WRITERS:
-        raise InvalidRequestError(
-            Problem("unknown_format", "no writer for this format", found=options.to, expected=", ".join(WRITERS))
-        )
-    check_output(output, force=force)
+    writer = _find_writer(options)
+    writer.check(output, force=force)
     if output.exists() and output.resolve() == source_path.resolve():
         raise InvalidRequestError(
             Problem("output_is_source", "the output is the source itself", str(output), remedy="name another output")
@@ -160,23 +157,28 @@ def convert(
         record = model.self_test or _self_test(written, warnings, on_progress)
         return record
 
-    report = WRITERS[options.to](
-        model,
-        output,
-        force=force,
-        self_test=self_test,
-        on_progress=lambda done, total: on_progress("writing", done, total),
-    )
+    file_bytes, digest = writer.write(model, output, force, self_test, lambda done, total: on_progress("writing", done, total))
     return ConversionReport(
         output=str(output),
-        file_bytes=report.file_bytes,
+        file_bytes=file_bytes,
         source_file_bytes=prepared.source_file_bytes,
-        digest=report.digest,
+        digest=digest,
         bits_per_weight=prepared.sizes.bits_per_weight(),
         self_test=record is not None,
         seconds=time.perf_counter() - started,
         warnings=tuple(warnings),
     )
+
+
+def _find_writer(options: ConversionOptions) -> Writer:
+    if options.to not in WRITERS:
+        found, expected = options.to, ", ".join(WRITERS)
+        raise InvalidRequestError(Problem("unknown_format", "no writer for this format", None, None, found, expected))
+    if options.gguf_type is None:
+        return WRITERS[options.to]
+    if options.to != "gguf":
+        raise InvalidRequestError(Problem("bad_option", "--gguf-type needs --to gguf", found=f"--to {options.to}"))
+    return dense_gguf_writer(options.gguf_type)
 
 
 def _clustered(
