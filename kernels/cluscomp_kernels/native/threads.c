@@ -25,9 +25,11 @@ void cc_parallel_for(int64_t items, int64_t grain, int threads, cc_task task, vo
 #define CPU_RELAX() atomic_signal_fence(memory_order_seq_cst)
 #endif
 
-/* How long a worker polls for the next job before it sleeps: decoding issues jobs a few tens of microseconds apart, and
- * waking a sleeping thread costs as much as a small job. */
-#define SPINS 2000
+/* How long a worker polls for the next job before it sleeps, about a millisecond: decoding issues jobs up to some hundred
+ * microseconds apart, and waking a sleeping thread takes longer than most jobs. */
+#define WORKER_SPINS 20000
+/* How long the caller polls for the last worker before it offers its core. */
+#define CALLER_SPINS 2000
 
 /* `state` holds the number of the current job, whether it still takes workers, and how many are at it, in one word, so that a
  * worker that wakes too late cannot join a job whose caller has already left. */
@@ -90,7 +92,7 @@ static void *worker(void *argument)
     int thread = (int)(intptr_t)argument;
     uint64_t done = 0;
     for (;;) {
-        for (int spin = 0; spin < SPINS && current_job() == done; spin++)
+        for (int spin = 0; spin < WORKER_SPINS && current_job() == done; spin++)
             CPU_RELAX();
         if (current_job() == done) {
             pthread_mutex_lock(&pool.lock);
@@ -162,7 +164,7 @@ void cc_parallel_for(int64_t items, int64_t grain, int threads, cc_task task, vo
     atomic_fetch_or_explicit(&pool.state, CLOSED, memory_order_acq_rel);
     /* On a busy machine a worker may have lost its core in the middle of a chunk: after a while, offer it ours. */
     for (int spin = 0; atomic_load_explicit(&pool.state, memory_order_acquire) & WORKERS_MASK; spin++) {
-        if (spin < SPINS)
+        if (spin < CALLER_SPINS)
             CPU_RELAX();
         else
             sched_yield();
