@@ -37,21 +37,21 @@ def gaussian(dim: int) -> Floats:
     return np.pad(matrix, ((0, 0), (0, -SIDE % dim))).reshape(-1, dim)
 
 
-def from_safetensors(path: Path, dim: int) -> Floats:
-    """Every 2-D weight of a safetensors file, transposed to [in, out] and cut along out."""
+def from_safetensors(path: Path, dim: int, most: int) -> Floats:
+    """The first `most` 2-D weights of a safetensors file, transposed to [in, out] and cut along out."""
     from safetensors.numpy import load_file
 
-    matrices = [values for values in load_file(path).values() if values.ndim == 2]
+    matrices = [values for values in load_file(path).values() if values.ndim == 2][:most]
     vectors = [np.pad(m.T.astype(np.float32), ((0, 0), (0, -len(m) % dim))).reshape(-1, dim) for m in matrices]
     return np.concatenate(vectors)
 
 
-def from_gguf(path: Path, dim: int) -> Floats:
-    """The ffn_down weights of a GGUF file, transposed to [in, out] and cut along out."""
+def from_gguf(path: Path, dim: int, most: int) -> Floats:
+    """The first `most` ffn_down weights of a GGUF file, transposed to [in, out] and cut along out."""
     from gguf import GGUFReader
     from gguf.quants import dequantize
 
-    tensors = [tensor for tensor in GGUFReader(path).tensors if "ffn_down.weight" in tensor.name]
+    tensors = [tensor for tensor in GGUFReader(path).tensors if "ffn_down.weight" in tensor.name][:most]
     matrices = [np.asarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32) for tensor in tensors]
     return np.concatenate([np.pad(m.T, ((0, 0), (0, -len(m) % dim))).reshape(-1, dim) for m in matrices])
 
@@ -103,6 +103,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--weights", type=Path, help="real weights, .gguf or .safetensors, instead of the Gaussian matrix")
+    parser.add_argument("--matrices", type=int, default=8, help="how many of them")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     faiss.omp_set_num_threads(options.threads)
@@ -111,7 +112,9 @@ def main() -> int:
         if options.weights is None:
             points = gaussian(dim)
         else:
-            points = (from_gguf if options.weights.suffix == ".gguf" else from_safetensors)(options.weights, dim)
+            points = (from_gguf if options.weights.suffix == ".gguf" else from_safetensors)(
+                options.weights, dim, options.matrices
+            )
         row = compare(points, options.clusters, options.threads, options.faiss_iterations, options.seed)
         rows.append(row)
         note = "" if options.faiss_iterations == 20 else f" (time extrapolated from {options.faiss_iterations} iterations)"

@@ -1,0 +1,98 @@
+"""Calibration: what the energies are, and that they help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from model_builders import tiny_llama
+
+from cluscomp_export import calibration
+from cluscomp_export.calibration import channel_energies, read_text, shipped_text
+from cluscomp_export.convert import ConversionOptions, convert
+from cluscomp_export.evaluate import evaluate_files
+from cluscomp_export.sources import open_source
+from cluscomp_formats.errors import InvalidFileError, InvalidRequestError
+from cluscomp_formats.ir import Model
+from cluscomp_formats.packed import open_packed
+
+
+def energies_of(inputs: torch.Tensor, source: Model, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+    monkeypatch.setattr(calibration, "observe_inputs", lambda model, ids, observe: observe("matrix", inputs))
+    return channel_energies(source, "Once upon a time")["matrix"]
+
+
+def test_every_token_counts_alike(stories_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Shares of the energy: (1, 0), then (1/10, 9/10) of a token a thousand times as large. Their mean, scaled to mean 1.
+    inputs = torch.tensor([[[2.0, 0.0], [1000.0, 3000.0]]], dtype=torch.float64)
+    energies = energies_of(inputs, open_source(stories_folder), monkeypatch)
+    np.testing.assert_allclose(energies, [1.1, 0.9], rtol=1e-6)
+
+
+def test_channels_that_see_nothing_count_alike(stories_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    energies = energies_of(torch.zeros(1, 3, 4, dtype=torch.float64), open_source(stories_folder), monkeypatch)
+    np.testing.assert_array_equal(energies, np.ones(4, np.float32))
+
+
+def test_energies_of_a_real_model_cover_every_matrix_for_any_number_of_threads(
+    stories_folder: Path, stories_text: Path
+) -> None:
+    source = open_source(stories_folder)
+    energies = channel_energies(source, read_text(stories_text))
+    for name, tensor in source.tensors.items():
+        if name.startswith("model.layers") and "proj" in name:
+            assert energies[name].shape == (tensor.shape[1],)
+            assert energies[name].mean() == pytest.approx(1, rel=1e-5)
+            assert energies[name].min() >= 0
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        again = channel_energies(source, read_text(stories_text))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(np.array_equal(energies[name], again[name]) for name in energies)
+
+
+def test_calibration_brings_the_model_closer_to_its_source(stories_folder: Path, stories_text: Path, tmp_path: Path) -> None:
+    divergence = {}
+    for choice in ("none", str(stories_text)):
+        output = tmp_path / f"{len(divergence)}.clus"
+        convert(stories_folder, output, ConversionOptions(bits=2.5, calibration=choice))
+        divergence[choice] = evaluate_files(output, text=stories_text, reference=stories_folder, context=128, windows=8).kl
+        recorded = open_packed(output).provenance["options"].get("calibration", "none")
+        assert recorded == choice if choice == "none" else recorded.startswith("sha256:")
+    assert divergence[str(stories_text)] < divergence["none"]  # type: ignore[operator]
+
+
+def test_the_paper_setting_is_not_calibrated(stories_folder: Path, tmp_path: Path) -> None:
+    convert(stories_folder, tmp_path / "out.clus", ConversionOptions(cluster_dim=4, num_clusters=64))
+    assert "calibration" not in open_packed(tmp_path / "out.clus").provenance["options"]
+
+
+def test_the_shipped_text_is_long_enough_for_a_dozen_windows(stories_folder: Path) -> None:
+    assert len(shipped_text()) > 20_000
+
+
+def test_without_a_tokenizer_the_default_goes_on_and_a_wish_is_refused(tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    source = tiny_llama()
+    folder = tmp_path / "source"
+    folder.mkdir()
+    import json
+
+    (folder / "config.json").write_text(json.dumps(dict(source.config)))
+    save_file({name: tensor.decode() for name, tensor in source.tensors.items()}, folder / "model.safetensors")
+    report = convert(folder, tmp_path / "out.clus", ConversionOptions(bits=5))
+    assert any("without calibration" in warning for warning in report.warnings)
+    (tmp_path / "text.txt").write_text("words")
+    with pytest.raises(InvalidRequestError, match="no tokenizer"):
+        convert(folder, tmp_path / "other.clus", ConversionOptions(bits=5, calibration=str(tmp_path / "text.txt")))
+
+
+def test_a_calibration_text_that_is_not_there_is_refused(stories_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidFileError, match="cannot be read"):
+        convert(stories_folder, tmp_path / "out.clus", ConversionOptions(bits=4, calibration=str(tmp_path / "none.txt")))
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,94 @@
+"""Every format to every other: the digest stays, the model runs, and verify says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cluscomp_export.convert import ConversionOptions, convert
+from cluscomp_export.inspection import inspect_model
+from cluscomp_export.sources import open_source
+from cluscomp_export.verify import verify
+from cluscomp_formats.errors import ClusCompError, InvalidRequestError, OutputExistsError
+from cluscomp_runtime import load
+
+FORMATS = ("packed", "hf", "gguf")
+
+
+@pytest.fixture(scope="module")
+def artefacts(stories_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same model in every format, each made from the source."""
+    folder = tmp_path_factory.mktemp("artefacts")
+    made = {name: folder / name for name in FORMATS}
+    for name, path in made.items():
+        convert(stories_folder, path, ConversionOptions(bits=3, embedding_bits=6, to=name))
+    return made
+
+
+def test_every_format_holds_the_same_model(artefacts: dict[str, Path]) -> None:
+    models = {name: open_source(path) for name, path in artefacts.items()}
+    assert len({model.digest() for model in models.values()}) == 1
+    first = models["packed"]
+    for model in models.values():
+        assert model.provenance == first.provenance
+        assert model.self_test == first.self_test
+        assert {name: array.read().tobytes() for name, array in model.files.items()} == {
+            name: array.read().tobytes() for name, array in first.files.items()
+        }
+
+
+@pytest.mark.parametrize("target", FORMATS)
+@pytest.mark.parametrize("source", FORMATS)
+def test_every_pair_keeps_every_byte(artefacts: dict[str, Path], tmp_path: Path, source: str, target: str) -> None:
+    output = tmp_path / "out"
+    convert(artefacts[source], output, ConversionOptions(to=target))
+    if target == "hf":
+        names = sorted(path.name for path in output.iterdir())
+        assert names == sorted(path.name for path in artefacts[target].iterdir())
+        assert all((output / name).read_bytes() == (artefacts[target] / name).read_bytes() for name in names)
+    else:
+        assert output.read_bytes() == artefacts[target].read_bytes()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_runs_and_passes_its_self_test(artefacts: dict[str, Path], name: str) -> None:
+    model = load(artefacts[name], selftest=True)
+    expected = load(artefacts["packed"]).generate("Once upon a time", max_new_tokens=20)
+    assert model.generate("Once upon a time", max_new_tokens=20).token_ids == expected.token_ids
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_verify_and_inspect_know_every_format(stories_folder: Path, artefacts: dict[str, Path], name: str) -> None:
+    assert verify(artefacts["packed"], artefacts[name]).verdict == "equal"
+    assert verify(stories_folder, artefacts[name]).verdict == "derived"
+    report, expected = inspect_model(artefacts[name]), inspect_model(artefacts["packed"])
+    assert report["format"] == name
+    for key in ("digest", "bits_per_weight", "tensors", "codebooks", "architecture"):
+        assert report[key] == expected[key]
+
+
+def test_a_dense_gguf_holds_the_decoded_weights(artefacts: dict[str, Path], tmp_path: Path) -> None:
+    output = tmp_path / "dense.gguf"
+    report = convert(artefacts["packed"], output, ConversionOptions(to="gguf", gguf_type="f32"))
+    assert report.digest is None
+    dense, clustered = open_source(output), open_source(artefacts["packed"])
+    assert dense.tensors.keys() == clustered.tensors.keys()
+    for name, tensor in clustered.tensors.items():
+        assert (dense.tensors[name].decode() == tensor.decode()).all()
+
+
+def test_a_gguf_type_needs_the_gguf_format(artefacts: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequestError, match="--to gguf"):
+        convert(artefacts["packed"], tmp_path / "out", ConversionOptions(gguf_type="f16"))
+
+
+def test_a_folder_with_other_things_in_it_is_never_replaced(artefacts: dict[str, Path], tmp_path: Path) -> None:
+    precious = tmp_path / "folder"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years of work")
+    for force in (False, True):
+        with pytest.raises(ClusCompError) as caught:
+            convert(artefacts["packed"], precious, ConversionOptions(to="hf"), force=force)
+        assert isinstance(caught.value, OutputExistsError)
+    assert (precious / "thesis.txt").read_text() == "years of work"
