@@ -23,6 +23,7 @@ from cluscomp_export.writers import WRITERS, Writer, dense_gguf_writer
 from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem, StorageError, UnsupportedError
 from cluscomp_formats.ir import FLOAT_DTYPES, AnyArray, Array, Model
 from cluscomp_formats.version import __version__
+from cluscomp_runtime.language_model import check_device
 
 __all__ = ["ConversionOptions", "ConversionReport", "Prepared", "convert", "prepare", "scan_source"]
 
@@ -265,6 +266,7 @@ def _check_options(options: ConversionOptions) -> None:
         )
     if problem:
         raise InvalidRequestError(problem)
+    check_device(options.device)
 
 
 def _make_plan(source: Model, options: ConversionOptions) -> Plan:

@@ -133,6 +133,9 @@ def test_bad_input_is_told_apart_by_exit_code(run: Run, stories_folder: Path, pa
     assert run("convert", stories_folder, out, "--bits", 0.001)[0] == 2
     assert run("convert", stories_folder, out, "--dim", 4)[0] == 2
     assert run("convert", stories_folder, out, "--share", "everything")[0] == 2
+    assert run("convert", stories_folder, out, "--device", "abacus")[0] == 2
+    assert run("generate", packed, "x", "--device", "abacus")[0] == 2
+    assert run("generate", packed, "x", "--kernel", "steam")[0] == 2
     truncated = corrupt(packed, tmp_path / "truncated.clus", lambda data: data.__delitem__(slice(-100, None)))
     assert run("inspect", truncated)[0] == 3
     flipped = corrupt(packed, tmp_path / "flipped.clus", lambda data: data.__setitem__(1000, data[1000] ^ 1))
@@ -200,6 +203,20 @@ def test_ctrl_c_leaves_nothing_behind(stories_folder: Path, tmp_path: Path) -> N
     assert process.returncode == 130
     assert "interrupted" in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_closed_pipe_is_no_error(packed: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    code = f"import sys; sys.argv[1:] = ['inspect', {str(packed)!r}, '--json']; from cluscomp_export.cli import main; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait(timeout=60) == 141
 
 
 def test_help_teaches_every_command(run: Run) -> None:

@@ -18,7 +18,7 @@ from cluscomp_runtime.linear import MatrixBuilder, check_kernel
 from cluscomp_runtime.sampling import Sampler
 from cluscomp_runtime.tokenizer import Tokenizer, end_tokens
 
-__all__ = ["DEFAULT_CONTEXT", "LanguageModel", "observe_inputs"]
+__all__ = ["DEFAULT_CONTEXT", "LanguageModel", "check_device", "observe_inputs"]
 
 DEFAULT_CONTEXT = 2048
 """Positions of the key-value cache unless asked otherwise or the model knows fewer."""
@@ -67,7 +67,7 @@ class LanguageModel:
         """
         settings = DecoderSettings.from_config(model.config)
         check_tensors(model, settings)
-        target = _device(device)
+        target = check_device(device)
         builder = MatrixBuilder(check_kernel(kernel, target), _dtype(dtype, target), target)
         positions = _context(context, settings.max_position_embeddings)
         decoder = Decoder(model, settings, builder)
@@ -185,7 +185,8 @@ def observe_inputs(model: Model, input_ids: torch.Tensor, observe: Callable[[str
         Decoder(model, settings, builder)(input_ids, last_only=True)
 
 
-def _device(device: str | torch.device) -> torch.device:
+def check_device(device: str | torch.device) -> torch.device:
+    """The device, if torch can use it here. Raises InvalidRequestError."""
     try:
         target = torch.device(device)
         torch.empty(0, device=target)
