@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from cluscomp_kernels.kmeans.means import Means, revive
+from cluscomp_kernels.kmeans.means import Indices, Means, revive
 
 __all__ = ["Engine", "run_lloyd"]
 
@@ -32,8 +32,8 @@ class Engine(Protocol):
     def points_at(self, indices: npt.NDArray[np.int32]) -> Floats:
         """Points by the numbers that `Means.farthest` gives."""
 
-    def centroids_jumped(self) -> None:
-        """Centroids were revived: what is remembered of their neighbourhood no longer holds."""
+    def centroids_jumped(self, revived: Indices, donors: Indices) -> None:
+        """Each revived centroid now lies beside its donor: what is remembered of its neighbourhood no longer holds."""
 
 
 RELAXATION = 2.0
@@ -62,8 +62,9 @@ def run_lloyd(
         moved = means.centroids - centroids
         if not plain and iterations - done > PLAIN_ITERATIONS:
             means.centroids[:] = centroids + np.float32(RELAXATION) * moved
-        if revive(means, engine.points_at):
-            engine.centroids_jumped()
+        revived, donors = revive(means, engine.points_at)
+        if len(revived):
+            engine.centroids_jumped(revived, donors)
         still = np.array_equal(means.centroids, centroids)
         centroids = means.centroids
         done += 1

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Means", "revive"]
+__all__ = ["Indices", "Means", "revive"]
 
 Floats = npt.NDArray[np.float32]
+Indices = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -25,16 +26,17 @@ class Means:
     farthest: npt.NDArray[np.int32]
 
 
-def revive(means: Means, points_at: Callable[[npt.NDArray[np.int32]], Floats]) -> int:
-    """Split the clusters with the largest errors to revive those without weight; returns how many were revived.
+def revive(means: Means, points_at: Callable[[npt.NDArray[np.int32]], Floats]) -> tuple[Indices, Indices]:
+    """Split the clusters with the largest errors to revive those without weight; returns the revived and their donors.
 
     A dead centroid moves to the farthest point of its donor, and the next assignment shares the donor's points out. Each
     cluster gives once per iteration. Changes `means.centroids` in place.
     """
     dead = np.flatnonzero(means.mass <= 0)
     if len(dead) == 0:
-        return 0
+        return dead, dead
     donors = np.argsort(-means.error, kind="stable")[: len(dead)]
     donors = donors[means.farthest[donors] >= 0]
-    means.centroids[dead[: len(donors)]] = points_at(means.farthest[donors])
-    return len(donors)
+    revived = dead[: len(donors)]
+    means.centroids[revived] = points_at(means.farthest[donors])
+    return revived, donors

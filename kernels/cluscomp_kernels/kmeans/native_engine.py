@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cluscomp_kernels.kmeans.groups import Groups, group, scan, update_means
-from cluscomp_kernels.kmeans.means import Means
+from cluscomp_kernels.kmeans.means import Indices, Means
 from cluscomp_kernels.kmeans.tiles import neighbour_lists, pack_tiles, refresh_lists
 from cluscomp_kernels.kmeans.tree import build_tree
 
@@ -77,8 +77,20 @@ class NativeEngine:
     def points_at(self, indices: Ints) -> Floats:
         return self._points[indices]
 
-    def centroids_jumped(self) -> None:
-        self._lists = None
+    def centroids_jumped(self, revived: Indices, donors: Indices) -> None:
+        # A revived centroid takes over its donor's neighbours, and both list each other; the next refresh spreads the word.
+        # Entries stay distinct: exact lists are searched within the bound that the previous ones give.
+        lists = self._lists
+        if lists is None or lists.shape[1] == 0:
+            return
+        taken = lists[donors]
+        itself = taken == revived[:, None]
+        place = np.where(itself.any(1), itself.argmax(1), lists.shape[1] - 1)
+        taken[np.arange(len(revived)), place] = donors
+        unknown = ~itself.any(1)
+        lists[donors[unknown], -1] = revived[unknown]
+        lists[revived] = taken
+        self._age = REFRESH_EVERY
 
 
 def spatial_order(centroids: Floats, threads: int) -> Ints:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cluscomp_kernels.kmeans.means import Means
+from cluscomp_kernels.kmeans.means import Indices, Means
 
 __all__ = ["Search", "TorchEngine", "nearest_search", "nearest_torch"]
 
@@ -133,5 +133,5 @@ class TorchEngine:
         found: Floats = self._points[torch.from_numpy(indices).long().to(self._points.device)].cpu().numpy()
         return found
 
-    def centroids_jumped(self) -> None:
+    def centroids_jumped(self, revived: Indices, donors: Indices) -> None:
         """Nothing is remembered between assignments."""
