@@ -7,7 +7,6 @@ Results go to standard output, progress and messages to standard error. Exit cod
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -28,7 +27,6 @@ PATH = click.Path(path_type=Path)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
 DEVICE = click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1, ...")
 INTERRUPTED = 130
-BROKEN_PIPE = 141
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -365,10 +363,6 @@ def main() -> None:
     except ClusCompError as error:
         _report(error, as_json=as_json, exit_code=error.exit_code)
         code = error.exit_code
-    except BrokenPipeError:
-        # Whoever read our output has seen enough; the interpreter must not complain about it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = BROKEN_PIPE
     except (KeyboardInterrupt, click.Abort):
         say("interrupted; nothing was written")
         code = INTERRUPTED
