@@ -4,7 +4,7 @@ Clustering can weight each vector by the energy of its input channel, which turn
 the layer's output (for uncorrelated inputs, exactly). In the reference layout a vector lies in one input channel, so the weight
 is one number per vector.
 
-Runs the source once in reference mode: memory stays bounded by the largest matrix and the activations of the text.
+Runs the source in reference mode: memory stays bounded by the largest matrix and the activations of a few windows of the text.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ __all__ = ["channel_energies", "read_text", "shipped_text"]
 
 CONTEXT = 512
 MAX_WINDOWS = 16
+BATCH = 4
+"""Windows run at a time: every batch decodes every matrix once more, and activations take memory by the batch."""
 
 
 def shipped_text() -> str:
@@ -65,16 +67,23 @@ def channel_energies(model: Model, text: str, on_progress: Progress = silent) ->
         raise InvalidRequestError(Problem("text_too_short", "the calibration text is empty"))
     count = min(MAX_WINDOWS, len(token_ids) // length)
     windows = torch.tensor(token_ids[: count * length]).reshape(count, length)
-    sums: dict[str, torch.Tensor] = {}
+    # Made beforehand: small results among large temporaries would keep the heap from shrinking, by gigabytes.
+    sums = {
+        name: torch.zeros(tensor.shape[1], dtype=torch.float64)
+        for name, tensor in model.tensors.items()
+        if len(tensor.shape) == 2
+    }
+    batches = [windows[start : start + BATCH] for start in range(0, count, BATCH)]
 
     def observe(name: str, inputs: torch.Tensor) -> None:
-        on_progress("calibrating", len(sums), len(model.tensors))
         energy = inputs.square().flatten(0, -2)
         # Every token counts alike: the first of a text can have a thousand times the energy of the others, in few channels.
-        sums[name] = (energy / energy.mean(1, keepdim=True).clamp(min=torch.finfo(energy.dtype).tiny)).mean(0)
+        sums[name] += (energy / energy.mean(1, keepdim=True).clamp(min=torch.finfo(energy.dtype).tiny)).sum(0)
 
-    observe_inputs(model, windows, observe)
-    on_progress("calibrating", len(model.tensors), len(model.tensors))
+    for done, batch in enumerate(batches):
+        on_progress("calibrating", done, len(batches))
+        observe_inputs(model, batch, observe)
+    on_progress("calibrating", len(batches), len(batches))
     return {name: _normalised(energy) for name, energy in sums.items()}
 
 

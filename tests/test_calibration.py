@@ -15,13 +15,16 @@ from cluscomp_export.convert import ConversionOptions, convert
 from cluscomp_export.evaluate import evaluate_files
 from cluscomp_export.sources import open_source
 from cluscomp_formats.errors import InvalidFileError, InvalidRequestError
-from cluscomp_formats.ir import Model
+from cluscomp_formats.ir import Array, DenseTensor, Model
 from cluscomp_formats.packed import open_packed
 
 
 def energies_of(inputs: torch.Tensor, source: Model, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
-    monkeypatch.setattr(calibration, "observe_inputs", lambda model, ids, observe: observe("matrix", inputs))
-    return channel_energies(source, "Once upon a time")["matrix"]
+    name = "model.layers.0.mlp.up_proj.weight"
+    matrix = DenseTensor(name, Array.of(np.zeros((3, inputs.shape[-1]), np.float32)))
+    model = Model(source.config, {name: matrix}, source.files)
+    monkeypatch.setattr(calibration, "observe_inputs", lambda model, ids, observe: observe(name, inputs))
+    return channel_energies(model, "Once upon a time")[name]
 
 
 def test_every_token_counts_alike(stories_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
