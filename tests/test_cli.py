@@ -8,7 +8,6 @@ import pickle
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -189,15 +188,24 @@ def test_an_unknown_architecture_is_clustered_but_not_run(run: Run, tmp_path: Pa
 
 
 def test_ctrl_c_leaves_nothing_behind(stories_folder: Path, tmp_path: Path) -> None:
-    output = tmp_path / "out.clus"
-    code = "from cluscomp_export.cli import main; main()"
-    # Plain k-means with many clusters takes long enough to be interrupted.
-    arguments = ["convert", str(stories_folder), str(output), "--dim", "2", "--clusters", "4096", "--method", "lloyd"]
+    # A clustering that lasts until it is interrupted, in the middle of the writing.
+    code = (
+        "import time; from cluscomp_export import clustering; "
+        "clustering.kmeans = lambda *_, **__: (print('clustering', flush=True), time.sleep(60)); "
+        "from cluscomp_export.cli import main; main()"
+    )
+    arguments = ["convert", str(stories_folder), str(tmp_path / "out.clus"), "--dim", "2", "--clusters", "16"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    process = subprocess.Popen([sys.executable, "-c", code, *arguments], env=environment, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not any(tmp_path.iterdir()) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "clustering\n"
+    assert len(list(tmp_path.iterdir())) == 1
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
