@@ -18,7 +18,7 @@ import numpy as np
 
 from cluscomp_export.sources.linears import embedding_tensor, head_tensor, kind, linear_tensors
 from cluscomp_formats.errors import InvalidRequestError, Problem, UnsupportedError
-from cluscomp_formats.ir import MAX_CLUSTERS, ClusteredWeight, Model
+from cluscomp_formats.ir import MAX_CLUSTERS, ClusteredWeight, Model, code_bits
 
 __all__ = ["CodebookPlan", "Plan", "Share", "Treatment", "embedding_tensors", "expected_error", "plan_bits", "plan_fixed"]
 
@@ -157,10 +157,6 @@ def _num_vectors(shape: tuple[int, int], cluster_dim: int) -> int:
     return shape[1] * -(-shape[0] // cluster_dim)
 
 
-def _code_bits(num_clusters: int) -> int:
-    return max(1, (num_clusters - 1).bit_length())
-
-
 def _treatments(
     model: Model, groups: Mapping[str, Sequence[str]], choices: Mapping[str, tuple[int, int]], share: Share
 ) -> dict[str, Treatment]:
@@ -195,7 +191,7 @@ def _options(shapes: Sequence[tuple[int, int]], *, row_scale: bool) -> _Options:
                 break
             codebook = num_clusters * cluster_dim * CODEBOOK_VALUE_BITS
             sizes.append((cluster_dim, num_clusters))
-            bits.append(vectors * _code_bits(num_clusters) + codebook + scales)
+            bits.append(vectors * code_bits(num_clusters) + codebook + scales)
             errors.append(weights * expected_error(cluster_dim, num_clusters, vectors))
     return _Options(tuple(sizes), np.array(bits, dtype=np.float64), np.array(errors))
 

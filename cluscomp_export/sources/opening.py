@@ -13,13 +13,9 @@ from cluscomp_export.sources.reference import is_reference_config, open_referenc
 from cluscomp_formats import registry
 from cluscomp_formats.atomic import storage_error
 from cluscomp_formats.errors import InvalidFileError, Problem
-from cluscomp_formats.gguf import looks_gguf
 from cluscomp_formats.ir import Model
 
 __all__ = ["open_source", "source_bytes"]
-
-_OWN_METHOD = "cluscomp"
-"""`quantization_config.quant_method` of our own Hugging Face folders: those are a format, not a source."""
 
 _MAX_HEADER_BYTES = 100_000_000
 """The limit the safetensors library sets to itself."""
@@ -43,28 +39,21 @@ def open_source(path: Path) -> Model:
 
 
 def _open_by_content(path: Path) -> Model:
+    if not path.exists() or registry.detect(path) is not None:
+        return registry.open_model(path)
     if path.is_dir():
-        if _is_own_folder(path):
-            return _open_own(path)
         if (path / CONFIG).exists() or _has_weights(path):
             return _open_checkpoint(path)
-        return _open_own(path)
-    if is_gguf(path):
-        return _open_own(path) if looks_gguf(path) else model_of(path, read_gguf(path))
-    if path.is_file() and _is_safetensors(path):
+    elif is_gguf(path):
+        return model_of(path, read_gguf(path))
+    elif path.is_file() and _is_safetensors(path):
         return _open_checkpoint(path.parent, path)
-    return _open_own(path)
+    raise InvalidFileError(_unrecognised(path))
 
 
 def _open_checkpoint(folder: Path, weights: Path | None = None) -> Model:
     config = _config_or_none(folder)
     return (open_reference if config and is_reference_config(config) else open_huggingface)(folder, weights)
-
-
-def _open_own(path: Path) -> Model:
-    if path.exists() and registry.detect(path) is None:
-        raise InvalidFileError(_unrecognised(path))
-    return registry.open_model(path)
 
 
 def _unrecognised(path: Path) -> Problem:
@@ -91,11 +80,6 @@ def _config_or_none(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def _is_own_folder(folder: Path) -> bool:
-    quantization = (_config_or_none(folder) or {}).get("quantization_config")
-    return isinstance(quantization, dict) and quantization.get("quant_method") == _OWN_METHOD
-
-
 def _has_weights(folder: Path) -> bool:
     suffixes = (".safetensors", *PICKLED_SUFFIXES)
     return any(file.suffix in suffixes or file.name == INDEX for file in folder.iterdir())
@@ -114,7 +98,8 @@ def source_bytes(path: Path) -> int:
     Raises InvalidFileError if the source or one of its files is missing.
     """
     if path.is_dir():
-        files = list(open_checkpoint(path).weight_files) if not _is_own_folder(path) else sorted(path.glob("*.safetensors"))
+        own = registry.detect(path) is not None
+        files = sorted(path.glob("*.safetensors")) if own else list(open_checkpoint(path).weight_files)
     else:
         files = gguf_parts(path) if is_gguf(path) else [path]
     missing = [file for file in files if not file.is_file()]

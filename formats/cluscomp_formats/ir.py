@@ -31,6 +31,7 @@ __all__ = [
     "Outliers",
     "Stage",
     "canonical_json",
+    "code_bits",
 ]
 
 AnyArray = npt.NDArray[Any]
@@ -132,6 +133,11 @@ class Array:
         return bfloat16_to_float32(values) if self.dtype == "bfloat16" else values.astype(np.float32, copy=False)
 
 
+def code_bits(num_clusters: int) -> int:
+    """Bits per code of a codebook of that many clusters, `max(1, ceil(log2 num_clusters))`."""
+    return max(1, (num_clusters - 1).bit_length())
+
+
 @dataclass(frozen=True)
 class Codebook:
     """Centroids `[num_clusters, cluster_dim]` under a name. Several weights may refer to one codebook."""
@@ -156,7 +162,7 @@ class Codebook:
     @property
     def code_bits(self) -> int:
         """Bits per code, `max(1, ceil(log2 num_clusters))`."""
-        return max(1, (self.num_clusters - 1).bit_length())
+        return code_bits(self.num_clusters)
 
 
 @dataclass(frozen=True)
