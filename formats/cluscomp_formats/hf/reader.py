@@ -8,17 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cluscomp_formats.atomic import storage_error
 from cluscomp_formats.errors import InvalidFileError, Problem
 from cluscomp_formats.hf.assembly import build_model
 from cluscomp_formats.hf.layout import CONFIG, INDEX, METHOD, OWN_FILES, RECORD, SINGLE, VERSION
 from cluscomp_formats.hf.mapped_shards import MappedShard, StoredWeights, open_shard
 from cluscomp_formats.hf.quantization import MEMBER, Quantization, parse_quantization, split_config
-from cluscomp_formats.ir import AnyArray, Array, Model
+from cluscomp_formats.ir import Array, Model
 from cluscomp_formats.packed.json_values import StrictJsonError, parse_strict
 from cluscomp_formats.packed.spec import file_name_fault
+from cluscomp_formats.side_files import open_side_files
 
 __all__ = ["holds_only_model", "looks_hf", "open_hf"]
 
@@ -177,36 +176,11 @@ def _with_records(model: Model, folder: Path) -> Model:
         problems.append(Problem("bad_record", "malformed record", str(path), None, ", ".join(record)[:200], expected))
     elif not isinstance(provenance, dict) or not (self_test is None or isinstance(self_test, dict)):
         problems.append(Problem("wrong_type", "provenance or self_test is not an object", str(path)))
-    files: dict[str, Array] = {}
-    for name in names if isinstance(names, list) else [None]:
-        if not isinstance(name, str):
-            problems.append(Problem("wrong_type", "files is not a list of strings", str(path), found=repr(names)[:200]))
-            continue
-        fault = "is taken" if name in OWN_FILES or name in files else file_name_fault(name)
-        if fault is not None:
-            problems.append(Problem("bad_name", f"the name of a side file {fault}", str(path), found=repr(name)[:200]))
-        elif not (folder / name).is_file():
-            message = "a side file is not there"
-            problems.append(Problem("missing", message, str(folder / name), remedy="get this part of the model too"))
-        else:
-            files[name] = _side_file(folder / name)
+    files, faults = open_side_files(folder, names, OWN_FILES, str(path))
+    problems += faults
     if problems:
         raise InvalidFileError(problems)
     return replace(model, files=files, provenance=provenance or {}, self_test=self_test)
-
-
-def _side_file(path: Path) -> Array:
-    """A side file, read when asked for."""
-    length = path.stat().st_size
-
-    def load() -> AnyArray:
-        content = np.fromfile(path, dtype=np.uint8)
-        if content.size != length:
-            found, expected = f"{content.size} bytes", f"{length} bytes"
-            raise InvalidFileError(Problem("file_changed", "the file changed while open", str(path), None, found, expected))
-        return content
-
-    return Array((length,), "uint8", load)
 
 
 def _check_content(model: Model, quantization: Quantization, file: str) -> None:

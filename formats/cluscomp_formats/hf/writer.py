@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,14 +26,13 @@ from cluscomp_formats.packed.payload_stream import (
     read_checked,
     stored_pieces,
 )
-from cluscomp_formats.packed.payloads import Payload, stored_payloads
+from cluscomp_formats.packed.payloads import stored_payloads
+from cluscomp_formats.side_files import side_file_problems, write_json, write_side_files, write_synced
 
 __all__ = ["SHARD_BYTES", "write_hf"]
 
 SHARD_BYTES = 5_000_000_000
 """A file of weights gets no longer than this, unless one array alone does."""
-
-_MAX_FILE_NAME_BYTES = 255
 
 
 def write_hf(
@@ -70,10 +68,9 @@ def write_hf(
         shards = _shards(arrays, shard_bytes)
         digest = _write_shards(temporary, shards, model, folder, progress)
         if len(shards) > 1:
-            _write_json(temporary / INDEX, _index_value(shards))
-        for name in sorted(model.files):
-            _write_side_file(temporary / name, name, model, folder, progress)
-        _write_json(temporary / CONFIG, join_config(model, digest))
+            write_json(temporary / INDEX, _index_value(shards))
+        write_side_files(model, temporary, folder, progress.advance)
+        write_json(temporary / CONFIG, join_config(model, digest))
         _write_record(temporary, model, model.self_test if self_test is None else None)
         if self_test is not None:
             record = self_test(open_hf(temporary))
@@ -159,42 +156,16 @@ def _write_shards(folder: Path, shards: Sequence[_Shard], model: Model, output: 
     return builder.digest()
 
 
-def _write_side_file(path: Path, name: str, model: Model, output: Path, progress: _Progress) -> None:
-    array = model.files[name]
-    content = read_checked(Payload(name, "bytes", array.dtype, array.shape), array, output)
-    _write_bytes(path, content.tobytes())
-    progress.advance(content.nbytes)
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False)
-    _write_bytes(path, f"{text}\n".encode())
-
-
 def _write_record(folder: Path, model: Model, self_test: Mapping[str, Any] | None) -> None:
     # In one line: a self-test record is thousands of numbers.
     value = {"version": VERSION, "files": sorted(model.files), "provenance": model.provenance, "self_test": self_test}
-    _write_bytes(folder / RECORD, f"{canonical_json(value)}\n".encode())
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    with path.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
+    write_synced(folder / RECORD, f"{canonical_json(value)}\n".encode())
 
 
 def _request_problems(model: Model, arrays: Sequence[StoredArray], file: str) -> Iterator[Problem]:
     """What can be found wrong without reading a payload."""
     yield from model_problems(model, [(array.payload, array.array) for array in arrays], file)
-    taken = {name.casefold() for name in OWN_FILES}
-    for name in model.files:
-        if name.casefold() in taken or name.casefold().endswith(".safetensors"):
-            message = "the name of a side file is that of a file of the format"
-            yield Problem("bad_name", message, file, name, remedy="leave the side file out")
-        elif len(name.encode(errors="replace")) > _MAX_FILE_NAME_BYTES:
-            message = f"the name of a side file is longer than {_MAX_FILE_NAME_BYTES} bytes"
-            yield Problem("bad_name", message, file, name[:200])
+    yield from side_file_problems(model, OWN_FILES, file)
     owners: dict[str, str] = {"__metadata__": "the safetensors format"}
     for array in arrays:
         if owners.setdefault(array.key, array.payload.owner) != array.payload.owner:

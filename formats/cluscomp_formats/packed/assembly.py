@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -11,7 +11,7 @@ from cluscomp_formats.errors import InvalidFileError, Problem
 from cluscomp_formats.ir import AnyArray, Array, ClusteredWeight, Codebook, DenseTensor, Model, Outliers, Stage, Tensor
 from cluscomp_formats.packed.header import ArrayEntry, ClusteredEntry, DenseEntry, PackedHeader
 from cluscomp_formats.packed.mapped_file import MappedFile
-from cluscomp_formats.packed.payloads import stored_payloads
+from cluscomp_formats.packed.payloads import Payload, stored_payloads
 
 __all__ = ["build_model", "reference_problems"]
 
@@ -96,12 +96,18 @@ def _clustered(
         return Problem("bad_tensor", str(error), file.name, name)
 
 
-def reference_problems(header: PackedHeader, model: Model, name: str) -> Iterator[Problem]:
-    """Sections that are referred to not exactly once, not in order, or whose length is not what their content needs."""
+def reference_problems(
+    header: PackedHeader, model: Model, name: str, stored: Callable[[Payload], Payload] = lambda payload: payload
+) -> Iterator[Problem]:
+    """Sections that are referred to not exactly once, not in order, or whose length is not what their content needs.
+
+    `stored` tells how a format stores a payload, where it does so in a way of its own.
+    """
     for codebook in header.codebooks.keys() - model.codebooks.keys():
         yield Problem("unused_codebook", "no tensor uses the codebook", name, codebook)
     uses: Counter[int] = Counter()
-    for number, (payload, array) in enumerate(stored_payloads(model)):
+    for number, (described, array) in enumerate(stored_payloads(model)):
+        payload = stored(described)
         section = cast(_SectionLoader, array.loader).section
         uses[section] += 1
         if uses[section] > 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
@@ -24,8 +24,11 @@ def write_sections(
     payloads: Sequence[tuple[Payload, Array]],
     path: Path,
     on_progress: Progress | None,
+    offset_of: Callable[[int, int], int] = lambda end, _length: align(end),
 ) -> tuple[list[Section], str]:
     """Write the sections from byte `start`, a multiple of the alignment, with zeros before; the sections and the digest.
+
+    `offset_of(end, length)` places a section of that length after one that ended there. Zeros fill up the last one's line.
 
     Raises InvalidRequestError for values the formats cannot hold, StorageError if a payload cannot be read.
     """
@@ -39,7 +42,9 @@ def write_sections(
     with ThreadPoolExecutor(max_workers=1) as summing:
         for payload, array in payloads:
             values = read_checked(payload, array, path)
-            offset, checksum = stream.tell(), _Checksum()
+            end, checksum = stream.tell(), _Checksum()
+            offset = offset_of(end, payload.stored_bytes)
+            stream.write(bytes(offset - end))
             tasks = [summing.submit(hash_payload, builder, payload, array, values)]
             for piece in stored_pieces(payload, values):
                 tasks.append(summing.submit(checksum.add, piece))
@@ -48,11 +53,11 @@ def write_sections(
                 done += piece.nbytes
                 if on_progress is not None:
                     on_progress(done, total)
-            stream.write(bytes(align(stream.tell()) - stream.tell()))
             for task in tasks:
                 task.result()
             sections.append(Section(offset, payload.stored_bytes, checksum.value))
             del values, piece, tasks
+    stream.write(bytes(align(stream.tell()) - stream.tell()))
     return sections, builder.digest()
 
 
