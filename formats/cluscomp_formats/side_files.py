@@ -56,9 +56,7 @@ def write_synced(path: Path, content: bytes) -> None:
         os.fsync(stream.fileno())
 
 
-def open_side_files(
-    folder: Path, names: Any, taken: Collection[str], file: str
-) -> tuple[dict[str, Array], list[Problem]]:
+def open_side_files(folder: Path, names: Any, taken: Collection[str], file: str) -> tuple[dict[str, Array], list[Problem]]:
     """The side files that a record in `file` lists, read when asked for, and what is wrong with the list."""
     problems: list[Problem] = []
     files: dict[str, Array] = {}

@@ -1,0 +1,38 @@
+"""The initialisers of a file: each is one array of the model, in the data file."""
+
+from __future__ import annotations
+
+import onnx
+
+from cluscomp_formats.hf.layout import StoredArray
+from cluscomp_formats.onnx.spec import DATA_FILE, ELEMENT_TYPES, stored_form
+from cluscomp_formats.packed.header import Section
+
+__all__ = ["initializer", "place"]
+
+
+def initializer(array: StoredArray, section: Section) -> onnx.TensorProto:
+    """The initialiser for an array that lies in `section` of the data file."""
+    _, dtype = stored_form(array.payload)
+    tensor = onnx.TensorProto(
+        name=array.key,
+        data_type=ELEMENT_TYPES[dtype],
+        dims=array.payload.shape,
+        data_location=onnx.TensorProto.EXTERNAL,
+    )
+    for key, text in (("location", DATA_FILE), ("offset", str(section.offset)), ("length", str(section.length))):
+        tensor.external_data.add(key=key, value=text)
+    return tensor
+
+
+def place(tensor: onnx.TensorProto) -> tuple[int, int] | None:
+    """Offset and length in the data file, in bytes; None if the array is stored anywhere else."""
+    entries = [(entry.key, entry.value) for entry in tensor.external_data]
+    values = dict(entries)
+    numbers = [values.get(key, "") for key in ("offset", "length")]
+    sound = (
+        sorted(key for key, _ in entries) == ["length", "location", "offset"]
+        and values["location"] == DATA_FILE
+        and all(text.isascii() and text.isdecimal() and len(text) < 20 for text in numbers)
+    )
+    return (int(numbers[0]), int(numbers[1])) if sound else None

@@ -1,0 +1,273 @@
+"""Open ONNX folders. Every folder is taken for hostile until checked; see `docs/onnx-format.md`."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluscomp_formats.atomic import storage_error
+from cluscomp_formats.errors import InvalidFileError, Problem
+from cluscomp_formats.hf.layout import stored_arrays
+from cluscomp_formats.ir import Model
+from cluscomp_formats.onnx.package import require_onnx
+from cluscomp_formats.onnx.spec import (
+    CONFIG,
+    DATA_FILE,
+    MAX_MODEL_BYTES,
+    METADATA_KEYS,
+    METADATA_PREFIX,
+    MODEL_FILE,
+    OPTIONAL_METADATA_KEYS,
+    SUBFOLDER,
+    VERSION,
+    data_offset,
+    stored_form,
+)
+from cluscomp_formats.packed.assembly import build_model, reference_problems
+from cluscomp_formats.packed.header import PackedHeader, Section
+from cluscomp_formats.packed.header_parsing import parse_header
+from cluscomp_formats.packed.json_values import StrictJsonError, parse_canonical
+from cluscomp_formats.packed.mapped_file import MappedFile
+from cluscomp_formats.packed.payloads import stored_payloads
+from cluscomp_formats.packed.reader import content_problems
+from cluscomp_formats.packed.spec import align
+from cluscomp_formats.side_files import open_side_files
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["holds_only_onnx", "looks_onnx", "open_onnx"]
+
+_MARK = (METADATA_PREFIX + "layout").encode()
+_LAYOUT_MEMBERS = ("codebooks", "tensors")
+_TAKEN = (CONFIG, SUBFOLDER)
+_CONVERT_AGAIN = "copy, download or convert it again"
+
+
+def looks_onnx(path: Path) -> bool:
+    """Whether `path` is an ONNX folder of ours or its `model.onnx`, by a key of its metadata. Never raises."""
+    file = _model_file(path)
+    try:
+        if not file.is_file() or file.stat().st_size > MAX_MODEL_BYTES:
+            return False
+        content = file.read_bytes()
+    except (OSError, ValueError):
+        return False
+    # A field of ModelProto, the version of its container, comes first.
+    return content[:1] == b"\x08" and _MARK in content
+
+
+def holds_only_onnx(folder: Path) -> bool:
+    """Whether a folder is of this format and holds nothing else, so that deleting it loses only the model. Never raises."""
+    try:
+        known = {CONFIG, SUBFOLDER, *open_onnx(folder).files}
+        others = {path.name for path in folder.iterdir()} - known
+        inner = {path.name for path in (folder / SUBFOLDER).iterdir()} - {MODEL_FILE, DATA_FILE}
+    except Exception:  # noqa: BLE001 - whatever is wrong with it, the folder is then kept
+        return False
+    return not others and not inner
+
+
+def open_onnx(path: Path, *, check: bool = False) -> Model:
+    """Open an ONNX folder, or the `model.onnx` in it, as a lazy model.
+
+    The structure is checked at once, and that the graph uses the weights the way the model says; a payload's checksum and
+    values when it is first read, which then may raise InvalidFileError, or all of them and the digest now if `check`. The
+    data file is mapped, as by `open_packed`. What the graph computes around the weights is not compared with anything.
+
+    Raises InvalidFileError, StorageError, UnsupportedError (without the package onnx).
+    """
+    require_onnx()
+    file = _model_file(path)
+    name = str(file)
+    proto = _read_proto(file)
+    metadata = _metadata(proto, name)
+    header, keys = _read_header(proto, metadata, name)
+    data = _map_data(file.with_name(DATA_FILE), header.sections)
+    model = build_model(header, data)
+    problems = list(reference_problems(header, model, name, lambda payload: stored_form(payload)[0]))
+    if not problems:
+        problems = list(_model_problems(proto, header, model, keys, name))
+    folder = file.parent.parent if file.parent.name == SUBFOLDER else file.parent
+    files, faults = open_side_files(folder, metadata["files"], _TAKEN, name)
+    problems += faults
+    if problems:
+        raise InvalidFileError(problems)
+    data.payloads = [stored_form(payload)[0] for payload, _ in stored_payloads(model)]
+    model = replace(model, files=files)
+    if check:
+        problems = list(content_problems(header, replace(model, files={}), data))
+        if problems:
+            raise InvalidFileError(problems)
+    return model
+
+
+def _model_file(path: Path) -> Path:
+    return path / SUBFOLDER / MODEL_FILE if path.is_dir() else path
+
+
+def _read_proto(file: Path) -> onnx.ModelProto:
+    """Parse `model.onnx`; no weight is read. Raises InvalidFileError, StorageError."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    name = str(file)
+    try:
+        if not file.exists():
+            raise InvalidFileError(Problem("missing", "no such file", name, remedy="get this part of the model too"))
+        if not file.is_file():
+            raise InvalidFileError(Problem("not_a_file", "a folder, device or pipe, not a file", name))
+        length = file.stat().st_size
+        if length > MAX_MODEL_BYTES:
+            found, expected = f"{length} bytes", f"at most {MAX_MODEL_BYTES}, without the weights"
+            raise InvalidFileError(Problem("file_too_long", "the file is too long", name, None, found, expected))
+        proto: onnx.ModelProto = onnx.ModelProto.FromString(file.read_bytes())
+    except OSError as error:
+        raise storage_error(file, error) from error
+    except DecodeError as error:
+        raise InvalidFileError(Problem("bad_protobuf", "not an ONNX file, or damaged", name, found=str(error)[:200])) from None
+    return proto
+
+
+def _metadata(proto: onnx.ModelProto, file: str) -> dict[str, Any]:
+    """Our metadata, parsed: value by key, without the prefix. Raises InvalidFileError with every problem found."""
+    problems: list[Problem] = []
+    values: dict[str, Any] = {}
+    for entry in proto.metadata_props:
+        key = entry.key.removeprefix(METADATA_PREFIX)
+        if key == entry.key:
+            continue
+        if key in values:
+            problems.append(Problem("duplicate_key", "a key of the metadata is there twice", file, entry.key))
+        try:
+            values[key] = parse_canonical(entry.value.encode("utf-8", "surrogateescape"))
+        except StrictJsonError as error:
+            problems.append(Problem(error.kind, str(error), file, entry.key))
+    version = values.get("version")
+    if type(version) is int and version > VERSION:
+        message, remedy = "written by a newer version", "upgrade cluscomp-export"
+        raise InvalidFileError(Problem("newer_version", message, file, None, str(version), str(VERSION), remedy))
+    missing = [key for key in METADATA_KEYS if key not in values]
+    unknown = values.keys() - {*METADATA_KEYS, *OPTIONAL_METADATA_KEYS}
+    if not values or (missing and not problems):
+        message = "not a codebook model: its metadata is not there"
+        remedy = "name a folder that `convert --to onnx` made; tools that rewrite a graph may drop its metadata"
+        problems.append(Problem("bad_metadata", message, file, None, f"no {', '.join(missing)}", None, remedy))
+    elif unknown:
+        found, expected = ", ".join(sorted(unknown))[:200], ", ".join(METADATA_KEYS)
+        problems.append(Problem("bad_metadata", "unknown keys in the metadata", file, None, found, expected))
+    elif type(version) is not int or version != VERSION:
+        problems.append(Problem("bad_version", "there is no such version", file, None, repr(version)[:80], str(VERSION)))
+    if problems:
+        raise InvalidFileError(problems)
+    return values
+
+
+def _read_header(proto: onnx.ModelProto, metadata: Mapping[str, Any], file: str) -> tuple[PackedHeader, list[str]]:
+    """The metadata as the header of a packed file, and the name of the initialiser that holds each section.
+
+    Raises InvalidFileError.
+    """
+    from cluscomp_formats.onnx.initializers import place
+
+    keys, checksums, layout = metadata["sections"], metadata["crc32"], metadata["layout"]
+    problems = []
+    if not (isinstance(keys, list) and all(isinstance(key, str) for key in keys) and len(set(keys)) == len(keys)):
+        problems.append(Problem("bad_metadata", "sections is not a list of names that differ", file))
+    elif not isinstance(checksums, list) or len(checksums) != len(keys):
+        problems.append(Problem("bad_metadata", "crc32 is not a list of one checksum per section", file))
+    if not isinstance(layout, dict) or sorted(layout) != sorted(_LAYOUT_MEMBERS):
+        expected = f"an object of {', '.join(_LAYOUT_MEMBERS)}"
+        problems.append(Problem("bad_metadata", "layout has another content", file, expected=expected))
+    if not problems:
+        problems = list(_initializer_problems(proto, keys, file))
+    if problems:
+        raise InvalidFileError(problems)
+    places = {tensor.name: place(tensor) for tensor in proto.graph.initializer}
+    value = {
+        **layout,
+        **{key: metadata[key] for key in ("config", "digest", "provenance")},
+        "files": {},
+        "self_test": metadata.get("self_test"),
+        "sections": [
+            {"offset": offset, "length": length, "crc32": checksum}
+            for (offset, length), checksum in zip([places[key] or (0, 0) for key in keys], checksums, strict=True)
+        ],
+    }
+    header, problems = parse_header(value, file)
+    if header is None:
+        raise InvalidFileError(problems)
+    return header, keys
+
+
+def _initializer_problems(proto: onnx.ModelProto, keys: Sequence[str], file: str) -> Iterator[Problem]:
+    """Initialisers that are not exactly the sections, each in the data file."""
+    from cluscomp_formats.onnx.initializers import place
+
+    found = [tensor.name for tensor in proto.graph.initializer]
+    for name in sorted(set(keys) - set(found)):
+        yield Problem("missing_tensor", "an array of the model is not there", file, name[:200], remedy=_CONVERT_AGAIN)
+    for name in sorted(set(found) - set(keys)):
+        yield Problem("unknown_tensor", "the graph has an array that the model does not", file, name[:200])
+    if len(set(found)) != len(found) or proto.graph.sparse_initializer:
+        yield Problem("duplicate_tensor", "two arrays have the same name, or one is sparse", file)
+    for tensor in proto.graph.initializer:
+        if place(tensor) is None:
+            entries = {entry.key: entry.value for entry in tensor.external_data}
+            expected = f"location {DATA_FILE}, offset and length in bytes"
+            message = "the array is not in the data file"
+            yield Problem("bad_external_data", message, file, tensor.name[:200], repr(entries)[:200], expected)
+
+
+def _map_data(path: Path, sections: Sequence[Section]) -> MappedFile:
+    """The data file, mapped, after its sections were found to fill it. Raises InvalidFileError, StorageError."""
+    problems = []
+    end = 0
+    for number, section in enumerate(sections):
+        expected = data_offset(end, section.length)
+        if section.offset != expected:
+            message = "the array does not begin where the one before it ends"
+            found = str(section.offset)
+            problems.append(Problem("section_misplaced", message, str(path), f"sections[{number}]", found, str(expected)))
+        end = section.offset + section.length
+    try:
+        if path.exists() and not path.is_file():
+            raise InvalidFileError(Problem("not_a_file", "a folder, device or pipe, not a file", str(path)))
+        length = path.stat().st_size
+        if length != align(end):
+            kind, message = ("truncated", "the file ends early") if length < end else ("trailing_bytes", "the file is too long")
+            found, expected_length = f"{length} bytes", f"{align(end)} bytes"
+            problems.append(Problem(kind, message, str(path), None, found, expected_length, _CONVERT_AGAIN))
+        if problems:
+            raise InvalidFileError(problems)
+        with path.open("rb") as stream:
+            # An empty file cannot be mapped; nothing is read from this mapping then.
+            mapping = mmap.mmap(stream.fileno(), length, access=mmap.ACCESS_READ) if length else mmap.mmap(-1, 1)
+    except FileNotFoundError:
+        remedy = "get this part of the model too"
+        raise InvalidFileError(Problem("missing", "no such file", str(path), remedy=remedy)) from None
+    except OSError as error:
+        raise storage_error(path, error) from error
+    except ValueError:
+        raise InvalidFileError(Problem("file_changed", "the file was cut while being opened", str(path))) from None
+    return MappedFile(str(path), mapping, sections)
+
+
+def _model_problems(
+    proto: onnx.ModelProto, header: PackedHeader, model: Model, keys: Sequence[str], file: str
+) -> Iterator[Problem]:
+    """Initialisers of another form than their payload, and a graph that does not use the weights as the model says."""
+    from cluscomp_formats.onnx.graph_check import graph_problems
+    from cluscomp_formats.onnx.initializers import initializer
+
+    initializers = {tensor.name: tensor for tensor in proto.graph.initializer}
+    for key, array, section in zip(keys, stored_arrays(model), header.sections, strict=True):
+        expected, found = initializer(array, section), initializers[key]
+        if found != expected:
+            message = f"{array.payload.part} are stored under another name or in another form"
+            forms = [f"{form.name[:200]}, element type {form.data_type} {list(form.dims)}" for form in (found, expected)]
+            yield Problem("wrong_form", message, file, array.payload.owner, *forms)
+    yield from graph_problems(proto, model, file)

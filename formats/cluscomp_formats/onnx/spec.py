@@ -1,0 +1,87 @@
+"""The constants of the ONNX format, version 1, and how a payload is stored. The specification is `docs/onnx-format.md`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from cluscomp_formats.packed.payloads import Payload
+from cluscomp_formats.packed.spec import ALIGNMENT
+
+__all__ = [
+    "CONFIG",
+    "DATA_FILE",
+    "DOMAIN",
+    "DOMAIN_VERSION",
+    "ELEMENT_TYPES",
+    "IR_VERSION",
+    "MAX_MODEL_BYTES",
+    "METADATA_KEYS",
+    "METADATA_PREFIX",
+    "MODEL_FILE",
+    "OPSETS",
+    "OPTIONAL_METADATA_KEYS",
+    "SUBFOLDER",
+    "VERSION",
+    "data_offset",
+    "stored_form",
+]
+
+VERSION = 1
+DOMAIN = "ai.cluscomp"
+DOMAIN_VERSION = 1
+OPSETS = (21, 22, 23)
+"""Versions of ONNX's own operators a file may import, the one that is written first."""
+
+IR_VERSION = 10
+"""The version of ONNX's container that came with opset 21."""
+
+# The layout Optimum and transformers.js expect.
+SUBFOLDER = "onnx"
+MODEL_FILE = "model.onnx"
+DATA_FILE = "model.onnx_data"
+CONFIG = "config.json"
+
+MAX_MODEL_BYTES = 1 << 24
+"""Limit on `model.onnx`, which holds no weights; parsed, it takes some fifty times as much memory."""
+
+PAGE = 4096
+"""Arrays of this many bytes or more begin on a page, so that a runtime can map them."""
+
+METADATA_PREFIX = "cluscomp."
+METADATA_KEYS = ("config", "crc32", "digest", "files", "layout", "provenance", "sections", "version")
+OPTIONAL_METADATA_KEYS = ("self_test",)
+"""The keys of `metadata_props`, without their prefix; the specification's table says the same."""
+
+ELEMENT_TYPES = {
+    "float64": 11,
+    "float32": 1,
+    "float16": 10,
+    "bfloat16": 16,
+    "int64": 7,
+    "int32": 6,
+    "int16": 5,
+    "int8": 3,
+    "uint64": 13,
+    "uint32": 12,
+    "uint16": 4,
+    "uint8": 2,
+    "bool": 9,
+}
+"""Numbers of ONNX's element types, by dtype."""
+
+
+def stored_form(payload: Payload) -> tuple[Payload, str]:
+    """The payload as this format stores it, and its dtype there: codes of up to 8 bits are uint8, wider ones uint16.
+
+    ONNX has no arrays of other widths that runtimes can index with.
+    """
+    if payload.code_bits is None:
+        return payload, payload.dtype
+    narrow = payload.code_bits <= 8
+    return replace(payload, code_bits=8 if narrow else 16), "uint8" if narrow else "uint16"
+
+
+def data_offset(end: int, length: int) -> int:
+    """Where in the data file an array of `length` bytes begins, if the one before ends at `end`."""
+    alignment = PAGE if length >= PAGE else ALIGNMENT
+    return -(-end // alignment) * alignment

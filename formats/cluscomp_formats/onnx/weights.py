@@ -1,0 +1,103 @@
+"""The nodes that multiply by a weight or look rows of it up, for every form a weight of the IR has.
+
+A clustered weight is one `ClusLinear` or `ClusEmbedding` per stage; scales, biases and the sum over stages are standard
+operators around them, and outliers an `OutlierLinear` or `OutlierEmbedding` on top, in the order in which the IR decodes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cluscomp_formats.hf.layout import codebook_key, part_key
+from cluscomp_formats.ir import ClusteredWeight, DenseTensor, Stage, Tensor
+from cluscomp_formats.onnx.functions import CLUS_EMBEDDING, CLUS_LINEAR, OUTLIER_EMBEDDING, OUTLIER_LINEAR
+from cluscomp_formats.onnx.graph import FLOAT, GraphBuilder
+from cluscomp_formats.onnx.spec import DOMAIN
+
+__all__ = ["add_bias", "as_float", "embedding", "linear"]
+
+GROUP_AXES = {"out": 0, "in": 1}
+"""The attribute `group_axis`: an axis of the weight as `[out_features, in_features]`."""
+
+
+def as_float(builder: GraphBuilder, name: str, dtype: str) -> str:
+    """The array of an initialiser in float32."""
+    return name if dtype == "float32" else str(builder.node("Cast", [name], to=FLOAT))
+
+
+def linear(builder: GraphBuilder, weight: Tensor, x: str, *, transposed: bool = False) -> str:
+    """`x [..., in_features] -> x @ weight.T [..., out_features]`, float32.
+
+    With `transposed` it is `x @ weight`, for models that keep their weights as `[in_features, out_features]`.
+    """
+    if isinstance(weight, DenseTensor):
+        matrix = as_float(builder, weight.name, weight.values.dtype)
+        return str(builder.node("MatMul", [x, matrix if transposed else builder.node("Transpose", [matrix], perm=[1, 0])]))
+    before, after = ("column_scale", "row_scale") if not transposed else ("row_scale", "column_scale")
+    scaled = _scaled(builder, weight, before, x)
+    axis = GROUP_AXES[weight.group_axis]
+    attributes: dict[str, Any] = {"group_axis": 1 - axis if transposed else axis, "axis_length": weight.shape[axis]}
+    numbers = range(len(weight.stages))
+    y = _sum(builder, [_stage(builder, CLUS_LINEAR, scaled, weight, number, attributes) for number in numbers])
+    y = _scaled(builder, weight, after, y)
+    if weight.outliers is None:
+        return y
+    lengths = weight.shape[::-1] if transposed else weight.shape
+    attributes = {"out_features": lengths[0], "in_features": lengths[1], "transposed": int(transposed)}
+    positions, values = (part_key(weight.name, part) for part in ("outlier_positions", "outlier_values"))
+    extra = builder.node(OUTLIER_LINEAR, [x, positions, values], domain=DOMAIN, **attributes)
+    return str(builder.node("Add", [y, extra]))
+
+
+def embedding(builder: GraphBuilder, weight: Tensor, indices: str) -> str:
+    """Rows of the weight, `indices [...] -> [..., in_features]`, float32."""
+    if isinstance(weight, DenseTensor):
+        return as_float(builder, builder.node("Gather", [weight.name, indices]), weight.values.dtype)
+    axis = GROUP_AXES[weight.group_axis]
+    attributes: dict[str, Any] = {"group_axis": axis, "axis_length": weight.shape[axis]}
+    stages = [
+        as_float(builder, _stage(builder, CLUS_EMBEDDING, indices, weight, number, attributes), stage.codebook.values.dtype)
+        for number, stage in enumerate(weight.stages)
+    ]
+    rows = _sum(builder, stages)
+    if weight.row_scale is not None:
+        picked = builder.node("Gather", [part_key(weight.name, "row_scale"), indices])
+        scale = as_float(builder, picked, weight.row_scale.dtype)
+        rows = builder.node("Mul", [rows, builder.node("Unsqueeze", [scale, builder.ints(-1)])])
+    rows = _scaled(builder, weight, "column_scale", rows)
+    if weight.outliers is None:
+        return rows
+    values = as_float(builder, part_key(weight.name, "outlier_values"), weight.outliers.values.dtype)
+    inputs = [indices, part_key(weight.name, "outlier_positions"), values]
+    extra = builder.node(OUTLIER_EMBEDDING, inputs, domain=DOMAIN, in_features=weight.shape[1])
+    return str(builder.node("Add", [rows, extra]))
+
+
+def add_bias(builder: GraphBuilder, y: str, bias: Tensor | None) -> str:
+    """`y + bias`, the bias `[out_features]` dense; `y` itself if there is none."""
+    if bias is None:
+        return y
+    if not isinstance(bias, DenseTensor):
+        raise TypeError(f"{bias.name}: a bias is a vector, and vectors are not clustered")
+    return str(builder.node("Add", [y, as_float(builder, bias.name, bias.values.dtype)]))
+
+
+def _stage(
+    builder: GraphBuilder, op: str, operand: str, weight: ClusteredWeight, number: int, attributes: Mapping[str, Any]
+) -> str:
+    stage: Stage = weight.stages[number]
+    arrays = [codebook_key(stage.codebook.name), part_key(weight.name, "codes", number)]
+    return str(builder.node(op, [operand, *arrays], domain=DOMAIN, **attributes))
+
+
+def _sum(builder: GraphBuilder, terms: Sequence[str]) -> str:
+    total = terms[0]
+    for term in terms[1:]:
+        total = builder.node("Add", [total, term])
+    return total
+
+
+def _scaled(builder: GraphBuilder, weight: ClusteredWeight, part: str, x: str) -> str:
+    scale = dict(weight.extra_arrays).get(part)
+    return x if scale is None else str(builder.node("Mul", [x, as_float(builder, part_key(weight.name, part), scale.dtype)]))

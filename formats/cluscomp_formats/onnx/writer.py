@@ -1,0 +1,198 @@
+"""Write ONNX folders: the arrays in one data file, streamed, then the graph that refers to them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnx import helper
+
+from cluscomp_formats.atomic import storage_error
+from cluscomp_formats.atomic_folder import atomic_folder, check_output_folder
+from cluscomp_formats.errors import InvalidRequestError, Problem
+from cluscomp_formats.hf.layout import StoredArray, stored_arrays
+from cluscomp_formats.ir import Model, canonical_json
+from cluscomp_formats.onnx.functions import functions
+from cluscomp_formats.onnx.graph import Graph
+from cluscomp_formats.onnx.initializers import initializer
+from cluscomp_formats.onnx.reader import holds_only_onnx, open_onnx
+from cluscomp_formats.onnx.spec import (
+    CONFIG,
+    DATA_FILE,
+    DOMAIN,
+    DOMAIN_VERSION,
+    IR_VERSION,
+    MAX_MODEL_BYTES,
+    METADATA_PREFIX,
+    MODEL_FILE,
+    OPSETS,
+    SUBFOLDER,
+    VERSION,
+    data_offset,
+    stored_form,
+)
+from cluscomp_formats.packed.header import Section, header_of, header_value
+from cluscomp_formats.packed.payload_stream import Progress, SelfTest, WriteReport, json_problems, model_problems
+from cluscomp_formats.packed.section_stream import write_sections
+from cluscomp_formats.side_files import side_file_problems, write_json, write_side_files, write_synced
+from cluscomp_formats.version import __version__
+
+__all__ = ["write_onnx"]
+
+
+def write_onnx(
+    model: Model,
+    folder: Path,
+    graph: Graph,
+    *,
+    force: bool = False,
+    self_test: SelfTest | None = None,
+    on_progress: Progress | None = None,
+) -> WriteReport:
+    """Write `model` as an ONNX folder that computes `graph`, atomically, with no more than about one payload in memory.
+
+    `graph` refers to the model's arrays by the names of `stored_arrays` and was built for it. With `self_test`, the callback
+    gets the model as opened from the finished payloads and returns the self-test record to store; without, `model.self_test`
+    is kept. `on_progress` gets payload bytes done and in total. An empty folder may be filled; with `force` a folder of this
+    format that holds nothing else is replaced, and never any other.
+
+    Raises OutputExistsError and StorageError; InvalidRequestError for a model the format cannot hold: before anything is
+    written for names, configuration, shapes and graph, and before the folder appears for values. Each payload's loader is
+    called once; what it raises passes through, but an OSError comes as a StorageError that names the tensor.
+    """
+    check_output_folder(folder, force=force, replaceable=holds_only_onnx)
+    arrays = list(stored_arrays(model))
+    problems = list(_request_problems(model, arrays, graph, str(folder)))
+    if problems:
+        raise InvalidRequestError(problems)
+    side_bytes = sum(array.nbytes for array in model.files.values())
+    total = side_bytes + sum(stored_form(array.payload)[0].stored_bytes for array in arrays)
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if on_progress is not None:
+            on_progress(done, total)
+
+    with atomic_folder(folder, force=force, replaceable=holds_only_onnx) as temporary:
+        (temporary / SUBFOLDER).mkdir()
+        write_side_files(model, temporary, folder, advance)
+        write_json(temporary / CONFIG, _config_for_others(model))
+        sections, digest = _write_data(temporary / SUBFOLDER / DATA_FILE, model, arrays, folder, done, total, on_progress)
+        record = model.self_test if self_test is None else None
+        _write_model(temporary, _model_proto(model, arrays, graph, sections, digest, record), folder)
+        if self_test is not None:
+            record = self_test(open_onnx(temporary))
+            faults = list(json_problems({"self_test": record}, str(folder)))
+            if faults:
+                raise InvalidRequestError(faults)
+            _write_model(temporary, _model_proto(model, arrays, graph, sections, digest, record), folder)
+        file_bytes = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
+    return WriteReport(folder, digest, file_bytes, total, len(arrays) + len(model.files))
+
+
+def _config_for_others(model: Model) -> dict[str, Any]:
+    """`config.json` as transformers.js wants it; ours is in the metadata."""
+    return {**model.config, "transformers.js_config": {"use_external_data_format": True}}
+
+
+def _write_data(
+    path: Path,
+    model: Model,
+    arrays: Sequence[StoredArray],
+    output: Path,
+    done: int,
+    total: int,
+    on_progress: Progress | None,
+) -> tuple[list[Section], str]:
+    """Write the data file. Returns where each array lies and the model's digest."""
+    payloads = [(stored_form(array.payload)[0], array.array) for array in arrays]
+    progress = None if on_progress is None else lambda count, _: on_progress(done + count, total)
+    try:
+        with path.open("w+b") as stream:
+            sections, digest = write_sections(stream, 0, model, payloads, output, progress, data_offset)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        raise storage_error(output, error) from error
+    return sections, digest
+
+
+def _model_proto(
+    model: Model,
+    arrays: Sequence[StoredArray],
+    graph: Graph,
+    sections: Sequence[Section],
+    digest: str,
+    record: Mapping[str, Any] | None,
+) -> onnx.ModelProto:
+    """The content of `model.onnx`."""
+    initializers = [initializer(array, section) for array, section in zip(arrays, sections, strict=True)]
+    name = model.provenance.get("name")
+    proto = helper.make_model(
+        helper.make_graph(
+            graph.nodes,
+            name if isinstance(name, str) and name else "model",
+            graph.inputs,
+            graph.outputs,
+            initializers,
+        ),
+        functions=[function for name, function in functions(OPSETS[0]).items() if name in _operators(graph)],
+        opset_imports=[helper.make_opsetid("", OPSETS[0]), helper.make_opsetid(DOMAIN, DOMAIN_VERSION)],
+        ir_version=IR_VERSION,
+        producer_name="cluscomp-export",
+        producer_version=__version__,
+    )
+    payloads = [array.payload for array in arrays]
+    value = header_value(header_of(Model(model.config, model.tensors), payloads, sections, digest, record))
+    entries: dict[str, Any] = {
+        "version": VERSION,
+        "digest": digest,
+        "config": model.config,
+        "provenance": model.provenance,
+        "files": sorted(model.files),
+        "layout": {key: value[key] for key in ("codebooks", "tensors")},
+        "sections": [array.key for array in arrays],
+        "crc32": [section.crc32 for section in sections],
+    }
+    if record is not None:
+        entries["self_test"] = record
+    helper.set_model_props(proto, {METADATA_PREFIX + key: canonical_json(entries[key]) for key in sorted(entries)})
+    return proto
+
+
+def _operators(graph: Graph) -> set[str]:
+    return {node.op_type for node in graph.nodes if node.domain == DOMAIN}
+
+
+def _write_model(folder: Path, proto: onnx.ModelProto, output: Path) -> None:
+    content = proto.SerializeToString(deterministic=True)
+    if len(content) > MAX_MODEL_BYTES:
+        found, expected = f"{len(content)} bytes", f"at most {MAX_MODEL_BYTES}"
+        raise InvalidRequestError(
+            Problem("model_too_long", f"{MODEL_FILE} would be too long", str(output), None, found, expected)
+        )
+    write_synced(folder / SUBFOLDER / MODEL_FILE, content)
+
+
+def _request_problems(model: Model, arrays: Sequence[StoredArray], graph: Graph, file: str) -> Iterator[Problem]:
+    """What can be found wrong without reading a payload."""
+    yield from model_problems(model, [(array.payload, array.array) for array in arrays], file)
+    yield from side_file_problems(model, (CONFIG, SUBFOLDER), file)
+    values = {output for node in graph.nodes for output in node.output} | {value.name for value in graph.inputs}
+    owners = dict.fromkeys(values, "the graph")
+    for array in arrays:
+        if owners.setdefault(array.key, array.payload.owner) != array.payload.owner:
+            found, expected = f"{array.key}, also of {owners[array.key]}", "names that differ"
+            message = "two values of the graph would have the same name"
+            yield Problem("name_collision", message, file, array.payload.owner, found, expected)
+    known = owners.keys()
+    for node in graph.nodes:
+        for name in node.input:
+            if name and name not in known:
+                message = "the graph uses an array the model does not have"
+                yield Problem("missing_tensor", message, file, name, remedy="the configuration and the tensors do not fit")
