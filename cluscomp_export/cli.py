@@ -53,10 +53,10 @@ def cli() -> None:
 @click.argument("output", type=PATH)
 @click.option(
     "--to",
-    type=click.Choice(["packed", "hf", "gguf"]),
+    type=click.Choice(["packed", "hf", "gguf", "onnx"]),
     default="packed",
     show_default=True,
-    help="The format to write: one .clus file, a Hugging Face folder, or a GGUF file.",
+    help="The format to write: one .clus file, a Hugging Face folder, a GGUF file, or an ONNX folder.",
 )
 @click.option(
     "--gguf-type",

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluscomp_export.onnx_graph import build_graph
 from cluscomp_formats.atomic import check_output
 from cluscomp_formats.atomic_folder import check_output_folder
 from cluscomp_formats.gguf import write_dense_gguf, write_gguf
 from cluscomp_formats.hf import holds_only_model, write_hf
 from cluscomp_formats.ir import Model
+from cluscomp_formats.onnx import holds_only_onnx
 from cluscomp_formats.packed import write_packed
 
 __all__ = ["WRITERS", "Writer", "dense_gguf_writer"]
@@ -22,6 +24,18 @@ BytesDone = Callable[[int, int], None]
 
 def _check_folder(path: Path, *, force: bool) -> None:
     check_output_folder(path, force=force, replaceable=holds_only_model)
+
+
+def _check_onnx(path: Path, *, force: bool) -> None:
+    check_output_folder(path, force=force, replaceable=holds_only_onnx)
+
+
+def _write_onnx(model: Model, path: Path, **options: Any) -> Any:
+    graph = build_graph(model)
+    # After `build_graph`, which says so if the package onnx is missing.
+    from cluscomp_formats.onnx.writer import write_onnx
+
+    return write_onnx(model, path, graph, **options)
 
 
 @dataclass(frozen=True)
@@ -54,4 +68,5 @@ WRITERS = {
     "packed": _writer(check_output, write_packed),
     "hf": _writer(_check_folder, write_hf),
     "gguf": _writer(check_output, write_gguf),
+    "onnx": _writer(_check_onnx, _write_onnx),
 }

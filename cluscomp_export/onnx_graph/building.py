@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cluscomp_export.onnx_graph.llama import llama_graph
 from cluscomp_formats.ir import Model
 from cluscomp_formats.onnx.package import require_onnx
 from cluscomp_runtime.architecture import DecoderSettings, check_tensors
@@ -22,6 +21,8 @@ def build_graph(model: Model) -> Graph:
     tensors that do not fit the configuration.
     """
     require_onnx()
+    from cluscomp_export.onnx_graph.llama import llama_graph
+
     settings = DecoderSettings.from_config(model.config)
     check_tensors(model, settings)
     return llama_graph(model, settings)

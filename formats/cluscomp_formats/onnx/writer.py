@@ -96,8 +96,8 @@ def write_onnx(
 
 
 def _config_for_others(model: Model) -> dict[str, Any]:
-    """`config.json` as transformers.js wants it; ours is in the metadata."""
-    return {**model.config, "transformers.js_config": {"use_external_data_format": True}}
+    """`config.json` as transformers.js wants it, which else would look for 8-bit weights; ours is in the metadata."""
+    return {**model.config, "transformers.js_config": {"dtype": "fp32", "use_external_data_format": True}}
 
 
 def _write_data(
