@@ -13,7 +13,7 @@ from cluscomp_export.verify import verify
 from cluscomp_formats.errors import ClusCompError, InvalidRequestError, OutputExistsError
 from cluscomp_runtime import load
 
-FORMATS = ("packed", "hf", "gguf")
+FORMATS = ("packed", "hf", "gguf", "onnx")
 
 
 @pytest.fixture(scope="module")
@@ -38,17 +38,18 @@ def test_every_format_holds_the_same_model(artefacts: dict[str, Path]) -> None:
         }
 
 
+def contents(path: Path) -> dict[str, bytes]:
+    """Every file of a folder by its path there, or the one file."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return {str(file.relative_to(path)): file.read_bytes() for file in files}
+
+
 @pytest.mark.parametrize("target", FORMATS)
 @pytest.mark.parametrize("source", FORMATS)
 def test_every_pair_keeps_every_byte(artefacts: dict[str, Path], tmp_path: Path, source: str, target: str) -> None:
     output = tmp_path / "out"
     convert(artefacts[source], output, ConversionOptions(to=target))
-    if target == "hf":
-        names = sorted(path.name for path in output.iterdir())
-        assert names == sorted(path.name for path in artefacts[target].iterdir())
-        assert all((output / name).read_bytes() == (artefacts[target] / name).read_bytes() for name in names)
-    else:
-        assert output.read_bytes() == artefacts[target].read_bytes()
+    assert contents(output) == contents(artefacts[target])
 
 
 @pytest.mark.parametrize("name", FORMATS)
