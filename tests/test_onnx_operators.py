@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from clustered_models import codebook
 from clustered_models import clustered as clustered_weight
+from clustered_models import codebook
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_strategies import clustered, finite
@@ -58,7 +58,11 @@ def magnitude(tensor: Tensor) -> np.ndarray:
         stages.append(type(stage)(Codebook(stage.codebook.name, values), stage.codes))
     outliers = tensor.outliers and Outliers(tensor.outliers.positions, Array.of(np.abs(tensor.outliers.values.to_float32())))
     row, column = absolute(tensor.row_scale), absolute(tensor.column_scale)
-    return ClusteredWeight(tensor.name, tensor.shape, tuple(stages), tensor.group_axis, row, column, outliers).decode().astype(float)
+    return (
+        ClusteredWeight(tensor.name, tensor.shape, tuple(stages), tensor.group_axis, row, column, outliers)
+        .decode()
+        .astype(float)
+    )
 
 
 @st.composite
