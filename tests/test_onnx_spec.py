@@ -45,7 +45,7 @@ def test_operators() -> None:
         words(name)[0]: words(attributes)
         for name, _, attributes, _ in rows("operator", "inputs", "attributes (int)", "computes")
     }
-    assert stated == {name: list(function.attribute) for name, function in functions(21).items()}
+    assert stated == {name: list(function.attribute) for name, function in functions().items()}
 
 
 def test_functions_import_what_the_model_does() -> None:
