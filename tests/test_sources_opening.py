@@ -83,7 +83,7 @@ def test_a_safetensors_file_cut_off_in_its_header_is_named_as_such(tmp_path: Pat
     (tmp_path / "model.safetensors").write_bytes(content[:20])
     with pytest.raises(InvalidFileError) as caught:
         open_source(tmp_path / "model.safetensors")
-    assert caught.value.problems[0].kind == "bad_safetensors"
+    assert caught.value.problems[0].kind == "truncated"
 
 
 def test_a_folder_with_only_gguf_files_points_to_them(tmp_path: Path) -> None:
