@@ -17,7 +17,7 @@ from runtime_models import clustered_model, side_file, small_config
 
 from cluscomp_export.onnx_graph import build_graph
 from cluscomp_formats import registry
-from cluscomp_formats.errors import InvalidFileError, Problem, StorageError, UnsupportedError
+from cluscomp_formats.errors import InvalidFileError, Problem, UnsupportedError
 from cluscomp_formats.onnx import holds_only_onnx, looks_onnx, open_onnx
 from cluscomp_formats.onnx.spec import DATA_FILE, DOMAIN, MAX_MODEL_BYTES, MODEL_FILE, SUBFOLDER
 from cluscomp_formats.onnx.writer import write_onnx
@@ -450,13 +450,6 @@ def test_without_the_package_onnx(folder: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(UnsupportedError, match=r"cluscomp-export\[onnx\]"):
         build_graph(clustered_model(small_config()))
     assert looks_onnx(folder)
-
-
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everything")
-def test_no_permission(folder: Path) -> None:
-    data_file(folder).chmod(0)
-    with pytest.raises(StorageError):
-        open_onnx(folder)
 
 
 def test_only_what_holds_nothing_else_may_be_replaced(folder: Path) -> None:
