@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
+from click.shell_completion import CompletionItem
 
 from cluscomp_export.terminal import ProgressDisplay, print_json, print_table, say
 from cluscomp_formats.errors import ClusCompError
@@ -27,6 +28,30 @@ PATH = click.Path(path_type=Path)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
 DEVICE = click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1, ...")
 INTERRUPTED = 130
+
+
+def _writable_formats() -> tuple[str, ...]:
+    from cluscomp_formats.registry import writable_formats
+
+    return writable_formats()
+
+
+class _OutputFormat(click.ParamType):
+    """The name of a format that can be written; plug-ins are not looked for before somebody asks."""
+
+    name = "format"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value not in _writable_formats():
+            self.fail(f"{value!r} is not one of {', '.join(_writable_formats())}.", param, ctx)
+        return value
+
+    # click 8.1 passes no context.
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return f"[{'|'.join(_writable_formats())}]"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(name) for name in _writable_formats() if name.startswith(incomplete)]
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -53,10 +78,10 @@ def cli() -> None:
 @click.argument("output", type=PATH)
 @click.option(
     "--to",
-    type=click.Choice(["packed", "hf", "gguf"]),
+    type=_OutputFormat(),
     default="packed",
     show_default=True,
-    help="The format to write: one .clus file, a Hugging Face folder, or a GGUF file.",
+    help="The format to write: one .clus file, a Hugging Face folder, a GGUF file, or what a plug-in brings.",
 )
 @click.option(
     "--gguf-type",

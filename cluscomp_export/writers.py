@@ -1,4 +1,4 @@
-"""What `convert --to` can write: each output format with its check before the work and its writer."""
+"""What `convert` writes with: a registered format, or the one output that is an export and no format of ours."""
 
 from __future__ import annotations
 
@@ -7,51 +7,56 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluscomp_formats.atomic import check_output
-from cluscomp_formats.atomic_folder import check_output_folder
-from cluscomp_formats.gguf import write_dense_gguf, write_gguf
-from cluscomp_formats.hf import holds_only_model, write_hf
+from cluscomp_formats.errors import InvalidRequestError, Problem
+from cluscomp_formats.gguf import write_dense_gguf
 from cluscomp_formats.ir import Model
-from cluscomp_formats.packed import write_packed
+from cluscomp_formats.registry import CheckOutput, WriteModel, Written, find_format, writable_formats
 
-__all__ = ["WRITERS", "Writer", "dense_gguf_writer"]
-
-SelfTest = Callable[[Model], Mapping[str, Any] | None]
-BytesDone = Callable[[int, int], None]
-
-
-def _check_folder(path: Path, *, force: bool) -> None:
-    check_output_folder(path, force=force, replaceable=holds_only_model)
+__all__ = ["Writer", "find_writer"]
 
 
 @dataclass(frozen=True)
 class Writer:
-    """`check(path, force=)` refuses an output before any work; `write(model, path, force, self_test, on_progress)` makes it,
-    atomically, and returns the size of the output in bytes and the model's digest, None if the output is no codebook model."""
+    """`check(path, force=...)` refuses an output before any work, `write` makes it; see `Format`."""
 
-    check: Callable[..., None]
-    write: Callable[[Model, Path, bool, SelfTest, BytesDone], tuple[int, str | None]]
-
-
-def _writer(check: Callable[..., None], write: Callable[..., Any]) -> Writer:
-    def run(model: Model, path: Path, force: bool, self_test: SelfTest, on_progress: BytesDone) -> tuple[int, str | None]:
-        report = write(model, path, force=force, self_test=self_test, on_progress=on_progress)
-        return report.file_bytes, report.digest
-
-    return Writer(check, run)
+    check: CheckOutput
+    write: WriteModel
 
 
-def dense_gguf_writer(gguf_type: str) -> Writer:
-    """Decoded and requantised to a stock GGUF type, for stock llama.cpp."""
+@dataclass(frozen=True)
+class _Export:
+    """A file without codebooks has no digest."""
 
-    def run(model: Model, path: Path, force: bool, self_test: SelfTest, on_progress: BytesDone) -> tuple[int, str | None]:
-        return write_dense_gguf(model, path, gguf_type=gguf_type, force=force, on_progress=on_progress).file_bytes, None
-
-    return Writer(check_output, run)
+    file_bytes: int
+    digest: None = None
 
 
-WRITERS = {
-    "packed": _writer(check_output, write_packed),
-    "hf": _writer(_check_folder, write_hf),
-    "gguf": _writer(check_output, write_gguf),
-}
+def find_writer(name: str, gguf_type: str | None = None) -> Writer:
+    """The writer of the format of that name; with `gguf_type`, decoded and requantised for stock llama.cpp.
+
+    Raises InvalidRequestError.
+    """
+    fmt = find_format(name)
+    if fmt.write is None:
+        expected = ", ".join(writable_formats())
+        raise InvalidRequestError(Problem("not_writable", "this format is only read", found=name, expected=expected))
+    if gguf_type is None:
+        return Writer(fmt.check_output, fmt.write)
+    if name != "gguf":
+        raise InvalidRequestError(Problem("bad_option", "--gguf-type needs --to gguf", found=f"--to {name}"))
+    return Writer(fmt.check_output, _dense_gguf(gguf_type))
+
+
+def _dense_gguf(gguf_type: str) -> WriteModel:
+    def write(
+        model: Model,
+        path: Path,
+        *,
+        force: bool,
+        self_test: Callable[[Model], Mapping[str, Any] | None] | None,
+        on_progress: Callable[[int, int], None] | None,
+    ) -> Written:
+        report = write_dense_gguf(model, path, gguf_type=gguf_type, force=force, on_progress=on_progress)
+        return _Export(report.file_bytes)
+
+    return write

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-import cluscomp_formats.builtin  # noqa: F401 - registers the formats
 from cluscomp_formats import registry
 from cluscomp_formats.errors import InvalidRequestError, Problem
 from cluscomp_runtime.language_model import LanguageModel
