@@ -36,7 +36,7 @@ def _writable_formats() -> tuple[str, ...]:
     return writable_formats()
 
 
-class _OutputFormat(click.ParamType):
+class _OutputFormat(click.types.StringParamType):
     """The name of a format that can be written; plug-ins are not looked for before somebody asks."""
 
     name = "format"
