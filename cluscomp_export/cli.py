@@ -163,6 +163,7 @@ def convert(source: Path, output: Path, *, dry_run: bool, force: bool, as_json: 
 
 def _show_plan(prepared: Prepared, *, as_json: bool) -> None:
     from cluscomp_export.sizes import tensor_rows
+    from cluscomp_export.tables import print_tensors
 
     sizes = prepared.sizes
     rows = tensor_rows(prepared.model)
@@ -180,7 +181,7 @@ def _show_plan(prepared: Prepared, *, as_json: bool) -> None:
             }
         )
         return
-    _print_tensors(rows)
+    print_tensors(rows)
     bits = sizes.bits_per_weight()
     click.echo(f"bits per weight: {bits['linears']:.2f} (linear layers), {bits['all']:.2f} (everything)")
     click.echo(f"predicted size: {sizes.payload_bytes / 1e6:.1f} MB; source: {prepared.source_file_bytes / 1e6:.1f} MB")
@@ -188,52 +189,26 @@ def _show_plan(prepared: Prepared, *, as_json: bool) -> None:
         say(f"warning: {text}")
 
 
-def _print_tensors(rows: list[dict[str, Any]]) -> None:
-    """One line per kind of tensor."""
-    from cluscomp_export.sources.linears import kind
-
-    merged: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        how = f"dim {row['dim']} x {row['clusters']}" if row["kind"] == "clustered" else row["dtype"]
-        codebook = kind(row["codebook"]) if row["kind"] == "clustered" else ""
-        merged.setdefault((kind(row["name"]), tuple(row["shape"]), how, codebook), []).append(row)
-    print_table(
-        ("tensors", "count", "shape", "stored as", "codebook", "bits"),
-        [
-            (name, len(group), " x ".join(map(str, shape)), how, codebook, f"{group[0]['bits_per_weight']:.2f}")
-            for (name, shape, how, codebook), group in merged.items()
-        ],
-    )
-
-
 @cli.command()
 @click.argument("model", type=PATH)
-@click.option("--quick", is_flag=True, help="Read the header only: no digest, no checksums.")
+@click.option("--quick", is_flag=True, help="Read the header only: no digest, no checksums, no use of codebooks.")
+@click.option("--reference", type=PATH, help="The original: adds the error of each tensor against it.")
 @JSON
-def inspect(model: Path, *, quick: bool, as_json: bool) -> None:
-    """Show what MODEL holds: architecture, settings per tensor, bits per weight, digest, and what would run it here."""
+def inspect(model: Path, *, quick: bool, reference: Path | None, as_json: bool) -> int:
+    """Show what MODEL holds: architecture, settings per tensor, bits per weight, how its codebooks are used, worst tensors.
+
+    Everything is read, and all that is wrong with it is listed; exit code 3 then.
+    """
     from cluscomp_export.inspection import inspect_model
+    from cluscomp_export.tables import print_inspection
 
     with ProgressDisplay() as progress:
-        report = inspect_model(model, quick=quick, on_progress=progress)
+        report = inspect_model(model, reference=reference, quick=quick, on_progress=progress)
     if as_json:
         print_json(report)
-        return
-    _print_tensors(report["tensors"])
-    bits = report["bits_per_weight"]
-    facts = {
-        "format": report["format"],
-        "architecture": report["architecture"],
-        "weights": f"{report['weights'] / 1e6:.1f} million",
-        "file": f"{report['file_bytes'] / 1e6:.1f} MB",
-        "bits per weight": f"{bits['linears']:.2f} (linear layers), {bits['all']:.2f} (everything)",
-        "digest": report["digest"] or "not computed (--quick)",
-        "self-test record": "yes" if report["self_test"] else "no",
-        "made by": report["provenance"].get("tool", "") + " " + report["provenance"].get("version", ""),
-        "kernel here": report["kernel"],
-    }
-    for name, value in facts.items():
-        click.echo(f"{name:>17}: {value}")
+    else:
+        print_inspection(report)
+    return int(report["exit_code"])
 
 
 @cli.command()

@@ -22,6 +22,7 @@ from cluscomp_export.sources import open_source, source_bytes
 from cluscomp_export.writers import find_writer
 from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem, StorageError, UnsupportedError
 from cluscomp_formats.ir import FLOAT_DTYPES, AnyArray, Array, Model
+from cluscomp_formats.packed.payloads import is_finite
 from cluscomp_formats.version import __version__
 from cluscomp_runtime.language_model import check_device
 
@@ -234,7 +235,7 @@ def scan_source(source: Model, path: Path, on_progress: Progress = silent) -> st
 def _first_not_finite(array: Array, values: AnyArray) -> tuple[int, ...] | None:
     if array.dtype not in FLOAT_DTYPES:
         return None
-    finite = (values & 0x7F80) != 0x7F80 if array.dtype == "bfloat16" else np.isfinite(values)
+    finite = is_finite(values, array.dtype)
     if finite.all():
         return None
     return tuple(int(index) for index in np.unravel_index(int(np.argmin(finite)), values.shape))
