@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -11,6 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from cluscomp_formats.builtin import FORMATS
+from cluscomp_formats.registry import Format
+
+OURS = [fmt.name for fmt in FORMATS]
 PAGE = Path(__file__).parent.parent / "docs" / "plugins.md"
 
 
@@ -82,7 +87,7 @@ def test_its_output_is_checked_before_the_work(site: Path, boxed: Path, stories_
 
 
 def test_help_and_tab_completion_offer_it(site: Path) -> None:
-    assert "[packed|hf|gguf|boxed]" in command(site, "convert", "--help").stdout
+    assert f"[{'|'.join([*OURS, 'boxed'])}]" in command(site, "convert", "--help").stdout
     words = {"_CLUSCOMP_EXPORT_COMPLETE": "bash_complete", "COMP_WORDS": "cluscomp-export convert --to b", "COMP_CWORD": "3"}
     code = "import sys; sys.argv[0] = 'cluscomp-export'; from cluscomp_export.cli import main; main()"
     assert python(site, "-c", code, **words).stdout == "plain,boxed\n"
@@ -91,7 +96,7 @@ def test_help_and_tab_completion_offer_it(site: Path) -> None:
 def test_without_it_the_name_is_refused(tmp_path: Path, stories_folder: Path) -> None:
     done = command(tmp_path, "convert", stories_folder, tmp_path / "out", "--to", "boxed")
     assert done.returncode == 2
-    assert "'boxed' is not one of packed, hf, gguf." in done.stderr
+    assert f"'boxed' is not one of {', '.join(OURS)}." in done.stderr
 
 
 BROKEN = """
@@ -127,7 +132,7 @@ def test_a_plug_in_that_does_not_work_leaves_the_others_alone(tmp_path: Path, bo
         assert line.endswith("update or uninstall broken-formats")
     # It is asked only about what is not ours.
     done = command(tmp_path, "convert", stories_folder, tmp_path / "out", "--to", "unsure")
-    assert "is not one of packed, hf, gguf." in done.stderr
+    assert f"is not one of {', '.join(OURS)}." in done.stderr
     done = command(tmp_path, "inspect", stories_folder, "--quick")
     assert done.returncode == 0
     assert "the format 'unsure' cannot tell" in done.stderr
@@ -141,3 +146,7 @@ def test_nothing_is_looked_for_before_it_is_needed(tmp_path: Path) -> None:
     assert python(tmp_path, "-c", code).stdout == ""
     asked = f"{code} as registry; registry.formats(); registry.formats()"
     assert python(tmp_path, "-c", asked).stdout == "imported\n"
+
+
+def test_the_page_has_every_member_of_a_format() -> None:
+    assert re.findall(r"^\| `(\w+)[`(]", PAGE.read_text(), re.MULTILINE) == [field.name for field in dataclasses.fields(Format)]
