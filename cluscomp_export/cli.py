@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from cluscomp_export.terminal import ProgressDisplay, print_json, print_table, say
-from cluscomp_formats.errors import ClusCompError
+from cluscomp_formats.errors import ClusCompError, printable
 from cluscomp_formats.version import __version__
 
 if TYPE_CHECKING:
@@ -204,11 +204,11 @@ def inspect(model: Path, *, quick: bool, as_json: bool) -> None:
         "bits per weight": f"{bits['linears']:.2f} (linear layers), {bits['all']:.2f} (everything)",
         "digest": report["digest"] or "not computed (--quick)",
         "self-test record": "yes" if report["self_test"] else "no",
-        "made by": report["provenance"].get("tool", "") + " " + report["provenance"].get("version", ""),
+        "made by": f"{report['provenance'].get('tool', '')} {report['provenance'].get('version', '')}",
         "kernel here": report["kernel"],
     }
     for name, value in facts.items():
-        click.echo(f"{name:>17}: {value}")
+        click.echo(f"{name:>17}: {printable(str(value))}")
 
 
 @cli.command()
@@ -249,7 +249,7 @@ def verify(a: Path, b: Path, *, device: str, as_json: bool) -> int:
         detail = f" (difference {test['max_difference']:.3g}, allowed {test['tolerance']:.3g})" if "tolerance" in test else ""
         click.echo(f"self-test of {name}: {verdict}{detail}")
     for reason in result.reasons:
-        click.echo(f"- {reason}")
+        click.echo(f"- {printable(reason)}")
     click.echo(result.verdict.upper())
     return result.exit_code
 

@@ -25,11 +25,12 @@ def inspect_model(path: Path, *, quick: bool = False, on_progress: Progress = si
     model = open_source(path)
     sizes = model_sizes(model)
     fmt = detect(path)
-    architectures = model.config.get("architectures") or [model.config.get("model_type", "unknown")]
+    architectures = model.config.get("architectures")
+    named = architectures[0] if isinstance(architectures, list) and architectures else model.config.get("model_type", "unknown")
     return {
         "file": str(path),
         "format": fmt.name if fmt else model.provenance.get("format", "unknown"),
-        "architecture": str(architectures[0]),
+        "architecture": str(named),
         "weights": sizes.all_weights,
         "file_bytes": source_bytes(path),
         "bits_per_weight": sizes.bits_per_weight(),

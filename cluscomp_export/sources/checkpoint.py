@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 
 from cluscomp_formats.errors import InvalidFileError, Problem, UnsupportedError
 from cluscomp_formats.ir import DTYPES, AnyArray, Array
+from cluscomp_formats.packed.json_values import json_faults
+from cluscomp_formats.packed.spec import can_be_shape
 
 __all__ = [
     "CONFIG",
@@ -154,6 +156,10 @@ def _read_json_object(path: Path, remedy: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         found = f"a JSON {type(content).__name__}"
         raise InvalidFileError(Problem("bad_json", "not a JSON object", str(path), found=found, expected="an object"))
+    fault = next(json_faults(content, "the value"), None)
+    if fault is not None:
+        message, expected = "holds what none of our formats can", "64-bit integers, finite numbers, valid Unicode"
+        raise InvalidFileError(Problem("bad_json", message, str(path), None, f"{fault[0]} is {fault[1]}", expected, remedy))
     return content
 
 
@@ -167,7 +173,7 @@ def _read_index(path: Path) -> dict[str, str]:
     remedy = "download the checkpoint again"
     weight_map = _read_json_object(path, remedy).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        found = "nothing" if weight_map is None else f"{type(weight_map).__name__} of {len(weight_map or ())}"
+        found = "nothing" if weight_map is None else "an empty object" if weight_map == {} else type(weight_map).__name__
         expected = "an object that maps tensor names to file names"
         raise InvalidFileError(Problem("bad_index", "weight_map is missing or empty", str(path), None, found, expected, remedy))
     problems = []
@@ -235,6 +241,11 @@ def _declare(path: Path, name: str, shape: tuple[int, ...], dtype: str, headers:
         remedy = "start from the unquantised checkpoint"
         problem = Problem("unsupported_dtype", "a dtype this tool does not read", str(path), name, dtype, expected, remedy)
         headers.unsupported.append(problem)
+        return
+    if not can_be_shape(shape, DTYPES[_SAFETENSORS_DTYPES[dtype]].itemsize):
+        # The library counts the bytes of an array that has none and looks no further.
+        problem = Problem("bad_shape", "the shape is impossible", str(path), name, str(list(shape))[:200])
+        headers.problems.append(problem)
         return
     headers.tensors[name] = Array(shape, _SAFETENSORS_DTYPES[dtype], lambda: _read_tensor(path, name))
 

@@ -65,7 +65,8 @@ def _outcome(consume: Callable[[Path], None], path: Path) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            warnings.filterwarnings("ignore", message=".*which no kernel handles")
+            # What the runtime announces is no fault.
+            warnings.filterwarnings("ignore", message=".*which no kernel handles|the native path takes no")
             consume(path)
     except (InvalidFileError, UnsupportedError, StorageError) as error:
         check_printable(error)
@@ -97,7 +98,15 @@ class _Watch:
         self.folder: str | None = None
         self.opened: list[str] = []
         # Modules imported late, and what libraries ask of the system, name no file of the user's.
-        roots = {"/proc", "/sys", *sys.path, sys.prefix, sys.base_prefix, sysconfig.get_paths()["stdlib"], str(Path(__file__).parents[2])}
+        roots = {
+            "/proc",
+            "/sys",
+            *sys.path,
+            sys.prefix,
+            sys.base_prefix,
+            sysconfig.get_paths()["stdlib"],
+            str(Path(__file__).parents[2]),
+        }
         self._own = tuple(str(Path(root).resolve()) for root in roots if root)
         sys.addaudithook(self._hook)
 

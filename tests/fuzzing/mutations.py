@@ -31,7 +31,16 @@ NUMBERS += [2**63, 2**64 - 1, 2**64, 10**30, 0.5, 1.0, 1e-45, 1e-300, 1e300, -0.
 TEXTS = ["", "a", "..", "../x", "/etc/passwd", "a" * 300, "a" * 600, "\x1b[31m", "\u202e", "\ud800", "\x00", "\U0010ffff"]
 TEXTS += ["out", "in", "dense", "clustered", "float64", "bfloat16", "bool", "uint64", "uint8", "F64", "BOOL", "F8_E4M3"]
 TEXTS += ["model.safetensors", "config.json", "x.safetensors", "llama", "qwen2", "qwen3", "mistral", "llama3", "linear", "yarn"]
-_FORMATS_TAKEN_APART = (ValueError, KeyError, TypeError, IndexError, AttributeError, struct.error, RecursionError, OverflowError)
+_FORMATS_TAKEN_APART = (
+    ValueError,
+    KeyError,
+    TypeError,
+    IndexError,
+    AttributeError,
+    struct.error,
+    RecursionError,
+    OverflowError,
+)
 
 
 def mutate_bytes(data: bytes, random: Random) -> bytes:
@@ -179,7 +188,9 @@ def mutate_folder(data: bytes, random: Random) -> bytes:
     elif choice == 1:
         del members[name]
     elif choice == 2:
-        members[random.choice(["model.safetensors", "config.json", "cluscomp.json", "tokenizer.json", f"{name}x"])] = members[name]
+        members[random.choice(["model.safetensors", "config.json", "cluscomp.json", "tokenizer.json", f"{name}x"])] = members[
+            name
+        ]
     elif name.endswith(".safetensors"):
         members[name] = _mutate_safetensors(members[name], random)
     else:

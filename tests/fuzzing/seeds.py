@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 from clustered_models import clustered, codebook
+from fuzzing.containers import GgufParts, join_members, safetensors_of
 from model_builders import tiny_llama
 
 from cluscomp_formats.gguf import write_dense_gguf, write_gguf
 from cluscomp_formats.hf import write_hf
 from cluscomp_formats.ir import Array, DenseTensor, Model, Outliers, Tensor
 from cluscomp_formats.packed import write_packed
-from fuzzing.containers import GgufParts, join_members, safetensors_of
 
 
 def small_model() -> Model:
@@ -167,7 +167,9 @@ def stock_gguf_seeds(folder: Path) -> Iterator[bytes]:
         }.items():
             parts.put(key, kind, value)
         yield parts.to_bytes()
-    yield _written(lambda model, path: write_dense_gguf(model, path, gguf_type="q8_0"), tiny_llama(**{**config, "hidden": 96}), folder)
+    yield _written(
+        lambda model, path: write_dense_gguf(model, path, gguf_type="q8_0"), tiny_llama(**{**config, "hidden": 96}), folder
+    )
 
 
 def _floats(count: int) -> bytes:

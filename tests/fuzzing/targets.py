@@ -7,16 +7,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from fuzzing import seeds
+from fuzzing.containers import write_members
+from fuzzing.contract import hold_to_contract
+from fuzzing.mutations import Mutation, mutate_folder, mutate_gguf, mutate_packed
+
+from cluscomp_export.inspection import inspect_model
 from cluscomp_formats import registry
 from cluscomp_formats.errors import ClusCompError, InvalidRequestError
 from cluscomp_formats.gguf import looks_gguf, open_gguf
 from cluscomp_formats.hf import looks_hf, open_hf
 from cluscomp_formats.ir import Model
 from cluscomp_formats.packed import looks_packed, open_packed
-from fuzzing import seeds
-from fuzzing.containers import write_members
-from fuzzing.contract import hold_to_contract
-from fuzzing.mutations import Mutation, mutate_folder, mutate_gguf, mutate_packed
 
 CORPUS = Path(__file__).parent / "corpus"
 _warm: set[str] = set()
@@ -91,6 +93,7 @@ def _consume_own(open_format: Callable[..., Model], looks: Callable[[Path], bool
             lazy = True
         except ClusCompError:
             pass
+        inspect_model(path, quick=True)
         model = open_format(path, check=True)
         if not (recognised and lazy):
             raise AssertionError(f"the check passes a file that is {'not sound' if recognised else 'not recognised'}")
@@ -106,6 +109,7 @@ def _consume_source(path: Path) -> None:
     from cluscomp_runtime.tokenizer import Tokenizer
 
     model = open_source(path)
+    inspect_model(path, quick=True)
     source_bytes(path)
     linear_tensors(model)
     canonical_json(model.provenance).encode()

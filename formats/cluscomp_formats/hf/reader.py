@@ -182,10 +182,10 @@ def _with_records(model: Model, folder: Path) -> Model:
         if not isinstance(name, str):
             problems.append(Problem("wrong_type", "files is not a list of strings", str(path), found=repr(names)[:200]))
             continue
-        fault = "is taken" if name in OWN_FILES or name in files else file_name_fault(name)
+        fault = "is taken" if name in OWN_FILES or name in files or name.endswith(".safetensors") else file_name_fault(name)
         if fault is not None:
             problems.append(Problem("bad_name", f"the name of a side file {fault}", str(path), found=repr(name)[:200]))
-        elif not (folder / name).is_file():
+        elif not _is_file(folder / name):
             message = "a side file is not there"
             problems.append(Problem("missing", message, str(folder / name), remedy="get this part of the model too"))
         else:
@@ -193,6 +193,14 @@ def _with_records(model: Model, folder: Path) -> Model:
     if problems:
         raise InvalidFileError(problems)
     return replace(model, files=files, provenance=provenance or {}, self_test=self_test)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:
+        # The name is longer than the system takes: names have up to 512 bytes, on most systems 255.
+        return False
 
 
 def _side_file(path: Path) -> Array:
