@@ -1,7 +1,7 @@
 """What every reader owes whoever opens a file of unknown origin, and a run of a reader that holds it to that.
 
-A hostile file may be refused with a `ClusCompError` and nothing else, within bounded time, with memory in proportion to its size,
-and without any file outside its folder being opened. What is printed about it cannot steer a terminal.
+A hostile file may be refused with a `ClusCompError` and nothing else, within bounded time, with memory in proportion to its
+size, and without any file outside its folder being opened. What is printed about it cannot steer a terminal.
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ from fuzzing.contract import hold_to_contract
 from fuzzing.mutations import Mutation, mutate_folder, mutate_gguf, mutate_packed
 
 from cluscomp_export.inspection import inspect_model
-from cluscomp_formats import registry
 from cluscomp_formats.errors import ClusCompError, InvalidRequestError
 from cluscomp_formats.gguf import looks_gguf, open_gguf
 from cluscomp_formats.hf import looks_hf, open_hf
@@ -70,16 +69,13 @@ def _read_everything(model: Model) -> None:
     for array in arrays:
         try:
             array.read()
-        except ClusCompError as error:
-            errors.append(error)
-    for tensor in model.tensors.values():
-        try:
-            if not errors and tensor.num_weights <= _DECODED_WEIGHTS:
-                tensor.decode()
-        except ClusCompError as error:
+        except ClusCompError as error:  # noqa: PERF203
             errors.append(error)
     if errors:
         raise errors[0]
+    for tensor in model.tensors.values():
+        if tensor.num_weights <= _DECODED_WEIGHTS:
+            tensor.decode()
     model.digest()
 
 
@@ -93,12 +89,10 @@ def _consume_own(open_format: Callable[..., Model], looks: Callable[[Path], bool
             lazy = True
         except ClusCompError:
             pass
-        inspect_model(path, quick=True)
         model = open_format(path, check=True)
         if not (recognised and lazy):
             raise AssertionError(f"the check passes a file that is {'not sound' if recognised else 'not recognised'}")
         _read_everything(model)
-        registry.open_model(path)
 
     return consume
 
@@ -122,6 +116,7 @@ def _consume_runtime(path: Path) -> None:
     from cluscomp_runtime import LanguageModel, load, run_self_test
 
     source = open_packed(path)
+    inspect_model(path, quick=True)
     model = load(path)
     if source.self_test is not None:
         run_self_test(model, source.self_test)
