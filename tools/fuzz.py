@@ -25,8 +25,6 @@ STRUCTURED = 4
 """One of this many mutations is libFuzzer's own, which knows what the code compared the bytes with."""
 
 with atheris.instrument_imports(include=INSTRUMENTED):
-    import cluscomp_export.sources
-    import cluscomp_runtime  # noqa: F401
     from fuzzing.targets import CORPUS, TARGETS, Target
 
 
@@ -56,7 +54,7 @@ def fuzz(target: Target, corpus: Path, scratch: Path, seconds: int) -> None:
         target.run(data, scratch, alarm=False)
 
     def mutate(data: bytes, max_size: int, seed: int) -> bytes:
-        random = Random(seed)
+        random = Random(seed)  # noqa: S311
         if random.randrange(STRUCTURED) == 0:
             return bytes(atheris.Mutate(data, max_size))
         changed = data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,14 @@ from fuzzing.contract import hold_to_contract
 from fuzzing.mutations import Mutation, mutate_folder, mutate_gguf, mutate_packed
 
 from cluscomp_export.inspection import inspect_model
+from cluscomp_export.sources import linear_tensors, open_source, source_bytes
 from cluscomp_formats.errors import ClusCompError, InvalidRequestError
 from cluscomp_formats.gguf import looks_gguf, open_gguf
 from cluscomp_formats.hf import looks_hf, open_hf
-from cluscomp_formats.ir import Model
+from cluscomp_formats.ir import Model, canonical_json
 from cluscomp_formats.packed import looks_packed, open_packed
+from cluscomp_runtime import LanguageModel, load, run_self_test
+from cluscomp_runtime.tokenizer import Tokenizer
 
 CORPUS = Path(__file__).parent / "corpus"
 _warm: set[str] = set()
@@ -39,8 +43,10 @@ class Target:
         """Hold the reader to the contract on these bytes; see `hold_to_contract`. `scratch` is a folder to work in."""
         if self.name not in _warm:
             # What is imported on the way must not count.
-            for seed in self.seeds(scratch):
-                self.consume(self.place(seed, scratch))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                for seed in self.seeds(scratch):
+                    self.consume(self.place(seed, scratch))
             _warm.add(self.name)
         path = self.place(data, scratch)
         return hold_to_contract(self.consume, path, scratch / "input", alarm=alarm)
@@ -98,10 +104,6 @@ def _consume_own(open_format: Callable[..., Model], looks: Callable[[Path], bool
 
 
 def _consume_source(path: Path) -> None:
-    from cluscomp_export.sources import linear_tensors, open_source, source_bytes
-    from cluscomp_formats.ir import canonical_json
-    from cluscomp_runtime.tokenizer import Tokenizer
-
     model = open_source(path)
     inspect_model(path, quick=True)
     source_bytes(path)
@@ -113,8 +115,6 @@ def _consume_source(path: Path) -> None:
 
 def _consume_runtime(path: Path) -> None:
     """Load, test itself, compute, chat, generate."""
-    from cluscomp_runtime import LanguageModel, load, run_self_test
-
     source = open_packed(path)
     inspect_model(path, quick=True)
     model = load(path)

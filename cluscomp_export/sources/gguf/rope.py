@@ -23,12 +23,12 @@ _ORIGINAL_CONTEXTS = tuple(1 << power for power in range(10, 20))
 _LOW_FREQ_FACTOR, _HIGH_FREQ_FACTOR = 1.0, 4.0
 
 
-_FLOAT32 = np.finfo(np.float32)
+_SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
 def is_positive_float32(value: float) -> bool:
     """Whether a number, which may be stored as float64, is a positive normal float32."""
-    return bool(_FLOAT32.tiny <= value <= _FLOAT32.max)
+    return _SMALLEST <= value <= _LARGEST
 
 
 def shortest_float(value: float) -> float:
