@@ -255,11 +255,30 @@ def test_shard_names_that_lead_elsewhere_are_refused(tmp_path: Path, name: Any) 
     assert problems_of(tmp_path) == [("bad_shard_name", "model.norm.weight")]
 
 
-@pytest.mark.parametrize("content", ['{"metadata": {}}', '{"weight_map": {}}', '{"weight_map": [1]}', "[1]", "not json"])
+@pytest.mark.parametrize(
+    "content", ['{"metadata": {}}', '{"weight_map": {}}', '{"weight_map": [1]}', '{"weight_map": 1}', "[1]", "not json"]
+)
 def test_a_broken_index_is_refused(tmp_path: Path, content: str) -> None:
     save_sharded(tmp_path)
     (tmp_path / INDEX).write_text(content)
     assert problems_of(tmp_path)[0][0] in {"bad_index", "bad_json"}
+
+
+@pytest.mark.parametrize("value", ["1" + "0" * 400, "1e999", '"\\ud800"', "[" * 70 + "]" * 70])
+def test_a_configuration_that_no_format_could_hold_is_refused(tmp_path: Path, value: str) -> None:
+    save(tmp_path)
+    (tmp_path / "config.json").write_text(f'{{"model_type": "llama", "rms_norm_eps": {value}}}')
+    assert problems_of(tmp_path) == [("bad_json", None)]
+
+
+@pytest.mark.parametrize("shape", [[0, 2**62, 4], [0, 2**63], [2**64 - 1, 0], [1] * 9])
+def test_impossible_shapes_are_refused_on_opening(tmp_path: Path, shape: list[int]) -> None:
+    save(tmp_path)
+    length = 0 if 0 in shape else 1
+    header = json.dumps({"odd": {"dtype": "U8", "shape": shape, "data_offsets": [0, length]}}).encode()
+    content = len(header).to_bytes(8, "little") + header + bytes(length)
+    (tmp_path / "model.safetensors").write_bytes(content)
+    assert problems_of(tmp_path) == [("bad_shape", "odd")]
 
 
 @pytest.mark.parametrize(

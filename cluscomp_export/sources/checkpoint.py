@@ -19,6 +19,7 @@ from cluscomp_formats.errors import InvalidFileError, Problem, UnsupportedError
 from cluscomp_formats.hf.mapped_shards import open_shard
 from cluscomp_formats.hf.safetensors import Entry
 from cluscomp_formats.ir import DTYPES, AnyArray, Array
+from cluscomp_formats.packed.json_values import json_faults
 
 __all__ = [
     "CONFIG",
@@ -138,6 +139,10 @@ def _read_json_object(path: Path, remedy: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         found = f"a JSON {type(content).__name__}"
         raise InvalidFileError(Problem("bad_json", "not a JSON object", str(path), found=found, expected="an object"))
+    fault = next(json_faults(content, "the value"), None)
+    if fault is not None:
+        message, expected = "holds what none of our formats can", "64-bit integers, finite numbers, valid Unicode"
+        raise InvalidFileError(Problem("bad_json", message, str(path), None, f"{fault[0]} is {fault[1]}", expected, remedy))
     return content
 
 
@@ -151,7 +156,7 @@ def _read_index(path: Path) -> dict[str, str]:
     remedy = "download the checkpoint again"
     weight_map = _read_json_object(path, remedy).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        found = "nothing" if weight_map is None else f"{type(weight_map).__name__} of {len(weight_map or ())}"
+        found = "nothing" if weight_map is None else "an empty object" if weight_map == {} else type(weight_map).__name__
         expected = "an object that maps tensor names to file names"
         raise InvalidFileError(Problem("bad_index", "weight_map is missing or empty", str(path), None, found, expected, remedy))
     problems = []
