@@ -82,10 +82,13 @@ def verify(path_a: Path, path_b: Path, *, device: str = "cpu", on_progress: Prog
     logits = _compare_logits(list(runnable.values()), records) if len(runnable) == 2 and not structure else None
 
     verdict, reasons = _judge(path_a, path_b, model_a, model_b, digest_a, digest_b, tensors, structure)
+    digests = ((path_a, model_a, digest_a), (path_b, model_b, digest_b))
+    damaged = [str(path) for path, model, digest in digests if model.claimed_digest not in (None, digest)]
     broken = [name for name, result in self_tests.items() if result.get("passed") is False]
-    if broken:
+    if broken or damaged:
         verdict = "different"
-        reasons = [*reasons, *(f"{name} fails its self-test" for name in broken)]
+        reasons = [*reasons, *(f"{name} is not what its own digest says: it is damaged" for name in damaged)]
+        reasons += [f"{name} fails its self-test" for name in broken]
     elif verdict == "derived" and not any(result.get("passed") for result in self_tests.values()):
         verdict = "unknown"
         reasons = [*reasons, "no self-test could be run, so whether it computes the right thing is not known"]
