@@ -169,8 +169,10 @@ def _load(paths: dict[str, Model], device: str) -> tuple[dict[str, LanguageModel
 
 
 def _try_load(model: Model, device: str) -> LanguageModel | str:
+    # A dense source may be larger than the memory: its matrices are read one at a time, at every call.
+    kernel = "auto" if model.clustered else "reference"
     try:
-        return LanguageModel.from_model(model, device=device)
+        return LanguageModel.from_model(model, device=device, kernel=kernel)
     except ClusCompError as error:
         return error.problems[0].message
 
@@ -206,9 +208,12 @@ def _compare_logits(models: Sequence[LanguageModel], records: Sequence[Any]) -> 
     if not sequences:
         return None
     largest, divergences, agreements = 0.0, [], []
-    for sequence in sorted(sequences):
-        ids = torch.tensor([sequence])
-        logits_a, logits_b = (model.forward(ids)[0].double().cpu() for model in models)
+    # All at once, as every call may read the whole model; what follows a sequence does not reach its logits.
+    longest = max(len(sequence) for sequence in sequences)
+    ids = [[*sequence, *[0] * (longest - len(sequence))] for sequence in sorted(sequences)]
+    all_logits = [model.forward(ids).cpu() for model in models]
+    for index, sequence in enumerate(sorted(sequences)):
+        logits_a, logits_b = (logits[index, : len(sequence)].double() for logits in all_logits)
         largest = max(largest, float((logits_a - logits_b).abs().max()))
         expected, scores = torch.log_softmax(logits_a, -1), torch.log_softmax(logits_b, -1)
         divergences.append((expected.exp() * (expected - scores)).sum(-1))
