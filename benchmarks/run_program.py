@@ -1,8 +1,8 @@
 """Load a model in one program and let it speak, in a process of its own: what `formats.py` starts for each row of its table.
 
 `python benchmarks/run_program.py PROGRAM` reads a JSON request {path, prompt_ids, new_tokens, threads} from its input and
-prints {load_seconds, tokens_per_second, ids, logits: [of the prompt's last token], peak_bytes, base_bytes}. The speed leaves out
-the first token; `base_bytes` is what the process had taken, libraries included, before it touched the model.
+prints {load_seconds, tokens_per_second, ids, logits: [of the prompt's last token], peak_bytes, base_bytes}. The speed leaves
+out the first token; `base_bytes` is what the process had taken, libraries included, before it touched the model.
 """
 
 from __future__ import annotations
