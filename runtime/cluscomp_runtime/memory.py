@@ -24,7 +24,8 @@ def check_memory(model: Model, kernel: str, dtype: torch.dtype, device: torch.de
     available = _physical_bytes()
     if device.type != "cpu" or available is None:
         return
-    sizes = [_held_bytes(tensor, kernel, dtype.itemsize) for tensor in model.tensors.values()]
+    decoded = kernel in ("dense", "reference") or dtype == torch.float64
+    sizes = [_held_bytes(tensor, dtype.itemsize, decoded=decoded) for tensor in model.tensors.values()]
     needed = max(sizes, default=0) if kernel == "reference" else sum(sizes)
     if needed > available:
         message = "the model needs more memory than this machine has"
@@ -32,8 +33,8 @@ def check_memory(model: Model, kernel: str, dtype: torch.dtype, device: torch.de
         raise UnsupportedError(Problem("out_of_memory", message, None, None, found, expected, _REMEDY))
 
 
-def _held_bytes(tensor: Tensor, kernel: str, itemsize: int) -> int:
-    if isinstance(tensor, DenseTensor) or kernel in ("dense", "reference") or tensor.group_axis == "in":
+def _held_bytes(tensor: Tensor, itemsize: int, *, decoded: bool) -> int:
+    if isinstance(tensor, DenseTensor) or decoded or tensor.group_axis == "in":
         return tensor.num_weights * itemsize
     # Codes are laid out in one or two bytes each.
     return 2 * sum(stage.codes.size for stage in tensor.stages)
@@ -56,7 +57,6 @@ def memory_faults() -> Iterator[None]:
         # torch's allocator on the CPU raises a bare RuntimeError.
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else "no memory left"
-        raise UnsupportedError(
-            Problem("out_of_memory", "there is not enough memory", None, None, reason, None, _REMEDY)
-        ) from error
+        reason = next(iter(str(error).strip().splitlines()), "no memory left")[:200]
+        problem = Problem("out_of_memory", "there is not enough memory", found=reason, remedy=_REMEDY)
+        raise UnsupportedError(problem) from error
