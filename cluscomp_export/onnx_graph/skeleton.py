@@ -1,0 +1,164 @@
+"""A transformers model without its weights, ready to be traced: from configuration and tensor names alone.
+
+Parameters are fake tensors, which have a shape and no memory, so that a model of any size can be traced. The modules that
+multiply by a weight or look up its rows are replaced by placeholders, which leave one node each in the trace.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from cluscomp_formats.errors import InvalidFileError, Problem, UnsupportedError
+from cluscomp_formats.ir import Model, Tensor
+from cluscomp_runtime.hf.replacement import WEIGHT, candidates, module_kind
+
+__all__ = ["PLACEHOLDER_DOMAIN", "REMEDY", "Skeleton", "build_skeleton"]
+
+PLACEHOLDER_DOMAIN = "cluscomp_trace"
+REMEDY = "run it with transformers instead: convert --to hf"
+
+_IGNORED = (r"rotary_emb\.inv_freq$", r"\.masked_bias$")
+"""What old checkpoints store although it follows from the configuration."""
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """`module` is the transformers model; `tensors` tells which tensor is behind each key of its state.
+
+    `cached` says that it is a decoder with a key-value cache; `options` are the names of the optional inputs it takes.
+    """
+
+    module: Any
+    tensors: Mapping[str, Tensor]
+    cached: bool
+    options: frozenset[str]
+
+
+def build_skeleton(model: Model) -> Skeleton:
+    """The skeleton of the class that `architectures` names, on the meta device; see `make_traceable`.
+
+    Raises UnsupportedError for what transformers or this module does not know, InvalidFileError for tensors of other shapes
+    than the configuration calls for.
+    """
+    config, model_class = _config_and_class(model)
+    cached = model_class in transformers.MODEL_FOR_CAUSAL_LM_MAPPING.values()
+    # Attention in plain operators; what is stored in 16 bits is computed with in 32.
+    config._attn_implementation = "eager"
+    config.dtype = torch.float32
+    config.use_cache = cached
+    with torch.device("meta"):
+        module = model_class(config).eval()
+    options = frozenset(inspect.signature(module.forward).parameters)
+    return Skeleton(module, _tensors(module, model), cached, options)
+
+
+def make_traceable(skeleton: Skeleton) -> None:
+    """Put placeholders and fake parameters into a module on the meta device, and compute its constant buffers."""
+    module, fake = skeleton.module, FakeTensorMode()
+    for key, value in module.state_dict(keep_vars=True).items():
+        owner, _, leaf = key.rpartition(".")
+        with fake:
+            placed: Any = torch.empty(value.shape, dtype=value.dtype)
+        is_parameter = isinstance(value, nn.Parameter)
+        if is_parameter:
+            placed = nn.Parameter(placed, requires_grad=False)
+        placed._is_hf_initialized = True
+        holder = module.get_submodule(owner)
+        (holder._parameters if is_parameter else holder._buffers)[leaf] = placed
+    # The way transformers itself gives values to buffers that no checkpoint stores.
+    for key, value in list(module.named_non_persistent_buffers()):
+        owner, _, leaf = key.rpartition(".")
+        module.get_submodule(owner)._buffers[leaf] = torch.empty_like(value, device="cpu")
+    module.initialize_weights()
+    for name, child in list(module.named_modules()):
+        kind = module_kind(child)
+        if kind is not None and name + WEIGHT in skeleton.tensors:
+            module.set_submodule(name, _Placeholder(kind, name + WEIGHT, child))
+
+
+class _Placeholder(nn.Module):
+    """Stands for a linear, a `Conv1D` or an embedding: an operator of its kind's name with the weight's key as attribute.
+
+    Keeps the weight, for models that look at it.
+    """
+
+    def __init__(self, kind: str, key: str, original: Any) -> None:
+        super().__init__()
+        self.kind, self.key = kind, key
+        self.weight = original.weight
+        self.bias: nn.Parameter | None = getattr(original, "bias", None)
+        self.width: int = original.weight.shape[0 if kind == "linear" else 1]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        leading = x.shape if self.kind == "embedding" else x.shape[:-1]
+        y = torch.onnx.ops.symbolic(
+            f"{PLACEHOLDER_DOMAIN}::{self.kind}",
+            (x,),
+            {"key": self.key},
+            dtype=torch.float32,
+            shape=(*leading, self.width),
+            version=1,
+        )
+        return y if self.bias is None else y + self.bias
+
+
+def _config_and_class(model: Model) -> tuple[Any, Any]:
+    """The configuration as transformers reads it, and the model class that goes with it. Raises UnsupportedError."""
+    model_type, named = model.config.get("model_type"), model.config.get("architectures")
+    name = named[0] if isinstance(named, list) and named else None
+    config_class = transformers.CONFIG_MAPPING[model_type] if model_type in [*transformers.CONFIG_MAPPING] else None
+    model_class = getattr(transformers, name, None) if isinstance(name, str) else None
+    problem = None
+    if config_class is None:
+        problem = "transformers does not know this architecture (model_type)", repr(model_type)
+    elif not (isinstance(model_class, type) and getattr(model_class, "config_class", None) is config_class):
+        problem = "transformers has no such model class for this architecture (architectures)", f"{name!r} of {model_type}"
+    elif model.config.get("is_encoder_decoder"):
+        problem = "models of an encoder and a decoder take more than one graph", name
+    elif model_class.main_input_name != "input_ids":
+        problem = "only models of text have a graph", f"{name}, which takes {model_class.main_input_name}"
+    if problem is not None:
+        message, found = problem
+        raise UnsupportedError(Problem("unsupported_architecture", message, "config.json", None, found, None, REMEDY))
+    return config_class.from_dict(deepcopy(dict(model.config))), model_class
+
+
+def _tensors(module: Any, model: Model) -> dict[str, Tensor]:
+    """The model's tensors by key of the module's state; of tied keys both have the one tensor."""
+    state, prefix = module.state_dict(), module.base_model_prefix
+    buffers = {key for key, _ in module.named_buffers()}
+    ignored = re.compile("|".join([*_IGNORED, *(module._keys_to_ignore_on_load_unexpected or ())]))
+    placed: dict[str, Tensor] = {}
+    unused, wrong = [], []
+    for name, tensor in model.tensors.items():
+        keys = list(candidates(name, prefix))
+        key = next((key for key in keys if key in state and key not in placed), None)
+        if key is None:
+            if buffers.isdisjoint(keys) and not ignored.search(name):
+                message = f"{type(module).__name__} has no use for this tensor; running without it could give wrong results"
+                unused.append(Problem("unused_tensor", message, None, name, remedy=REMEDY))
+            continue
+        placed[key] = tensor
+        if tuple(state[key].shape) != tensor.shape:
+            message = "the model's configuration calls for another shape"
+            found, expected = str(tensor.shape), str(tuple(state[key].shape))
+            wrong.append(Problem("wrong_shape", message, None, name, found, expected))
+    if wrong:
+        raise InvalidFileError(wrong)
+    if unused:
+        raise UnsupportedError(unused)
+    for first, second in module.all_tied_weights_keys.items():
+        for key, other in ((first, second), (second, first)):
+            if key not in placed and other in placed:
+                placed[key] = placed[other]
+    return placed

@@ -1,0 +1,183 @@
+"""Tracing a skeleton to ONNX operators with torch.onnx, and the inputs and outputs it is traced with.
+
+Names are those of Optimum and transformers.js:
+
+    input_ids int64 [batch_size, sequence_length]
+    attention_mask int64 [batch_size, sequence_length], of a decoder [batch_size, total_sequence_length]
+    position_ids, of decoders that take it, or token_type_ids, of encoders that have types: as input_ids
+    past_key_values.N.key, .value float32 [batch_size, heads, past_sequence_length, head_dim]
+    -> logits, or last_hidden_state (and pooler_output), float32
+       present.N.key, .value float32 [batch_size, heads, total_sequence_length, head_dim]
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir
+import torch
+from onnx import TensorProto
+from torch import nn
+from transformers import DynamicCache
+
+from cluscomp_export.onnx_graph.skeleton import REMEDY, Skeleton, make_traceable
+from cluscomp_formats.errors import Problem, UnsupportedError
+from cluscomp_formats.onnx.spec import OPSETS
+
+__all__ = ["Port", "Trace", "trace"]
+
+_EXAMPLE_LENGTHS = {
+    "batch_size": 2,
+    "sequence_length": 3,
+    "past_sequence_length": 5,
+    "total_sequence_length": 8,
+}
+"""Lengths of the inputs that are traced: neither 0 nor 1, for which tracing would specialise, and no two alike."""
+
+_OUTPUTS = ("logits", "last_hidden_state", "pooler_output")
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output of a graph; a string in the shape names a length that varies."""
+
+    name: str
+    element_type: int
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """`graph` takes the inputs, then the arrays of the module's state it uses, under the names of their keys."""
+
+    graph: onnx_ir.Graph
+    inputs: Sequence[Port]
+    outputs: Sequence[Port]
+
+
+class _Traced(nn.Module):
+    """The model as a function of plain tensors: `inputs`, then key and value of every layer of its cache."""
+
+    def __init__(self, skeleton: Skeleton, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+        super().__init__()
+        self.model = skeleton.module
+        self.cached, self.inputs, self.outputs = skeleton.cached, inputs, outputs
+        self.eval()
+
+    def forward(self, *values: torch.Tensor) -> list[torch.Tensor]:
+        given: dict[str, Any] = dict(zip(self.inputs, values, strict=False))
+        if not self.cached:
+            results = self.model(**given, return_dict=True)
+            return [results[name] for name in self.outputs]
+        # Of no configuration: its layers then keep all keys, also those that a sliding window has left behind.
+        cache = DynamicCache()
+        past = values[len(given) :]
+        for layer in range(len(past) // 2):
+            cache.update(past[2 * layer], past[2 * layer + 1], layer)
+        results = self.model(**given, past_key_values=cache, use_cache=True, return_dict=True)
+        present = [part for layer in cache.layers for part in (layer.keys, layer.values)]
+        return [*(results[name] for name in self.outputs), *present]
+
+
+def trace(skeleton: Skeleton) -> Trace:
+    """Trace a skeleton that is on the meta device, once. Raises UnsupportedError if that fails."""
+    ids = ("batch_size", "sequence_length")
+    inputs = [Port("input_ids", TensorProto.INT64, ids), Port("attention_mask", TensorProto.INT64, ids)]
+    if skeleton.cached:
+        inputs[1] = Port("attention_mask", TensorProto.INT64, ("batch_size", "total_sequence_length"))
+    extra = "position_ids" if skeleton.cached else "token_type_ids"
+    if extra in skeleton.options and (skeleton.cached or getattr(skeleton.module.config, "type_vocab_size", 0) > 1):
+        inputs.append(Port(extra, TensorProto.INT64, ids))
+    with _refusing(skeleton):
+        names, cache = _dry_run(skeleton)
+        make_traceable(skeleton)
+        past = [Port(f"past_key_values.{name}", TensorProto.FLOAT, _cache_shape("past", *shape)) for name, shape in cache]
+        traced = _Traced(skeleton, [port.name for port in inputs], names)
+        ir = _export(traced, [*inputs, *past])
+    graph = ir.graph
+    outputs = [Port(name, TensorProto.FLOAT, _shape(value)) for name, value in zip(names, graph.outputs, strict=False)]
+    present = [Port(f"present.{name}", TensorProto.FLOAT, _cache_shape("total", *shape)) for name, shape in cache]
+    return Trace(graph, [*inputs, *past], [*outputs, *present])
+
+
+def _dry_run(skeleton: Skeleton) -> tuple[list[str], list[tuple[str, tuple[int, int]]]]:
+    """Names of the outputs; parts of the cache, each with its number of heads and their dimension."""
+    given = {"past_key_values": DynamicCache(), "use_cache": True} if skeleton.cached else {}
+    ids = torch.zeros(2, 3, dtype=torch.int64, device="meta")
+    results = skeleton.module(input_ids=ids, return_dict=True, **given)
+    names = [name for name in _OUTPUTS if results.get(name) is not None]
+    if not names:
+        raise ValueError(f"it gives none of {', '.join(_OUTPUTS)}")
+    if not skeleton.cached:
+        return names, []
+    cache = []
+    for number, layer in enumerate(results["past_key_values"].layers):
+        for part, values in (("key", layer.keys), ("value", layer.values)):
+            if values.shape[::2] != (2, 3):
+                raise ValueError(f"its cache holds other things than keys and values, of shape {tuple(values.shape)}")
+            cache.append((f"{number}.{part}", (values.shape[1], values.shape[3])))
+    return names, cache
+
+
+def _cache_shape(when: str, heads: int, dim: int) -> tuple[int | str, ...]:
+    return "batch_size", heads, f"{when}_sequence_length", dim
+
+
+def _shape(value: onnx_ir.Value) -> tuple[int | str, ...]:
+    return tuple(length if isinstance(length, int) else str(length.value) for length in value.shape or ())
+
+
+def _export(traced: _Traced, ports: Sequence[Port]) -> onnx_ir.Model:
+    """The operators of a trace, simplified, the arrays of the module's state being inputs that follow the others."""
+    types = {TensorProto.INT64: torch.int64, TensorProto.FLOAT: torch.float32}
+    lengths = [[_EXAMPLE_LENGTHS[length] if isinstance(length, str) else length for length in port.shape] for port in ports]
+    examples = [torch.ones(shape, dtype=types[port.element_type]) for shape, port in zip(lengths, ports, strict=True)]
+    varying = [{axis: name for axis, name in enumerate(port.shape) if isinstance(name, str)} for port in ports]
+    program = torch.onnx.export(
+        traced,
+        tuple(examples),
+        dynamo=True,
+        dynamic_shapes=(tuple(varying),),
+        opset_version=OPSETS[0],
+        optimize=False,
+        verbose=False,
+    )
+    if program is None:
+        raise ValueError("torch.onnx gave no program")
+    graph = program.model.graph
+    state = {f"model.{key}" for key in traced.model.state_dict()}
+    for name, value in list(graph.initializers.items()):
+        if name in state:
+            del graph.initializers[name]
+            # Nothing may look at what is no value.
+            value.const_value = None
+            value.name = name.removeprefix("model.")
+            graph.inputs.append(value)
+    program.optimize()
+    return program.model
+
+
+@contextmanager
+def _refusing(skeleton: Skeleton) -> Iterator[None]:
+    """Turn whatever goes wrong within into an UnsupportedError, and keep torch's remarks on its own workings to itself."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except Exception as error:  # any of torch, transformers and onnxscript, of which none promises a kind
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = str(cause).strip().split("\n")[0][:300] or type(cause).__name__
+        message = f"{type(skeleton.module).__name__} cannot be traced to ONNX operators"
+        raise UnsupportedError(Problem("untraceable", message, None, None, reason, None, REMEDY)) from error
+    finally:
+        logger.setLevel(level)
