@@ -7,8 +7,11 @@ multiply by a weight or look up its rows are replaced by placeholders, which lea
 from __future__ import annotations
 
 import inspect
+import logging
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +25,7 @@ from cluscomp_formats.errors import InvalidFileError, Problem, UnsupportedError
 from cluscomp_formats.ir import Model, Tensor
 from cluscomp_runtime.hf.replacement import WEIGHT, candidates, module_kind
 
-__all__ = ["PLACEHOLDER_DOMAIN", "REMEDY", "Skeleton", "build_skeleton"]
+__all__ = ["PLACEHOLDER_DOMAIN", "REMEDY", "Skeleton", "build_skeleton", "make_traceable", "refusing"]
 
 PLACEHOLDER_DOMAIN = "cluscomp_trace"
 REMEDY = "run it with transformers instead: convert --to hf"
@@ -50,13 +53,14 @@ def build_skeleton(model: Model) -> Skeleton:
     Raises UnsupportedError for what transformers or this module does not know, InvalidFileError for tensors of other shapes
     than the configuration calls for.
     """
-    config, model_class = _config_and_class(model)
+    model_class = _model_class(model)
     cached = model_class in transformers.MODEL_FOR_CAUSAL_LM_MAPPING.values()
-    # Attention in plain operators; what is stored in 16 bits is computed with in 32.
-    config._attn_implementation = "eager"
-    config.dtype = torch.float32
-    config.use_cache = cached
-    with torch.device("meta"):
+    with refusing(model_class.__name__), torch.device("meta"):
+        config = model_class.config_class.from_dict(deepcopy(dict(model.config)))
+        # Attention in plain operators; what is stored in 16 bits is computed with in 32.
+        config._attn_implementation = "eager"
+        config.dtype = torch.float32
+        config.use_cache = cached
         module = model_class(config).eval()
     options = frozenset(inspect.signature(module.forward).parameters)
     return Skeleton(module, _tensors(module, model), cached, options)
@@ -112,13 +116,13 @@ class _Placeholder(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-def _config_and_class(model: Model) -> tuple[Any, Any]:
-    """The configuration as transformers reads it, and the model class that goes with it. Raises UnsupportedError."""
+def _model_class(model: Model) -> Any:
+    """The class of transformers that the configuration names. Raises UnsupportedError."""
     model_type, named = model.config.get("model_type"), model.config.get("architectures")
     name = named[0] if isinstance(named, list) and named else None
     config_class = transformers.CONFIG_MAPPING[model_type] if model_type in [*transformers.CONFIG_MAPPING] else None
-    model_class = getattr(transformers, name, None) if isinstance(name, str) else None
-    problem = None
+    model_class: Any = getattr(transformers, name, None) if isinstance(name, str) else None
+    problem: tuple[str, object] | None = None
     if config_class is None:
         problem = "transformers does not know this architecture (model_type)", repr(model_type)
     elif not (isinstance(model_class, type) and getattr(model_class, "config_class", None) is config_class):
@@ -129,8 +133,8 @@ def _config_and_class(model: Model) -> tuple[Any, Any]:
         problem = "only models of text have a graph", f"{name}, which takes {model_class.main_input_name}"
     if problem is not None:
         message, found = problem
-        raise UnsupportedError(Problem("unsupported_architecture", message, "config.json", None, found, None, REMEDY))
-    return config_class.from_dict(deepcopy(dict(model.config))), model_class
+        raise UnsupportedError(Problem("unsupported_architecture", message, "config.json", None, str(found), None, REMEDY))
+    return model_class
 
 
 def _tensors(module: Any, model: Model) -> dict[str, Tensor]:
@@ -162,3 +166,24 @@ def _tensors(module: Any, model: Model) -> dict[str, Tensor]:
             if key not in placed and other in placed:
                 placed[key] = placed[other]
     return placed
+
+
+@contextmanager
+def refusing(name: str) -> Iterator[None]:
+    """Turn whatever goes wrong within into an UnsupportedError, and keep torch's remarks on its own workings to itself."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except Exception as error:  # torch, transformers and onnxscript promise no kinds of exceptions
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = str(cause).strip().split("\n")[0][:300] or type(cause).__name__
+        message = f"{name} cannot be traced to ONNX operators"
+        raise UnsupportedError(Problem("untraceable", message, None, None, reason, None, REMEDY)) from error
+    finally:
+        logger.setLevel(level)

@@ -10,7 +10,6 @@ import ast
 from collections.abc import Mapping
 
 import onnx_ir
-from onnx import AttributeProto
 
 from cluscomp_export.onnx_graph.skeleton import PLACEHOLDER_DOMAIN, REMEDY, build_skeleton
 from cluscomp_export.onnx_graph.tracing import Trace, trace
@@ -22,6 +21,7 @@ from cluscomp_formats.onnx.weights import embedding, linear
 
 __all__ = ["traced_graph"]
 
+_GRAPHS = (onnx_ir.AttributeType.GRAPH, onnx_ir.AttributeType.GRAPHS)
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
@@ -67,7 +67,7 @@ class _Translation:
             message = "the model lacks a tensor its configuration calls for"
             raise InvalidFileError([Problem("missing_tensor", message, None, name) for name in sorted(missing)])
         for node in traced:
-            nested = any(attribute.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS) for attribute in node.attributes.values())
+            nested = any(attribute.type in _GRAPHS for attribute in node.attributes.values())
             if nested or node.domain not in ("", PLACEHOLDER_DOMAIN):
                 message = "the trace has control flow or operators that are not ONNX's own"
                 found = f"{node.domain}::{node.op_type}"

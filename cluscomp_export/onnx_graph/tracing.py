@@ -12,10 +12,7 @@ Names are those of Optimum and transformers.js:
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,21 +20,16 @@ import onnx_ir
 import torch
 from onnx import TensorProto
 from torch import nn
+from torch.fx.experimental import _config
 from transformers import DynamicCache
 
-from cluscomp_export.onnx_graph.skeleton import REMEDY, Skeleton, make_traceable
-from cluscomp_formats.errors import Problem, UnsupportedError
+from cluscomp_export.onnx_graph.skeleton import Skeleton, make_traceable, refusing
 from cluscomp_formats.onnx.spec import OPSETS
 
 __all__ = ["Port", "Trace", "trace"]
 
-_EXAMPLE_LENGTHS = {
-    "batch_size": 2,
-    "sequence_length": 3,
-    "past_sequence_length": 5,
-    "total_sequence_length": 8,
-}
-"""Lengths of the inputs that are traced: neither 0 nor 1, for which tracing would specialise, and no two alike."""
+_CONTEXT = 65536
+"""Tokens a trace has to hold for, if the configuration names no limit."""
 
 _OUTPUTS = ("logits", "last_hidden_state", "pooler_output")
 
@@ -93,14 +85,17 @@ def trace(skeleton: Skeleton) -> Trace:
     extra = "position_ids" if skeleton.cached else "token_type_ids"
     if extra in skeleton.options and (skeleton.cached or getattr(skeleton.module.config, "type_vocab_size", 0) > 1):
         inputs.append(Port(extra, TensorProto.INT64, ids))
-    with _refusing(skeleton):
+    with refusing(type(skeleton.module).__name__):
         names, cache = _dry_run(skeleton)
         make_traceable(skeleton)
         past = [Port(f"past_key_values.{name}", TensorProto.FLOAT, _cache_shape("past", *shape)) for name, shape in cache]
         traced = _Traced(skeleton, [port.name for port in inputs], names)
-        ir = _export(traced, [*inputs, *past])
-    graph = ir.graph
-    outputs = [Port(name, TensorProto.FLOAT, _shape(value)) for name, value in zip(names, graph.outputs, strict=False)]
+        context = getattr(skeleton.module.config, "max_position_embeddings", None) or _CONTEXT
+        graph = _translate(_export(traced, [*inputs, *past], context), skeleton.module)
+    # What torch calls the lengths of the inputs, which those of the outputs are made of.
+    lengths = {length: name for value, port in zip(graph.inputs, inputs, strict=False) for length, name in _named(value, port)}
+    shapes = [tuple(lengths.get(length, length) for length in _lengths(value)) for value in graph.outputs]
+    outputs = [Port(name, TensorProto.FLOAT, shape) for name, shape in zip(names, shapes, strict=False)]
     present = [Port(f"present.{name}", TensorProto.FLOAT, _cache_shape("total", *shape)) for name, shape in cache]
     return Trace(graph, [*inputs, *past], [*outputs, *present])
 
@@ -128,29 +123,44 @@ def _cache_shape(when: str, heads: int, dim: int) -> tuple[int | str, ...]:
     return "batch_size", heads, f"{when}_sequence_length", dim
 
 
-def _shape(value: onnx_ir.Value) -> tuple[int | str, ...]:
-    return tuple(length if isinstance(length, int) else str(length.value) for length in value.shape or ())
+def _export(traced: _Traced, ports: Sequence[Port], context: int) -> torch.export.ExportedProgram:
+    """The traced operators of torch. Raises ValueError if, up to `context` tokens, they hold for some lengths only."""
+    dynamic = torch.export.Dim.DYNAMIC
+    varying = [{axis: dynamic for axis, length in enumerate(port.shape) if isinstance(length, str)} for port in ports]
+    # As torch.onnx does it: lengths of 0 and 1 are taken for lengths like all others.
+    with _config.patch(backed_size_oblivious=True):
+        program = torch.export.export(traced, _examples(ports, 2, 3, 5), dynamic_shapes=(tuple(varying),), strict=False)
+    # A model may branch on a length; torch then traces the one branch and keeps the condition here, as an expression.
+    for tokens, past in ((context - 2, 2), (2, context - 2)):
+        names = {"L": {"values": _examples(ports, 3, tokens, past, device="meta")}, "min": min, "max": max}
+        for condition in program._guards_code:
+            if not eval(condition, {"__builtins__": {}}, names):  # noqa: S307 - torch wrote it, over shapes and integers
+                raise ValueError(f"the trace holds only for inputs with {condition}")
+    return program
 
 
-def _export(traced: _Traced, ports: Sequence[Port]) -> onnx_ir.Model:
-    """The operators of a trace, simplified, the arrays of the module's state being inputs that follow the others."""
+def _examples(ports: Sequence[Port], batch: int, tokens: int, past: int, device: str = "cpu") -> tuple[torch.Tensor, ...]:
+    """Inputs of these lengths."""
+    lengths = {
+        "batch_size": batch,
+        "sequence_length": tokens,
+        "past_sequence_length": past,
+        "total_sequence_length": past + tokens,
+    }
     types = {TensorProto.INT64: torch.int64, TensorProto.FLOAT: torch.float32}
-    lengths = [[_EXAMPLE_LENGTHS[length] if isinstance(length, str) else length for length in port.shape] for port in ports]
-    examples = [torch.ones(shape, dtype=types[port.element_type]) for shape, port in zip(lengths, ports, strict=True)]
-    varying = [{axis: name for axis, name in enumerate(port.shape) if isinstance(name, str)} for port in ports]
-    program = torch.onnx.export(
-        traced,
-        tuple(examples),
-        dynamo=True,
-        dynamic_shapes=(tuple(varying),),
-        opset_version=OPSETS[0],
-        optimize=False,
-        verbose=False,
+    shapes = [[lengths[length] if isinstance(length, str) else length for length in port.shape] for port in ports]
+    return tuple(
+        torch.ones(shape, dtype=types[port.element_type], device=device) for shape, port in zip(shapes, ports, strict=True)
     )
-    if program is None:
+
+
+def _translate(program: torch.export.ExportedProgram, module: nn.Module) -> onnx_ir.Graph:
+    """The ONNX operators of a trace, simplified, the arrays of the module's state being inputs that follow the others."""
+    translated = torch.onnx.export(program, dynamo=True, opset_version=OPSETS[0], optimize=False, verbose=False)
+    if translated is None:
         raise ValueError("torch.onnx gave no program")
-    graph = program.model.graph
-    state = {f"model.{key}" for key in traced.model.state_dict()}
+    graph = translated.model.graph
+    state = {f"model.{key}" for key in module.state_dict()}
     for name, value in list(graph.initializers.items()):
         if name in state:
             del graph.initializers[name]
@@ -158,26 +168,13 @@ def _export(traced: _Traced, ports: Sequence[Port]) -> onnx_ir.Model:
             value.const_value = None
             value.name = name.removeprefix("model.")
             graph.inputs.append(value)
-    program.optimize()
-    return program.model
+    translated.optimize()
+    return translated.model.graph
 
 
-@contextmanager
-def _refusing(skeleton: Skeleton) -> Iterator[None]:
-    """Turn whatever goes wrong within into an UnsupportedError, and keep torch's remarks on its own workings to itself."""
-    logger = logging.getLogger("torch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    except Exception as error:  # any of torch, transformers and onnxscript, of which none promises a kind
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        reason = str(cause).strip().split("\n")[0][:300] or type(cause).__name__
-        message = f"{type(skeleton.module).__name__} cannot be traced to ONNX operators"
-        raise UnsupportedError(Problem("untraceable", message, None, None, reason, None, REMEDY)) from error
-    finally:
-        logger.setLevel(level)
+def _lengths(value: onnx_ir.Value) -> tuple[int | str, ...]:
+    return tuple(length if isinstance(length, int) else str(length.value) for length in value.shape or ())
+
+
+def _named(value: onnx_ir.Value, port: Port) -> Iterator[tuple[int | str, int | str]]:
+    return zip(_lengths(value), port.shape, strict=True)
