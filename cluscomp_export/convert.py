@@ -19,9 +19,10 @@ from cluscomp_export.planning import Plan, Share, embedding_tensors, plan_bits, 
 from cluscomp_export.progress import Progress, silent
 from cluscomp_export.sizes import Sizes, model_sizes
 from cluscomp_export.sources import open_source, source_bytes
-from cluscomp_export.writers import WRITERS, Writer, dense_gguf_writer
+from cluscomp_export.writers import find_writer
 from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem, StorageError, UnsupportedError
 from cluscomp_formats.ir import FLOAT_DTYPES, AnyArray, Array, Model
+from cluscomp_formats.packed.payloads import is_finite
 from cluscomp_formats.version import __version__
 from cluscomp_runtime.language_model import check_device
 
@@ -139,13 +140,14 @@ def convert(
     Raises what `prepare` does, OutputExistsError, StorageError, SelfTestError.
     """
     started = time.perf_counter()
-    writer = _find_writer(options)
+    writer = find_writer(options.to, options.gguf_type)
     writer.check(output, force=force)
     if output.exists() and output.resolve() == source_path.resolve():
         raise InvalidRequestError(
             Problem("output_is_source", "the output is the source itself", str(output), remedy="name another output")
         )
     prepared = prepare(source_path, options)
+    writer.check_model(prepared.model)
     _check_space(output, prepared.sizes.payload_bytes)
     warnings = list(prepared.warnings)
     model = prepared.model
@@ -158,28 +160,19 @@ def convert(
         record = model.self_test or _self_test(written, warnings, on_progress)
         return record
 
-    file_bytes, digest = writer.write(model, output, force, self_test, lambda done, total: on_progress("writing", done, total))
+    written = writer.write(
+        model, output, force=force, self_test=self_test, on_progress=lambda done, total: on_progress("writing", done, total)
+    )
     return ConversionReport(
         output=str(output),
-        file_bytes=file_bytes,
+        file_bytes=written.file_bytes,
         source_file_bytes=prepared.source_file_bytes,
-        digest=digest,
+        digest=written.digest,
         bits_per_weight=prepared.sizes.bits_per_weight(),
         self_test=record is not None,
         seconds=time.perf_counter() - started,
         warnings=tuple(warnings),
     )
-
-
-def _find_writer(options: ConversionOptions) -> Writer:
-    if options.to not in WRITERS:
-        found, expected = options.to, ", ".join(WRITERS)
-        raise InvalidRequestError(Problem("unknown_format", "no writer for this format", None, None, found, expected))
-    if options.gguf_type is None:
-        return WRITERS[options.to]
-    if options.to != "gguf":
-        raise InvalidRequestError(Problem("bad_option", "--gguf-type needs --to gguf", found=f"--to {options.to}"))
-    return dense_gguf_writer(options.gguf_type)
 
 
 def _clustered(
@@ -243,7 +236,7 @@ def scan_source(source: Model, path: Path, on_progress: Progress = silent) -> st
 def _first_not_finite(array: Array, values: AnyArray) -> tuple[int, ...] | None:
     if array.dtype not in FLOAT_DTYPES:
         return None
-    finite = (values & 0x7F80) != 0x7F80 if array.dtype == "bfloat16" else np.isfinite(values)
+    finite = is_finite(values, array.dtype)
     if finite.all():
         return None
     return tuple(int(index) for index in np.unravel_index(int(np.argmin(finite)), values.shape))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from cluscomp_export.onnx_graph.llama import llama_graph
 from cluscomp_formats.errors import Problem, UnsupportedError
 from cluscomp_formats.ir import Model
 from cluscomp_formats.onnx.package import require_onnx
@@ -29,6 +28,8 @@ def build_graph(model: Model) -> Graph:
         from cluscomp_export.onnx_graph.traced import traced_graph
 
         return traced_graph(model)
+    from cluscomp_export.onnx_graph.llama import llama_graph
+
     settings = DecoderSettings.from_config(model.config)
     check_tensors(model, settings)
     return llama_graph(model, settings)

@@ -125,7 +125,7 @@ def _model_class(model: Model) -> Any:
     problem: tuple[str, object] | None = None
     if config_class is None:
         problem = "transformers does not know this architecture (model_type)", repr(model_type)
-    elif not (isinstance(model_class, type) and getattr(model_class, "config_class", None) is config_class):
+    elif getattr(model_class, "config_class", None) is not config_class:
         problem = "transformers has no such model class for this architecture (architectures)", f"{name!r} of {model_type}"
     elif model.config.get("is_encoder_decoder"):
         problem = "models of an encoder and a decoder take more than one graph", name

@@ -24,7 +24,7 @@ from torch.fx.experimental import _config
 from transformers import DynamicCache
 
 from cluscomp_export.onnx_graph.skeleton import Skeleton, make_traceable, refusing
-from cluscomp_formats.onnx.spec import OPSETS
+from cluscomp_formats.onnx.spec import OPSET
 
 __all__ = ["Port", "Trace", "trace"]
 
@@ -128,7 +128,7 @@ def _export(traced: _Traced, ports: Sequence[Port], context: int) -> torch.expor
     dynamic = torch.export.Dim.DYNAMIC
     varying = [{axis: dynamic for axis, length in enumerate(port.shape) if isinstance(length, str)} for port in ports]
     # As torch.onnx does it: lengths of 0 and 1 are taken for lengths like all others.
-    with _config.patch(backed_size_oblivious=True):
+    with _config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
         program = torch.export.export(traced, _examples(ports, 2, 3, 5), dynamic_shapes=(tuple(varying),), strict=False)
     # A model may branch on a length; torch then traces the one branch and keeps the condition here, as an expression.
     for tokens, past in ((context - 2, 2), (2, context - 2)):
@@ -149,14 +149,13 @@ def _examples(ports: Sequence[Port], batch: int, tokens: int, past: int, device:
     }
     types = {TensorProto.INT64: torch.int64, TensorProto.FLOAT: torch.float32}
     shapes = [[lengths[length] if isinstance(length, str) else length for length in port.shape] for port in ports]
-    return tuple(
-        torch.ones(shape, dtype=types[port.element_type], device=device) for shape, port in zip(shapes, ports, strict=True)
-    )
+    types = [torch.int64 if port.element_type == TensorProto.INT64 else torch.float32 for port in ports]
+    return tuple(torch.ones(shape, dtype=dtype, device=device) for shape, dtype in zip(shapes, types, strict=True))
 
 
 def _translate(program: torch.export.ExportedProgram, module: nn.Module) -> onnx_ir.Graph:
     """The ONNX operators of a trace, simplified, the arrays of the module's state being inputs that follow the others."""
-    translated = torch.onnx.export(program, dynamo=True, opset_version=OPSETS[0], optimize=False, verbose=False)
+    translated = torch.onnx.export(program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
     if translated is None:
         raise ValueError("torch.onnx gave no program")
     graph = translated.model.graph

@@ -28,7 +28,7 @@ from cluscomp_formats.onnx.spec import (
     MAX_MODEL_BYTES,
     METADATA_PREFIX,
     MODEL_FILE,
-    OPSETS,
+    OPSET,
     SUBFOLDER,
     VERSION,
     data_offset,
@@ -96,8 +96,8 @@ def write_onnx(
 
 
 def _config_for_others(model: Model) -> dict[str, Any]:
-    """`config.json` as transformers.js wants it; ours is in the metadata."""
-    return {**model.config, "transformers.js_config": {"use_external_data_format": True}}
+    """`config.json` as transformers.js wants it, which else would look for 8-bit weights; ours is in the metadata."""
+    return {**model.config, "transformers.js_config": {"dtype": "fp32", "use_external_data_format": True}}
 
 
 def _write_data(
@@ -141,8 +141,8 @@ def _model_proto(
             graph.outputs,
             initializers,
         ),
-        functions=[function for name, function in functions(OPSETS[0]).items() if name in _operators(graph)],
-        opset_imports=[helper.make_opsetid("", OPSETS[0]), helper.make_opsetid(DOMAIN, DOMAIN_VERSION)],
+        functions=[function for name, function in functions().items() if name in _operators(graph)],
+        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, DOMAIN_VERSION)],
         ir_version=IR_VERSION,
         producer_name="cluscomp-export",
         producer_version=__version__,
