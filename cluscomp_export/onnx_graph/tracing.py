@@ -147,7 +147,6 @@ def _examples(ports: Sequence[Port], batch: int, tokens: int, past: int, device:
         "past_sequence_length": past,
         "total_sequence_length": past + tokens,
     }
-    types = {TensorProto.INT64: torch.int64, TensorProto.FLOAT: torch.float32}
     shapes = [[lengths[length] if isinstance(length, str) else length for length in port.shape] for port in ports]
     types = [torch.int64 if port.element_type == TensorProto.INT64 else torch.float32 for port in ports]
     return tuple(torch.ones(shape, dtype=dtype, device=device) for shape, dtype in zip(shapes, types, strict=True))
