@@ -20,7 +20,7 @@ import transformers
 from hf_models import VOCABULARY, clustered_model, linear_names, random_weight, with_decoded_weights
 from onnx_graphs import COMPACT, session
 
-from cluscomp_export.onnx_graph import build_graph, building
+from cluscomp_export.onnx_graph import build_graph, building, tracing
 from cluscomp_export.onnx_graph.running import OnnxSession
 from cluscomp_formats.errors import InvalidFileError, UnsupportedError
 from cluscomp_formats.ir import Array, ClusteredWeight, DenseTensor, Model, float32_to_bfloat16
@@ -234,10 +234,10 @@ def test_names_and_shapes_are_those_of_optimum(case_of: Callable[[str], Case]) -
 
 
 def test_the_same_model_gives_the_same_bytes(case_of: Callable[[str], Case], tmp_path: Path) -> None:
-    """After other models were traced in between."""
-    for name in RECIPES:
-        case_of(name)
+    """Traced anew, after others."""
     case = case_of("gpt2")
+    case_of("bert")
+    tracing.trace.cache_clear()
     write_onnx(case.stored, tmp_path / "again", build_graph(case.stored))
     for name in (f"{SUBFOLDER}/{MODEL_FILE}", "config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (case.folder / name).read_bytes()
@@ -285,7 +285,6 @@ def problem_of(stored: Model) -> Any:
         ({"architectures": ["BertModel"]}, "BertModel"),
         ({"architectures": ["GPT2Config"]}, "GPT2Config"),
         ({"architectures": None}, "None"),
-        ({"is_encoder_decoder": True}, "GPT2LMHeadModel"),
     ],
 )
 def test_other_architectures_are_refused(changes: dict[str, Any], found: str) -> None:
@@ -295,10 +294,14 @@ def test_other_architectures_are_refused(changes: dict[str, Any], found: str) ->
     assert "--to hf" in problem.remedy
 
 
-def test_configurations_that_transformers_refuses_are_refused() -> None:
-    problem = problem_of(small(hf_models.gpt2(), activation_function="no-such"))
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [({"activation_function": "no-such"}, "no-such"), ({"is_encoder_decoder": True}, "more than one graph")],
+)
+def test_configurations_that_cannot_be_traced_are_refused(changes: dict[str, Any], found: str) -> None:
+    problem = problem_of(small(hf_models.gpt2(), **changes))
     assert problem.kind == "untraceable"
-    assert "no-such" in problem.found
+    assert found in problem.found
 
 
 def test_a_cache_of_another_kind_is_refused() -> None:
@@ -318,6 +321,7 @@ def test_a_trace_that_holds_for_some_lengths_only_is_refused(monkeypatch: pytest
         return results
 
     monkeypatch.setattr(transformers.BertModel, "forward", branching)
+    tracing.trace.cache_clear()
     problem = problem_of(small(hf_models.bert()))
     assert problem.kind == "untraceable"
     assert "<= 20" in problem.found
@@ -335,11 +339,12 @@ def test_tensors_of_other_shapes_are_refused() -> None:
     assert (problem.kind, problem.tensor) == ("wrong_shape", "transformer.h.0.mlp.c_fc.weight")
 
 
-def test_missing_tensors_are_refused() -> None:
-    stored = small(hf_models.bert())
-    name = "encoder.layer.1.output.LayerNorm.bias"
-    problem = problem_of(replace(stored, tensors={key: tensor for key, tensor in stored.tensors.items() if key != name}))
-    assert (problem.kind, problem.tensor) == ("missing_tensor", name)
+def test_missing_tensors_are_refused(case_of: Callable[[str], Case]) -> None:
+    stored = case_of("bert").stored
+    names = [f"encoder.layer.1.output.{part}" for part in ("LayerNorm.bias", "dense.weight")]
+    with pytest.raises(InvalidFileError) as caught:
+        build_graph(replace(stored, tensors={key: tensor for key, tensor in stored.tensors.items() if key not in names}))
+    assert [(problem.kind, problem.tensor) for problem in caught.value.problems] == [("missing_tensor", name) for name in names]
 
 
 @pytest.mark.parametrize("missing", ["transformers", "onnxscript"])

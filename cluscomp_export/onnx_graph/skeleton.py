@@ -1,4 +1,4 @@
-"""A transformers model without its weights, ready to be traced: from configuration and tensor names alone.
+"""A transformers model without its weights, ready to be traced: from its configuration alone.
 
 Parameters are fake tensors, which have a shape and no memory, so that a model of any size can be traced. The modules that
 multiply by a weight or look up its rows are replaced by placeholders, which leave one node each in the trace.
@@ -25,7 +25,7 @@ from cluscomp_formats.errors import InvalidFileError, Problem, UnsupportedError
 from cluscomp_formats.ir import Model, Tensor
 from cluscomp_runtime.hf.replacement import WEIGHT, candidates, module_kind
 
-__all__ = ["PLACEHOLDER_DOMAIN", "REMEDY", "Skeleton", "build_skeleton", "make_traceable", "refusing"]
+__all__ = ["PLACEHOLDER_DOMAIN", "REMEDY", "Skeleton", "build_skeleton", "make_traceable", "refusing", "tensors_by_key"]
 
 PLACEHOLDER_DOMAIN = "cluscomp_trace"
 REMEDY = "run it with transformers instead: convert --to hf"
@@ -36,39 +36,38 @@ _IGNORED = (r"rotary_emb\.inv_freq$", r"\.masked_bias$")
 
 @dataclass(frozen=True)
 class Skeleton:
-    """`module` is the transformers model; `tensors` tells which tensor is behind each key of its state.
+    """`module` is the transformers model, on the meta device.
 
-    `cached` says that it is a decoder with a key-value cache; `options` are the names of the optional inputs it takes.
+    `cached` says that it is a decoder with a key-value cache; `options` are the names of the inputs it takes.
     """
 
     module: Any
-    tensors: Mapping[str, Tensor]
     cached: bool
     options: frozenset[str]
 
 
-def build_skeleton(model: Model) -> Skeleton:
-    """The skeleton of the class that `architectures` names, on the meta device; see `make_traceable`.
+def build_skeleton(config: Mapping[str, Any]) -> Skeleton:
+    """The skeleton of the model that a configuration describes.
 
-    Raises UnsupportedError for what transformers or this module does not know, InvalidFileError for tensors of other shapes
-    than the configuration calls for.
+    Raises UnsupportedError if transformers does not know it, or its graph would not be one of text with one input.
     """
-    model_class = _model_class(model)
+    model_class = _model_class(config)
     cached = model_class in transformers.MODEL_FOR_CAUSAL_LM_MAPPING.values()
     with refusing(model_class.__name__), torch.device("meta"):
-        config = model_class.config_class.from_dict(deepcopy(dict(model.config)))
+        settings = model_class.config_class.from_dict(deepcopy(dict(config)))
+        if settings.is_encoder_decoder:
+            raise ValueError("a model of an encoder and a decoder takes more than one graph")
         # Attention in plain operators; what is stored in 16 bits is computed with in 32.
-        config._attn_implementation = "eager"
-        config.dtype = torch.float32
-        config.use_cache = cached
-        module = model_class(config).eval()
-    options = frozenset(inspect.signature(module.forward).parameters)
-    return Skeleton(module, _tensors(module, model), cached, options)
+        settings._attn_implementation = "eager"
+        settings.dtype = torch.float32
+        settings.use_cache = cached
+        module = model_class(settings).eval()
+    return Skeleton(module, cached, frozenset(inspect.signature(module.forward).parameters))
 
 
-def make_traceable(skeleton: Skeleton) -> None:
-    """Put placeholders and fake parameters into a module on the meta device, and compute its constant buffers."""
-    module, fake = skeleton.module, FakeTensorMode()
+def make_traceable(module: Any) -> None:
+    """Put placeholders and fake parameters into the module of a skeleton, and compute its constant buffers."""
+    fake = FakeTensorMode()
     for key, value in module.state_dict(keep_vars=True).items():
         owner, _, leaf = key.rpartition(".")
         with fake:
@@ -86,8 +85,43 @@ def make_traceable(skeleton: Skeleton) -> None:
     module.initialize_weights()
     for name, child in list(module.named_modules()):
         kind = module_kind(child)
-        if kind is not None and name + WEIGHT in skeleton.tensors:
+        if kind is not None:
             module.set_submodule(name, _Placeholder(kind, name + WEIGHT, child))
+
+
+def tensors_by_key(skeleton: Skeleton, model: Model) -> dict[str, Tensor]:
+    """The model's tensors by key of the module's state; of tied keys both have the one tensor.
+
+    Raises InvalidFileError for shapes that the module does not have, UnsupportedError for tensors it has no use for.
+    """
+    module = skeleton.module
+    state, prefix = module.state_dict(), module.base_model_prefix
+    buffers = {key for key, _ in module.named_buffers()}
+    ignored = re.compile("|".join([*_IGNORED, *(module._keys_to_ignore_on_load_unexpected or ())]))
+    placed: dict[str, Tensor] = {}
+    unused, wrong = [], []
+    for name, tensor in model.tensors.items():
+        keys = list(candidates(name, prefix))
+        key = next((key for key in keys if key in state and key not in placed), None)
+        if key is None:
+            if buffers.isdisjoint(keys) and not ignored.search(name):
+                message = f"{type(module).__name__} has no use for this tensor; running without it could give wrong results"
+                unused.append(Problem("unused_tensor", message, None, name, remedy=REMEDY))
+            continue
+        placed[key] = tensor
+        if tuple(state[key].shape) != tensor.shape:
+            message = "the model's configuration calls for another shape"
+            found, expected = str(tensor.shape), str(tuple(state[key].shape))
+            wrong.append(Problem("wrong_shape", message, None, name, found, expected))
+    if wrong:
+        raise InvalidFileError(wrong)
+    if unused:
+        raise UnsupportedError(unused)
+    for first, second in module.all_tied_weights_keys.items():
+        for key, other in ((first, second), (second, first)):
+            if key not in placed and other in placed:
+                placed[key] = placed[other]
+    return placed
 
 
 class _Placeholder(nn.Module):
@@ -116,9 +150,9 @@ class _Placeholder(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-def _model_class(model: Model) -> Any:
+def _model_class(config: Mapping[str, Any]) -> Any:
     """The class of transformers that the configuration names. Raises UnsupportedError."""
-    model_type, named = model.config.get("model_type"), model.config.get("architectures")
+    model_type, named = config.get("model_type"), config.get("architectures")
     name = named[0] if isinstance(named, list) and named else None
     config_class = transformers.CONFIG_MAPPING[model_type] if model_type in [*transformers.CONFIG_MAPPING] else None
     model_class: Any = getattr(transformers, name, None) if isinstance(name, str) else None
@@ -127,45 +161,12 @@ def _model_class(model: Model) -> Any:
         problem = "transformers does not know this architecture (model_type)", repr(model_type)
     elif getattr(model_class, "config_class", None) is not config_class:
         problem = "transformers has no such model class for this architecture (architectures)", f"{name!r} of {model_type}"
-    elif model.config.get("is_encoder_decoder"):
-        problem = "models of an encoder and a decoder take more than one graph", name
     elif model_class.main_input_name != "input_ids":
         problem = "only models of text have a graph", f"{name}, which takes {model_class.main_input_name}"
     if problem is not None:
         message, found = problem
         raise UnsupportedError(Problem("unsupported_architecture", message, "config.json", None, str(found), None, REMEDY))
     return model_class
-
-
-def _tensors(module: Any, model: Model) -> dict[str, Tensor]:
-    """The model's tensors by key of the module's state; of tied keys both have the one tensor."""
-    state, prefix = module.state_dict(), module.base_model_prefix
-    buffers = {key for key, _ in module.named_buffers()}
-    ignored = re.compile("|".join([*_IGNORED, *(module._keys_to_ignore_on_load_unexpected or ())]))
-    placed: dict[str, Tensor] = {}
-    unused, wrong = [], []
-    for name, tensor in model.tensors.items():
-        keys = list(candidates(name, prefix))
-        key = next((key for key in keys if key in state and key not in placed), None)
-        if key is None:
-            if buffers.isdisjoint(keys) and not ignored.search(name):
-                message = f"{type(module).__name__} has no use for this tensor; running without it could give wrong results"
-                unused.append(Problem("unused_tensor", message, None, name, remedy=REMEDY))
-            continue
-        placed[key] = tensor
-        if tuple(state[key].shape) != tensor.shape:
-            message = "the model's configuration calls for another shape"
-            found, expected = str(tensor.shape), str(tuple(state[key].shape))
-            wrong.append(Problem("wrong_shape", message, None, name, found, expected))
-    if wrong:
-        raise InvalidFileError(wrong)
-    if unused:
-        raise UnsupportedError(unused)
-    for first, second in module.all_tied_weights_keys.items():
-        for key, other in ((first, second), (second, first)):
-            if key not in placed and other in placed:
-                placed[key] = placed[other]
-    return placed
 
 
 @contextmanager

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 
 import onnx_ir
 
-from cluscomp_export.onnx_graph.skeleton import PLACEHOLDER_DOMAIN, REMEDY, build_skeleton
+from cluscomp_export.onnx_graph.skeleton import PLACEHOLDER_DOMAIN, REMEDY, build_skeleton, tensors_by_key
 from cluscomp_export.onnx_graph.tracing import Trace, trace
 from cluscomp_formats.errors import InvalidFileError, Problem, UnsupportedError
-from cluscomp_formats.ir import DenseTensor, Model, Tensor
+from cluscomp_formats.ir import DenseTensor, Model, Tensor, canonical_json
 from cluscomp_formats.onnx.graph import Graph, GraphBuilder, value
 from cluscomp_formats.onnx.spec import ELEMENT_TYPES
 from cluscomp_formats.onnx.weights import embedding, linear
@@ -31,8 +31,8 @@ def traced_graph(model: Model) -> Graph:
     Takes seconds for a small model and grows with the number of layers. Raises UnsupportedError if transformers does not
     know the architecture, has no use for a tensor, or cannot be traced; InvalidFileError for missing tensors and wrong shapes.
     """
-    skeleton = build_skeleton(model)
-    return _Translation(trace(skeleton), skeleton.tensors).graph()
+    tensors = tensors_by_key(build_skeleton(model.config), model)
+    return _Translation(trace(canonical_json(model.config)), tensors).graph()
 
 
 class _Translation:
@@ -61,11 +61,12 @@ class _Translation:
 
     def _check(self, traced: onnx_ir.Graph) -> None:
         """Raises InvalidFileError for tensors that the model lacks, UnsupportedError for what has no place in a file."""
-        state = traced.inputs[len(self.trace.inputs) :]
-        missing = [value.name or "" for value in state if value.uses() and value.name not in self.tensors]
+        used = {value.name or "" for value in traced.inputs[len(self.trace.inputs) :] if value.uses()}
+        used |= {_key(node) for node in traced if node.domain == PLACEHOLDER_DOMAIN}
+        missing = sorted(used - self.tensors.keys())
         if missing:
             message = "the model lacks a tensor its configuration calls for"
-            raise InvalidFileError([Problem("missing_tensor", message, None, name) for name in sorted(missing)])
+            raise InvalidFileError([Problem("missing_tensor", message, None, name) for name in missing])
         for node in traced:
             nested = any(attribute.type in _GRAPHS for attribute in node.attributes.values())
             if nested or node.domain not in ("", PLACEHOLDER_DOMAIN):
@@ -80,7 +81,7 @@ class _Translation:
             builder.scope = scope
         inputs = [self._name(operand) for operand in node.inputs]
         if node.domain == PLACEHOLDER_DOMAIN:
-            weight = self.tensors[node.attributes["key"].as_string()]
+            weight = self.tensors[_key(node)]
             if node.op_type == "embedding":
                 y = embedding(builder, weight, *inputs)
             else:
@@ -120,6 +121,10 @@ class _Translation:
         if ELEMENT_TYPES[tensor.values.dtype] == wanted:
             return tensor.name
         return str(self.builder.node("Cast", [tensor.name], to=wanted))
+
+
+def _key(placeholder: onnx_ir.Node) -> str:
+    return placeholder.attributes["key"].as_string()
 
 
 def _scope(node: onnx_ir.Node) -> str | None:

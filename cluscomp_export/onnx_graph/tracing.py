@@ -12,6 +12,8 @@ Names are those of Optimum and transformers.js:
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +25,7 @@ from torch import nn
 from torch.fx.experimental import _config
 from transformers import DynamicCache
 
-from cluscomp_export.onnx_graph.skeleton import Skeleton, make_traceable, refusing
+from cluscomp_export.onnx_graph.skeleton import Skeleton, build_skeleton, make_traceable, refusing
 from cluscomp_formats.onnx.spec import OPSET
 
 __all__ = ["Port", "Trace", "trace"]
@@ -76,8 +78,11 @@ class _Traced(nn.Module):
         return [*(results[name] for name in self.outputs), *present]
 
 
-def trace(skeleton: Skeleton) -> Trace:
-    """Trace a skeleton that is on the meta device, once. Raises UnsupportedError if that fails."""
+# A conversion asks before its work and after: it would take twice as long.
+@functools.lru_cache(maxsize=1)
+def trace(config: str) -> Trace:
+    """The trace of the model of a configuration, given as JSON. Raises UnsupportedError if it cannot be traced."""
+    skeleton = build_skeleton(json.loads(config))
     ids = ("batch_size", "sequence_length")
     inputs = [Port("input_ids", TensorProto.INT64, ids), Port("attention_mask", TensorProto.INT64, ids)]
     if skeleton.cached:
@@ -87,7 +92,7 @@ def trace(skeleton: Skeleton) -> Trace:
         inputs.append(Port(extra, TensorProto.INT64, ids))
     with refusing(type(skeleton.module).__name__):
         names, cache = _dry_run(skeleton)
-        make_traceable(skeleton)
+        make_traceable(skeleton.module)
         past = [Port(f"past_key_values.{name}", TensorProto.FLOAT, _cache_shape("past", *shape)) for name, shape in cache]
         traced = _Traced(skeleton, [port.name for port in inputs], names)
         context = getattr(skeleton.module.config, "max_position_embeddings", None) or _CONTEXT
