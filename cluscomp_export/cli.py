@@ -16,7 +16,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from cluscomp_export.terminal import ProgressDisplay, print_json, print_table, say
-from cluscomp_formats.errors import ClusCompError
+from cluscomp_formats.errors import ClusCompError, printable
 from cluscomp_formats.version import __version__
 
 if TYPE_CHECKING:
@@ -134,19 +134,28 @@ def convert(source: Path, output: Path, *, dry_run: bool, force: bool, as_json: 
       cluscomp-export convert packed.clus folder/ --to hf                       for transformers
       cluscomp-export convert packed.clus out.gguf --to gguf --gguf-type q8_0   for stock llama.cpp
 
-    Memory stays near the largest tensor. If it fails or is interrupted, nothing is left behind; SOURCE is never changed.
+    Memory stays near the largest tensor. OUTPUT is complete or not there; SOURCE is never changed. A clustering that fails or
+    is interrupted keeps what it has finished in a folder .OUTPUT.work beside OUTPUT: run the same command again to go on.
     """
     from cluscomp_export.convert import ConversionOptions, prepare
     from cluscomp_export.convert import convert as run
+    from cluscomp_export.work_folder import work_path
 
     chosen = ConversionOptions(**options)
     if dry_run:
         _show_plan(prepare(source, chosen), as_json=as_json)
         return
-    with ProgressDisplay() as progress:
-        report = run(source, output, chosen, force=force, on_progress=progress)
+    try:
+        with ProgressDisplay() as progress:
+            report = run(source, output, chosen, force=force, on_progress=progress)
+    except BaseException:
+        if work_path(output).is_dir():
+            say(f"what is finished is kept in {work_path(output)}: run the same command again to go on")
+        raise
     for text in report.warnings:
         say(f"warning: {text}")
+    if report.reused:
+        say(f"went on from an interrupted conversion: {report.reused} finished parts were taken up again")
     if as_json:
         print_json(vars(report))
         return
@@ -249,7 +258,7 @@ def verify(a: Path, b: Path, *, device: str, as_json: bool) -> int:
         detail = f" (difference {test['max_difference']:.3g}, allowed {test['tolerance']:.3g})" if "tolerance" in test else ""
         click.echo(f"self-test of {name}: {verdict}{detail}")
     for reason in result.reasons:
-        click.echo(f"- {reason}")
+        click.echo(f"- {printable(reason)}")
     click.echo(result.verdict.upper())
     return result.exit_code
 
@@ -364,7 +373,7 @@ def main() -> None:
         _report(error, as_json=as_json, exit_code=error.exit_code)
         code = error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        say("interrupted; nothing was written")
+        say("interrupted; no output was written")
         code = INTERRUPTED
     sys.exit(code if isinstance(code, int) else 0)
 

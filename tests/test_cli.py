@@ -212,7 +212,7 @@ def test_an_unknown_architecture_is_clustered_but_not_run(run: Run, tmp_path: Pa
     assert run("verify", source, output)[0] == 2
 
 
-def test_ctrl_c_leaves_nothing_behind(stories_folder: Path, tmp_path: Path) -> None:
+def test_ctrl_c_before_anything_is_finished_leaves_nothing_behind(stories_folder: Path, tmp_path: Path) -> None:
     # A clustering that lasts until it is interrupted, in the middle of the writing.
     code = (
         "import time; from cluscomp_export import clustering; "
@@ -230,12 +230,31 @@ def test_ctrl_c_leaves_nothing_behind(stories_folder: Path, tmp_path: Path) -> N
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "clustering\n"
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(list(tmp_path.iterdir())) == 2
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "interrupted" in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_finished_is_kept_and_the_command_says_so(
+    run: Run, stories_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    arguments = ("convert", stories_folder, tmp_path / "out.clus", "--dim", 2, "--clusters", 16)
+    with monkeypatch.context() as patch:
+        patch.setattr("cluscomp_export.clustering.assign", interrupt)
+        code, _, err = run(*arguments)
+    assert code == 130
+    assert f"{tmp_path / '.out.clus.work'}: run the same command again to go on" in err
+    assert [path.name for path in tmp_path.iterdir()] == [".out.clus.work"]
+    code, _, err = run(*arguments)
+    assert code == 0
+    assert "went on from an interrupted conversion: 1 finished parts" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["out.clus"]
 
 
 def test_a_closed_pipe_is_not_complained_about(packed: Path) -> None:
