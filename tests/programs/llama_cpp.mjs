@@ -1,32 +1,27 @@
-// Score token windows with stock llama.cpp, as node-llama-cpp ships it prebuilt. Called by llama_cpp_parity.py:
-//   node llama_cpp_scores.mjs <folder with node_modules> <request.json>
-// The request: {model, refused, text, prompt_ids, new_tokens, windows: [[id]]}. Prints one JSON object: {release, refusal,
+// Run stock llama.cpp, as node-llama-cpp ships it prebuilt, on a GGUF file.
+// Request: {path, text, prompt_ids, new_tokens, windows: [[id]]}. Answer: {release, refusal} if it does not load the file, else {release,
 // text_ids, greedy_ids, windows: [[natural logarithm of the probability of each token of the second half]]}.
 import {readFileSync} from "node:fs";
-import {join} from "node:path";
-import {pathToFileURL} from "node:url";
+import {getLlama, LlamaLogLevel} from "node-llama-cpp";
 
-const [folder, requestFile] = process.argv.slice(2);
-const entry = join(folder, "node_modules", "node-llama-cpp", "dist", "index.js");
-const {getLlama, LlamaLogLevel} = await import(pathToFileURL(entry).href);
-const request = JSON.parse(readFileSync(requestFile, "utf8"));
-
+const request = JSON.parse(readFileSync(0, "utf8"));
 const messages = [];
 const llama = await getLlama({
     gpu: false, build: "never", progressLogs: false, logLevel: LlamaLogLevel.error, logger: (_, message) => messages.push(message)
 });
-let refusal = null;
-if (request.refused) {
-    try {
-        await llama.loadModel({modelPath: request.refused});
-    } catch (error) {
-        refusal = messages.find((message) => message.includes("error loading model")) ?? String(error);
-    }
+const {release} = llama.llamaCppRelease;
+
+function answer(content) {
+    console.log(JSON.stringify({release, ...content}));
+    process.exit(0);
 }
 
-const model = await llama.loadModel({modelPath: request.model});
+const model = await llama.loadModel({modelPath: request.path}).catch((error) => {
+    answer({refusal: messages.find((message) => message.includes("error loading model")) ?? String(error)});
+});
+
 const length = Math.max(...request.windows.map((window) => window.length), request.prompt_ids.length + request.new_tokens);
-const context = await model.createContext({contextSize: length, batchSize: length, threads: 2});
+const context = await model.createContext({contextSize: length, batchSize: length, threads: 1});
 const sequence = context.getSequence();
 
 const greedy = [];
@@ -49,7 +44,4 @@ for (const window of request.windows) {
     windows.push(scores);
 }
 
-console.log(JSON.stringify({
-    release: llama.llamaCppRelease.release, refusal, text_ids: model.tokenize(request.text), greedy_ids: greedy, windows
-}));
-process.exit(0);
+answer({text_ids: model.tokenize(request.text), greedy_ids: greedy, windows});
