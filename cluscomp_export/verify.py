@@ -16,14 +16,17 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from cluscomp_export.onnx_graph.running import OnnxSession
 from cluscomp_export.progress import Progress, silent
 from cluscomp_export.sources import open_source
-from cluscomp_formats.errors import ClusCompError
+from cluscomp_formats.errors import ClusCompError, UnsupportedError
 from cluscomp_formats.ir import Model
+from cluscomp_formats.onnx import looks_onnx
 from cluscomp_runtime import LanguageModel
-from cluscomp_runtime.selftest import run_self_test
+from cluscomp_runtime.architecture import DecoderSettings
+from cluscomp_runtime.selftest import check_record, compare_with_record, run_self_test
 
-__all__ = ["TensorError", "Verification", "verify"]
+__all__ = ["TensorError", "Verification", "compare_tensors", "verify"]
 
 Verdict = Literal["equal", "derived", "different", "unknown"]
 
@@ -67,10 +70,14 @@ def verify(path_a: Path, path_b: Path, *, device: str = "cpu", on_progress: Prog
     on_progress("computing digests", 1, 2)
     digest_b = model_b.digest()
     on_progress("computing digests", 2, 2)
-    tensors, structure = _compare_tensors(model_a, model_b, on_progress)
+    tensors, structure = compare_tensors(model_a, model_b, on_progress)
     paths = {str(path_a): model_a, str(path_b): model_b}
     runnable, skipped = _load(paths, device)
     self_tests = {name: _self_test(model, runnable.get(name)) for name, model in paths.items() if model.self_test}
+    for path, model in ((path_a, model_a), (path_b, model_b)):
+        if model.self_test and looks_onnx(path):
+            on_progress(f"running {path} in onnxruntime", 0, 1)
+            self_tests[f"{path} in onnxruntime"] = _self_test_in_onnxruntime(path, model, skipped)
     records = [model.self_test for model in paths.values() if model.self_test]
     logits = _compare_logits(list(runnable.values()), records) if len(runnable) == 2 and not structure else None
 
@@ -118,7 +125,7 @@ def _judge(
     return "different", ["every decoded tensor is equal, but the configuration or the way the weights are stored is not"]
 
 
-def _compare_tensors(model_a: Model, model_b: Model, on_progress: Progress) -> tuple[list[TensorError], list[str]]:
+def compare_tensors(model_a: Model, model_b: Model, on_progress: Progress) -> tuple[list[TensorError], list[str]]:
     """Errors of the tensors both have, and in words what only one has or what differs in shape."""
     structure = []
     for label, one, other in (("first", model_a, model_b), ("second", model_b, model_a)):
@@ -172,6 +179,20 @@ def _self_test(model: Model, runnable: LanguageModel | None) -> dict[str, Any]:
         report = run_self_test(runnable, model.self_test)
     except ClusCompError as error:
         return {"passed": False, "problems": [problem.as_dict() for problem in error.problems]}
+    return {"passed": report.ok, "max_difference": report.max_difference, "tolerance": report.tolerance}
+
+
+def _self_test_in_onnxruntime(path: Path, model: Model, skipped: list[str]) -> dict[str, Any]:
+    """The same with the graph of an ONNX folder, in the mode that keeps the weights as codes."""
+    record = model.self_test or {}
+    try:
+        settings = DecoderSettings.from_config(model.config)
+        check_record(record, settings.vocab_size, settings.max_position_embeddings)
+        session = OnnxSession(path, compact=True)
+    except UnsupportedError as error:
+        skipped.append(f"{path} was not run in onnxruntime: {error.problems[0].message}")
+        return {"passed": None}
+    report = compare_with_record(record, "float32", session.forward, session.forward_cached)
     return {"passed": report.ok, "max_difference": report.max_difference, "tolerance": report.tolerance}
 
 

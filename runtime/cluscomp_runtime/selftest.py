@@ -17,7 +17,7 @@ own and are the same in every run.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,7 +28,14 @@ from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Probl
 from cluscomp_formats.ir import Model
 from cluscomp_runtime.language_model import LanguageModel
 
-__all__ = ["SelfTestReport", "SequenceReport", "check_record", "make_self_test", "run_self_test"]
+__all__ = [
+    "SelfTestReport",
+    "SequenceReport",
+    "check_record",
+    "compare_with_record",
+    "make_self_test",
+    "run_self_test",
+]
 
 RECORD_VERSION = 1
 SAFETY = 8.0
@@ -129,20 +136,35 @@ def run_self_test(model: LanguageModel, record: Mapping[str, Any]) -> SelfTestRe
     held to the tolerance of float32. Raises InvalidFileError if the record is malformed.
     """
     check_record(record, model.settings.vocab_size, model.settings.max_position_embeddings)
-    sequences = record["sequences"]
     name = str(model.dtype).removeprefix("torch.")
-    tolerance = float(record["tolerance"].get(name, record["tolerance"]["float32"]))
-    logits = model.forward(_padded([sequence["input_ids"] for sequence in sequences]))
+    return compare_with_record(record, name, model.forward, lambda ids, first: _decode_one_by_one(model, ids, first))
+
+
+def compare_with_record(
+    record: Mapping[str, Any],
+    dtype: str,
+    forward: Callable[[torch.Tensor], torch.Tensor],
+    decode: Callable[[list[int], int], torch.Tensor],
+) -> SelfTestReport:
+    """Hold whatever computes logits in `dtype` against a record that `check_record` has passed.
+
+    `forward` takes ids `[batch, tokens]` to logits `[batch, tokens, vocab_size]`; `decode` takes the ids of a sequence and a
+    number to logits `[tokens, vocab_size]`: so many tokens at once and the others one by one through the key-value cache.
+    """
+    sequences = record["sequences"]
+    tolerance = float(record["tolerance"].get(dtype, record["tolerance"]["float32"]))
+    logits = forward(_padded([sequence["input_ids"] for sequence in sequences]))
     reports = [_compare(index, "prefill", sequence, logits[index]) for index, sequence in enumerate(sequences)]
-    reports.append(_compare(0, "decode", sequences[0], _decode_one_by_one(model, sequences[0]["input_ids"])))
+    ids = sequences[0]["input_ids"]
+    first = max(1, min(PREFILL_BEFORE_DECODE, len(ids) - 1))
+    reports.append(_compare(0, "decode", sequences[0], decode(ids, first)))
     worst = max(report.difference for report in reports)
     return SelfTestReport(worst <= tolerance, worst, tolerance, tuple(reports))
 
 
-def _decode_one_by_one(model: LanguageModel, ids: list[int]) -> torch.Tensor:
+def _decode_one_by_one(model: LanguageModel, ids: list[int], first: int) -> torch.Tensor:
     """Logits `[tokens, vocab_size]` of the first tokens together and the others one at a time."""
     rows = torch.tensor([ids], dtype=torch.int64, device=model.device)
-    first = max(1, min(PREFILL_BEFORE_DECODE, len(ids) - 1))
     with torch.inference_mode():
         cache = model.decoder.cache(len(ids))
         parts = [model.decoder(rows[:, :first], cache)]
