@@ -1,4 +1,4 @@
-"""`page.html` in a headless browser, which fetches everything it needs from a server of this process and nothing from elsewhere."""
+"""Pages of this folder in a headless browser, which gets all it needs from a server of this process and from nowhere else."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from node_programs import MODULES
+from node_programs import FOLDER
 
 __all__ = ["run_page"]
 
-PAGE = Path(__file__).with_name("page.html")
 FLAGS = (
     "--headless",
     "--no-sandbox",
@@ -34,7 +33,7 @@ FLAGS = (
 )
 
 
-def run_page(chromium: str, model: Path, request: Mapping[str, Any], *, timeout: float = 300) -> Any:
+def run_page(chromium: str, page: str, model: Path, request: Mapping[str, Any], *, timeout: float = 300) -> Any:
     """What the page answers to the request about the model folder.
 
     Raises RuntimeError with the page's error, or with what the browser wrote if there is no answer in `timeout` seconds.
@@ -43,11 +42,10 @@ def run_page(chromium: str, model: Path, request: Mapping[str, Any], *, timeout:
         root, profile = Path(temporary) / "root", Path(temporary) / "profile"
         (root / "models").mkdir(parents=True)
         (root / "models" / "model").symlink_to(model)
-        (root / "node_modules").symlink_to(MODULES)
-        (root / "page.html").symlink_to(PAGE)
+        (root / "programs").symlink_to(FOLDER)
         (root / "request.json").write_text(json.dumps(request), encoding="utf-8")
         with serve(root) as (port, answers):
-            command = [chromium, *FLAGS, f"--user-data-dir={profile}", f"http://127.0.0.1:{port}/page.html"]
+            command = [chromium, *FLAGS, f"--user-data-dir={profile}", f"http://127.0.0.1:{port}/programs/{page}"]
             with (Path(temporary) / "log").open("w+b") as log:
                 browser = subprocess.Popen(command, stdout=log, stderr=log)
                 try:

@@ -4,10 +4,10 @@
 
 MODEL is anything the tool converts from. Exits with 1 if a file disagrees. The tests run the same comparison on a small model.
 
-llama.cpp computes with less precision than we do: it rounds the input of every matrix product, to half precision for half-precision
-weights, to eight bits in blocks of 32 for quantised ones, and keeps keys and values in half precision. How much that may cost
-is measured, not guessed: our runtime scores the same tokens once more with the same roundings. They give other errors of the
-same size, so llama.cpp agrees if its scores differ from our exact ones by no more than twice what the roundings change.
+llama.cpp computes with less precision than we do: it rounds the input of every matrix product, to half precision for weights of
+half precision, to eight bits in blocks of 32 for quantised ones, and keeps keys and values in half precision. How much that costs is
+measured, not guessed: our runtime scores the same tokens once more with the same roundings. Those err otherwise but by as much,
+so llama.cpp agrees if its scores differ from our exact ones by no more than twice what the roundings change.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ Rounding = Callable[[torch.Tensor], torch.Tensor]
 class Comparison:
     """What llama.cpp and our runtime make of one file.
 
-    Differences are root mean squares over the scored tokens, in nats: `difference` is that of llama.cpp's log probabilities from
+    Differences are root mean squares over the scored tokens, in nats: `difference` between llama.cpp's log probabilities and
     ours, `rounding` what llama.cpp's roundings change in ours. The logarithm of the perplexity is a mean over the same
-    tokens, so it differs by no more than `difference`. `greedy_deficit` is how far, in nats by our reckoning, the worst token
-    of llama.cpp's continuation is from the best one.
+    tokens, so it differs by no more than `difference`. `greedy_deficit` is how far, in nats by our reckoning, the worst
+    token of llama.cpp's continuation is from the best one.
     """
 
     release: str

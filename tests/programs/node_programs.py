@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["MODULES", "missing", "run"]
+__all__ = ["FOLDER", "missing", "run"]
 
 FOLDER = Path(__file__).parent
-MODULES = FOLDER / "node_modules"
 MINIMUM_NODE = 20
 
 
@@ -24,7 +23,7 @@ def missing() -> str | None:
     version = re.match(r"v(\d+)\.", found)
     if version is None or int(version[1]) < MINIMUM_NODE:
         return f"needs node {MINIMUM_NODE} or newer with npm, found {found}; then: make programs"
-    if not (MODULES / ".package-lock.json").is_file():
+    if not (FOLDER / "node_modules" / ".package-lock.json").is_file():
         return "the programs of tests/programs/package.json are not installed: make programs (Linux on x86-64)"
     return None
 

@@ -1,43 +1,11 @@
-// Greedy decoding with a key-value cache in onnxruntime-web (WebAssembly). Request: {folder, prompt_ids, new_tokens, session_options}.
-// Answer: {version, ids: [new tokens]}.
+// onnxruntime-web (WebAssembly) in node. Request: {folder, prompt_ids, new_tokens, session_options}. Answer: {version, ids: [new tokens]}.
 import {readFileSync} from "node:fs";
 import {join} from "node:path";
 import * as ort from "onnxruntime-web";
+import {greedy} from "./greedy.mjs";
 
-const {folder, prompt_ids, new_tokens, session_options} = JSON.parse(readFileSync(0, "utf8"));
+const {folder, ...request} = JSON.parse(readFileSync(0, "utf8"));
 const bytes = (name) => new Uint8Array(readFileSync(join(folder, "onnx", name)));
-const session = await ort.InferenceSession.create(bytes("model.onnx"), {
-    ...session_options,
-    executionProviders: ["wasm"],
-    externalData: [{path: "model.onnx_data", data: bytes("model.onnx_data")}],
-});
-
-const integers = (values) => new ort.Tensor("int64", BigInt64Array.from(values, BigInt), [1, values.length]);
-let cache = {};
-for (const {name, shape} of session.inputMetadata)
-    if (name.startsWith("past_key_values."))
-        cache[name] = new ort.Tensor("float32", [], [1, shape[1], 0, shape[3]]);
-
-const ids = [];
-let past = 0;
-let next = prompt_ids;
-while (ids.length < new_tokens) {
-    const total = past + next.length;
-    const outputs = await session.run({
-        input_ids: integers(next),
-        attention_mask: integers(Array(total).fill(1)),
-        position_ids: integers(next.map((_, at) => past + at)),
-        ...cache,
-    });
-    const vocabulary = outputs.logits.dims[2];
-    const logits = outputs.logits.data.subarray((next.length - 1) * vocabulary);
-    cache = {};
-    for (const [name, tensor] of Object.entries(outputs))
-        if (name.startsWith("present."))
-            cache[name.replace("present.", "past_key_values.")] = tensor;
-    past = total;
-    next = [logits.reduce((best, logit, at) => logit > logits[best] ? at : best, 0)];
-    ids.push(...next);
-}
+const ids = await greedy(ort, {model: bytes("model.onnx"), data: bytes("model.onnx_data"), ...request});
 console.log(JSON.stringify({version: ort.env.versions.web, ids}));
 process.exit(0);
