@@ -1,24 +1,18 @@
 // Run stock llama.cpp, as node-llama-cpp ships it prebuilt, on a GGUF file.
 // Request: {path, text, prompt_ids, new_tokens, windows: [[id]]}. Answer: {release, refusal} if it does not load the file, else {release,
 // text_ids, greedy_ids, windows: [[natural logarithm of the probability of each token of the second half]]}.
-import {readFileSync} from "node:fs";
 import {getLlama, LlamaLogLevel} from "node-llama-cpp";
+import {answer, request} from "./stdio.mjs";
 
-const request = JSON.parse(readFileSync(0, "utf8"));
 const messages = [];
 const llama = await getLlama({
     gpu: false, build: "never", progressLogs: false, logLevel: LlamaLogLevel.error, logger: (_, message) => messages.push(message)
 });
 const {release} = llama.llamaCppRelease;
 
-function answer(content) {
-    console.log(JSON.stringify({release, ...content}));
-    process.exit(0);
-}
-
-const model = await llama.loadModel({modelPath: request.path}).catch((error) => {
-    answer({refusal: messages.find((message) => message.includes("error loading model")) ?? String(error)});
-});
+const model = await llama.loadModel({modelPath: request.path}).catch((error) => (
+    answer({release, refusal: messages.find((message) => message.includes("error loading model")) ?? String(error)})
+));
 
 const length = Math.max(...request.windows.map((window) => window.length), request.prompt_ids.length + request.new_tokens);
 const context = await model.createContext({contextSize: length, batchSize: length, threads: 1});
@@ -44,4 +38,4 @@ for (const window of request.windows) {
     windows.push(scores);
 }
 
-answer({text_ids: model.tokenize(request.text), greedy_ids: greedy, windows});
+await answer({release, text_ids: model.tokenize(request.text), greedy_ids: greedy, windows});

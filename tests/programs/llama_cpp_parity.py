@@ -5,9 +5,9 @@
 MODEL is anything the tool converts from. Exits with 1 if a file disagrees. The tests run the same comparison on a small model.
 
 llama.cpp computes with less precision than we do: it rounds the input of every matrix product, to half precision for weights of
-half precision, to eight bits in blocks of 32 for quantised ones, and keeps keys and values in half precision. How much that costs is
-measured, not guessed: our runtime scores the same tokens once more with the same roundings. Those err otherwise but by as much,
-so llama.cpp agrees if its scores differ from our exact ones by no more than twice what the roundings change.
+half precision, to eight bits in blocks of 32 for quantised ones, and keeps keys and values in half precision. How much that
+costs is measured, not guessed: our runtime scores the same tokens once more with the same roundings. Those err otherwise but
+by as much, so llama.cpp agrees if its scores differ from our exact ones by no more than twice what the roundings change.
 """
 
 from __future__ import annotations

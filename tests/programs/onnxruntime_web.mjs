@@ -3,9 +3,8 @@ import {readFileSync} from "node:fs";
 import {join} from "node:path";
 import * as ort from "onnxruntime-web";
 import {greedy} from "./greedy.mjs";
+import {answer, request} from "./stdio.mjs";
 
-const {folder, ...request} = JSON.parse(readFileSync(0, "utf8"));
-const bytes = (name) => new Uint8Array(readFileSync(join(folder, "onnx", name)));
+const bytes = (name) => new Uint8Array(readFileSync(join(request.folder, "onnx", name)));
 const ids = await greedy(ort, {model: bytes("model.onnx"), data: bytes("model.onnx_data"), ...request});
-console.log(JSON.stringify({version: ort.env.versions.web, ids}));
-process.exit(0);
+await answer({version: ort.env.versions.web, ids});
