@@ -16,7 +16,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from cluscomp_export.terminal import ProgressDisplay, print_json, print_table, say
-from cluscomp_formats.errors import ClusCompError
+from cluscomp_formats.errors import ClusCompError, printable
 from cluscomp_formats.version import __version__
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def convert(source: Path, output: Path, *, dry_run: bool, force: bool, as_json: 
             report = run(source, output, chosen, force=force, on_progress=progress)
     except BaseException:
         if work_path(output).is_dir():
-            say(f"what is finished is kept in {work_path(output)}: run the same command again to go on, or delete it")
+            say(f"what is finished is kept in {work_path(output)}: run the same command again to go on")
         raise
     for text in report.warnings:
         say(f"warning: {text}")
@@ -258,7 +258,7 @@ def verify(a: Path, b: Path, *, device: str, as_json: bool) -> int:
         detail = f" (difference {test['max_difference']:.3g}, allowed {test['tolerance']:.3g})" if "tolerance" in test else ""
         click.echo(f"self-test of {name}: {verdict}{detail}")
     for reason in result.reasons:
-        click.echo(f"- {reason}")
+        click.echo(f"- {printable(reason)}")
     click.echo(result.verdict.upper())
     return result.exit_code
 

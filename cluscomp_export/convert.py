@@ -42,8 +42,6 @@ from cluscomp_runtime.language_model import check_device
 __all__ = ["ConversionOptions", "ConversionReport", "Prepared", "convert", "prepare", "scan_source"]
 
 DEFAULT_BITS = 4.0
-UNRECORDED = ("calibration", "device", "gguf_type", "threads", "to")
-"""Options that do not enter the provenance: the calibration enters as a digest of the text."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import click
 
 from cluscomp_export.sources.linears import kind
 from cluscomp_export.terminal import print_table, say
-from cluscomp_formats.errors import Problem
+from cluscomp_formats.errors import Problem, printable
 
 __all__ = ["print_inspection", "print_tensors"]
 
@@ -57,7 +57,7 @@ def print_inspection(report: Mapping[str, Any]) -> None:
         "kernel here": report["kernel"],
     }
     for name, value in facts.items():
-        click.echo(f"{name:>17}: {value}")
+        click.echo(f"{name:>17}: {printable(str(value))}")
     for difference in report["reference"]["differences"] if report["reference"] else ():
         say(f"warning: {difference}")
     for problem in report["problems"]:

@@ -404,6 +404,8 @@ RECORDS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "file twice": (set_in("files", ["tokenizer.json", "tokenizer.json"]), "bad_name"),
     "file of the format": (set_in("files", ["config.json"]), "bad_name"),
     "missing file": (set_in("files", ["vocab.txt"]), "missing"),
+    "file with the name of a shard": (set_in("files", ["model.x.safetensors"]), "bad_name"),
+    "file with a name no system takes": (set_in("files", ["x" * 400]), "missing"),
     "a list": (lambda _: [], "wrong_type"),
 }
 
