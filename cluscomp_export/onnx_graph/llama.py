@@ -9,7 +9,7 @@ Inputs, outputs and their names are those of Optimum and transformers.js:
     -> logits float32 [batch_size, sequence_length, vocab_size]
        present.N.key, .value float32 [batch_size, num_kv_heads, total_sequence_length, head_dim]
 
-It computes what `cluscomp_runtime.decoder` does, in float32; angles of the rotary embedding are exact before they are rounded to it.
+It computes what `cluscomp_runtime.decoder` does, in float32; angles of rotary positions are reduced in int64 before that.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ LOWEST = float(np.finfo(np.float32).min)
 """Added to a score that must not count. Not minus infinity: a padded position that attends to nothing would give NaN."""
 
 TURN_BITS = 44
-"""Angles per position are off by 2 ** -45 turns at most, a float32's rounding after two million positions; int64 overflows after three."""
+"""An angle per position is off by 2 ** -45 turns at most, which a million positions make as much as a float32's rounding; int64
+overflows after three."""
 
 
 def llama_graph(model: Model, settings: DecoderSettings) -> Graph:
