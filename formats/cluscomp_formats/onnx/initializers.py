@@ -13,11 +13,12 @@ __all__ = ["initializer", "place"]
 
 def initializer(array: StoredArray, section: Section) -> onnx.TensorProto:
     """The initialiser for an array that lies in `section` of the data file."""
-    _, dtype = stored_form(array.payload)
+    payload, dtype = stored_form(array.payload)
+    width = () if payload.code_bits is None else (payload.code_bits // 8,)
     tensor = onnx.TensorProto(
         name=array.key,
         data_type=ELEMENT_TYPES[dtype],
-        dims=array.payload.shape,
+        dims=(*payload.shape, *width),
         data_location=onnx.TensorProto.EXTERNAL,
     )
     for key, text in (("location", DATA_FILE), ("offset", str(section.offset)), ("length", str(section.length))):

@@ -71,14 +71,13 @@ ELEMENT_TYPES = {
 
 
 def stored_form(payload: Payload) -> tuple[Payload, str]:
-    """The payload as this format stores it, and its dtype there: codes of up to 8 bits are uint8, wider ones uint16.
+    """The payload as this format stores it, and its dtype there: codes are numbers of one or two whole bytes.
 
-    ONNX has no arrays of other widths that runtimes can index with.
+    They are arrays of bytes, `[across, groups, width]`: runtimes in browsers can do nothing with uint16.
     """
     if payload.code_bits is None:
         return payload, payload.dtype
-    narrow = payload.code_bits <= 8
-    return replace(payload, code_bits=8 if narrow else 16), "uint8" if narrow else "uint16"
+    return replace(payload, code_bits=8 if payload.code_bits <= 8 else 16), "uint8"
 
 
 def data_offset(end: int, length: int) -> int:
