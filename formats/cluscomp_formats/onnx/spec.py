@@ -70,14 +70,16 @@ ELEMENT_TYPES = {
 """Numbers of ONNX's element types, by dtype."""
 
 
-def stored_form(payload: Payload) -> tuple[Payload, str]:
-    """The payload as this format stores it, and its dtype there: codes are numbers of one or two whole bytes.
+def stored_form(payload: Payload) -> tuple[Payload, str, tuple[int, ...]]:
+    """The payload as this format stores it, and its dtype and shape there.
 
-    They are arrays of bytes, `[across, groups, width]`: runtimes in browsers can do nothing with uint16.
+    Codes are planes of bytes, `[width, across, groups]`: the low bytes and, for more than 256 clusters, the high bytes. Runtimes
+    in browsers can do nothing with uint16, and none joins neighbouring bytes as fast as planes.
     """
     if payload.code_bits is None:
-        return payload, payload.dtype
-    return replace(payload, code_bits=8 if payload.code_bits <= 8 else 16), "uint8"
+        return payload, payload.dtype, payload.shape
+    wide = payload.code_bits > 8
+    return replace(payload, code_bits=16 if wide else 8, planar=wide), "uint8", (1 + wide, *payload.shape)
 
 
 def data_offset(end: int, length: int) -> int:
