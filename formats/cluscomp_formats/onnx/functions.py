@@ -2,6 +2,10 @@
 
 Every file carries these functions, so that a runtime which has never heard of the operators runs them; one that knows them
 binds kernels of its own to the names instead. The texts below are ONNX's own notation and stand in `docs/onnx-format.md` too.
+
+`ClusLinear` takes the zero in the shape of `weight` from the leading length of `X`, which varies: a runtime that folds
+constants decodes `vectors` once, but leaves the `Reshape` alone, which is free at run time and would copy all weights, as
+would the packing of a constant operand.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ OUTLIER_EMBEDDING = "OutlierEmbedding"
 
 FUNCTION_TEXTS = {
     CLUS_LINEAR: """
-ClusLinear <group_axis, axis_length> (X, codebook, codes) => (Y)
+ClusLinear <group_axis> (X, codebook, codes) => (Y)
 {
     first = Constant <value_int = 0> ()
     last = Constant <value_int = -1> ()
@@ -30,7 +34,6 @@ ClusLinear <group_axis, axis_length> (X, codebook, codes) => (Y)
     high = Gather (codes, last)
     low_part = Cast <to = 6> (low)
     high_part = Cast <to = 6> (high)
-    zero = Constant <value_ints = [0]> ()
     one = Constant <value_ints = [1]> ()
     byte = Constant <value_ints = [256]> ()
     width = Shape <start = 0, end = 1> (codes)
@@ -41,14 +44,14 @@ ClusLinear <group_axis, axis_length> (X, codebook, codes) => (Y)
     index = Add (low_part, high_index)
     centroids = CastLike (codebook, X)
     vectors = Gather (centroids, index)
-    across_padded = Constant <value_ints = [0, -1]> ()
-    padded = Reshape (vectors, across_padded)
-    length = Constant <value_int: int = @axis_length> ()
-    end = Reshape (length, one)
-    weight = Slice (padded, zero, end, one)
     outer = Shape <end = -1> (X)
     inner = Shape <start = -1> (X)
     rest = Constant <value_ints = [-1]> ()
+    zero = Constant <value_ints = [0]> ()
+    leading = Shape <start = 0, end = 1> (X)
+    same = Mul (leading, zero)
+    weight_shape = Concat <axis = 0> (same, rest)
+    weight = Reshape (vectors, weight_shape)
     matrix_shape = Concat <axis = 0> (rest, inner)
     X2 = Reshape (X, matrix_shape)
     Y2 = Gemm <transB: int = @group_axis> (X2, weight)
@@ -56,20 +59,21 @@ ClusLinear <group_axis, axis_length> (X, codebook, codes) => (Y)
     Y = Reshape (Y2, y_shape)
 }""",
     CLUS_EMBEDDING: """
-ClusEmbedding <group_axis, axis_length> (indices, codebook, codes) => (Y)
+ClusEmbedding <group_axis> (indices, codebook, codes) => (Y)
 {
     rest = Constant <value_ints = [-1]> ()
     column_shape = Constant <value_ints = [-1, 1]> ()
     zero = Constant <value_int = 0> ()
     one = Constant <value_int = 1> ()
     axis = Constant <value_int: int = @group_axis> ()
-    length = Constant <value_int: int = @axis_length> ()
     along_columns = Cast <to = 9> (axis)
     across_1d = Shape <start = 1, end = 2> (codes)
     across = Squeeze (across_1d)
     groups = Shape <start = 2, end = 3> (codes)
     dim = Shape <start = 1, end = 2> (codebook)
-    columns = Where (along_columns, length, across)
+    row_length = Mul (groups, dim)
+    along = Squeeze (row_length)
+    columns = Where (along_columns, along, across)
     positions = Cast <to = 7> (indices)
     i = Reshape (positions, column_shape)
     j = Range (zero, columns, one)

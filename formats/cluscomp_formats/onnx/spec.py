@@ -73,8 +73,8 @@ ELEMENT_TYPES = {
 def stored_form(payload: Payload) -> tuple[Payload, str, tuple[int, ...]]:
     """The payload as this format stores it, and its dtype and shape there.
 
-    Codes are planes of bytes, `[width, across, groups]`: the low bytes and, for more than 256 clusters, the high bytes. Runtimes
-    in browsers can do nothing with uint16, and none joins neighbouring bytes as fast as planes.
+    Codes are planes of bytes, `[width, across, groups]`: the low bytes and, for more than 256 clusters, the high bytes.
+    Runtimes in browsers can do nothing with uint16, and none joins neighbouring bytes as fast as planes.
     """
     if payload.code_bits is None:
         return payload, payload.dtype, payload.shape
