@@ -99,6 +99,11 @@ def make_source(folder: Path, layers: int) -> int:
     return total
 
 
+def step_line(step: dict[str, Any]) -> str:
+    resident, address_space = (f"{step[key] / 1e6:5.0f} MB" for key in ("resident", "address_space"))
+    return f"  {step['step']:34} peak {resident} resident, {address_space} of address space, {step['seconds']:5.0f} s"
+
+
 class Bounded:
     """Runs the command line under the bound and notes what each step took."""
 
@@ -123,6 +128,7 @@ class Bounded:
         status = dict(line.split(":", 1) for line in (self.folder / "status").read_text().splitlines())
         peaks = {key: int(status[name].split()[0]) * 1024 for key, name in (("resident", "VmHWM"), ("address_space", "VmPeak"))}
         self.steps.append({"step": label, "seconds": time.perf_counter() - started, **peaks})
+        print(step_line(self.steps[-1]), file=sys.stderr, flush=True)
         return json.loads(out)
 
 
@@ -138,7 +144,7 @@ def kill_on_the_way(bounded: Bounded, work: Path, kills: int, *arguments: object
         process.communicate()
 
 
-def measure(folder: Path, layers: int, limit: int, kills: int) -> dict[str, Any]:
+def measure(folder: Path, layers: int, limit: int, kills: int, *, verify: bool) -> dict[str, Any]:
     source = folder / "source"
     source.mkdir()
     source_bytes = make_source(source, layers)
@@ -157,8 +163,6 @@ def measure(folder: Path, layers: int, limit: int, kills: int) -> dict[str, Any]
     }
     assert len(digests) == 1, f"the digests differ: {digests}"
     assert first.read_bytes() == last.read_bytes(), "the last file is not the first"
-    verified = bounded.run("verify source, packed", "verify", source, first)
-    assert verified["verdict"] == "derived", verified
     if kills:
         again = folder / "again.clus"
         arguments = (*cluster[:2], again, *cluster[3:])
@@ -166,6 +170,9 @@ def measure(folder: Path, layers: int, limit: int, kills: int) -> dict[str, Any]
         resumed = bounded.run(f"source to packed, after {kills} kills", *arguments)
         assert resumed["reused"] >= 20 * kills, resumed
         assert first.read_bytes() == again.read_bytes(), "the resumed conversion made another file"
+    if verify:
+        verified = bounded.run("verify source, packed", "verify", source, first)
+        assert verified["verdict"] == "derived", verified
     largest = 2 * HIDDEN * INNER
     return {
         "source_bytes": source_bytes,
@@ -179,15 +186,18 @@ def measure(folder: Path, layers: int, limit: int, kills: int) -> dict[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--megabytes", type=int, default=6200, help="size of the source (default 6200)")
-    parser.add_argument("--limit", type=int, default=1500, help="address space of each command, in MB (default 1500)")
-    parser.add_argument("--kills", type=int, default=3, help="how often a conversion is killed on the way (default 3)")
+    parser.add_argument("--megabytes", type=int, default=4500, help="size of the source (default 4500)")
+    parser.add_argument("--limit", type=int, default=1100, help="address space of each command, in MB (default 1100)")
+    parser.add_argument("--kills", type=int, default=1, help="how often a conversion is killed on the way (default 1)")
+    parser.add_argument(
+        "--verify", action="store_true", help="also verify the packed file against the source, matrix by matrix"
+    )
     parser.add_argument("--folder", type=Path, help="where the files go (default: a temporary folder)")
     options = parser.parse_args()
     layers = max(1, -(-options.megabytes * 1_000_000 // LAYER_BYTES))
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
-        result = measure(Path(name), layers, options.limit * 1_000_000, options.kills)
+        result = measure(Path(name), layers, options.limit * 1_000_000, options.kills, verify=options.verify)
     if options.json:
         print(json.dumps(result, indent=1))
         return
@@ -197,10 +207,7 @@ def main() -> None:
         f"{megabytes['limit']:.0f} MB; largest tensor {megabytes['largest_tensor']:.1f} MB; packed {megabytes['packed']:.0f} MB"
     )
     for step in result["steps"]:
-        print(
-            f"  {step['step']:34} peak {step['resident'] / 1e6:5.0f} MB resident, {step['address_space'] / 1e6:5.0f} MB of "
-            f"address space, {step['seconds']:5.0f} s"
-        )
+        print(step_line(step))
 
 
 if __name__ == "__main__":

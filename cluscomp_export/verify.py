@@ -156,25 +156,35 @@ def compare_tensors(model_a: Model, model_b: Model, on_progress: Progress) -> tu
 
 
 def _load(paths: dict[str, Model], device: str) -> tuple[dict[str, LanguageModel], list[str]]:
-    """The models the runtime can run, and for the others why not."""
+    """The models the runtime can run, and what is to be said about the others and about how they run."""
     runnable: dict[str, LanguageModel] = {}
-    skipped: list[str] = []
+    notes: list[str] = []
     for name, model in paths.items():
-        loaded = _try_load(model, device)
+        # A dense source may be larger than the memory: its matrices are read one at a time, at every call.
+        loaded = _try_load(model, device, "auto" if model.clustered else "reference")
+        if loaded is None:
+            notes.append(f"{name} does not fit the memory as a whole: it was run matrix by matrix, not by its kernels")
+            loaded = _try_load(model, device, "reference")
         if isinstance(loaded, LanguageModel):
             runnable[name] = loaded
         else:
-            skipped.append(f"{name} was not run: {loaded}")
-    return runnable, skipped
+            notes.append(f"{name} was not run: {loaded or 'not enough memory'}")
+    return runnable, notes
 
 
-def _try_load(model: Model, device: str) -> LanguageModel | str:
-    # A dense source may be larger than the memory: its matrices are read one at a time, at every call.
-    kernel = "auto" if model.clustered else "reference"
+def _try_load(model: Model, device: str, kernel: str) -> LanguageModel | str | None:
+    """The model ready to run, why it cannot be, or None if it does not fit the memory."""
     try:
         return LanguageModel.from_model(model, device=device, kernel=kernel)
     except ClusCompError as error:
         return error.problems[0].message
+    except MemoryError:
+        return None
+    except RuntimeError as error:
+        # torch has no error of its own for this on a CPU.
+        if "memory" not in str(error):
+            raise
+        return None
 
 
 def _self_test(model: Model, runnable: LanguageModel | None) -> dict[str, Any]:
