@@ -16,6 +16,7 @@ import argparse
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,9 +31,12 @@ from cluscomp_export.sources import open_source
 from cluscomp_export.writers import find_writer
 from cluscomp_runtime import LanguageModel
 
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "programs"))
+import browser
+import node_programs
+
 FORMATS = ("packed", "hf", "gguf", "onnx")
 PROMPT = "The capital of France is"
-NODE_PROGRAMS = Path(__file__).parents[1] / "tests" / "programs"
 
 ROWS = (
     ("packed", "ours"),
@@ -42,16 +46,18 @@ ROWS = (
     ("hf", "transformers"),
     ("onnx", "onnxruntime"),
     ("onnx", "onnxruntime, compact"),
-    ("onnx", "onnxruntime-web"),
-    ("onnx", "transformers.js"),
+    ("onnx", "transformers.js, node"),
+    ("onnx", "onnxruntime-web, node"),
+    ("onnx", "onnxruntime-web, Chromium"),
     ("gguf, f16", "llama.cpp"),
     ("gguf, q8_0", "llama.cpp"),
 )
-IN_NODE = {
-    "onnxruntime-web": "onnxruntime_web.mjs",
-    "transformers.js": "transformers_js.mjs",
+SCRIPTS = {
+    "onnxruntime-web, node": "onnxruntime_web.mjs",
+    "transformers.js, node": "transformers_js.mjs",
     "llama.cpp": "llama_cpp.mjs",
 }
+PAGES = {"onnxruntime-web, Chromium": "onnxruntime_web.html"}
 
 
 def artefacts(source: Path, folder: Path, bits: float) -> dict[str, Path]:
@@ -97,15 +103,26 @@ def conversions(made: dict[str, Path], folder: Path, repetitions: int) -> list[d
 
 
 def run_program(program: str, request: dict[str, Any]) -> dict[str, Any]:
-    if program in IN_NODE:
-        command = ["node", str(NODE_PROGRAMS / IN_NODE[program])]
+    """Run a program on a request in a process of its own."""
+    answer: dict[str, Any]
+    if program in PAGES:
+        answer = browser.run_page(find_chromium(), PAGES[program], Path(request["folder"]), request)
+    elif program in SCRIPTS:
+        answer = node_programs.run(SCRIPTS[program], request)
     else:
         command = [sys.executable, str(Path(__file__).with_name("run_program.py")), program]
-    done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{program} failed:\n{done.stderr}")
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"{program} failed:\n{done.stderr}")
+        answer = json.loads(done.stdout.splitlines()[-1])
     return answer
+
+
+def find_chromium() -> str:
+    found = next(filter(None, map(shutil.which, browser.CHROMIUM)), None)
+    if found is None:
+        raise SystemExit("needs a Chromium: apt-get install chromium")
+    return found
 
 
 def programs(made: dict[str, Path], options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -147,8 +164,9 @@ def _program_row(name: str, program: str, answers: list[dict[str, Any]], path: P
         "file_bytes": sum(len(content) for content in contents(path).values()),
         "load_seconds": spread([answer["load_seconds"] for answer in answers]),
         "tokens_per_second": spread([answer["tokens_per_second"] for answer in answers]),
-        "peak_bytes": max(answer["peak_bytes"] for answer in answers),
-        "base_bytes": max(answer["base_bytes"] for answer in answers),
+        # A browser does not tell.
+        "peak_bytes": max((answer["peak_bytes"] for answer in answers), key=lambda count: count or 0),
+        "base_bytes": max((answer["base_bytes"] for answer in answers), key=lambda count: count or 0),
         "largest_difference": None if logits is None else float((torch.tensor(logits).double() - exact).abs().max()),
     }
 
@@ -167,8 +185,7 @@ def report(result: dict[str, Any]) -> str:
             f"{row['file_bytes'] / 1e6:.1f}",
             f"{load['median']:.2f} ({load['min']:.2f} to {load['max']:.2f})",
             f"{rate['median']:.1f} ({rate['min']:.1f} to {rate['max']:.1f})",
-            f"{row['peak_bytes'] / 1e6:.0f}",
-            f"{row['base_bytes'] / 1e6:.0f}",
+            *("" if row[key] is None else f"{row[key] / 1e6:.0f}" for key in ("peak_bytes", "base_bytes")),
             "" if row["largest_difference"] is None else f"{row['largest_difference']:.1e}",
         ]
         lines.append(f"| {' | '.join(cells)} |")

@@ -16,7 +16,10 @@ from typing import Any
 
 from node_programs import FOLDER
 
-__all__ = ["run_page"]
+__all__ = ["CHROMIUM", "run_page"]
+
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
+"""What it may be called."""
 
 FLAGS = (
     "--headless",

@@ -11,10 +11,9 @@ from typing import Any
 
 import node_programs
 import pytest
+from browser import CHROMIUM
 
 from cluscomp_export.convert import ConversionOptions, convert
-
-CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 
 
 def absent(reason: str) -> None:
