@@ -10,7 +10,7 @@ from cluscomp_formats.errors import MAX_PROBLEMS, Problem
 from cluscomp_formats.hf.layout import codebook_key, part_key
 from cluscomp_formats.ir import Model
 from cluscomp_formats.onnx.functions import CLUS_EMBEDDING, CLUS_LINEAR, functions
-from cluscomp_formats.onnx.spec import DOMAIN, DOMAIN_VERSION, IR_VERSION, OPSET
+from cluscomp_formats.onnx.spec import DOMAIN, DOMAIN_VERSION, IR_VERSION, MAX_ENTRIES, OPSET
 from cluscomp_formats.onnx.weights import GROUP_AXES
 
 __all__ = ["graph_problems"]
@@ -38,10 +38,17 @@ def graph_problems(proto: onnx.ModelProto, model: Model, file: str) -> Iterator[
     yield from _function_problems(proto, file)
     problems: list[Problem] = []
     check = _NodeCheck(proto, model, file)
-    own = False
+    own, size = False, 0
     for graph, depth in _graphs(proto.graph):
         if depth > _MAX_DEPTH:
             yield Problem("nested_too_deep", "subgraphs are nested too deep", file, expected=f"at most {_MAX_DEPTH}")
+            return
+        size += 1 + len(graph.node)
+        if size <= MAX_ENTRIES:
+            size += sum(len(node.attribute) for node in graph.node)
+        if size > MAX_ENTRIES:
+            message, expected = "there are too many nodes, attributes and subgraphs", f"at most {MAX_ENTRIES}"
+            yield Problem("too_many_entries", message, file, expected=expected)
             return
         problems += check.graph_problems(graph, outermost=depth == 0)
         for node in graph.node:

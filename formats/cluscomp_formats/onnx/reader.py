@@ -16,6 +16,7 @@ from cluscomp_formats.onnx.package import require_onnx
 from cluscomp_formats.onnx.spec import (
     CONFIG,
     DATA_FILE,
+    MAX_ENTRIES,
     MAX_MODEL_BYTES,
     METADATA_KEYS,
     METADATA_PREFIX,
@@ -138,6 +139,11 @@ def _read_proto(file: Path) -> onnx.ModelProto:
     if not content.startswith(_BEGIN):
         message, expected = "not an ONNX file, or damaged", "the version of its container first"
         raise InvalidFileError(Problem("bad_protobuf", message, stored.name, None, None, expected))
+    graph = proto.graph
+    longest = max(map(len, (proto.metadata_props, proto.functions, graph.node, graph.initializer, graph.input)))
+    if longest > MAX_ENTRIES:
+        message, found = "a list in the file is too long", f"{longest} entries"
+        raise InvalidFileError(Problem("too_many_entries", message, stored.name, None, found, f"at most {MAX_ENTRIES}"))
     # What is not UTF-8 comes as bytes.
     fault = next((text for text in _texts(proto) if not isinstance(text, str)), None)
     if fault is not None:
