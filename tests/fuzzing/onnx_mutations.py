@@ -28,7 +28,6 @@ _WORDS = [
     "model.onnx_data",
     "../onnx/model.onnx_data",
 ]
-_EMPTY = [b"\x0a\x00", b"\x2a\x00", b"\x3a\x00", b"\x72\x00", b"\xca\x01\x00", b"\xff\xff\xff\xff\x0f"]
 
 
 def mutate_onnx(data: bytes, random: Random) -> bytes:
@@ -193,22 +192,26 @@ def _mutate_wire(data: bytes, random: Random) -> bytes:
     at = random.randrange(len(data) + 1)
     if choice == 0 and at < len(data):
         return data[:at] + bytes([data[at] | 0x80]) + data[at + 1 :]
+    # What is appended is merged.
     if choice == 1:
-        # What is appended is merged.
-        unit = random.choice(_EMPTY)
-        many = unit * random.choice([1, 10, 3000])
-        where = random.choice([b"", b"\x3a", b"\x3a\x0a", b"\x3a\x2a"])
-        for tag in reversed(where):
-            many = bytes([tag]) + _varint(len(many)) + many
+        many = random.choice([*(wire_field(number, b"") for number in (1, 5, 7, 14, 25)), b"\xff" * 9]) * random.choice(
+            [1, 3000]
+        )
+        for number in random.choice([[], [7], [1, 7], [5, 7], [5, 1, 7]]):
+            many = wire_field(number, many)
         return data + many
     if choice == 2:
         nested = b""
-        for _ in range(random.choice([5, 20, 90, 120, 3000])):
+        for _ in range(random.choice([5, 20, 90, 120, 1000])):
             # A graph in an attribute of a node.
-            for tag in (b"\x32", b"\x2a", b"\x0a"):
-                nested = tag + _varint(len(nested)) + nested
-        return data + b"\x3a" + _varint(len(nested)) + nested
+            nested = wire_field(1, wire_field(5, wire_field(6, nested)))
+        return data + wire_field(7, nested)
     return mutate_bytes(data, random)
+
+
+def wire_field(number: int, content: bytes) -> bytes:
+    """A field of bytes or of another message, as protobuf writes it."""
+    return _varint(number << 3 | 2) + _varint(len(content)) + content
 
 
 def _varint(number: int) -> bytes:
