@@ -19,7 +19,7 @@ from runtime_models import clustered_model, side_file, small_config
 
 from cluscomp_export.onnx_graph import build_graph
 from cluscomp_formats import registry
-from cluscomp_formats.errors import MAX_PROBLEMS, ClusCompError, InvalidFileError, Problem, UnsupportedError
+from cluscomp_formats.errors import MAX_PROBLEMS, ClusCompError, InvalidFileError, Problem, StorageError, UnsupportedError
 from cluscomp_formats.onnx import holds_only_onnx, looks_onnx, open_onnx
 from cluscomp_formats.onnx.spec import DATA_FILE, DOMAIN, MAX_MODEL_BYTES, MODEL_FILE, SUBFOLDER
 from cluscomp_formats.onnx.writer import write_onnx
@@ -594,6 +594,32 @@ def test_a_value_with_the_name_of_an_array(folder: Path, where: str) -> None:
 def test_the_file_by_its_name_in_the_current_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder / SUBFOLDER)
     assert open_onnx(Path(MODEL_FILE), check=True).files["tokenizer.json"].read().tobytes() == b"{}"
+
+
+def test_links_are_followed(folder: Path) -> None:
+    """The cache of the Hugging Face Hub consists of them."""
+    for number, path in enumerate(sorted(path for path in folder.rglob("*") if path.is_file())):
+        blob = folder.parent / f"blob {number}"
+        path.rename(blob)
+        path.symlink_to(blob)
+    assert looks_onnx(folder)
+    assert open_onnx(folder, check=True).files["tokenizer.json"].read().tobytes() == b"{}"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no named pipes")
+def test_a_side_file_that_is_none(folder: Path) -> None:
+    """Reading a pipe would wait for a writer, reading a device never end."""
+    for make in (lambda path: os.mkfifo(path), lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to(path)):
+        (folder / "tokenizer.json").unlink()
+        make(folder / "tokenizer.json")
+        assert kinds(problems_of(folder)) == ["missing"]
+
+
+def test_a_side_file_deleted_while_open(folder: Path) -> None:
+    model = open_onnx(folder)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(StorageError):
+        model.files["tokenizer.json"].read()
 
 
 def test_a_folder_called_like_a_file_is_not_replaced(folder: Path) -> None:

@@ -133,7 +133,7 @@ def hf_seeds(folder: Path) -> Iterator[bytes]:
 
 
 def onnx_seeds(folder: Path) -> Iterator[bytes]:
-    """Graphs that use every weight of the small model, none, and those of a decoder."""
+    """Graphs that use every weight of the small model, a single one, none, and those of a decoder."""
     from onnx_graphs import graph_of
 
     from cluscomp_export.onnx_graph import build_graph
@@ -143,7 +143,8 @@ def onnx_seeds(folder: Path) -> Iterator[bytes]:
     name = "model.layers.0.mlp.down_proj.weight"
     weight = clustered(name, (12, 10), [codebook("narrow", 300, 3, 1)], 2, "in")
     decoder = Model(decoder.config, {**decoder.tensors, name: weight}, {"notes.txt": side_file("hello")}, {}, {"version": 1})
-    for model, graph in ((small_model(), graph_of), (Model({}, {}), graph_of), (decoder, build_graph)):
+    single = Model({}, {"w": clustered("w", (4, 3), [codebook("c", 3, 2, 1)], 1)})
+    for model, graph in ((small_model(), graph_of), (single, graph_of), (Model({}, {}), graph_of), (decoder, build_graph)):
         yield _written(lambda model, path, graph=graph: write_onnx(model, path, graph(model)), model, folder)
 
 
