@@ -609,7 +609,7 @@ def test_links_are_followed(folder: Path) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="no named pipes")
 def test_a_side_file_that_is_none(folder: Path) -> None:
     """Reading a pipe would wait for a writer, reading a device never end."""
-    for make in (lambda path: os.mkfifo(path), lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to(path)):
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to(path)):
         (folder / "tokenizer.json").unlink()
         make(folder / "tokenizer.json")
         assert kinds(problems_of(folder)) == ["missing"]
