@@ -23,7 +23,7 @@ _IMPORTS = [("", OPSET), (DOMAIN, DOMAIN_VERSION)]
 def graph_problems(proto: onnx.ModelProto, model: Model, file: str) -> Iterator[Problem]:
     """Versions and functions that are not ours, and nodes that use codes or codebooks in any other way than the model says.
 
-    A hostile file may hold millions of anything: nothing is collected.
+    A hostile file may hold millions of anything: nodes are walked through, not listed, and problems only up to a number.
     """
     if proto.ir_version != IR_VERSION:
         message = "the file's container is of another version"
@@ -50,7 +50,8 @@ def graph_problems(proto: onnx.ModelProto, model: Model, file: str) -> Iterator[
             message, expected = "there are too many nodes, attributes and subgraphs", f"at most {MAX_ENTRIES}"
             yield Problem("too_many_entries", message, file, expected=expected)
             return
-        problems += check.graph_problems(graph, outermost=depth == 0)
+        if len(problems) < MAX_PROBLEMS:
+            problems += check.graph_problems(graph, outermost=depth == 0)
         for node in graph.node:
             own = own or node.domain == DOMAIN
             if len(problems) < MAX_PROBLEMS:
