@@ -17,16 +17,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from measuring import copy_and_sync, peak_resident_bytes, summary, timed
 from safetensors.numpy import load_file, save_file
 
 from cluscomp_formats.ir import Array, ClusteredWeight, Codebook, DenseTensor, Model, Stage, Tensor
@@ -89,30 +87,6 @@ def check(source: Model, packed: Path, peer: Path) -> None:
         assert np.array_equal(peers[name], values), f"{name} differs in the peer"
 
 
-def timed(action: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
-
-
-def copy_and_sync(source: Path, target: Path) -> None:
-    subprocess.run(["cp", source, target], check=True)
-    with target.open("rb+") as stream:
-        os.fsync(stream.fileno())
-
-
-def summary(ours: Sequence[float], peer: Sequence[float]) -> dict[str, float]:
-    """Times, and how many times as fast as the peer we are."""
-    ratios = [b / a for a, b in zip(ours, peer, strict=True)]
-    return {
-        "seconds": statistics.median(ours),
-        "peer_seconds": statistics.median(peer),
-        "ratio": statistics.median(ratios),
-        "ratio_min": min(ratios),
-        "ratio_max": max(ratios),
-    }
-
-
 def measure(folder: Path, bits: int, megabytes: int, repetitions: int) -> dict[str, Any]:
     source_folder = folder / f"source-{bits}"
     source_folder.mkdir()
@@ -152,12 +126,6 @@ def peak_of(source_folder: Path, folder: Path) -> int:
     before = peak_resident_bytes()
     write_packed(source, folder / "peak.clus", force=True)
     return peak_resident_bytes() - before
-
-
-def peak_resident_bytes() -> int:
-    # Not getrusage: its ru_maxrss starts at what the parent process had.
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def report(result: dict[str, Any]) -> str:

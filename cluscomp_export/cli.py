@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
+from click.shell_completion import CompletionItem
 
 from cluscomp_export.terminal import ProgressDisplay, print_json, print_table, say
-from cluscomp_formats.errors import ClusCompError
+from cluscomp_formats.errors import ClusCompError, printable
 from cluscomp_formats.version import __version__
 
 if TYPE_CHECKING:
@@ -27,6 +28,30 @@ PATH = click.Path(path_type=Path)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
 DEVICE = click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1, ...")
 INTERRUPTED = 130
+
+
+def _output_formats() -> tuple[str, ...]:
+    from cluscomp_export.writers import output_formats
+
+    return output_formats()
+
+
+class _OutputFormat(click.types.StringParamType):
+    """The name of a format that can be written; plug-ins are not looked for before somebody asks."""
+
+    name = "format"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value not in _output_formats():
+            self.fail(f"{value!r} is not one of {', '.join(_output_formats())}.", param, ctx)
+        return value
+
+    # click 8.1 passes no context.
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return f"[{'|'.join(_output_formats())}]"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(name) for name in _output_formats() if name.startswith(incomplete)]
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -41,7 +66,7 @@ def cli() -> None:
       cluscomp-export verify MODEL model.clus                        did it come out right?
       cluscomp-export generate model.clus "The capital of France is"
 
-    MODEL is a Hugging Face folder with safetensors, a GGUF file, an authors' ClusComp checkpoint or a .clus file.
+    MODEL is a Hugging Face folder with safetensors, a GGUF file, an authors' ClusComp checkpoint or whatever convert made.
     Nothing is ever downloaded.
 
     Tab completion: eval "$(_CLUSCOMP_EXPORT_COMPLETE=bash_source cluscomp-export)" (or zsh_source, fish_source).
@@ -53,10 +78,10 @@ def cli() -> None:
 @click.argument("output", type=PATH)
 @click.option(
     "--to",
-    type=click.Choice(["packed", "hf", "gguf", "onnx"]),
+    type=_OutputFormat(),
     default="packed",
     show_default=True,
-    help="The format to write: one .clus file, a Hugging Face folder, a GGUF file, or an ONNX folder.",
+    help="The format to write: one .clus file, a Hugging Face folder, a GGUF file, an ONNX folder, or what a plug-in brings.",
 )
 @click.option(
     "--gguf-type",
@@ -109,19 +134,28 @@ def convert(source: Path, output: Path, *, dry_run: bool, force: bool, as_json: 
       cluscomp-export convert packed.clus folder/ --to hf                       for transformers
       cluscomp-export convert packed.clus out.gguf --to gguf --gguf-type q8_0   for stock llama.cpp
 
-    Memory stays near the largest tensor. If it fails or is interrupted, nothing is left behind; SOURCE is never changed.
+    Memory stays near the largest tensor. OUTPUT is complete or not there; SOURCE is never changed. A clustering that fails or
+    is interrupted keeps what it has finished in a folder .OUTPUT.work beside OUTPUT: run the same command again to go on.
     """
     from cluscomp_export.convert import ConversionOptions, prepare
     from cluscomp_export.convert import convert as run
+    from cluscomp_export.work_folder import work_path
 
     chosen = ConversionOptions(**options)
     if dry_run:
         _show_plan(prepare(source, chosen), as_json=as_json)
         return
-    with ProgressDisplay() as progress:
-        report = run(source, output, chosen, force=force, on_progress=progress)
+    try:
+        with ProgressDisplay() as progress:
+            report = run(source, output, chosen, force=force, on_progress=progress)
+    except BaseException:
+        if work_path(output).is_dir():
+            say(f"what is finished is kept in {work_path(output)}: run the same command again to go on, or delete it")
+        raise
     for text in report.warnings:
         say(f"warning: {text}")
+    if report.reused:
+        say(f"went on from an interrupted conversion: {report.reused} finished parts were taken up again")
     if as_json:
         print_json(vars(report))
         return
@@ -138,6 +172,7 @@ def convert(source: Path, output: Path, *, dry_run: bool, force: bool, as_json: 
 
 def _show_plan(prepared: Prepared, *, as_json: bool) -> None:
     from cluscomp_export.sizes import tensor_rows
+    from cluscomp_export.tables import print_tensors
 
     sizes = prepared.sizes
     rows = tensor_rows(prepared.model)
@@ -155,7 +190,7 @@ def _show_plan(prepared: Prepared, *, as_json: bool) -> None:
             }
         )
         return
-    _print_tensors(rows)
+    print_tensors(rows)
     bits = sizes.bits_per_weight()
     click.echo(f"bits per weight: {bits['linears']:.2f} (linear layers), {bits['all']:.2f} (everything)")
     click.echo(f"predicted size: {sizes.payload_bytes / 1e6:.1f} MB; source: {prepared.source_file_bytes / 1e6:.1f} MB")
@@ -163,52 +198,26 @@ def _show_plan(prepared: Prepared, *, as_json: bool) -> None:
         say(f"warning: {text}")
 
 
-def _print_tensors(rows: list[dict[str, Any]]) -> None:
-    """One line per kind of tensor."""
-    from cluscomp_export.sources.linears import kind
-
-    merged: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        how = f"dim {row['dim']} x {row['clusters']}" if row["kind"] == "clustered" else row["dtype"]
-        codebook = kind(row["codebook"]) if row["kind"] == "clustered" else ""
-        merged.setdefault((kind(row["name"]), tuple(row["shape"]), how, codebook), []).append(row)
-    print_table(
-        ("tensors", "count", "shape", "stored as", "codebook", "bits"),
-        [
-            (name, len(group), " x ".join(map(str, shape)), how, codebook, f"{group[0]['bits_per_weight']:.2f}")
-            for (name, shape, how, codebook), group in merged.items()
-        ],
-    )
-
-
 @cli.command()
 @click.argument("model", type=PATH)
-@click.option("--quick", is_flag=True, help="Read the header only: no digest, no checksums.")
+@click.option("--quick", is_flag=True, help="Read the header only: no digest, no checksums, no use of codebooks.")
+@click.option("--reference", type=PATH, help="The original: adds the error of each tensor against it.")
 @JSON
-def inspect(model: Path, *, quick: bool, as_json: bool) -> None:
-    """Show what MODEL holds: architecture, settings per tensor, bits per weight, digest, and what would run it here."""
+def inspect(model: Path, *, quick: bool, reference: Path | None, as_json: bool) -> int:
+    """Show what MODEL holds: architecture, settings per tensor, bits per weight, how its codebooks are used, worst tensors.
+
+    Everything is read, and all that is wrong with it is listed; exit code 3 then.
+    """
     from cluscomp_export.inspection import inspect_model
+    from cluscomp_export.tables import print_inspection
 
     with ProgressDisplay() as progress:
-        report = inspect_model(model, quick=quick, on_progress=progress)
+        report = inspect_model(model, reference=reference, quick=quick, on_progress=progress)
     if as_json:
         print_json(report)
-        return
-    _print_tensors(report["tensors"])
-    bits = report["bits_per_weight"]
-    facts = {
-        "format": report["format"],
-        "architecture": report["architecture"],
-        "weights": f"{report['weights'] / 1e6:.1f} million",
-        "file": f"{report['file_bytes'] / 1e6:.1f} MB",
-        "bits per weight": f"{bits['linears']:.2f} (linear layers), {bits['all']:.2f} (everything)",
-        "digest": report["digest"] or "not computed (--quick)",
-        "self-test record": "yes" if report["self_test"] else "no",
-        "made by": report["provenance"].get("tool", "") + " " + report["provenance"].get("version", ""),
-        "kernel here": report["kernel"],
-    }
-    for name, value in facts.items():
-        click.echo(f"{name:>17}: {value}")
+    else:
+        print_inspection(report)
+    return int(report["exit_code"])
 
 
 @cli.command()
@@ -249,7 +258,7 @@ def verify(a: Path, b: Path, *, device: str, as_json: bool) -> int:
         detail = f" (difference {test['max_difference']:.3g}, allowed {test['tolerance']:.3g})" if "tolerance" in test else ""
         click.echo(f"self-test of {name}: {verdict}{detail}")
     for reason in result.reasons:
-        click.echo(f"- {reason}")
+        click.echo(f"- {printable(reason)}")
     click.echo(result.verdict.upper())
     return result.exit_code
 
@@ -364,7 +373,7 @@ def main() -> None:
         _report(error, as_json=as_json, exit_code=error.exit_code)
         code = error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        say("interrupted; nothing was written")
+        say("interrupted; no output was written")
         code = INTERRUPTED
     sys.exit(code if isinstance(code, int) else 0)
 

@@ -7,7 +7,7 @@ tensor at a time, in the order in which writers read them.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -15,11 +15,12 @@ import numpy.typing as npt
 
 from cluscomp_export.planning import CodebookPlan, Plan, Treatment
 from cluscomp_export.progress import Progress, silent
+from cluscomp_export.work_folder import Forms, WorkFolder
 from cluscomp_formats.errors import InvalidFileError, Problem
-from cluscomp_formats.ir import Array, ClusteredWeight, Codebook, DenseTensor, Model, Stage, Tensor
+from cluscomp_formats.ir import AnyArray, Array, ClusteredWeight, Codebook, DenseTensor, Model, Stage, Tensor
 from cluscomp_kernels.kmeans import assign, kmeans
 
-__all__ = ["Method", "cluster_model"]
+__all__ = ["Method", "cluster_model", "work_bytes"]
 
 Floats = npt.NDArray[np.float32]
 Method = Literal["fast", "lloyd"]
@@ -41,15 +42,17 @@ def cluster_model(
     device: str = "cpu",
     energies: Mapping[str, Floats] | None = None,
     provenance: Mapping[str, Any] | None = None,
+    work: WorkFolder | None = None,
     on_progress: Progress = silent,
 ) -> Model:
     """A lazy model with the plan's tensors clustered and all others dense; nothing is computed yet.
 
     Shapes and sizes are known at once, so the result also serves to predict sizes. Reading a codebook fits it (once); reading
     codes or scales encodes that tensor (the last one is kept), so reading in the order of `Model.payloads()` does each tensor
-    once. Raises InvalidFileError, on reading, for weights that are not finite or out of float16's range.
+    once. What `work` holds already is not done again, and what is done is kept there. Raises InvalidFileError, on reading, for
+    weights that are not finite or out of float16's range, StorageError if `work` cannot be written.
     """
-    worker = _Worker(source, plan, energies or {}, method, seed, threads, device, on_progress)
+    worker = _Worker(source, plan, energies or {}, method, seed, threads, device, work, on_progress)
     codebooks = {book.name: worker.codebook(book) for book in plan.codebooks}
     tensors: dict[str, Tensor] = {}
     for name, tensor in source.tensors.items():
@@ -59,6 +62,14 @@ def cluster_model(
         else:
             tensors[name] = _dense(tensor) if isinstance(tensor, DenseTensor) else tensor
     return Model(source.config, tensors, source.files, provenance or {})
+
+
+def work_bytes(model: Model) -> int:
+    """What all units of work of a model from `cluster_model` take on the disk, in bytes, headers not counted."""
+    arrays = [book.values for book in model.codebooks.values()]
+    for weight in model.clustered.values():
+        arrays += [*(stage.codes for stage in weight.stages), *(array for _, array in weight.extra_arrays)]
+    return sum(array.nbytes for array in arrays)
 
 
 def _dense(tensor: DenseTensor) -> DenseTensor:
@@ -79,7 +90,7 @@ def _dense(tensor: DenseTensor) -> DenseTensor:
 
 
 class _Worker:
-    """Does the work behind the lazy arrays. Keeps all codebooks made so far and the last tensor encoded."""
+    """Does the work behind the lazy arrays. Keeps the shared codebooks, the last of the others and the last tensor encoded."""
 
     def __init__(
         self,
@@ -90,6 +101,7 @@ class _Worker:
         seed: int,
         threads: int | None,
         device: str,
+        work: WorkFolder | None,
         on_progress: Progress,
     ) -> None:
         self.source = source
@@ -99,8 +111,10 @@ class _Worker:
         self.seed = seed
         self.threads = threads
         self.device = device
+        self.work = work
         self.on_progress = on_progress
-        self.centroids: dict[str, npt.NDArray[np.float16]] = {}
+        self.shared: dict[str, npt.NDArray[np.float16]] = {}
+        self.fitted: tuple[str, npt.NDArray[np.float16]] | None = None
         self.encoded: tuple[str, npt.NDArray[np.uint16], npt.NDArray[np.float16]] | None = None
 
     def codebook(self, book: CodebookPlan) -> Codebook:
@@ -165,44 +179,70 @@ class _Worker:
         weighted = any(name in self.energies for name in book.members)
         return np.concatenate(samples), np.concatenate(weights) if weighted else None
 
+    def _finished(self, name: str, forms: Forms, compute: Callable[[], dict[str, AnyArray]]) -> dict[str, AnyArray]:
+        """The arrays of a unit of work, computed unless they were before."""
+        if self.work is None:
+            return compute()
+        arrays = self.work.load(name, forms)
+        if arrays is None:
+            arrays = compute()
+            self.work.save(name, arrays)
+        return arrays
+
     def _fit(self, book: CodebookPlan) -> npt.NDArray[np.float16]:
-        if book.name not in self.centroids:
-            points, weights = self._sample(book)
-            result = kmeans(
-                points,
-                book.num_clusters,
-                weights=weights,
-                method=self.method,
-                seed=self.seed,
-                threads=self.threads,
-                device=self.device,
-                on_progress=lambda done, total: self.on_progress(f"clustering {book.name}", done, total),
-            )
-            centroids = np.zeros((book.num_clusters, book.cluster_dim), dtype=np.float16)
-            with np.errstate(over="ignore"):
-                centroids[: len(result.centroids)] = result.centroids
-            if not np.isfinite(centroids).all():
-                found = f"a centroid of {np.abs(result.centroids).max():g}"
-                expected = f"up to {SCALE_RANGE[1]:g}, the range of float16"
-                remedy = "use --share kind, which scales the rows"
-                problem = Problem("out_of_range", "centroids do not fit float16", None, book.name, found, expected, remedy)
-                raise InvalidFileError(problem)
-            self.centroids[book.name] = centroids
-        return self.centroids[book.name]
+        if book.name in self.shared:
+            return self.shared[book.name]
+        if self.fitted is None or self.fitted[0] != book.name:
+            forms = {"centroids": ("float16", (book.num_clusters, book.cluster_dim))}
+            arrays = self._finished(f"codebook {book.name}", forms, lambda: {"centroids": self._centroids(book)})
+            self.fitted = (book.name, arrays["centroids"])
+            if book.shared:
+                self.shared[book.name] = arrays["centroids"]
+        return self.fitted[1]
+
+    def _centroids(self, book: CodebookPlan) -> npt.NDArray[np.float16]:
+        points, weights = self._sample(book)
+        result = kmeans(
+            points,
+            book.num_clusters,
+            weights=weights,
+            method=self.method,
+            seed=self.seed,
+            threads=self.threads,
+            device=self.device,
+            on_progress=lambda done, total: self.on_progress(f"clustering {book.name}", done, total),
+        )
+        centroids = np.zeros((book.num_clusters, book.cluster_dim), dtype=np.float16)
+        with np.errstate(over="ignore"):
+            centroids[: len(result.centroids)] = result.centroids
+        if not np.isfinite(centroids).all():
+            found = f"a centroid of {np.abs(result.centroids).max():g}"
+            expected = f"up to {SCALE_RANGE[1]:g}, the range of float16"
+            remedy = "use --share kind, which scales the rows"
+            problem = Problem("out_of_range", "centroids do not fit float16", None, book.name, found, expected, remedy)
+            raise InvalidFileError(problem)
+        return centroids
 
     def _encode(self, name: str) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.float16]]:
         if self.encoded is None or self.encoded[0] != name:
-            book = self.plan.treatments[name].codebook
-            centroids = self._fit(book).astype(np.float32)
-            vectors, scale = self._vectors(name)
-            codes = assign(vectors, centroids, threads=self.threads, device=self.device)
-            in_features = self.plan.treatments[name].shape[1]
-            self.encoded = (
-                name,
-                codes.reshape(in_features, -1),
-                _refit_scale(vectors, centroids[codes], self._weights(name, in_features), scale),
-            )
+            treatment = self.plan.treatments[name]
+            out_features, in_features = treatment.shape
+            forms: Forms = {
+                "codes": ("uint16", (in_features, -(-out_features // treatment.codebook.cluster_dim))),
+                "row_scale": ("float16", (out_features if treatment.row_scale else 0,)),
+            }
+            arrays = self._finished(f"tensor {name}", forms, lambda: self._codes(name))
+            self.encoded = (name, arrays["codes"], arrays["row_scale"])
         return self.encoded[1:]
+
+    def _codes(self, name: str) -> dict[str, AnyArray]:
+        treatment = self.plan.treatments[name]
+        centroids = self._fit(treatment.codebook).astype(np.float32)
+        vectors, scale = self._vectors(name)
+        codes = assign(vectors, centroids, threads=self.threads, device=self.device)
+        in_features = treatment.shape[1]
+        row_scale = _refit_scale(vectors, centroids[codes], self._weights(name, in_features), scale)
+        return {"codes": codes.reshape(in_features, -1), "row_scale": row_scale}
 
 
 def _refit_scale(vectors: Floats, decoded: Floats, energy: Floats, scale: Floats | None) -> npt.NDArray[np.float16]:

@@ -1,7 +1,11 @@
-"""From a source to an artefact: plan, check the source, cluster while writing, self-test, rename."""
+"""From a source to an artefact: plan, check the source, cluster while writing, self-test, rename.
+
+What a clustering has finished is kept beside the output until that is there: see `work_folder`.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import shutil
@@ -14,14 +18,24 @@ from typing import Any
 import numpy as np
 
 from cluscomp_export.calibration import channel_energies, read_text, shipped_text
-from cluscomp_export.clustering import Method, cluster_model
+from cluscomp_export.clustering import Method, cluster_model, work_bytes
 from cluscomp_export.planning import Plan, Share, embedding_tensors, plan_bits, plan_fixed
 from cluscomp_export.progress import Progress, silent
 from cluscomp_export.sizes import Sizes, model_sizes
 from cluscomp_export.sources import open_source, source_bytes
-from cluscomp_export.writers import WRITERS, Writer, dense_gguf_writer
-from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem, StorageError, UnsupportedError
+from cluscomp_export.work_folder import WorkFolder, fingerprint, remove_work, work_folder, work_path
+from cluscomp_export.writers import find_writer
+from cluscomp_formats.errors import (
+    ClusCompError,
+    InvalidFileError,
+    InvalidRequestError,
+    OutputExistsError,
+    Problem,
+    StorageError,
+    UnsupportedError,
+)
 from cluscomp_formats.ir import FLOAT_DTYPES, AnyArray, Array, Model
+from cluscomp_formats.packed.payloads import is_finite
 from cluscomp_formats.version import __version__
 from cluscomp_runtime.language_model import check_device
 
@@ -90,7 +104,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What `convert` did."""
+    """What `convert` did. `reused` counts the units of work (codebooks, tensors) that an interrupted attempt had finished."""
 
     output: str
     file_bytes: int
@@ -98,6 +112,7 @@ class ConversionReport:
     digest: str | None
     bits_per_weight: Mapping[str, float]
     self_test: bool
+    reused: int
     seconds: float
     warnings: tuple[str, ...]
 
@@ -134,23 +149,27 @@ def convert(
     force: bool = False,
     on_progress: Progress = silent,
 ) -> ConversionReport:
-    """Convert and write; nothing is left behind if it fails and the source is never touched.
+    """Convert and write. The output is complete or not there, and the source is never touched.
 
-    Raises what `prepare` does, OutputExistsError, StorageError, SelfTestError.
+    A clustering that fails or is interrupted, by whatever, leaves what it has finished in a folder beside the output
+    (`work_path`); the same call goes on from there, and ends with the same bytes. Raises what `prepare` does,
+    OutputExistsError, StorageError, SelfTestError.
     """
     started = time.perf_counter()
-    writer = _find_writer(options)
-    writer.check(output, force=force)
+    writer = find_writer(options.to, options.gguf_type)
+    try:
+        writer.check(output, force=force)
+    except OutputExistsError:
+        _remove_finished_work(output)
+        raise
     if output.exists() and output.resolve() == source_path.resolve():
         raise InvalidRequestError(
             Problem("output_is_source", "the output is the source itself", str(output), remedy="name another output")
         )
     prepared = prepare(source_path, options)
-    _check_space(output, prepared.sizes.payload_bytes)
+    writer.check_model(prepared.model)
     warnings = list(prepared.warnings)
     model = prepared.model
-    if prepared.plan is not None:
-        model = _clustered(prepared.source, prepared.plan, source_path, options, warnings, on_progress)
     record: Mapping[str, Any] | None = None
 
     def self_test(written: Model) -> Mapping[str, Any] | None:
@@ -158,45 +177,64 @@ def convert(
         record = model.self_test or _self_test(written, warnings, on_progress)
         return record
 
-    file_bytes, digest = writer.write(model, output, force, self_test, lambda done, total: on_progress("writing", done, total))
+    with contextlib.ExitStack() as unfinished:
+        work = unfinished.enter_context(work_folder(output)) if prepared.plan is not None else None
+        _check_space(output, prepared, work)
+        if prepared.plan is not None and work is not None:
+            model = _clustered(prepared.source, prepared.plan, source_path, options, work, warnings, on_progress)
+        written = writer.write(
+            model,
+            output,
+            force=force,
+            self_test=self_test,
+            on_progress=lambda done, total: on_progress("writing", done, total),
+        )
     return ConversionReport(
         output=str(output),
-        file_bytes=file_bytes,
+        file_bytes=written.file_bytes,
         source_file_bytes=prepared.source_file_bytes,
-        digest=digest,
+        digest=written.digest,
         bits_per_weight=prepared.sizes.bits_per_weight(),
         self_test=record is not None,
+        reused=work.reused if work is not None else 0,
         seconds=time.perf_counter() - started,
         warnings=tuple(warnings),
     )
 
 
-def _find_writer(options: ConversionOptions) -> Writer:
-    if options.to not in WRITERS:
-        found, expected = options.to, ", ".join(WRITERS)
-        raise InvalidRequestError(Problem("unknown_format", "no writer for this format", None, None, found, expected))
-    if options.gguf_type is None:
-        return WRITERS[options.to]
-    if options.to != "gguf":
-        raise InvalidRequestError(Problem("bad_option", "--gguf-type needs --to gguf", found=f"--to {options.to}"))
-    return dense_gguf_writer(options.gguf_type)
-
-
 def _clustered(
-    source: Model, plan: Plan, source_path: Path, options: ConversionOptions, warnings: list[str], on_progress: Progress
+    source: Model,
+    plan: Plan,
+    source_path: Path,
+    options: ConversionOptions,
+    work: WorkFolder,
+    warnings: list[str],
+    on_progress: Progress,
 ) -> Model:
     """The model to write, with its provenance: what it was made from, and how."""
     text = options.calibration_text()
-    digest = scan_source(source, source_path, on_progress)
-    energies = None
     recorded = options.recorded()
     if text is not None:
+        recorded["calibration"] = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+    provenance = {
+        "tool": "cluscomp-export",
+        "version": __version__,
+        "source": {**source.provenance, "digest": scan_source(source, source_path, on_progress)},
+        "options": recorded,
+    }
+    kept, deleted = work.begin(fingerprint(provenance))
+    if kept:
+        on_progress(f"resuming with {kept} finished parts", kept, kept)
+    if deleted:
+        warnings.append("the unfinished work of a conversion of another source or with other options was discarded")
+    energies = None
+    if text is not None:
         try:
-            energies = channel_energies(source, text, on_progress)
-            recorded["calibration"] = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+            energies = _energies(source, text, work, on_progress)
         except (InvalidRequestError, UnsupportedError) as error:
             if options.calibration is not None:
                 raise
+            del recorded["calibration"]
             warnings.append(f"clustered without calibration: {error.problems[0].message}")
     return cluster_model(
         source,
@@ -206,14 +244,28 @@ def _clustered(
         threads=options.threads,
         device=options.device,
         energies=energies,
-        provenance={
-            "tool": "cluscomp-export",
-            "version": __version__,
-            "source": {**source.provenance, "digest": digest},
-            "options": recorded,
-        },
+        provenance=provenance,
+        work=work,
         on_progress=on_progress,
     )
+
+
+def _energies(source: Model, text: str, work: WorkFolder, on_progress: Progress) -> Mapping[str, AnyArray]:
+    """`channel_energies`, computed unless an earlier attempt has done so."""
+    matrices = {name: tensor.shape for name, tensor in source.tensors.items() if len(tensor.shape) == 2}
+    found = work.load("energies", {name: ("float32", (shape[1],)) for name, shape in matrices.items()})
+    if found is not None:
+        return found
+    energies = channel_energies(source, text, on_progress)
+    work.save("energies", energies)
+    return energies
+
+
+def _remove_finished_work(output: Path) -> None:
+    """Remove the work folder of the conversion that made `output`, if it was killed after that and before it could."""
+    if work_path(output).is_dir():
+        with contextlib.suppress(ClusCompError):
+            remove_work(output, fingerprint(open_source(output).provenance))
 
 
 def scan_source(source: Model, path: Path, on_progress: Progress = silent) -> str:
@@ -243,7 +295,7 @@ def scan_source(source: Model, path: Path, on_progress: Progress = silent) -> st
 def _first_not_finite(array: Array, values: AnyArray) -> tuple[int, ...] | None:
     if array.dtype not in FLOAT_DTYPES:
         return None
-    finite = (values & 0x7F80) != 0x7F80 if array.dtype == "bfloat16" else np.isfinite(values)
+    finite = is_finite(values, array.dtype)
     if finite.all():
         return None
     return tuple(int(index) for index in np.unravel_index(int(np.argmin(finite)), values.shape))
@@ -300,11 +352,14 @@ def _warnings(source: Model, sizes: Sizes, source_file_bytes: int) -> list[str]:
     return warnings
 
 
-def _check_space(output: Path, needed: int) -> None:
-    """Refuse early what would run out of space at the end."""
+def _check_space(output: Path, prepared: Prepared, work: WorkFolder | None) -> None:
+    """Refuse early what would run out of space at the end: the artefact and, until it is there, the unfinished work."""
+    needed = prepared.sizes.payload_bytes
+    if work is not None:
+        needed += max(0, work_bytes(prepared.model) - work.stored_bytes())
     free = shutil.disk_usage(output.parent).free
     if free < needed:
-        found, expected = f"{free / 1e6:.1f} MB free", f"{needed / 1e6:.1f} MB for the artefact"
+        found, expected = f"{free / 1e6:.1f} MB free", f"{needed / 1e6:.1f} MB for the artefact and the work on it"
         raise StorageError(
             Problem("no_space", "not enough space", str(output), None, found, expected, "free some, or write elsewhere")
         )

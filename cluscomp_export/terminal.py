@@ -11,6 +11,9 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
+
+from cluscomp_formats.errors import printable
 
 __all__ = ["ProgressDisplay", "print_json", "print_table", "say"]
 
@@ -22,7 +25,8 @@ class ProgressDisplay:
         self._prefix = prefix
         console = Console(stderr=True)
         columns = (
-            TextColumn("{task.description}"),
+            # Names come from files: "[/]" is text, not markup.
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TaskProgressColumn(),
             TimeElapsedColumn(),
@@ -47,7 +51,7 @@ class ProgressDisplay:
 
 
 def say(text: str) -> None:
-    """A line for the person, on standard error."""
+    """Text for the person, on standard error."""
     click.echo(text, err=True)
 
 
@@ -62,7 +66,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None
     for position, title in enumerate(header):
         table.add_column(title, justify="left" if position == 0 else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+        table.add_row(*(Text(printable(str(cell))) for cell in row))
     # A pipe has no width: never cut a table that is not on a terminal.
     console = Console()
     Console(width=None if console.is_terminal else 400).print(table)

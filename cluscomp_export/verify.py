@@ -26,7 +26,7 @@ from cluscomp_runtime import LanguageModel
 from cluscomp_runtime.architecture import DecoderSettings
 from cluscomp_runtime.selftest import check_record, compare_with_record, run_self_test
 
-__all__ = ["TensorError", "Verification", "verify"]
+__all__ = ["TensorError", "Verification", "compare_tensors", "verify"]
 
 Verdict = Literal["equal", "derived", "different", "unknown"]
 
@@ -70,7 +70,7 @@ def verify(path_a: Path, path_b: Path, *, device: str = "cpu", on_progress: Prog
     on_progress("computing digests", 1, 2)
     digest_b = model_b.digest()
     on_progress("computing digests", 2, 2)
-    tensors, structure = _compare_tensors(model_a, model_b, on_progress)
+    tensors, structure = compare_tensors(model_a, model_b, on_progress)
     paths = {str(path_a): model_a, str(path_b): model_b}
     runnable, skipped = _load(paths, device)
     self_tests = {name: _self_test(model, runnable.get(name)) for name, model in paths.items() if model.self_test}
@@ -125,7 +125,7 @@ def _judge(
     return "different", ["every decoded tensor is equal, but the configuration or the way the weights are stored is not"]
 
 
-def _compare_tensors(model_a: Model, model_b: Model, on_progress: Progress) -> tuple[list[TensorError], list[str]]:
+def compare_tensors(model_a: Model, model_b: Model, on_progress: Progress) -> tuple[list[TensorError], list[str]]:
     """Errors of the tensors both have, and in words what only one has or what differs in shape."""
     structure = []
     for label, one, other in (("first", model_a, model_b), ("second", model_b, model_a)):

@@ -1,72 +1,81 @@
-"""What `convert --to` can write: each output format with its check before the work and its writer."""
+"""What `convert` writes with: a format's own writer, or one that needs what only this package can make."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluscomp_export.onnx_graph import build_graph
-from cluscomp_formats.atomic import check_output
-from cluscomp_formats.atomic_folder import check_output_folder
-from cluscomp_formats.gguf import write_dense_gguf, write_gguf
-from cluscomp_formats.hf import holds_only_model, write_hf
+from cluscomp_formats.errors import InvalidRequestError, Problem
+from cluscomp_formats.gguf import write_dense_gguf
 from cluscomp_formats.ir import Model
-from cluscomp_formats.onnx import holds_only_onnx
-from cluscomp_formats.packed import write_packed
+from cluscomp_formats.registry import CheckOutput, WriteModel, Written, find_format, formats
 
-__all__ = ["WRITERS", "Writer", "dense_gguf_writer"]
+__all__ = ["Writer", "find_writer", "output_formats"]
 
 SelfTest = Callable[[Model], Mapping[str, Any] | None]
 BytesDone = Callable[[int, int], None]
 
 
-def _check_folder(path: Path, *, force: bool) -> None:
-    check_output_folder(path, force=force, replaceable=holds_only_model)
+@dataclass(frozen=True)
+class Writer:
+    """`check(path, force=...)` refuses an output before any work, `write` makes it; see `Format`."""
 
-
-def _check_onnx(path: Path, *, force: bool) -> None:
-    check_output_folder(path, force=force, replaceable=holds_only_onnx)
-
-
-def _write_onnx(model: Model, path: Path, **options: Any) -> Any:
-    graph = build_graph(model)
-    # After `build_graph`, which says so if the package onnx is missing.
-    from cluscomp_formats.onnx.writer import write_onnx
-
-    return write_onnx(model, path, graph, **options)
+    check: CheckOutput
+    write: WriteModel
+    check_model: Callable[[Model], object] = lambda model: None
+    """Refuses a model before any work, by its configuration and shapes. Raises UnsupportedError, InvalidFileError."""
 
 
 @dataclass(frozen=True)
-class Writer:
-    """`check(path, force=)` refuses an output before any work; `write(model, path, force, self_test, on_progress)` makes it,
-    atomically, and returns the size of the output in bytes and the model's digest, None if the output is no codebook model."""
+class _Export:
+    """A file without codebooks has no digest."""
 
-    check: Callable[..., None]
-    write: Callable[[Model, Path, bool, SelfTest, BytesDone], tuple[int, str | None]]
-
-
-def _writer(check: Callable[..., None], write: Callable[..., Any]) -> Writer:
-    def run(model: Model, path: Path, force: bool, self_test: SelfTest, on_progress: BytesDone) -> tuple[int, str | None]:
-        report = write(model, path, force=force, self_test=self_test, on_progress=on_progress)
-        return report.file_bytes, report.digest
-
-    return Writer(check, run)
+    file_bytes: int
+    digest: None = None
 
 
-def dense_gguf_writer(gguf_type: str) -> Writer:
-    """Decoded and requantised to a stock GGUF type, for stock llama.cpp."""
-
-    def run(model: Model, path: Path, force: bool, self_test: SelfTest, on_progress: BytesDone) -> tuple[int, str | None]:
-        return write_dense_gguf(model, path, gguf_type=gguf_type, force=force, on_progress=on_progress).file_bytes, None
-
-    return Writer(check_output, run)
+def output_formats() -> tuple[str, ...]:
+    """Names of the formats that can be written."""
+    return tuple(fmt.name for fmt in formats() if fmt.write is not None or fmt.name == "onnx")
 
 
-WRITERS = {
-    "packed": _writer(check_output, write_packed),
-    "hf": _writer(_check_folder, write_hf),
-    "gguf": _writer(check_output, write_gguf),
-    "onnx": _writer(_check_onnx, _write_onnx),
-}
+def find_writer(name: str, gguf_type: str | None = None) -> Writer:
+    """The writer of the format of that name; with `gguf_type`, decoded and requantised for stock llama.cpp.
+
+    Raises InvalidRequestError.
+    """
+    fmt = find_format(name)
+    if gguf_type is not None and name != "gguf":
+        raise InvalidRequestError(Problem("bad_option", "--gguf-type needs --to gguf", found=f"--to {name}"))
+    if name == "onnx":
+        return Writer(fmt.check_output, _write_onnx, _build_graph)
+    if gguf_type is not None:
+        return Writer(fmt.check_output, functools.partial(_write_dense_gguf, gguf_type))
+    if fmt.write is None:
+        expected = ", ".join(output_formats())
+        raise InvalidRequestError(Problem("not_writable", "this format is only read", found=name, expected=expected))
+    return Writer(fmt.check_output, fmt.write)
+
+
+def _build_graph(model: Model) -> Any:
+    # Here, so that the names of formats can be asked for without loading torch.
+    from cluscomp_export.onnx_graph import build_graph
+
+    return build_graph(model)
+
+
+def _write_onnx(model: Model, path: Path, *, force: bool, self_test: SelfTest | None, on_progress: BytesDone | None) -> Written:
+    graph = _build_graph(model)
+    # After `build_graph`, which says so if the package onnx is missing.
+    from cluscomp_formats.onnx.writer import write_onnx
+
+    return write_onnx(model, path, graph, force=force, self_test=self_test, on_progress=on_progress)
+
+
+def _write_dense_gguf(
+    gguf_type: str, model: Model, path: Path, *, force: bool, self_test: SelfTest | None, on_progress: BytesDone | None
+) -> Written:
+    return _Export(write_dense_gguf(model, path, gguf_type=gguf_type, force=force, on_progress=on_progress).file_bytes)

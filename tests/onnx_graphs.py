@@ -26,7 +26,7 @@ def matrices(model: Model) -> list[str]:
     """Names of what a linear can be made of: clustered weights, and dense matrices of floats."""
     floats = ("float16", "float32", "bfloat16")
     names = []
-    for name, tensor in model.tensors.items():
+    for name, tensor in sorted(model.tensors.items()):
         dense = isinstance(tensor, DenseTensor) and tensor.values.dtype in floats and len(tensor.shape) == 2
         if isinstance(tensor, ClusteredWeight) or (dense and min(tensor.shape) > 0):
             names.append(name)

@@ -62,7 +62,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(run: Run, stories_folder: P
     assert list(tmp_path.iterdir()) == []
 
 
-def test_inspect(run: Run, packed: Path) -> None:
+def test_inspect(run: Run, packed: Path, stories_folder: Path) -> None:
     code, out, _ = run("inspect", packed, "--json")
     report = json.loads(out)
     assert code == 0
@@ -78,6 +78,31 @@ def test_inspect(run: Run, packed: Path) -> None:
     assert "kernel here" in out
     code, out, _ = run("inspect", packed, "--quick", "--json")
     assert json.loads(out)["digest"] is None
+    code, out, _ = run("inspect", packed, "--reference", stories_folder)
+    assert code == 0
+    assert "relative error" in out
+    assert run("inspect", packed, "--reference", stories_folder, "--quick")[0] == 2
+
+
+def test_inspect_reports_on_a_faulty_file_to_the_end(run: Run, packed: Path, tmp_path: Path) -> None:
+    flipped = corrupt(packed, tmp_path / "flipped.clus", lambda data: data.__setitem__(1000, data[1000] ^ 1))
+    code, out, err = run("inspect", flipped)
+    assert code == 3
+    assert "kernel here" in out
+    assert "checksum" in err
+    code, out, _ = run("inspect", flipped, "--json")
+    report = json.loads(out)
+    assert (code, report["exit_code"], len(report["problems"])) == (3, 3, 1)
+    assert report["architecture"] == "LlamaForCausalLM"
+
+
+def test_a_source_is_not_loaded_but_told_to_be_converted(run: Run, stories_folder: Path, packed: Path, tmp_path: Path) -> None:
+    dense = tmp_path / "dense.gguf"
+    assert run("convert", packed, dense, "--to", "gguf", "--gguf-type", "f16")[0] == 0
+    for source in (stories_folder, dense):
+        code, _, err = run("generate", source, "hello")
+        assert code == 3
+        assert f"cluscomp-export convert {source} model.clus" in err
 
 
 def test_verify_speaks_in_exit_codes(run: Run, stories_folder: Path, packed: Path, tmp_path: Path) -> None:
@@ -187,7 +212,7 @@ def test_an_unknown_architecture_is_clustered_but_not_run(run: Run, tmp_path: Pa
     assert run("verify", source, output)[0] == 2
 
 
-def test_ctrl_c_leaves_nothing_behind(stories_folder: Path, tmp_path: Path) -> None:
+def test_ctrl_c_before_anything_is_finished_leaves_nothing_behind(stories_folder: Path, tmp_path: Path) -> None:
     # A clustering that lasts until it is interrupted, in the middle of the writing.
     code = (
         "import time; from cluscomp_export import clustering; "
@@ -205,12 +230,31 @@ def test_ctrl_c_leaves_nothing_behind(stories_folder: Path, tmp_path: Path) -> N
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "clustering\n"
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(list(tmp_path.iterdir())) == 2
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "interrupted" in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_finished_is_kept_and_the_command_says_so(
+    run: Run, stories_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    arguments = ("convert", stories_folder, tmp_path / "out.clus", "--dim", 2, "--clusters", 16)
+    with monkeypatch.context() as patch:
+        patch.setattr("cluscomp_export.clustering.assign", interrupt)
+        code, _, err = run(*arguments)
+    assert code == 130
+    assert f"{tmp_path / '.out.clus.work'}: run the same command again to go on" in err
+    assert [path.name for path in tmp_path.iterdir()] == [".out.clus.work"]
+    code, _, err = run(*arguments)
+    assert code == 0
+    assert "went on from an interrupted conversion: 1 finished parts" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["out.clus"]
 
 
 def test_a_closed_pipe_is_not_complained_about(packed: Path) -> None:

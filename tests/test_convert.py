@@ -1,4 +1,4 @@
-"""Conversion end to end on a small trained model: quality, determinism, provenance, nothing left behind."""
+"""Conversion end to end on a small trained model: quality, determinism, provenance, what is left behind."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from cluscomp_export.convert import ConversionOptions, convert, prepare, scan_source
 from cluscomp_export.sources import open_source
+from cluscomp_export.work_folder import work_path
 from cluscomp_formats.errors import ClusCompError, InvalidFileError, InvalidRequestError, OutputExistsError, StorageError
 from cluscomp_formats.packed import open_packed
 from cluscomp_runtime import load
@@ -161,13 +162,26 @@ def test_too_little_space_is_seen_before_any_work(
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("broken"), OSError(28, "No space left on device")])
-def test_whatever_stops_it_leaves_nothing_behind(
-    stories_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+def test_whatever_stops_it_leaves_at_most_finished_work(
+    stories_folder: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     def stop(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("cluscomp_export.clustering.assign", stop)
-    with pytest.raises((type(error), ClusCompError)):
-        convert(stories_folder, tmp_path / "out.clus", ConversionOptions(bits=4))
+    output, options = tmp_path / "out.clus", ConversionOptions(bits=4, embedding_bits=8)
+    with monkeypatch.context() as patch:
+        patch.setattr("cluscomp_export.convert.channel_energies", stop)
+        with pytest.raises((type(error), ClusCompError)):
+            convert(stories_folder, output, options)
     assert list(tmp_path.iterdir()) == []
+    with monkeypatch.context() as patch:
+        patch.setattr("cluscomp_export.clustering.assign", stop)
+        with pytest.raises((type(error), ClusCompError)):
+            convert(stories_folder, output, options)
+    assert list(tmp_path.iterdir()) == [work_path(output)]
+    # The energies and a codebook.
+    assert len(list(work_path(output).iterdir())) == 2
+    report = convert(stories_folder, output, options)
+    assert report.reused == 2
+    assert output.read_bytes() == packed.read_bytes()
+    assert list(tmp_path.iterdir()) == [output]

@@ -3,11 +3,14 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from cluscomp_export.writers import output_formats
 from cluscomp_formats import packed, registry
+from cluscomp_formats.builtin import FORMATS
 from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem
 from cluscomp_formats.ir import Model
 from cluscomp_formats.registry import Format
@@ -15,8 +18,7 @@ from cluscomp_formats.registry import Format
 
 @pytest.fixture
 def formats(monkeypatch: pytest.MonkeyPatch) -> list[Format]:
-    """A registry of two formats told apart by the first byte."""
-    monkeypatch.setattr(registry, "_FORMATS", {})
+    """A registry of two formats told apart by the first byte; the second can be written."""
 
     def starts_with(letter: bytes) -> Format:
         name = letter.decode()
@@ -24,15 +26,14 @@ def formats(monkeypatch: pytest.MonkeyPatch) -> list[Format]:
             name, f"a file of {name}", lambda path: path.read_bytes()[:1] == letter, lambda _: Model({"is": name}, {})
         )
 
-    made = [starts_with(b"b"), starts_with(b"a")]
-    for fmt in made:
-        registry.register(fmt)
+    made = [starts_with(b"b"), replace(starts_with(b"a"), write=packed.write_packed)]
+    monkeypatch.setattr(registry, "formats", lambda: tuple(made))
     return made
 
 
-def test_names_keep_their_order(formats: list[Format]) -> None:
-    assert registry.format_names() == ("b", "a")
+def test_formats_are_found_by_name(formats: list[Format]) -> None:
     assert registry.find_format("a") is formats[1]
+    assert registry.describe_formats() == "b: a file of b; a: a file of a"
 
 
 def test_a_format_is_found_by_content_not_by_suffix(formats: list[Format], tmp_path: Path) -> None:
@@ -43,26 +44,29 @@ def test_a_format_is_found_by_content_not_by_suffix(formats: list[Format], tmp_p
 
 
 def test_refusals(formats: list[Format], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="already registered"):
-        registry.register(formats[0])
     with pytest.raises(InvalidRequestError, match="b, a"):
         registry.find_format("c")
     path = tmp_path / "other"
     path.write_bytes(b"c")
     assert registry.detect(path) is None
-    with pytest.raises(InvalidFileError, match="a: a file of a"):
+    with pytest.raises(InvalidFileError, match="a: a file of a") as caught:
         registry.open_model(path)
+    assert f"cluscomp-export convert {path} model.clus" in str(caught.value)
     with pytest.raises(InvalidFileError, match="no such file"):
         registry.open_model(tmp_path / "nothing")
 
 
-def test_packed_is_registered() -> None:
+def test_our_own_formats_need_no_installation() -> None:
+    """In a source tree there is no metadata to find them by."""
     assert registry.find_format("packed").open is packed.open_packed
+    names = [fmt.name for fmt in FORMATS]
+    assert output_formats()[: len(names)] == tuple(names)
+    assert len(set(names)) == len(names)
 
 
 def test_importing_the_formats_is_light() -> None:
     script = (
-        "import sys, cluscomp_formats, cluscomp_formats.packed\n"
+        "import sys, cluscomp_formats.registry\ncluscomp_formats.registry.formats()\n"
         "print([name for name in ('torch', 'transformers', 'onnx', 'gguf', 'safetensors') if name in sys.modules])"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

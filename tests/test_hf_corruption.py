@@ -404,6 +404,8 @@ RECORDS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "file twice": (set_in("files", ["tokenizer.json", "tokenizer.json"]), "bad_name"),
     "file of the format": (set_in("files", ["config.json"]), "bad_name"),
     "missing file": (set_in("files", ["vocab.txt"]), "missing"),
+    "file with the name of a shard": (set_in("files", ["model.x.safetensors"]), "bad_name"),
+    "file with a name no system takes": (set_in("files", ["x" * 400]), "missing"),
     "a list": (lambda _: [], "wrong_type"),
 }
 
@@ -436,7 +438,7 @@ def test_missing_files(folder: Path, name: str) -> None:
 def test_folders_and_pipes_in_place_of_files(folder: Path, name: str) -> None:
     (folder / name).unlink()
     (folder / name).mkdir()
-    assert [problem.kind for problem in problems_of(folder)] == ["not_a_file"]
+    assert [problem.kind for problem in problems_of(folder)] == ["is_folder" if name == WEIGHTS else "not_a_file"]
     (folder / name).rmdir()
     os.mkfifo(folder / name)
     assert [problem.kind for problem in problems_of(folder)] == ["not_a_file"]

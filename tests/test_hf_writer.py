@@ -20,6 +20,7 @@ from cluscomp_formats.hf import open_hf, write_hf
 from cluscomp_formats.hf import writer as writer_module
 from cluscomp_formats.hf.reader import holds_only_model
 from cluscomp_formats.ir import AnyArray, Array, ClusteredWeight, Codebook, DenseTensor, Model, Stage
+from cluscomp_formats.leftovers import held
 
 
 def dense(name: str, loader: Callable[[], AnyArray] | None = None) -> DenseTensor:
@@ -256,7 +257,7 @@ def test_what_another_writer_is_making_is_left_alone(tmp_path: Path) -> None:
     part = tmp_path / f".m.{os.getpid()}.part"
     part.mkdir()
     (part / "x").write_bytes(b"1")
-    with pytest.raises(StorageError):
+    with held(part), pytest.raises(StorageError):
         write_hf(models_of(dense("a", unread)), tmp_path / "m")
     assert (part / "x").read_bytes() == b"1"
 

@@ -1,6 +1,7 @@
 """One lie per test: every way a packed file can be wrong has its own problem, which names file and tensor."""
 
 import json
+import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -148,7 +149,7 @@ def test_the_system_refusing_is_a_storage_error(path: Path, data: bytes, monkeyp
     def refuse(*_: Any, **__: Any) -> Any:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(StorageError) as caught:
         open_packed(path)
     assert caught.value.problems[0].file == str(path)

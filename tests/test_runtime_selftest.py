@@ -14,7 +14,7 @@ from runtime_models import byte_tokenizer_files, clustered_model, small_config
 
 from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, SelfTestError
 from cluscomp_formats.ir import Array, ClusteredWeight, Codebook, DenseTensor, Model, Stage
-from cluscomp_runtime import LanguageModel, make_self_test, run_self_test
+from cluscomp_runtime import LanguageModel, make_self_test, run_self_test, selftest
 from cluscomp_runtime.selftest import check_record
 
 
@@ -123,6 +123,18 @@ def test_a_logit_that_should_not_be_large_is_caught(model: Model, record: dict[s
     report = run_self_test(LanguageModel.from_model(Model(model.config, tensors)), record)
     assert not report.ok
     assert max(report.sequences, key=lambda part: part.difference).token_id == absent
+
+
+def test_a_long_record_is_computed_in_parts(model: Model, record: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = LanguageModel.from_model(model)
+    computed: list[int] = []
+    forward = loaded.forward
+    monkeypatch.setattr(loaded, "forward", lambda ids: computed.append(ids.numel()) or forward(ids))
+    monkeypatch.setattr(selftest, "MAX_TOKENS", 30)
+    report = run_self_test(loaded, {**record, "sequences": record["sequences"] * 3})
+    assert report.ok
+    assert computed == [24, 24, 24]
+    assert [part.sequence for part in report.sequences] == [0, 1, 2, 3, 4, 5, 0]
 
 
 def test_nan_is_a_failure(model: Model, record: dict[str, Any]) -> None:

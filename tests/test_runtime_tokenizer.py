@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ import transformers
 from runtime_models import byte_tokenizer_files, clustered_model, side_file, small_config
 
 from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, UnsupportedError
-from cluscomp_runtime import LanguageModel
+from cluscomp_formats.ir import Array
+from cluscomp_runtime import LanguageModel, chat
 from cluscomp_runtime.chat import find_chat_template, render_chat
 from cluscomp_runtime.tokenizer import StreamDecoder, Tokenizer, end_tokens
 
@@ -100,6 +102,42 @@ def test_a_broken_tokenizer_is_an_invalid_file(content: str) -> None:
     with pytest.raises(InvalidFileError) as error:
         Tokenizer.from_files({"tokenizer.json": side_file(content)})
     assert error.value.problems[0].file == "tokenizer.json"
+
+
+def changed_tokenizer(**members: Any) -> dict[str, Array]:
+    files = byte_tokenizer_files()
+    content = {**json.loads(files["tokenizer.json"].read().tobytes()), **members}
+    return {**files, "tokenizer.json": side_file(json.dumps(content))}
+
+
+def test_a_panic_of_the_library_is_an_invalid_file() -> None:
+    piece = {"SpecialToken": {"id": "not there", "type_id": 0}}
+    template = {"type": "TemplateProcessing", "single": [piece], "pair": [], "special_tokens": {}}
+    loaded = Tokenizer.from_files(changed_tokenizer(post_processor=template))
+    assert loaded is not None
+    with pytest.raises(InvalidFileError, match="tokenizers library"):
+        loaded.encode("a")
+
+
+def test_a_tokenizer_that_cannot_encode_is_an_invalid_file() -> None:
+    model = {"type": "WordPiece", "unk_token": "?", "continuing_subword_prefix": "", "max_input_chars_per_word": 9}
+    loaded = Tokenizer.from_files(changed_tokenizer(model={**model, "vocab": {"a": 0}}))
+    assert loaded is not None
+    with pytest.raises(InvalidFileError, match="cannot encode"):
+        loaded.encode("b")
+
+
+def test_a_special_token_that_is_no_unicode_is_an_invalid_file() -> None:
+    files = {**byte_tokenizer_files(), "tokenizer_config.json": side_file('{"bos_token": "\\ud800"}')}
+    with pytest.raises(InvalidFileError, match="special token"):
+        Tokenizer.from_files(files)
+
+
+def test_a_text_that_is_no_unicode_is_refused() -> None:
+    loaded = Tokenizer.from_files(byte_tokenizer_files())
+    assert loaded is not None
+    with pytest.raises(InvalidRequestError, match="not valid Unicode"):
+        loaded.encode("a\udcff")
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", "[" * 100000, '"text"'])
@@ -215,7 +253,48 @@ def test_hostile_templates_are_stopped(template: str) -> None:
         render_chat(template, MESSAGES, special_tokens={})
 
 
-@pytest.mark.parametrize("template", ["{% for %}", "{{ 1 / 0 }}", "{{ nothing.at.all }}", "{{ messages | nofilter }}"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 'a' * 10 ** 11 }}",
+        "{{ '%9999999999d' % 1 }}",
+        "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+        "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}",
+        "{{ 9 ** (9 ** 9) > 1 }}",
+    ],
+)
+def test_templates_that_take_memory_or_time_without_end_are_stopped(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat, "MAX_SECONDS", 2)
+    with pytest.raises(UnsupportedError, match="takes too much"):
+        render_chat(template, MESSAGES, special_tokens={})
+
+
+def test_a_template_process_that_does_not_start_is_an_error_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with pytest.raises(UnsupportedError, match="does not start"):
+        render_chat(TEMPLATE, MESSAGES, special_tokens=SPECIAL)
+
+
+def test_a_template_process_that_fails_is_an_error_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [])
+    with pytest.raises(UnsupportedError, match="chat templates run in fails: ModuleNotFoundError"):
+        render_chat(TEMPLATE, MESSAGES, special_tokens=SPECIAL)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for %}",
+        "{{ 1 / 0 }}",
+        "{{ nothing.at.all }}",
+        "{{ messages | nofilter }}",
+        "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+        "{{" + "(" * 3000 + "1" + ")" * 3000 + "}}",
+        "{% for i in [1] %}" * 25 + "{% endfor %}" * 25,
+        "{{ cycler() }}",
+        "{{ '\\ud800' }}",
+    ],
+)
 def test_broken_templates(template: str) -> None:
     with pytest.raises(InvalidFileError, match="template fails"):
         render_chat(template, MESSAGES, special_tokens={})

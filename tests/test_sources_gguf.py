@@ -253,10 +253,38 @@ def test_unknown_tensors_are_refused_by_name(tmp_path: Path) -> None:
         (lambda writer: writer.add_key_length(8), "head_sizes"),
         (lambda writer: writer.add_key_length(0), "bad_key"),
         (lambda writer: writer.add_string("llama.rope.scaling.factor", "four"), "bad_key"),
+        (lambda writer: writer.add_float64("llama.rope.scaling.factor", 1e300), "bad_key"),
+        (lambda writer: writer.add_float64("llama.rope.scaling.factor", 1e-300), "bad_key"),
     ],
 )
 def test_models_hugging_face_has_no_equal_of_are_refused(tmp_path: Path, change: Any, kind: str) -> None:
     assert refusal(with_extra(tmp_path / "model.gguf", change)).problems[0].kind == kind
+
+
+def test_a_vocabulary_that_is_no_list_is_no_size(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    for key in ("embedding_length", "block_count", "feed_forward_length", "context_length", "attention.head_count"):
+        writer.add_uint32(f"llama.{key}", 2)
+    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+    writer.add_uint32("llama.attention.key_length", 2)
+    writer.add_uint32("tokenizer.ggml.tokens", 7)
+    for number in range(2):
+        writer.add_tensor(f"blk.{number}.attn_norm.weight", np.zeros(2, np.float32))
+    finish(writer)
+    problems = refusal(tmp_path / "model.gguf").problems
+    assert ("missing_tensor", "token_embd.weight", "[0, 2]") in {(p.kind, p.tensor, p.expected) for p in problems}
+
+
+def test_a_name_that_is_no_text_does_not_reach_the_provenance(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "model.gguf", tiny_model("llama"), "llama")
+    path.write_bytes(path.read_bytes().replace(b"tiny", b"ti\xffy", 1))
+    assert open_source(path).provenance["name"] == "ti\ufffdy"
+
+
+@pytest.mark.parametrize("name", ["m-00001-of-00000.gguf", "m-00000-of-00002.gguf", "m-00003-of-00002.gguf"])
+def test_names_that_are_no_part_of_a_split_file(tmp_path: Path, name: str) -> None:
+    path = write_gguf(tmp_path / name, tiny_model("llama"), "llama")
+    assert open_source(path).tensors
 
 
 def test_all_missing_hyperparameters_are_reported_at_once(tmp_path: Path) -> None:

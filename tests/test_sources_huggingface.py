@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -89,23 +90,20 @@ def test_reads_mistral_and_opt(tmp_path: Path) -> None:
 def test_reads_shards_one_file_open_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = save_sharded(tmp_path)
     open_now, most = 0, 0
-    safe_open = checkpoint.safe_open
+    open_shard = checkpoint.open_shard
 
-    class Counting:
-        def __init__(self, *arguments: Any, **options: Any) -> None:
-            self.inner = safe_open(*arguments, **options)
+    def counted(path: Path) -> Any:
+        nonlocal open_now, most
+        shard = open_shard(path)
+        open_now, most = open_now + 1, max(most, open_now + 1)
+        weakref.finalize(shard.file, closed)
+        return shard
 
-        def __enter__(self) -> Any:
-            nonlocal open_now, most
-            open_now, most = open_now + 1, max(most, open_now + 1)
-            return self.inner.__enter__()
+    def closed() -> None:
+        nonlocal open_now
+        open_now -= 1
 
-        def __exit__(self, *error: Any) -> None:
-            nonlocal open_now
-            open_now -= 1
-            self.inner.__exit__(*error)
-
-    monkeypatch.setattr(checkpoint, "safe_open", Counting)
+    monkeypatch.setattr(checkpoint, "open_shard", counted)
     model = open_source(tmp_path)
     assert_equals_state(model, tiny_model("llama").state_dict())
     assert (open_now, most) == (0, 1)
@@ -257,15 +255,37 @@ def test_shard_names_that_lead_elsewhere_are_refused(tmp_path: Path, name: Any) 
     assert problems_of(tmp_path) == [("bad_shard_name", "model.norm.weight")]
 
 
-@pytest.mark.parametrize("content", ['{"metadata": {}}', '{"weight_map": {}}', '{"weight_map": [1]}', "[1]", "not json"])
+@pytest.mark.parametrize(
+    "content", ['{"metadata": {}}', '{"weight_map": {}}', '{"weight_map": [1]}', '{"weight_map": 1}', "[1]", "not json"]
+)
 def test_a_broken_index_is_refused(tmp_path: Path, content: str) -> None:
     save_sharded(tmp_path)
     (tmp_path / INDEX).write_text(content)
     assert problems_of(tmp_path)[0][0] in {"bad_index", "bad_json"}
 
 
-@pytest.mark.parametrize("damage", ["truncated", "header", "empty", "trailing"])
-def test_damaged_safetensors_are_refused(tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize("value", ["1" + "0" * 400, "1e999", '"\\ud800"', "[" * 70 + "]" * 70])
+def test_a_configuration_that_no_format_could_hold_is_refused(tmp_path: Path, value: str) -> None:
+    save(tmp_path)
+    (tmp_path / "config.json").write_text(f'{{"model_type": "llama", "rms_norm_eps": {value}}}')
+    assert problems_of(tmp_path) == [("bad_json", None)]
+
+
+@pytest.mark.parametrize("shape", [[0, 2**62, 4], [0, 2**63], [2**64 - 1, 0], [1] * 9])
+def test_impossible_shapes_are_refused_on_opening(tmp_path: Path, shape: list[int]) -> None:
+    save(tmp_path)
+    length = 0 if 0 in shape else 1
+    header = json.dumps({"odd": {"dtype": "U8", "shape": shape, "data_offsets": [0, length]}}).encode()
+    content = len(header).to_bytes(8, "little") + header + bytes(length)
+    (tmp_path / "model.safetensors").write_bytes(content)
+    assert problems_of(tmp_path) == [("bad_shape", "odd")]
+
+
+@pytest.mark.parametrize(
+    ("damage", "kind"),
+    [("truncated", "truncated"), ("header", "bad_json"), ("empty", "truncated"), ("trailing", "trailing_bytes")],
+)
+def test_damaged_safetensors_are_refused(tmp_path: Path, damage: str, kind: str) -> None:
     save(tmp_path)
     path = tmp_path / "model.safetensors"
     content = path.read_bytes()
@@ -276,7 +296,7 @@ def test_damaged_safetensors_are_refused(tmp_path: Path, damage: str) -> None:
         "trailing": content + b"\0",
     }[damage]
     path.write_bytes(damaged)
-    assert problems_of(tmp_path) == [("bad_safetensors", None)]
+    assert [found for found, _ in problems_of(tmp_path)] == [kind]
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import gguf
@@ -29,11 +27,13 @@ def _own_format(monkeypatch: pytest.MonkeyPatch) -> None:
     """One registered format of our own, recognised by its first bytes or by a file in its folder."""
 
     def matches(path: Path) -> bool:
-        return (path / "own.marker").exists() if path.is_dir() else path.is_file() and path.read_bytes()[:4] == b"OWN1"
+        try:
+            return (path / "own.marker").exists() if path.is_dir() else path.read_bytes()[:4] == b"OWN1"
+        except OSError:
+            return False
 
     fmt = registry.Format("ours", "a format of these tests", matches, lambda path: OWN)
-    monkeypatch.setattr(registry, "_FORMATS", {"ours": fmt})
-    monkeypatch.setitem(sys.modules, "cluscomp_formats.packed", ModuleType("cluscomp_formats.packed"))
+    monkeypatch.setattr(registry, "formats", lambda: (fmt,))
 
 
 def test_content_decides_not_the_suffix(tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_folders_of_our_own_format_go_to_the_registry(tmp_path: Path) -> None:
     config = {"quantization_config": {"quant_method": "cluscomp"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert open_source(tmp_path).provenance["format"] == "ours"
-    assert source_bytes(tmp_path) == (tmp_path / "model.safetensors").stat().st_size
+    assert source_bytes(tmp_path) == sum(file.stat().st_size for file in tmp_path.iterdir())
 
 
 def test_gguf_files_of_our_own_architecture_go_to_the_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +60,7 @@ def test_gguf_files_of_our_own_architecture_go_to_the_registry(tmp_path: Path, m
     writer.add_tensor("w", np.zeros(32, np.float32))
     finish(writer)
     ours = registry.Format("ours", "", lambda path: b"cluscomp" in path.read_bytes(), lambda path: OWN)
-    monkeypatch.setattr(registry, "_FORMATS", {"ours": ours})
+    monkeypatch.setattr(registry, "formats", lambda: (ours,))
     assert open_source(tmp_path / "own.gguf").provenance["format"] == "ours"
 
 
@@ -83,7 +83,7 @@ def test_a_safetensors_file_cut_off_in_its_header_is_named_as_such(tmp_path: Pat
     (tmp_path / "model.safetensors").write_bytes(content[:20])
     with pytest.raises(InvalidFileError) as caught:
         open_source(tmp_path / "model.safetensors")
-    assert caught.value.problems[0].kind == "bad_safetensors"
+    assert caught.value.problems[0].kind == "truncated"
 
 
 def test_a_folder_with_only_gguf_files_points_to_them(tmp_path: Path) -> None:

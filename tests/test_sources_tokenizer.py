@@ -346,6 +346,7 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
     "special past the end": ({"tokenizer.ggml.bos_token_id": 10**6}, "bos_token_id is 1000000"),
     "special of another type": ({"tokenizer.ggml.eos_token_id": "x"}, "eos_token_id is 'x'"),
     "no scores": ({"tokenizer.ggml.model": "llama"}, "scores is missing"),
+    "chat template no text": ({"tokenizer.chat_template": "\udcff"}, "chat template is not valid UTF-8"),
 }
 
 
@@ -353,6 +354,20 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
 def test_tokenizers_that_cannot_be_rebuilt_say_why(case: str) -> None:
     change, reason = UNSUPPORTED[case]
     metadata = {key: value for key, value in {**GPT2, **change}.items() if value is not None}
+    with pytest.raises(UnsupportedTokenizer, match=reason):
+        build_tokenizer(metadata)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "reason"),
+    [
+        (["a", "b" * 300_000], "300000 characters"),
+        (["a" * length for length in range(1, 200)], "more ways than those of any real vocabulary"),
+    ],
+)
+def test_a_vocabulary_made_to_be_split_without_end_is_refused(tokens: list[str], reason: str) -> None:
+    scores = [0.0] * len(tokens)
+    metadata = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.scores": scores}
     with pytest.raises(UnsupportedTokenizer, match=reason):
         build_tokenizer(metadata)
 

@@ -1,23 +1,25 @@
 """A Hugging Face checkpoint folder on disk: `config.json`, safetensors files with or without an index, side files.
 
 Tensors are lazy: opening reads the headers of the files, one file at a time, and keeps no file open; a payload is mapped
-when it is asked for. Nothing is ever unpickled.
+when it is asked for, and nothing of its file but that. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
-import torch
-from safetensors import SafetensorError, safe_open
 
 from cluscomp_formats.errors import InvalidFileError, Problem, UnsupportedError
+from cluscomp_formats.hf.mapped_shards import open_shard
+from cluscomp_formats.hf.safetensors import Entry
 from cluscomp_formats.ir import DTYPES, AnyArray, Array
+from cluscomp_formats.packed.json_values import json_faults
 
 __all__ = [
     "CONFIG",
@@ -53,23 +55,6 @@ _CONVERT_PICKLED = (
     "from transformers import AutoModelForCausalLM; "
     "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER, safe_serialization=True)"
 )
-
-_SAFETENSORS_DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U64": "uint64",
-    "U32": "uint32",
-    "U16": "uint16",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
-
 
 _T = TypeVar("_T")
 
@@ -154,6 +139,10 @@ def _read_json_object(path: Path, remedy: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         found = f"a JSON {type(content).__name__}"
         raise InvalidFileError(Problem("bad_json", "not a JSON object", str(path), found=found, expected="an object"))
+    fault = next(json_faults(content, "the value"), None)
+    if fault is not None:
+        message, expected = "holds what none of our formats can", "64-bit integers, finite numbers, valid Unicode"
+        raise InvalidFileError(Problem("bad_json", message, str(path), None, f"{fault[0]} is {fault[1]}", expected, remedy))
     return content
 
 
@@ -167,7 +156,7 @@ def _read_index(path: Path) -> dict[str, str]:
     remedy = "download the checkpoint again"
     weight_map = _read_json_object(path, remedy).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        found = "nothing" if weight_map is None else f"{type(weight_map).__name__} of {len(weight_map or ())}"
+        found = "nothing" if weight_map is None else "an empty object" if weight_map == {} else type(weight_map).__name__
         expected = "an object that maps tensor names to file names"
         raise InvalidFileError(Problem("bad_index", "weight_map is missing or empty", str(path), None, found, expected, remedy))
     problems = []
@@ -213,48 +202,47 @@ def _read_header(path: Path, headers: _Headers) -> None:
         headers.problems.append(Problem("missing", "no such file", str(path), remedy="download this part of the checkpoint"))
         return
     try:
-        with safe_open(path, framework="pt") as handle:
-            for name in handle.keys():  # noqa: SIM118 - not a dict, has no __iter__
-                part = handle.get_slice(name)
-                _declare(path, name, tuple(part.get_shape()), part.get_dtype(), headers)
-    except SafetensorError as error:
-        remedy = "download the file again, and compare its checksum"
-        problem = Problem("bad_safetensors", "not a complete safetensors file", str(path), None, str(error), remedy=remedy)
-        headers.problems.append(problem)
-
-
-def _declare(path: Path, name: str, shape: tuple[int, ...], dtype: str, headers: _Headers) -> None:
-    if name in headers.owner:
-        found = f"{headers.owner[name]} and {path.name}"
-        message = "two files hold a tensor of this name"
-        headers.problems.append(Problem("duplicate_tensor", message, str(path), name, found, "one file"))
+        entries = open_shard(path).entries
+    except InvalidFileError as error:
+        _sort_problems(error, headers)
         return
-    headers.owner[name] = path.name
-    if dtype not in _SAFETENSORS_DTYPES:
-        expected = ", ".join(_SAFETENSORS_DTYPES)
-        remedy = "start from the unquantised checkpoint"
-        problem = Problem("unsupported_dtype", "a dtype this tool does not read", str(path), name, dtype, expected, remedy)
-        headers.unsupported.append(problem)
-        return
-    headers.tensors[name] = Array(shape, _SAFETENSORS_DTYPES[dtype], lambda: _read_tensor(path, name))
+    for name, entry in entries.items():
+        if name in headers.owner:
+            found = f"{headers.owner[name]} and {path.name}"
+            message = "two files hold a tensor of this name"
+            headers.problems.append(Problem("duplicate_tensor", message, str(path), name, found, "one file"))
+            continue
+        headers.owner[name] = path.name
+        headers.tensors[name] = Array(entry.shape, entry.dtype, partial(_read_tensor, path, name, entry))
 
 
-def _read_tensor(path: Path, name: str) -> AnyArray:
+def _sort_problems(error: InvalidFileError, headers: _Headers) -> None:
+    """A dtype we do not know may well be one that others do, as float8 is; everything else is damage."""
+    for problem in error.problems:
+        if problem.kind == "unknown_dtype":
+            message, remedy = "a dtype this tool does not read", "start from the unquantised checkpoint"
+            headers.unsupported.append(replace(problem, kind="unsupported_dtype", message=message, remedy=remedy))
+        else:
+            headers.problems.append(problem)
+
+
+def _read_tensor(path: Path, name: str, entry: Entry) -> AnyArray:
     """Map one payload. The file is closed again at once; the mapping lives as long as the array."""
+    found = None
     try:
-        with safe_open(path, framework="pt") as handle:
-            tensor: torch.Tensor = handle.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        problem = Problem("bad_safetensors", "the file changed or went away", str(path), name, str(error))
-        raise InvalidFileError(problem) from error
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(DTYPES["bfloat16"])
-    return tensor.numpy()
+        shard = open_shard(path)
+    except InvalidFileError as error:
+        found = error.problems[0].message
+    if found is not None or shard.entries.get(name) != entry:
+        message, remedy = "the file changed or went away", "leave the source alone until the work is done"
+        raise InvalidFileError(Problem("file_changed", message, str(path), name, found, remedy=remedy))
+    values = shard.read(name).view(DTYPES[entry.dtype]).reshape(entry.shape)
+    return values if values.flags.aligned else values.copy()
 
 
 def _check_index(path: Path, index: dict[str, str], headers: _Headers) -> None:
     """Hold the index against what the files declare. A tensor that only its file lists is read, as transformers does."""
-    unreadable = {problem.file for problem in headers.problems}
+    unreadable = {problem.file for problem in (*headers.problems, *headers.unsupported)}
     for name, shard in index.items():
         owner = headers.owner.get(name)
         if owner is None and str(path.with_name(shard)) not in unreadable:

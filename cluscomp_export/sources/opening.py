@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import cluscomp_formats.builtin  # noqa: F401 - registers our own formats
 from cluscomp_export.sources.checkpoint import CONFIG, INDEX, PICKLED_SUFFIXES, open_checkpoint, pickled_problem, read_config
 from cluscomp_export.sources.gguf import gguf_parts, is_gguf, model_of, read_gguf
 from cluscomp_export.sources.huggingface import open_huggingface
@@ -25,7 +24,7 @@ def open_source(path: Path) -> Model:
     """Open a model for conversion, lazily: shapes and dtypes cost no IO, payloads are read one tensor at a time.
 
     Reads Hugging Face folders, single safetensors files with `config.json` beside them, GGUF files, folders of the authors'
-    ClusComp implementation, and every format registered with `cluscomp_formats.registry`. `provenance["format"]` of
+    ClusComp implementation, and every format of `cluscomp_formats.registry`. `provenance["format"]` of
     the first four is `huggingface`, `huggingface`, `gguf` and `cluscomp-reference`; `provenance["stored_bits"]` maps names of
     tensors the source stores in less than 16 bits per weight to those bits.
 
@@ -64,7 +63,7 @@ def _unrecognised(path: Path) -> Problem:
             "a Hugging Face folder",
             "a .safetensors file with config.json beside it",
             "a GGUF file",
-            *(f"{name}: {registry.find_format(name).description}" for name in registry.format_names()),
+            registry.describe_formats(),
         )
     )
     inside = sorted(file.name for file in path.glob("*.gguf")) if path.is_dir() else []
@@ -93,13 +92,13 @@ def _is_safetensors(path: Path) -> bool:
 
 
 def source_bytes(path: Path) -> int:
-    """Bytes of the weight files of a source: all shards of a folder, all parts of a split GGUF file, or the file itself.
+    """Bytes of a source: all parts of a split GGUF file, the weight files of a checkpoint, all files of a folder of ours.
 
     Raises InvalidFileError if the source or one of its files is missing.
     """
     if path.is_dir():
         own = registry.detect(path) is not None
-        files = sorted(path.glob("*.safetensors")) if own else list(open_checkpoint(path).weight_files)
+        files = [file for file in path.rglob("*") if file.is_file()] if own else list(open_checkpoint(path).weight_files)
     else:
         files = gguf_parts(path) if is_gguf(path) else [path]
     missing = [file for file in files if not file.is_file()]

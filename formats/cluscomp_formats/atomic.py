@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from cluscomp_formats.errors import OutputExistsError, Problem, StorageError
+from cluscomp_formats.leftovers import clear_leftovers, held, unfinished_name
 
 __all__ = ["atomic_write", "check_output", "fsync_folder", "storage_error"]
 
@@ -17,8 +18,9 @@ __all__ = ["atomic_write", "check_output", "fsync_folder", "storage_error"]
 def check_output(path: Path, *, force: bool) -> None:
     """Refuse an output that exists (unless `force`) or whose folder does not; call before any long work.
 
-    Raises OutputExistsError, StorageError.
+    Clears away what killed attempts at it have left. Raises OutputExistsError, StorageError.
     """
+    clear_leftovers(path)
     if path.is_dir():
         problem = Problem("output_is_folder", "the output is a folder", str(path), remedy="name a file")
         raise OutputExistsError(problem)
@@ -40,20 +42,25 @@ def atomic_write(path: Path, *, force: bool = False) -> Iterator[BinaryIO]:
     The stream's `.name` is the temporary file's path. Raises OutputExistsError, StorageError.
     """
     check_output(path, force=force)
-    # Same folder as the target: only a rename within one file system is atomic.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = unfinished_name(path)
     try:
-        with temporary.open("w+b") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        if path.exists() and not force:
-            raise OutputExistsError(Problem("output_exists", "the output appeared while it was being made", str(path)))
-        temporary.replace(path)
-        fsync_folder(path.parent)
+        stream = temporary.open("x+b")
+    except OSError as error:
+        raise storage_error(path, error) from error
+    try:
+        with held(temporary):
+            with stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            if path.exists() and not force:
+                raise OutputExistsError(Problem("output_exists", "the output appeared while it was being made", str(path)))
+            temporary.replace(path)
+            fsync_folder(path.parent)
     except OSError as error:
         raise storage_error(path, error) from error
     finally:
+        stream.close()
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from cluscomp_formats.atomic import fsync_folder, storage_error
 from cluscomp_formats.errors import OutputExistsError, Problem, StorageError
+from cluscomp_formats.leftovers import clear_leftovers, discard_folder, held, old_name, unfinished_name
 
 __all__ = ["atomic_folder", "check_output_folder"]
 
@@ -18,8 +18,10 @@ def check_output_folder(folder: Path, *, force: bool, replaceable: Callable[[Pat
     """Refuse an output folder that must not be made; call before any long work.
 
     An empty folder may be filled. With `force` one with content is replaced if `replaceable(folder)`: what else it might
-    hold is never deleted. Raises OutputExistsError, StorageError.
+    hold is never deleted. Clears away what killed attempts at it have left; a folder that one of them was about to replace
+    gets its name back. Raises OutputExistsError, StorageError.
     """
+    clear_leftovers(folder)
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         problem = Problem("output_is_file", "the output is not a folder", str(folder), remedy="name a folder")
         raise OutputExistsError(problem)
@@ -53,29 +55,30 @@ def atomic_folder(folder: Path, *, force: bool = False, replaceable: Callable[[P
     # The name of "." is empty.
     folder = Path(os.path.abspath(folder))  # noqa: PTH100 - resolve() would follow links
     check_output_folder(folder, force=force, replaceable=replaceable)
-    # Same folder as the target: only a rename within one file system is atomic.
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    replaced = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    temporary, replaced = unfinished_name(folder), old_name(folder)
     try:
         temporary.mkdir()
     except OSError as error:
         raise storage_error(folder, error) from error
     try:
-        yield temporary
-        fsync_folder(temporary)
-        check_output_folder(folder, force=force, replaceable=replaceable)
-        if folder.exists():
-            folder.rename(replaced)
-        try:
-            temporary.rename(folder)
-        except OSError:
+        with contextlib.ExitStack() as holding:
+            holding.enter_context(held(temporary))
+            yield temporary
+            fsync_folder(temporary)
+            check_output_folder(folder, force=force, replaceable=replaceable)
+            try:
+                if folder.exists():
+                    holding.enter_context(held(folder))
+                    folder.rename(replaced)
+                temporary.rename(folder)
+                fsync_folder(folder.parent)
+            finally:
+                if replaced.exists() and not folder.exists():
+                    replaced.rename(folder)
             if replaced.exists():
-                replaced.rename(folder)
-            raise
-        fsync_folder(folder.parent)
+                discard_folder(replaced, temporary)
     except OSError as error:
         raise storage_error(folder, error) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if folder.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
+        if temporary.exists():
+            discard_folder(temporary, temporary)

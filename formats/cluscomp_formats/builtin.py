@@ -1,6 +1,8 @@
-"""Importing this module registers the formats of this package."""
+"""The formats of this package."""
 
-import cluscomp_formats.gguf
-import cluscomp_formats.hf
-import cluscomp_formats.onnx
-import cluscomp_formats.packed  # noqa: F401
+from cluscomp_formats import gguf, hf, onnx, packed
+
+__all__ = ["FORMATS"]
+
+FORMATS = (packed.FORMAT, hf.FORMAT, gguf.FORMAT, onnx.FORMAT)
+"""In the order in which a file is held against them and people see them."""

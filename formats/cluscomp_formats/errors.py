@@ -18,6 +18,7 @@ __all__ = [
     "SelfTestError",
     "StorageError",
     "UnsupportedError",
+    "printable",
 ]
 
 
@@ -37,16 +38,25 @@ class Problem:
     remedy: str | None = None
 
     def __str__(self) -> str:
-        where = " · ".join(part for part in (self.file, self.tensor) if part)
-        lines = [f"{where}: {self.message}" if where else self.message]
+        """For people. What no stream can encode or a terminal would obey is escaped: names come from files of any origin."""
+        where = " · ".join(printable(part) for part in (self.file, self.tensor) if part)
+        message = "\n".join(map(printable, self.message.split("\n")))
+        lines = [f"{where}: {message}" if where else message]
         for label, text in (("found", self.found), ("expected", self.expected), ("remedy", self.remedy)):
             if text is not None:
-                lines.append(f"  {label}: {text}")
+                lines.append(f"  {label}: {printable(text)}")
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, str]:
         """The fields that are set, for `--json`."""
         return {key: value for key, value in vars(self).items() if value is not None}
+
+
+def printable(text: str) -> str:
+    """A text with everything escaped that no stream can encode or a terminal would obey, line ends included."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class ClusCompError(Exception):

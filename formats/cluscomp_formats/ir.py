@@ -128,9 +128,12 @@ class Array:
         return np.asarray(values, order="C")
 
     def to_float32(self) -> npt.NDArray[np.float32]:
-        """The payload widened (float64: rounded) to float32."""
+        """The payload widened (float64: rounded, beyond its range to infinity) to float32."""
         values = self.read()
-        return bfloat16_to_float32(values) if self.dtype == "bfloat16" else values.astype(np.float32, copy=False)
+        if self.dtype == "bfloat16":
+            return bfloat16_to_float32(values)
+        with np.errstate(all="ignore"):
+            return values.astype(np.float32, copy=False)
 
 
 def code_bits(num_clusters: int) -> int:
@@ -259,6 +262,8 @@ class ClusteredWeight:
         codes = sum(stage.codes.size * stage.codebook.code_bits for stage in self.stages)
         return codes + sum(8 * array.nbytes for _, array in self.extra_arrays)
 
+    # Infinity and NaN come out as IEEE 754 has it, without warnings.
+    @np.errstate(all="ignore")
     def decode(self) -> npt.NDArray[np.float32]:
         """The weight as float32 `[out_features, in_features]`: the reference for every kernel and format.
 

@@ -1,65 +1,163 @@
-"""Which formats there are; a file's format is found by its content, never by its suffix."""
+"""Which formats there are: those of this package and those other packages bring; see `docs/plugins.md`.
+
+A file's format is found by its content, never by its suffix. Nothing is looked up before the first question.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from typing import Any, Protocol
 
+from cluscomp_formats.atomic import check_output
 from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem
 from cluscomp_formats.ir import Model
 
-__all__ = ["Format", "detect", "find_format", "format_names", "open_model", "register"]
+__all__ = [
+    "ENTRY_POINTS",
+    "CheckOutput",
+    "Format",
+    "WriteModel",
+    "Written",
+    "describe_formats",
+    "detect",
+    "find_format",
+    "formats",
+    "open_model",
+]
+
+ENTRY_POINTS = "cluscomp_formats"
+"""The group of entry points under which packages offer a `Format`."""
+
+
+class Written(Protocol):
+    """What a writer says it made: its size in bytes, and the model's digest, None if it made no codebook model."""
+
+    @property
+    def file_bytes(self) -> int: ...
+    @property
+    def digest(self) -> str | None: ...
+
+
+class WriteModel(Protocol):
+    """Writes a model to `path`, atomically and one payload at a time.
+
+    `self_test` gets the model as opened from the finished payloads and gives the record to store; `on_progress` gets bytes
+    done and in total. Raises OutputExistsError, StorageError, InvalidRequestError, UnsupportedError.
+    """
+
+    def __call__(
+        self,
+        model: Model,
+        path: Path,
+        /,
+        *,
+        force: bool,
+        self_test: Callable[[Model], Mapping[str, Any] | None] | None,
+        on_progress: Callable[[int, int], None] | None,
+    ) -> Written: ...
+
+
+class CheckOutput(Protocol):
+    """Refuses an output before any work. Raises OutputExistsError, StorageError."""
+
+    def __call__(self, path: Path, /, *, force: bool) -> None: ...
 
 
 @dataclass(frozen=True)
 class Format:
-    """A way to store a model: how to recognise it and how to open it.
+    """A way to store a model: how to recognise it, open it and, if `write` is given, write it.
 
     `matches(path)` looks at a file's first bytes or a folder's content and must not raise on any input. `open(path)`
-    validates and returns a lazy model; it raises InvalidFileError with every problem found.
+    validates and returns a lazy model; it raises InvalidFileError with every problem found. `check_output` is called before
+    the work of which `write` is the end; the default suits a single file, a folder has
+    `cluscomp_formats.atomic_folder.check_output_folder`.
     """
 
     name: str
     description: str
     matches: Callable[[Path], bool]
     open: Callable[[Path], Model]
+    write: WriteModel | None = None
+    check_output: CheckOutput = check_output
 
 
-_FORMATS: dict[str, Format] = {}
+@functools.cache
+def formats() -> tuple[Format, ...]:
+    """All formats: ours, then those of other packages by name of the entry point.
+
+    Looks for the latter once per process. One that cannot be used is left out with a warning that says whose it is.
+    """
+    from cluscomp_formats.builtin import FORMATS
+
+    found = list(FORMATS)
+    for entry in sorted(entry_points(group=ENTRY_POINTS), key=lambda entry: (entry.name, entry.value)):
+        fmt = _plugin(entry, {fmt.name: fmt for fmt in found})
+        if isinstance(fmt, Format):
+            found.append(fmt)
+        else:
+            owner = entry.dist.name if entry.dist else "an unknown package"
+            warnings.warn(
+                f"the format plug-in {entry.name!r} of {owner} is not used: {fmt}; update or uninstall {owner}", stacklevel=2
+            )
+    return tuple(found)
 
 
-def register(fmt: Format) -> None:
-    """Add a format. Raises ValueError if the name is taken: formats never replace each other silently."""
-    if fmt.name in _FORMATS:
-        raise ValueError(f"a format called {fmt.name!r} is already registered: {_FORMATS[fmt.name].description}")
-    _FORMATS[fmt.name] = fmt
+def _plugin(entry: EntryPoint, taken: Mapping[str, Format]) -> Format | str:
+    """The format an entry point offers, or why it cannot be used."""
+    try:
+        loaded = entry.load()
+    except Exception as error:  # noqa: BLE001 - other people's code must not take our own formats along
+        return f"{entry.value} cannot be imported ({type(error).__name__}: {error})"
+    if not isinstance(loaded, Format):
+        return f"{entry.value} is a {type(loaded).__name__}, not a cluscomp_formats.registry.Format"
+    if loaded.name in taken:
+        return f"there is a format called {loaded.name!r} already, {taken[loaded.name].description}"
+    return loaded
 
 
-def format_names() -> tuple[str, ...]:
-    """Names of all registered formats, in the order they were registered."""
-    return tuple(_FORMATS)
+def describe_formats() -> str:
+    """All formats in a line, for messages."""
+    return "; ".join(f"{fmt.name}: {fmt.description}" for fmt in formats())
 
 
 def find_format(name: str) -> Format:
     """The format of that name. Raises InvalidRequestError, listing the names there are."""
-    if name not in _FORMATS:
-        expected = ", ".join(_FORMATS)
-        raise InvalidRequestError(Problem("unknown_format", "no such format", found=repr(name), expected=expected))
-    return _FORMATS[name]
+    for fmt in formats():
+        if fmt.name == name:
+            return fmt
+    expected = ", ".join(fmt.name for fmt in formats())
+    raise InvalidRequestError(Problem("unknown_format", "no such format", found=repr(name), expected=expected))
 
 
 def detect(path: Path) -> Format | None:
-    """The format `path` is in by its content, or None if no registered format recognises it."""
-    return next((fmt for fmt in _FORMATS.values() if fmt.matches(path)), None)
+    """The format `path` is in by its content, or None if no format recognises it."""
+    return next((fmt for fmt in formats() if _recognises(fmt, path)), None)
+
+
+def _recognises(fmt: Format, path: Path) -> bool:
+    try:
+        return fmt.matches(path)
+    except Exception as error:  # noqa: BLE001 - as for its import
+        warnings.warn(
+            f"the format {fmt.name!r} cannot tell whether {path} is its own ({type(error).__name__}: {error}); "
+            "taken for no; update or uninstall the package that brings it",
+            stacklevel=4,
+        )
+        return False
 
 
 def open_model(path: Path) -> Model:
-    """Open a model in any registered format. Raises InvalidFileError."""
+    """Open a model in any format. Raises InvalidFileError."""
     if not path.exists():
         raise InvalidFileError(Problem("missing", "no such file or folder", str(path)))
     fmt = detect(path)
     if fmt is None:
-        described = "; ".join(f"{fmt.name}: {fmt.description}" for fmt in _FORMATS.values())
-        raise InvalidFileError(Problem("unknown_format", "not a model in any known format", str(path), expected=described))
+        remedy = f"an uncompressed model is converted first: cluscomp-export convert {path} model.clus"
+        message = "not a codebook model in any known format"
+        raise InvalidFileError(Problem("unknown_format", message, str(path), None, None, describe_formats(), remedy))
     return fmt.open(path)

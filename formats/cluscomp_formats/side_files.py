@@ -23,9 +23,8 @@ _MAX_FILE_NAME_BYTES = 255
 
 def side_file_problems(model: Model, taken: Collection[str], file: str) -> Iterator[Problem]:
     """Side files that cannot lie beside the format's own files, which are called `taken`."""
-    folded = {name.casefold() for name in taken}
     for name in model.files:
-        if name.casefold() in folded or name.casefold().endswith((".safetensors", ".onnx")):
+        if _is_taken(name, taken):
             message = "the name of a side file is that of a file of the format"
             yield Problem("bad_name", message, file, name, remedy="leave the side file out")
         elif len(name.encode(errors="replace")) > _MAX_FILE_NAME_BYTES:
@@ -64,15 +63,29 @@ def open_side_files(folder: Path, names: Any, taken: Collection[str], file: str)
         if not isinstance(name, str):
             problems.append(Problem("wrong_type", "files is not a list of strings", file, found=repr(names)[:200]))
             continue
-        fault = "is taken" if name in taken or name in files else file_name_fault(name)
+        fault = "is taken" if name in files or _is_taken(name, taken) else file_name_fault(name)
         if fault is not None:
             problems.append(Problem("bad_name", f"the name of a side file {fault}", file, found=repr(name)[:200]))
-        elif not (folder / name).is_file():
+        elif not _is_file(folder / name):
             message = "a side file is not there"
             problems.append(Problem("missing", message, str(folder / name), remedy="get this part of the model too"))
         else:
             files[name] = _lazy_file(folder / name)
     return files, problems
+
+
+def _is_taken(name: str, taken: Collection[str]) -> bool:
+    """Whether a name is one of the format's own, in any case: file systems may not tell."""
+    folded = name.casefold()
+    return folded in {own.casefold() for own in taken} or folded.endswith(".safetensors")
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:
+        # The name is longer than the system takes: names have up to 512 bytes, on most systems 255.
+        return False
 
 
 def _lazy_file(path: Path) -> Array:

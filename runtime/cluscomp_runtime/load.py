@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-import cluscomp_formats.builtin  # noqa: F401 - registers the formats
 from cluscomp_formats import registry
 from cluscomp_formats.errors import InvalidRequestError, Problem
 from cluscomp_runtime.language_model import LanguageModel
@@ -25,7 +24,7 @@ def load(
     selftest: bool = False,
     context: int | None = None,
 ) -> LanguageModel:
-    """Load a model from any registered format; the options are those of `LanguageModel.from_model`.
+    """Load a model in any format, ours or a plug-in's; the options are those of `LanguageModel.from_model`.
 
     With `selftest` the loaded model must reproduce the logits recorded when it was converted. Raises InvalidFileError,
     UnsupportedError, InvalidRequestError (also if a self-test is asked for and the file has none) and SelfTestError.

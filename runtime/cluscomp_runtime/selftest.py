@@ -132,8 +132,9 @@ def make_self_test(
 def run_self_test(model: LanguageModel, record: Mapping[str, Any]) -> SelfTestReport:
     """Hold a loaded model against a record.
 
-    All sequences run at once, then the first again through the key-value cache: a few tokens, then one by one. float64 is
-    held to the tolerance of float32. Raises InvalidFileError if the record is malformed.
+    Sequences run together as long as they come to no more than `MAX_TOKENS`, which bounds the logits in memory; then the first
+    again through the key-value cache: a few tokens, then one by one. float64 is held to the tolerance of float32. Raises
+    InvalidFileError if the record is malformed.
     """
     check_record(record, model.settings.vocab_size, model.settings.max_position_embeddings)
     name = str(model.dtype).removeprefix("torch.")
@@ -153,8 +154,12 @@ def compare_with_record(
     """
     sequences = record["sequences"]
     tolerance = float(record["tolerance"].get(dtype, record["tolerance"]["float32"]))
-    logits = forward(_padded([sequence["input_ids"] for sequence in sequences]))
-    reports = [_compare(index, "prefill", sequence, logits[index]) for index, sequence in enumerate(sequences)]
+    together = max(1, MAX_TOKENS // max(len(sequence["input_ids"]) for sequence in sequences))
+    reports = []
+    for start in range(0, len(sequences), together):
+        batch = sequences[start : start + together]
+        logits = forward(_padded([sequence["input_ids"] for sequence in batch]))
+        reports += [_compare(start + index, "prefill", sequence, logits[index]) for index, sequence in enumerate(batch)]
     ids = sequences[0]["input_ids"]
     first = max(1, min(PREFILL_BEFORE_DECODE, len(ids) - 1))
     reports.append(_compare(0, "decode", sequences[0], decode(ids, first)))

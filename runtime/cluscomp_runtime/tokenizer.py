@@ -6,12 +6,14 @@ which tokens begin and end a text.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem
 from cluscomp_formats.ir import Array
+from cluscomp_formats.packed.json_values import is_unicode
 
 if TYPE_CHECKING:
     import tokenizers
@@ -37,6 +39,21 @@ def read_json_file(files: Mapping[str, Array], name: str) -> dict[str, Any]:
     return value
 
 
+@contextlib.contextmanager
+def _library_faults(what: str) -> Iterator[None]:
+    """Make an InvalidFileError of whatever the tokenizers library raises: tokenizer.json is as good as a program for it."""
+    try:
+        yield
+    except Exception as error:
+        # The library raises a bare Exception for any malformed file.
+        raise InvalidFileError(Problem("bad_tokenizer", f"the tokenizers library {what}: {error}", "tokenizer.json")) from error
+    except BaseException as error:
+        # A panic of the Rust code is none; its class has no public name.
+        if type(error).__name__ != "PanicException":
+            raise
+        raise InvalidFileError(Problem("bad_tokenizer", f"the tokenizers library {what}: {error}", "tokenizer.json")) from error
+
+
 class Tokenizer:
     """A model's tokenizer: a thin layer over `tokenizers.Tokenizer`, which `backend` is.
 
@@ -52,8 +69,9 @@ class Tokenizer:
         }
         self.bos_token = self.special_tokens.get("bos_token")
         self.eos_token = self.special_tokens.get("eos_token")
-        self.bos_id = backend.token_to_id(self.bos_token) if self.bos_token else None
-        self.eos_id = backend.token_to_id(self.eos_token) if self.eos_token else None
+        with _library_faults("cannot look up a special token"):
+            self.bos_id = backend.token_to_id(self.bos_token) if self.bos_token else None
+            self.eos_id = backend.token_to_id(self.eos_token) if self.eos_token else None
         add_bos = settings.get("add_bos_token")
         self._add_bos = add_bos if isinstance(add_bos, bool) and self.bos_id is not None else None
 
@@ -64,15 +82,12 @@ class Tokenizer:
             return None
         import tokenizers
 
-        try:
-            backend = tokenizers.Tokenizer.from_str(files["tokenizer.json"].read().tobytes().decode("utf-8"))
-        except Exception as error:
-            # The library raises a bare Exception for any malformed file.
-            message = f"the tokenizers library cannot read it: {error}"
-            raise InvalidFileError(Problem("bad_tokenizer", message, "tokenizer.json")) from error
-        # Both belong to the training of the tokenizer; a prompt must neither be cut nor filled up.
-        backend.no_truncation()
-        backend.no_padding()
+        content = files["tokenizer.json"].read().tobytes()
+        with _library_faults("cannot read it"):
+            backend = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+            # Both belong to the training of the tokenizer; a prompt must neither be cut nor filled up.
+            backend.no_truncation()
+            backend.no_padding()
         settings = {**read_json_file(files, "special_tokens_map.json"), **read_json_file(files, "tokenizer_config.json")}
         return cls(backend, settings)
 
@@ -86,9 +101,13 @@ class Tokenizer:
 
         With `add_special_tokens` the text gets what the tokenizer's post-processor adds; `add_bos_token` in
         tokenizer_config.json, where present, overrules it on the beginning-of-text token. A text that already begins with
-        that token gets no second one.
+        that token gets no second one. Raises InvalidRequestError for a text with lone surrogates, InvalidFileError if the
+        tokenizer fails.
         """
-        ids = list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        if not is_unicode(text):
+            raise InvalidRequestError(Problem("bad_prompt", "the text is not valid Unicode", found=ascii(text)[:200]))
+        with _library_faults("cannot encode a text with it"):
+            ids = list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
         if not add_special_tokens or self.bos_id is None:
             return ids
         written = self.bos_token is not None and text.startswith(self.bos_token)
@@ -102,10 +121,11 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of token ids; bytes that are no valid UTF-8 become U+FFFD. Raises InvalidRequestError."""
+        """The text of token ids; bytes that are no valid UTF-8 become U+FFFD. Raises InvalidRequestError, InvalidFileError."""
         if any(not 0 <= token < 2**32 for token in ids):
             raise InvalidRequestError(Problem("token_out_of_range", "a token id is negative or too large to be one"))
-        return str(self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+        with _library_faults("cannot decode tokens with it"):
+            return str(self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
 
 class StreamDecoder:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cluscomp_export.sources.gguf.decoding import PLAIN_DTYPES
-from cluscomp_export.sources.gguf.rope import rope_config, shortest_float
+from cluscomp_export.sources.gguf.rope import is_positive_float32, rope_config, shortest_float
 from cluscomp_formats.errors import InvalidFileError, Problem, UnsupportedError
 from cluscomp_formats.gguf.architectures import ARCHITECTURES, Architecture
 from cluscomp_formats.gguf.container import StoredTensor
@@ -37,10 +37,10 @@ class _Keys:
         self.problems: list[Problem] = []
 
     def number(self, key: str, types: tuple[type, ...], default: float | None = None) -> Any:
-        """A positive number, or 1 after its problem was noted."""
+        """A positive number, a float within the range of float32, or 1 after its problem was noted."""
         full = f"{self.arch}.{key}"
         value = self.metadata.get(full, default)
-        if type(value) in types and 0 < value < float("inf"):
+        if type(value) in types and (is_positive_float32(value) if type(value) is float else value > 0):
             return value
         found = "nothing" if value is None else ascii(value)[:80]
         problem = Problem("bad_key", f"the metadata key {full} is missing or no positive number", self.file, found=found)
@@ -89,7 +89,7 @@ def build_config(
         raise UnsupportedError(Problem("head_sizes", message, file, None, found, "all equal"))
 
     embedding = tensors.get("token_embd.weight")
-    vocabulary = metadata.get("tokenizer.ggml.tokens", ())
+    vocabulary = metadata.get("tokenizer.ggml.tokens")
     config: dict[str, Any] = {
         "architectures": [architecture.class_name],
         "model_type": architecture.model_type,
@@ -103,7 +103,7 @@ def build_config(
         "head_dim": head_dim,
         "max_position_embeddings": context,
         "rms_norm_eps": shortest_float(epsilon),
-        "vocab_size": embedding.shape[0] if embedding is not None else len(vocabulary),
+        "vocab_size": embedding.shape[0] if embedding is not None else len(vocabulary) if isinstance(vocabulary, list) else 0,
         "tie_word_embeddings": "output.weight" not in tensors,
         **rope_config(file, architecture.name, metadata, head_dim, rope_divisors),
     }

@@ -7,7 +7,6 @@ the ones in use and recomputing the divisors.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,11 +16,19 @@ import numpy.typing as npt
 from cluscomp_formats.errors import InvalidFileError, Problem, UnsupportedError
 from cluscomp_formats.gguf.rope import llama3_divisors
 
-__all__ = ["rope_config", "shortest_float"]
+__all__ = ["is_positive_float32", "rope_config", "shortest_float"]
 
 _DEFAULT_THETA = 10000.0
 _ORIGINAL_CONTEXTS = tuple(1 << power for power in range(10, 20))
 _LOW_FREQ_FACTOR, _HIGH_FREQ_FACTOR = 1.0, 4.0
+
+
+_SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+
+
+def is_positive_float32(value: float) -> bool:
+    """Whether a number, which may be stored as float64, is a positive normal float32."""
+    return _SMALLEST <= value <= _LARGEST
 
 
 def shortest_float(value: float) -> float:
@@ -49,7 +56,7 @@ def rope_config(
 def _positive(file: str, metadata: Mapping[str, Any], key: str, default: float) -> float:
     """A positive finite number of the metadata. Raises InvalidFileError if it is something else."""
     value = metadata.get(key, default)
-    if isinstance(value, float) and 0.0 < value < math.inf:
+    if isinstance(value, float) and is_positive_float32(value):
         return shortest_float(value)
     raise InvalidFileError(Problem("bad_key", f"the metadata key {key} is no positive number", file, found=ascii(value)[:80]))
 
@@ -76,7 +83,8 @@ def _declared_scaling(file: str, arch: str, metadata: Mapping[str, Any]) -> dict
 def _llama3_scaling(file: str, theta: float, head_dim: int, divisors: npt.NDArray[np.float32]) -> dict[str, Any]:
     # The long waves are divided by the factor itself, but for float32 noise.
     factor = float(f"{divisors.max():.4g}")
-    for context in _ORIGINAL_CONTEXTS if divisors.shape == (head_dim // 2,) and factor > 0 else ():
+    usable = divisors.shape == (head_dim // 2,) and is_positive_float32(factor)
+    for context in _ORIGINAL_CONTEXTS if usable else ():
         parameters = {"factor": factor, "low": _LOW_FREQ_FACTOR, "high": _HIGH_FREQ_FACTOR}
         expected = llama3_divisors(theta, head_dim, **parameters, original_context=context)
         if np.allclose(divisors, expected, rtol=1e-4, atol=0.0):

@@ -41,9 +41,9 @@ def is_gguf(path: Path) -> bool:
 def gguf_parts(path: Path) -> list[Path]:
     """All files of the model `path` is a part of, in order, whether they exist or not; `path` alone if it is not split."""
     match = _SPLIT_NAME.fullmatch(path.name)
-    if match is None:
+    count = int(match["count"]) if match else 0
+    if match is None or not 1 <= int(match["part"]) <= count:
         return [path]
-    count = int(match["count"])
     return [path.with_name(f"{match['stem']}-{part:05d}-of-{count:05d}.gguf") for part in range(1, count + 1)]
 
 
@@ -72,7 +72,7 @@ def model_of(path: Path, container: Container) -> Model:
     provenance = {
         "format": "gguf",
         "architecture": architecture.name,
-        "name": str(metadata.get("general.name", "")),
+        "name": _text(metadata, "general.name"),
         "types": dict(sorted(Counter(tensor.type_name for tensor in stored.values()).items())),
         "weight_bytes": sum(tensor.nbytes for tensor in stored.values()),
         "stored_bits": stored_bits,
@@ -88,7 +88,13 @@ def _tokenizer(metadata: Mapping[str, Any]) -> tuple[dict[str, Array], str]:
     except UnsupportedTokenizer as reason:
         return {}, f"unsupported: {reason}"
     files = {name: Array.of(np.frombuffer(content, dtype=np.uint8)) for name, content in built.items()}
-    return files, " ".join(str(metadata.get(f"tokenizer.ggml.{key}", "")) for key in ("model", "pre")).strip()
+    return files, " ".join(_text(metadata, f"tokenizer.ggml.{key}") for key in ("model", "pre")).strip()
+
+
+def _text(metadata: Mapping[str, Any], key: str) -> str:
+    """A text of the metadata, what is not UTF-8 replaced; empty if there is none."""
+    value = metadata.get(key)
+    return value.encode("utf-8", "surrogateescape").decode("utf-8", "replace") if isinstance(value, str) else ""
 
 
 def read_gguf(path: Path) -> Container:

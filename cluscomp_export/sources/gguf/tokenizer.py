@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluscomp_formats.gguf.word_schemes import SCHEMES, Scheme
+from cluscomp_formats.packed.json_values import is_unicode
 
 __all__ = ["UnsupportedTokenizer", "build_tokenizer"]
 
@@ -25,6 +26,11 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 """Values of `tokenizer.ggml.token_type`."""
 
 _SPACE = "\u2581"
+
+_MAX_TOKEN = 1024
+"""Characters of a token. Splitting one takes time in the square of its length; SmolLM2's longest has 81."""
+_MAX_SPLITS = 16
+"""Characters of all splits of tokens into two others, per character of the vocabulary. SmolLM2's would have 2.3."""
 
 
 class UnsupportedTokenizer(Exception):  # noqa: N818 - not an error of the file: the model is read without it
@@ -81,6 +87,8 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> dict[str, bytes]:
     }
     template = metadata.get("tokenizer.chat_template")
     if isinstance(template, str):
+        if not is_unicode(template):
+            raise UnsupportedTokenizer("the chat template is not valid UTF-8")
         config["chat_template"] = template
     return {"tokenizer.json": _json_bytes(tokenizer), "tokenizer_config.json": _json_bytes(config)}
 
@@ -104,7 +112,7 @@ def _vocabulary(metadata: Mapping[str, Any]) -> _Vocabulary:
     tokens = [text or f"[EMPTY_{number}]" for number, text in enumerate(texts)]
     if len(set(tokens)) != len(tokens):
         raise UnsupportedTokenizer("two tokens have the same text")
-    if any("\ud800" <= character <= "\udfff" for token in tokens for character in token):
+    if not all(map(is_unicode, tokens)):
         raise UnsupportedTokenizer("a token is not valid UTF-8")
     has_types = "tokenizer.ggml.token_type" in metadata
     types = _list(metadata, "token_type", int, len(tokens)) if has_types else [_NORMAL] * len(tokens)
@@ -227,17 +235,23 @@ def _sentencepiece(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> dict
 def _merges_from_scores(vocabulary: _Vocabulary, scores: Sequence[float]) -> list[tuple[str, str]]:
     """Every way to make a normal token of two others, best score first.
 
-    Among the ways to make one token the longer left part goes first; which one applies is decided by what is there.
+    Among the ways to make one token the longer left part goes first; which one applies is decided by what is there. Raises
+    UnsupportedTokenizer for a vocabulary made to have too many.
     """
     normal = {
         token: score
         for token, token_type, score in zip(vocabulary.tokens, vocabulary.types, scores, strict=True)
         if token_type == _NORMAL
     }
-    ways = [
-        (-score, -at, token)
-        for token, score in normal.items()
-        for at in range(1, len(token))
-        if token[:at] in normal and token[at:] in normal
-    ]
+    longest = max(map(len, normal), default=0)
+    if longest > _MAX_TOKEN:
+        raise UnsupportedTokenizer(f"a token has {longest} characters, more than {_MAX_TOKEN}")
+    left = _MAX_SPLITS * sum(map(len, normal))
+    ways = []
+    for token, score in normal.items():
+        splits = [at for at in range(1, len(token)) if token[:at] in normal and token[at:] in normal]
+        left -= len(splits) * len(token)
+        if left < 0:
+            raise UnsupportedTokenizer("its tokens can be made of others in more ways than those of any real vocabulary")
+        ways += [(-score, -at, token) for at in splits]
     return [(token[:-at], token[-at:]) for _, at, token in sorted(ways, key=lambda way: way[:2])]

@@ -3,8 +3,8 @@
 from cluscomp_formats.gguf.dense_writer import DENSE_TYPES, DenseReport, write_dense_gguf
 from cluscomp_formats.gguf.reader import looks_gguf, open_gguf
 from cluscomp_formats.gguf.writer import write_gguf
-from cluscomp_formats.registry import Format, register
+from cluscomp_formats.registry import Format
 
-__all__ = ["DENSE_TYPES", "DenseReport", "looks_gguf", "open_gguf", "write_dense_gguf", "write_gguf"]
+__all__ = ["DENSE_TYPES", "FORMAT", "DenseReport", "looks_gguf", "open_gguf", "write_dense_gguf", "write_gguf"]
 
-register(Format("gguf", "a GGUF file of a codebook model (.gguf)", looks_gguf, open_gguf))
+FORMAT = Format("gguf", "a GGUF file of a codebook model (.gguf)", looks_gguf, open_gguf, write_gguf)

@@ -8,11 +8,11 @@ gguf-py come the numbers and block sizes of the quantised types.
 
 from __future__ import annotations
 
-import mmap
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from cluscomp_formats.errors import ClusCompError, InvalidFileError, Problem, UnsupportedError
 
@@ -86,10 +86,11 @@ def read_container(path: Path) -> Container:
         raise InvalidFileError(Problem("missing", "no such file", str(path)))
     if path.stat().st_size == 0:
         raise InvalidFileError(Problem("bad_magic", "not a GGUF file", str(path), found="an empty file", expected=repr(MAGIC)))
-    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        cursor = _Cursor(path, data)
-        if cursor.take(4, "the magic") != MAGIC:
-            raise InvalidFileError(Problem("bad_magic", "not a GGUF file", str(path), None, repr(data[:4]), repr(MAGIC)))
+    with path.open("rb") as stream:
+        cursor = _Cursor(path, stream)
+        start = cursor.take(len(MAGIC), "the magic")
+        if start != MAGIC:
+            raise InvalidFileError(Problem("bad_magic", "not a GGUF file", str(path), None, repr(start), repr(MAGIC)))
         _check_version(path, cursor.number("<I", "the version"))
         num_tensors, num_pairs = cursor.number("<Q", "the tensor count"), cursor.number("<Q", "the metadata count")
         cursor.need(num_pairs * _MIN_PAIR_BYTES, f"{num_pairs} metadata entries")
@@ -101,7 +102,7 @@ def read_container(path: Path) -> Container:
             metadata[key] = cursor.value(cursor.number("<I", f"the type of {key}"), key)
         cursor.need(num_tensors * _MIN_TENSOR_BYTES, f"{num_tensors} tensors")
         entries = [_read_entry(cursor) for _ in range(num_tensors)]
-        return Container(metadata, _place(path, entries, cursor.at, len(data), _alignment(cursor, metadata)))
+        return Container(metadata, _place(path, entries, cursor.at, cursor.size, _alignment(cursor, metadata)))
 
 
 def architecture_of(path: Path) -> str | None:
@@ -112,8 +113,8 @@ def architecture_of(path: Path) -> str | None:
     try:
         if not path.is_file() or path.stat().st_size == 0:
             return None
-        with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            cursor = _Cursor(path, data)
+        with path.open("rb") as stream:
+            cursor = _Cursor(path, stream)
             if cursor.take(4, "the magic") != MAGIC:
                 return None
             _check_version(path, cursor.number("<I", "the version"))
@@ -131,22 +132,26 @@ def architecture_of(path: Path) -> str | None:
 class _Cursor:
     """Reads forward through untrusted bytes; every read is checked against the end of the file first."""
 
-    def __init__(self, path: Path, data: mmap.mmap) -> None:
-        self.path, self.data, self.at = path, data, 0
+    def __init__(self, path: Path, stream: BinaryIO) -> None:
+        self.path, self.stream, self.at = path, stream, 0
+        self.size = os.fstat(stream.fileno()).st_size
 
     def fail(self, kind: str, message: str, found: str | None = None, expected: str | None = None) -> NoReturn:
         raise InvalidFileError(Problem(kind, message, str(self.path), None, found, expected, _DAMAGED))
 
     def need(self, size: int, what: str) -> None:
         """Check that `size` more bytes are there, before anything of that size is read or allocated."""
-        left = len(self.data) - self.at
+        left = self.size - self.at
         if size > left:
             self.fail("truncated", f"the file ends within {what}", f"{left} bytes left", f"at least {size}")
 
     def take(self, size: int, what: str) -> bytes:
         self.need(size, what)
+        piece = self.stream.read(size)
+        if len(piece) < size:
+            self.fail("file_changed", f"the file was cut while {what} was read")
         self.at += size
-        return self.data[self.at - size : self.at]
+        return piece
 
     def number(self, layout: str, what: str) -> Any:
         return struct.unpack(layout, self.take(struct.calcsize(layout), what))[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from cluscomp_formats.packed.mapped_file import MappedFile
 from cluscomp_formats.packed.payloads import Payload, stored_payloads
 from cluscomp_formats.packed.reader import content_problems
 from cluscomp_formats.packed.spec import align
+from cluscomp_formats.stored_file import StoredFile
 
 __all__ = ["looks_gguf", "open_gguf"]
 
@@ -37,7 +37,7 @@ def open_gguf(path: Path, *, check: bool = False) -> Model:
     """Open a native GGUF file as a lazy model.
 
     The structure is checked at once; a payload's checksum and values when it is first read, which then may raise
-    InvalidFileError, or all of them and the digest now if `check`. The file is mapped, as by `open_packed`.
+    InvalidFileError, or all of them and the digest now if `check`. The file stays open, as by `open_packed`.
 
     Raises InvalidFileError, StorageError, UnsupportedError (a GGUF version or type that is not read).
     """
@@ -45,18 +45,14 @@ def open_gguf(path: Path, *, check: bool = False) -> Model:
         container = read_container(path)
         _check_version(path, container.metadata)
         header, names = _read_header(path, container)
-        with path.open("rb") as stream:
-            mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        stored = StoredFile(path)
     except OSError as error:
         raise storage_error(path, error) from error
-    except ValueError:
-        # mmap's answer to a file that has become empty.
-        raise InvalidFileError(Problem("file_changed", "the file was cut while being opened", str(path))) from None
     end = max((align(tensor.offset + tensor.nbytes) for tensor in container.tensors.values()), default=0)
-    if len(mapping) < end:
-        found, expected = f"{len(mapping)} bytes", f"{end} bytes"
+    if stored.length < end:
+        found, expected = f"{stored.length} bytes", f"{end} bytes"
         raise InvalidFileError(Problem("truncated", "the file ends early", str(path), None, found, expected, _FETCH_AGAIN))
-    file = MappedFile(str(path), mapping, header.sections)
+    file = MappedFile(stored, header.sections)
     model = build_model(header, file)
     problems = list(reference_problems(header, model, str(path)))
     payloads = [payload for payload, _ in stored_payloads(model)]

@@ -1,10 +1,20 @@
 """The Hugging Face format: a model folder transformers opens; specified in `docs/hf-format.md`."""
 
+import functools
+
+from cluscomp_formats.atomic_folder import check_output_folder
 from cluscomp_formats.hf.reader import holds_only_model, looks_hf, open_hf
 from cluscomp_formats.hf.writer import SHARD_BYTES, write_hf
 from cluscomp_formats.packed.payload_stream import WriteReport
-from cluscomp_formats.registry import Format, register
+from cluscomp_formats.registry import Format
 
-__all__ = ["SHARD_BYTES", "WriteReport", "holds_only_model", "looks_hf", "open_hf", "write_hf"]
+__all__ = ["FORMAT", "SHARD_BYTES", "WriteReport", "holds_only_model", "looks_hf", "open_hf", "write_hf"]
 
-register(Format("hf", "a Hugging Face model folder with codebooks", looks_hf, open_hf))
+FORMAT = Format(
+    "hf",
+    "a Hugging Face model folder with codebooks",
+    looks_hf,
+    open_hf,
+    write_hf,
+    functools.partial(check_output_folder, replaceable=holds_only_model),
+)

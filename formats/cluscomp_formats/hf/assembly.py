@@ -18,7 +18,7 @@ __all__ = ["build_model"]
 
 @dataclass(frozen=True)
 class _ArrayLoader:
-    """Reads one array. Holds the files, which stay mapped as long as a loader or an array is in use."""
+    """Reads one array. Holds the files, which stay open as long as a loader is in use."""
 
     stored: StoredWeights
     key: str

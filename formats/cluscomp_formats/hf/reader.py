@@ -33,10 +33,10 @@ def open_hf(folder: Path, *, check: bool = False, weights_only: bool = False) ->
     """Open a model folder as a lazy model.
 
     The structure is checked at once and the problems of each step are reported together; a payload's values when it is first
-    read, which then may raise InvalidFileError, or all of them and the digest now if `check`. The files are mapped: they may
-    be replaced or deleted while the model is in use, but must not be changed in place. With `weights_only` the folder
-    needs no more than configuration and weights, which is what transformers downloads; the model has no side files,
-    provenance and self-test record then.
+    read, which then may raise InvalidFileError, or all of them and the digest now if `check`. The files stay open and are
+    mapped array by array: they may be replaced or deleted while the model is in use, but must not be changed in place. With
+    `weights_only` the folder needs no more than configuration and weights, which is what transformers downloads; the model
+    has no side files, provenance and self-test record then.
 
     Raises InvalidFileError, StorageError.
     """

@@ -16,7 +16,7 @@ from typing import Any
 from cluscomp_formats.errors import InvalidFileError, Problem
 from cluscomp_formats.ir import DTYPES, canonical_json
 from cluscomp_formats.packed.json_values import StrictJsonError, parse_strict
-from cluscomp_formats.packed.spec import MAX_RANK
+from cluscomp_formats.packed.spec import MAX_RANK, can_be_shape
 
 __all__ = ["LENGTH_BYTES", "MAX_HEADER_BYTES", "STORED_NAMES", "Entry", "header_bytes", "header_length", "parse_header"]
 
@@ -130,8 +130,7 @@ def _entry(name: str, member: Any, file: str) -> Entry | Problem:
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         return problem("bad_offsets", "malformed data_offsets", offsets, "begin and end")
     item = DTYPES[_DTYPES[dtype]].itemsize
-    # With a zero among them the product is zero, but numpy still multiplies the others.
-    if math.prod(length for length in shape if length) * item >= _SIZE_LIMIT:
+    if not can_be_shape(shape, item):
         return problem("bad_shape", "the shape is impossible", shape, f"less than {_SIZE_LIMIT} bytes")
     needed = math.prod(shape) * item
     if offsets[1] - offsets[0] != needed:

@@ -1,11 +1,21 @@
 """The ONNX format: a folder that stock ONNX runtimes run; specified in `docs/onnx-format.md`.
 
-Importing this package does not need the package onnx; reading and writing do.
+Importing this package does not need the package onnx; reading and writing do. The writer is `onnx.writer.write_onnx`, which
+takes the graph too: what a model computes is not for this package to know.
 """
 
+import functools
+
+from cluscomp_formats.atomic_folder import check_output_folder
 from cluscomp_formats.onnx.reader import holds_only_onnx, looks_onnx, open_onnx
-from cluscomp_formats.registry import Format, register
+from cluscomp_formats.registry import Format
 
-__all__ = ["holds_only_onnx", "looks_onnx", "open_onnx"]
+__all__ = ["FORMAT", "holds_only_onnx", "looks_onnx", "open_onnx"]
 
-register(Format("onnx", "an ONNX folder of a codebook model", looks_onnx, open_onnx))
+FORMAT = Format(
+    "onnx",
+    "an ONNX folder of a codebook model",
+    looks_onnx,
+    open_onnx,
+    check_output=functools.partial(check_output_folder, replaceable=holds_only_onnx),
+)

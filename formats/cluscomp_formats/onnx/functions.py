@@ -11,7 +11,7 @@ from functools import cache
 import onnx
 import onnx.parser
 
-from cluscomp_formats.onnx.spec import DOMAIN
+from cluscomp_formats.onnx.spec import DOMAIN, OPSET
 
 __all__ = ["CLUS_EMBEDDING", "CLUS_LINEAR", "FUNCTION_TEXTS", "OUTLIER_EMBEDDING", "OUTLIER_LINEAR", "functions"]
 
@@ -145,10 +145,7 @@ OutlierEmbedding <in_features> (indices, positions, values) => (Y)
 
 
 @cache
-def functions(opset: int) -> dict[str, onnx.FunctionProto]:
-    """The operators by name, as functions over version `opset` of ONNX's own operators.
-
-    A function has to import the very version its model does.
-    """
-    head = f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>'
+def functions() -> dict[str, onnx.FunctionProto]:
+    """The operators by name, as functions over ONNX's own operators."""
+    head = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>'
     return {name: onnx.parser.parse_function(head + text) for name, text in FUNCTION_TEXTS.items()}

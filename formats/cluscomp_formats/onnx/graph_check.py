@@ -11,7 +11,7 @@ from cluscomp_formats.errors import Problem
 from cluscomp_formats.hf.layout import codebook_key, part_key
 from cluscomp_formats.ir import Model
 from cluscomp_formats.onnx.functions import CLUS_EMBEDDING, CLUS_LINEAR, functions
-from cluscomp_formats.onnx.spec import DOMAIN, DOMAIN_VERSION, OPSETS
+from cluscomp_formats.onnx.spec import DOMAIN, DOMAIN_VERSION, OPSET
 from cluscomp_formats.onnx.weights import GROUP_AXES
 
 __all__ = ["graph_problems"]
@@ -23,13 +23,12 @@ _REWRITTEN = "name the file as `convert --to onnx` wrote it, before any optimise
 def graph_problems(proto: onnx.ModelProto, model: Model, file: str) -> Iterator[Problem]:
     """Imports and functions that are not ours, and nodes that use codes or codebooks in any other way than the model says."""
     imports = [(entry.domain, entry.version) for entry in proto.opset_import]
-    opset = dict(imports).get("")
-    if opset not in OPSETS or sorted(imports) != [("", opset), (DOMAIN, DOMAIN_VERSION)]:
-        expected = f"ONNX {OPSETS[0]} to {OPSETS[-1]} and {DOMAIN} {DOMAIN_VERSION}"
+    if sorted(imports) != [("", OPSET), (DOMAIN, DOMAIN_VERSION)]:
+        expected = f"ONNX {OPSET} and {DOMAIN} {DOMAIN_VERSION}"
         message = "the file imports other operators"
         yield Problem("bad_imports", message, file, None, repr(imports)[:200], expected, _REWRITTEN)
         return
-    yield from _function_problems(proto, opset, file)
+    yield from _function_problems(proto, file)
     nodes = list(_all_nodes(proto.graph.node))
     if any(depth > _MAX_DEPTH for _, depth in nodes):
         yield Problem("nested_too_deep", "subgraphs are nested too deep", file, expected=f"at most {_MAX_DEPTH}")
@@ -42,8 +41,8 @@ def graph_problems(proto: onnx.ModelProto, model: Model, file: str) -> Iterator[
     yield from _use_problems([node for node, _ in nodes], model, file)
 
 
-def _function_problems(proto: onnx.ModelProto, opset: int, file: str) -> Iterator[Problem]:
-    ours = functions(opset)
+def _function_problems(proto: onnx.ModelProto, file: str) -> Iterator[Problem]:
+    ours = functions()
     for function in proto.functions:
         label = f"{function.domain}::{function.name}"[:200]
         if function.domain != DOMAIN or function.name not in ours:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluscomp_formats.atomic import storage_error
 from cluscomp_formats.errors import InvalidFileError, Problem
 from cluscomp_formats.hf.layout import stored_arrays
 from cluscomp_formats.ir import Model
@@ -35,6 +33,7 @@ from cluscomp_formats.packed.payloads import stored_payloads
 from cluscomp_formats.packed.reader import content_problems
 from cluscomp_formats.packed.spec import align
 from cluscomp_formats.side_files import open_side_files
+from cluscomp_formats.stored_file import StoredFile
 
 if TYPE_CHECKING:
     import onnx
@@ -76,7 +75,7 @@ def open_onnx(path: Path, *, check: bool = False) -> Model:
 
     The structure is checked at once, and that the graph uses the weights the way the model says; a payload's checksum and
     values when it is first read, which then may raise InvalidFileError, or all of them and the digest now if `check`. The
-    data file is mapped, as by `open_packed`. What the graph computes around the weights is not compared with anything.
+    data file stays open, as by `open_packed`. What the graph computes around the weights is not compared with anything.
 
     Raises InvalidFileError, StorageError, UnsupportedError (without the package onnx).
     """
@@ -86,7 +85,7 @@ def open_onnx(path: Path, *, check: bool = False) -> Model:
     proto = _read_proto(file)
     metadata = _metadata(proto, name)
     header, keys = _read_header(proto, metadata, name)
-    data = _map_data(file.with_name(DATA_FILE), header.sections)
+    data = _open_data(file.with_name(DATA_FILE), header.sections)
     model = build_model(header, data)
     problems = list(reference_problems(header, model, name, lambda payload: stored_form(payload)[0]))
     if not problems:
@@ -114,21 +113,15 @@ def _read_proto(file: Path) -> onnx.ModelProto:
     import onnx
     from google.protobuf.message import DecodeError
 
-    name = str(file)
+    stored = StoredFile(file)
+    if stored.length > MAX_MODEL_BYTES:
+        found, expected = f"{stored.length} bytes", f"at most {MAX_MODEL_BYTES}, without the weights"
+        raise InvalidFileError(Problem("file_too_long", "the file is too long", stored.name, None, found, expected))
     try:
-        if not file.exists():
-            raise InvalidFileError(Problem("missing", "no such file", name, remedy="get this part of the model too"))
-        if not file.is_file():
-            raise InvalidFileError(Problem("not_a_file", "a folder, device or pipe, not a file", name))
-        length = file.stat().st_size
-        if length > MAX_MODEL_BYTES:
-            found, expected = f"{length} bytes", f"at most {MAX_MODEL_BYTES}, without the weights"
-            raise InvalidFileError(Problem("file_too_long", "the file is too long", name, None, found, expected))
-        proto: onnx.ModelProto = onnx.ModelProto.FromString(file.read_bytes())
-    except OSError as error:
-        raise storage_error(file, error) from error
+        proto: onnx.ModelProto = onnx.ModelProto.FromString(stored.copy(0, stored.length))
     except DecodeError as error:
-        raise InvalidFileError(Problem("bad_protobuf", "not an ONNX file, or damaged", name, found=str(error)[:200])) from None
+        found = str(error)[:200]
+        raise InvalidFileError(Problem("bad_protobuf", "not an ONNX file, or damaged", stored.name, found=found)) from None
     return proto
 
 
@@ -222,8 +215,9 @@ def _initializer_problems(proto: onnx.ModelProto, keys: Sequence[str], file: str
             yield Problem("bad_external_data", message, file, tensor.name[:200], repr(entries)[:200], expected)
 
 
-def _map_data(path: Path, sections: Sequence[Section]) -> MappedFile:
-    """The data file, mapped, after its sections were found to fill it. Raises InvalidFileError, StorageError."""
+def _open_data(path: Path, sections: Sequence[Section]) -> MappedFile:
+    """The data file, after its sections were found to fill it. Raises InvalidFileError, StorageError."""
+    stored = StoredFile(path)
     problems = []
     end = 0
     for number, section in enumerate(sections):
@@ -233,27 +227,15 @@ def _map_data(path: Path, sections: Sequence[Section]) -> MappedFile:
             found = str(section.offset)
             problems.append(Problem("section_misplaced", message, str(path), f"sections[{number}]", found, str(expected)))
         end = section.offset + section.length
-    try:
-        if path.exists() and not path.is_file():
-            raise InvalidFileError(Problem("not_a_file", "a folder, device or pipe, not a file", str(path)))
-        length = path.stat().st_size
-        if length != align(end):
-            kind, message = ("truncated", "the file ends early") if length < end else ("trailing_bytes", "the file is too long")
-            found, expected_length = f"{length} bytes", f"{align(end)} bytes"
-            problems.append(Problem(kind, message, str(path), None, found, expected_length, _CONVERT_AGAIN))
-        if problems:
-            raise InvalidFileError(problems)
-        with path.open("rb") as stream:
-            # An empty file cannot be mapped; nothing is read from this mapping then.
-            mapping = mmap.mmap(stream.fileno(), length, access=mmap.ACCESS_READ) if length else mmap.mmap(-1, 1)
-    except FileNotFoundError:
-        remedy = "get this part of the model too"
-        raise InvalidFileError(Problem("missing", "no such file", str(path), remedy=remedy)) from None
-    except OSError as error:
-        raise storage_error(path, error) from error
-    except ValueError:
-        raise InvalidFileError(Problem("file_changed", "the file was cut while being opened", str(path))) from None
-    return MappedFile(str(path), mapping, sections)
+    if stored.length != align(end):
+        kind, message = (
+            ("truncated", "the file ends early") if stored.length < end else ("trailing_bytes", "the file is too long")
+        )
+        found, expected_length = f"{stored.length} bytes", f"{align(end)} bytes"
+        problems.append(Problem(kind, message, str(path), None, found, expected_length, _CONVERT_AGAIN))
+    if problems:
+        raise InvalidFileError(problems)
+    return MappedFile(stored, sections)
 
 
 def _model_problems(

@@ -18,7 +18,7 @@ __all__ = [
     "METADATA_KEYS",
     "METADATA_PREFIX",
     "MODEL_FILE",
-    "OPSETS",
+    "OPSET",
     "OPTIONAL_METADATA_KEYS",
     "SUBFOLDER",
     "VERSION",
@@ -29,11 +29,11 @@ __all__ = [
 VERSION = 1
 DOMAIN = "ai.cluscomp"
 DOMAIN_VERSION = 1
-OPSETS = (21, 22, 23)
-"""Versions of ONNX's own operators a file may import, the one that is written first."""
+OPSET = 21
+"""The version of ONNX's own operators."""
 
 IR_VERSION = 10
-"""The version of ONNX's container that came with opset 21."""
+"""The version of ONNX's container that came with it."""
 
 # The layout Optimum and transformers.js expect.
 SUBFOLDER = "onnx"

@@ -3,8 +3,8 @@
 from cluscomp_formats.packed.header import PackedHeader
 from cluscomp_formats.packed.reader import looks_packed, open_packed, read_header
 from cluscomp_formats.packed.writer import WriteReport, write_packed
-from cluscomp_formats.registry import Format, register
+from cluscomp_formats.registry import Format
 
-__all__ = ["PackedHeader", "WriteReport", "open_packed", "read_header", "write_packed"]
+__all__ = ["FORMAT", "PackedHeader", "WriteReport", "open_packed", "read_header", "write_packed"]
 
-register(Format("packed", "a single packed file (.clus)", looks_packed, open_packed))
+FORMAT = Format("packed", "a single packed file (.clus)", looks_packed, open_packed, write_packed)

@@ -18,7 +18,7 @@ __all__ = ["build_model", "reference_problems"]
 
 @dataclass(frozen=True)
 class _SectionLoader:
-    """Reads one section. Holds the file, which stays mapped as long as a loader or an array is in use."""
+    """Reads one section. Holds the file, which stays open as long as a loader is in use."""
 
     file: MappedFile
     section: int

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -19,7 +18,7 @@ from cluscomp_formats.packed.header import (
     Section,
     StageEntry,
 )
-from cluscomp_formats.packed.spec import ALIGNMENT, MAX_RANK, PREAMBLE_LENGTH, align, file_name_fault, name_fault
+from cluscomp_formats.packed.spec import ALIGNMENT, MAX_RANK, PREAMBLE_LENGTH, align, can_be_shape, file_name_fault, name_fault
 
 __all__ = ["layout_problems", "parse_header"]
 
@@ -173,8 +172,7 @@ class _Parser:
         dtype, shape = members["dtype"], _shape(members["shape"])
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise _FaultError("unknown_dtype", f"no such dtype in {label}", dtype, ", ".join(DTYPES))
-        # With a zero among them the product is zero, but numpy still multiplies the others.
-        if math.prod(length for length in shape if length) * DTYPES[dtype].itemsize >= _SIZE_LIMIT:
+        if not can_be_shape(shape, DTYPES[dtype].itemsize):
             raise _FaultError("bad_shape", f"the shape in {label} is impossible", shape, f"less than {_SIZE_LIMIT} bytes")
         return ArrayEntry(dtype, shape, self.section_number(members["section"], "section"))
 

@@ -9,12 +9,17 @@ from typing import Any
 
 from cluscomp_formats.ir import canonical_json
 
-__all__ = ["MAX_DEPTH", "StrictJsonError", "json_faults", "parse_canonical", "parse_strict"]
+__all__ = ["MAX_DEPTH", "StrictJsonError", "is_unicode", "json_faults", "parse_canonical", "parse_strict"]
 
 MAX_DEPTH = 64
 """Objects and arrays may be nested this deep."""
 
 _INTEGERS = range(-(2**63), 2**64)
+_MAX_KEY = 80
+"""Characters of a key in a message."""
+
+_Path = tuple[Any, Any]
+"""The path of what a value is in, None at the top, and the key or index of the value there."""
 
 
 class StrictJsonError(ValueError):
@@ -30,35 +35,46 @@ def json_faults(value: Any, where: str) -> Iterator[tuple[str, str]]:
 
     Integers must fit 64 bits, floats be finite, keys be strings and strings be valid Unicode.
     """
-    # A stack of our own: the value may be nested deeper than Python can recurse, or contain itself.
-    stack = [(value, where, 1)]
+    # A stack of our own: the value may be nested deeper than Python can recurse, or contain itself. Paths are spelt out for
+    # faults alone: those of all members of a list would repeat the names above it as often.
+    stack: list[tuple[Any, _Path, int]] = [(value, (None, where), 1)]
     while stack:
         item, path, depth = stack.pop()
         if item is None or isinstance(item, bool):
             continue
         if isinstance(item, str):
-            if not _is_unicode(item):
-                yield path, "a string with a lone surrogate"
+            if not is_unicode(item):
+                yield _spelt(path), "a string with a lone surrogate"
         elif isinstance(item, int):
             if item not in _INTEGERS:
-                yield path, "an integer of more than 64 bits"
+                yield _spelt(path), "an integer of more than 64 bits"
         elif isinstance(item, float):
             if not math.isfinite(item):
-                yield path, f"the number {item}"
+                yield _spelt(path), f"the number {item}"
         elif depth > MAX_DEPTH:
-            yield path, f"nested more than {MAX_DEPTH} deep"
+            yield _spelt(path), f"nested more than {MAX_DEPTH} deep"
         elif isinstance(item, dict):
             for key, member in item.items():
                 if not isinstance(key, str):
-                    yield path, f"the key {key!r}, which is not a string"
-                elif not _is_unicode(key):
-                    yield path, "a key with a lone surrogate"
+                    yield _spelt(path), f"the key {key!r}, which is not a string"
+                elif not is_unicode(key):
+                    yield _spelt(path), "a key with a lone surrogate"
                 else:
-                    stack.append((member, f"{path}.{key}", depth + 1))
+                    stack.append((member, (path, key), depth + 1))
         elif isinstance(item, (list, tuple)):
-            stack += [(member, f"{path}[{index}]", depth + 1) for index, member in enumerate(item)]
+            stack += [(member, (path, index), depth + 1) for index, member in enumerate(item)]
         else:
-            yield path, f"a {type(item).__name__}"
+            yield _spelt(path), f"a {type(item).__name__}"
+
+
+def _spelt(path: _Path) -> str:
+    """`where.key[index]`, long keys cut."""
+    parts: list[str] = []
+    above, step = path
+    while above is not None:
+        parts.append(f"[{step}]" if isinstance(step, int) else f".{step[:_MAX_KEY]}")
+        above, step = above
+    return f"{step}{''.join(reversed(parts))}"
 
 
 def parse_strict(data: bytes, encoding: str = "utf-8") -> Any:
@@ -92,7 +108,8 @@ def parse_canonical(data: bytes) -> Any:
     return value
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """Whether a text can be encoded: it holds no lone surrogate."""
     return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from cluscomp_formats.ir import DTYPES, AnyArray, Array, Model
 from cluscomp_formats.packed.bits import packed_bytes, unpack_bits
 
-__all__ = ["ContentFault", "Payload", "stored_payloads"]
+__all__ = ["ContentFault", "Payload", "is_finite", "stored_payloads"]
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Payload:
         if self.part in ("codes", "outlier_positions"):
             return self._range_fault(values)
         if self.part in ("centroids", "row_scale", "column_scale", "outlier_values"):
-            bad = values.size - int(np.count_nonzero(_is_finite(values, self.dtype)))
+            bad = values.size - int(np.count_nonzero(is_finite(values, self.dtype)))
             if bad:
                 found = f"{bad} of {values.size} values"
                 return ContentFault("not_finite", f"{self.part} holds NaN or infinity", found, "finite values")
@@ -116,7 +116,8 @@ def stored_payloads(model: Model) -> Iterator[tuple[Payload, Array]]:
         yield Payload(name, "bytes", array.dtype, array.shape), array
 
 
-def _is_finite(values: AnyArray, dtype: str) -> AnyArray:
+def is_finite(values: AnyArray, dtype: str) -> AnyArray:
+    """Which values of an array of floats are finite, as bool of its shape; `dtype` is a key of `DTYPES`."""
     if dtype == "bfloat16":
         return np.asarray((values & np.uint16(0x7F80)) != 0x7F80)
     return np.asarray(np.isfinite(values))

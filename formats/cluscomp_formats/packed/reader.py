@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import mmap
-import os
-import stat
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
-from cluscomp_formats.atomic import storage_error
 from cluscomp_formats.errors import InvalidFileError, Problem
 from cluscomp_formats.ir import DigestBuilder, Model
 from cluscomp_formats.packed.assembly import build_model, reference_problems
@@ -28,6 +23,7 @@ from cluscomp_formats.packed.spec import (
     VERSION,
     Preamble,
 )
+from cluscomp_formats.stored_file import StoredFile
 
 __all__ = ["content_problems", "looks_packed", "open_packed", "read_header"]
 
@@ -38,9 +34,10 @@ def open_packed(path: Path, *, check: bool = False) -> Model:
     """Open a packed file as a lazy model.
 
     The structure is checked at once and all its problems are reported together; a payload's checksum and values when it is
-    first read, which then may raise InvalidFileError, or all of them and the digest now if `check`. The file is mapped: it
-    may be replaced or deleted while the model is in use, but must not be changed in place (one cut short is noticed when
-    the next payload is read, but an array already handed out then ends the process with SIGBUS when touched).
+    first read, which then may raise InvalidFileError, or all of them and the digest now if `check`. The file stays open and
+    its payloads are mapped: it may be replaced or deleted while the model is in use, but must not be changed in place (one cut
+    short is noticed when the next payload is read, but an array already handed out then ends the process with SIGBUS when
+    touched).
 
     Raises InvalidFileError, StorageError.
     """
@@ -73,41 +70,19 @@ def looks_packed(path: Path) -> bool:
 
 
 def _open(path: Path) -> tuple[PackedHeader, Model, MappedFile]:
-    name = str(path)
-    try:
-        # Before opening it: opening a named pipe waits for a writer.
-        _check_regular(path)
-        with path.open("rb") as stream:
-            length = os.fstat(stream.fileno()).st_size
-            preamble = _read_preamble(stream, length, name)
-            header = _read_header(stream, preamble, name)
-            mapping = mmap.mmap(stream.fileno(), length, access=mmap.ACCESS_READ)
-    except FileNotFoundError:
-        raise InvalidFileError(Problem("missing", "no such file", name)) from None
-    except OSError as error:
-        raise storage_error(path, error) from error
-    except ValueError:
-        # mmap's answer to a file that has become shorter than `length`.
-        raise InvalidFileError(Problem("file_changed", "the file was cut while being opened", name)) from None
-    file = MappedFile(name, mapping, header.sections)
+    stored = StoredFile(path)
+    header = _read_header(stored, _read_preamble(stored))
+    file = MappedFile(stored, header.sections)
     model = build_model(header, file)
-    problems = list(reference_problems(header, model, name))
+    problems = list(reference_problems(header, model, file.name))
     if problems:
         raise InvalidFileError(problems)
     file.payloads = [payload for payload, _ in stored_payloads(model)]
     return header, model, file
 
 
-def _check_regular(path: Path) -> None:
-    mode = path.stat().st_mode
-    if stat.S_ISDIR(mode):
-        raise InvalidFileError(Problem("is_folder", "a folder, not a packed model", str(path), remedy="name the .clus file"))
-    if not stat.S_ISREG(mode):
-        raise InvalidFileError(Problem("not_a_file", "a device or pipe, not a file", str(path), remedy="copy it to a file"))
-
-
-def _read_preamble(stream: BinaryIO, length: int, name: str) -> Preamble:
-    start = stream.read(PREAMBLE_LENGTH)
+def _read_preamble(file: StoredFile) -> Preamble:
+    name, start = file.name, file.copy(0, PREAMBLE_LENGTH)
     if not start:
         raise InvalidFileError(Problem("empty", "the file is empty", name, remedy=_FETCH_AGAIN))
     if start[: len(MAGIC)] != MAGIC[: len(start)]:
@@ -125,7 +100,7 @@ def _read_preamble(stream: BinaryIO, length: int, name: str) -> Preamble:
         found, expected = f"version {preamble.version}", f"version {VERSION}"
         message, remedy = "written by a newer version", "upgrade cluscomp-export"
         raise InvalidFileError(Problem("newer_version", message, name, None, found, expected, remedy))
-    problems = list(_preamble_problems(preamble, length, name))
+    problems = list(_preamble_problems(preamble, file.length, name))
     if problems:
         raise InvalidFileError(problems)
     return preamble
@@ -155,9 +130,8 @@ def _preamble_problems(preamble: Preamble, length: int, name: str) -> Iterator[P
         yield problem("bad_header_length", "the header does not end where the file does", end, preamble.file_length)
 
 
-def _read_header(stream: BinaryIO, preamble: Preamble, name: str) -> PackedHeader:
-    stream.seek(preamble.header_offset)
-    data = stream.read(preamble.header_length)
+def _read_header(file: StoredFile, preamble: Preamble) -> PackedHeader:
+    name, data = file.name, file.copy(preamble.header_offset, preamble.header_length)
     crc = zlib.crc32(data)
     if crc != preamble.header_crc32:
         found, expected = f"{crc:08x}", f"{preamble.header_crc32:08x}"

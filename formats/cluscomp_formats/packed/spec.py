@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import struct
 import unicodedata
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 __all__ = [
@@ -17,6 +19,7 @@ __all__ = [
     "VERSION",
     "Preamble",
     "align",
+    "can_be_shape",
     "file_name_fault",
     "name_fault",
 ]
@@ -80,6 +83,14 @@ class Preamble:
 def align(offset: int) -> int:
     """`offset` rounded up to the next multiple of `ALIGNMENT`."""
     return -(-offset // ALIGNMENT) * ALIGNMENT
+
+
+def can_be_shape(shape: Sequence[int], item_bytes: int) -> bool:
+    """Whether an array of that shape can be: at most `MAX_RANK` lengths, fewer than 2^63 bytes.
+
+    With a zero among them the product is zero, but numpy still multiplies the others.
+    """
+    return len(shape) <= MAX_RANK and math.prod(length for length in shape if length) * item_bytes < 1 << 63
 
 
 def name_fault(name: str) -> str | None:

@@ -1,0 +1,106 @@
+"""The tables that show a model: its tensors, its codebooks, its worst tensors, and the facts about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import click
+
+from cluscomp_export.sources.linears import kind
+from cluscomp_export.terminal import print_table, say
+from cluscomp_formats.errors import Problem, printable
+
+__all__ = ["print_inspection", "print_tensors"]
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def print_tensors(rows: Rows) -> None:
+    """One line per kind of tensor."""
+    merged: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        how = f"dim {row['dim']} x {row['clusters']}" if row["kind"] == "clustered" else row["dtype"]
+        codebook = kind(row["codebook"]) if row["kind"] == "clustered" else ""
+        merged.setdefault((kind(row["name"]), tuple(row["shape"]), how, codebook), []).append(row)
+    print_table(
+        ("tensors", "count", "shape", "stored as", "codebook", "bits"),
+        [
+            (name, len(group), " x ".join(map(str, shape)), how, codebook, f"{group[0]['bits_per_weight']:.2f}")
+            for (name, shape, how, codebook), group in merged.items()
+        ],
+    )
+
+
+def print_inspection(report: Mapping[str, Any]) -> None:
+    """The report of `inspect_model`: tables and facts on standard output, problems on standard error."""
+    print_tensors(report["tensors"])
+    if report["codebooks"]:
+        click.echo()
+        _print_codebooks(report["codebooks"])
+    if report["worst_tensors"]["names"]:
+        click.echo()
+        _print_worst(report)
+    click.echo()
+    bits = report["bits_per_weight"]
+    unread = "not looked for (--quick)"
+    facts = {
+        "format": report["format"],
+        "architecture": report["architecture"],
+        "weights": f"{report['weights'] / 1e6:.1f} million",
+        "file": f"{report['file_bytes'] / 1e6:.1f} MB",
+        "bits per weight": f"{bits['linears']:.2f} (linear layers), {bits['all']:.2f} (everything)",
+        "digest": report["digest"] or (unread if report["quick"] else "none: not everything could be read"),
+        "problems": unread if report["quick"] else len(report["problems"]) or "none",
+        "self-test record": "yes" if report["self_test"] else "no",
+        "made by": f"{report['provenance'].get('tool', 'unknown')} {report['provenance'].get('version', '')}",
+        "kernel here": report["kernel"],
+    }
+    for name, value in facts.items():
+        click.echo(f"{name:>17}: {printable(str(value))}")
+    for difference in report["reference"]["differences"] if report["reference"] else ():
+        say(f"warning: {difference}")
+    for problem in report["problems"]:
+        say(f"error: {Problem(**problem)}")
+
+
+def _print_codebooks(rows: Rows) -> None:
+    """One line per kind of codebook: counts are summed, entropy and share are those of the worst."""
+    merged: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        merged.setdefault((kind(row["name"]), row["dim"], row["clusters"], row["dtype"], row["code_bits"]), []).append(row)
+    print_table(
+        ("codebooks", "count", "dim x clusters", "dtype", "dead", "duplicate", "entropy", "top cluster", "out of range"),
+        [
+            (
+                name,
+                len(group),
+                f"{dim} x {clusters}",
+                dtype,
+                _merge(sum, group, "dead", "d"),
+                _merge(sum, group, "duplicates", "d"),
+                f"{_merge(min, group, 'entropy_bits', '.2f')} of {code_bits}",
+                _merge(max, group, "largest_share", ".2%"),
+                _merge(sum, group, "out_of_range", "d"),
+            )
+            for (name, dim, clusters, dtype, code_bits), group in merged.items()
+        ],
+    )
+
+
+def _merge(merge: Callable[[Iterable[Any]], Any], rows: Rows, member: str, form: str) -> str:
+    """One value for all rows, a question mark if one of them is not known."""
+    values = [row[member] for row in rows]
+    return "?" if None in values else format(merge(values), form)
+
+
+def _print_worst(report: Mapping[str, Any]) -> None:
+    """The worst tensors by what was measured."""
+    rows = {row["name"]: row for row in report["tensors"]}
+    worst = [rows[name] for name in report["worst_tensors"]["names"]]
+    if report["worst_tensors"]["by"] == "relative_error":
+        cells = [(row["name"], f"{row['relative_error']:.4f}", f"{row['largest_difference']:.4g}") for row in worst]
+        print_table(("worst tensors", "relative error", "largest difference"), cells)
+        return
+    cells = [(row["name"], f"{row['unused_bits_per_weight']:.2f}", f"{row['bits_per_weight']:.2f}") for row in worst]
+    print_table(("worst tensors", "bits beyond entropy", "bits"), cells)

@@ -1,0 +1,201 @@
+"""What a conversion has finished so far, kept beside its output until that is there: a rerun goes on from it.
+
+Each unit of work, a name and some arrays, is a safetensors file of its own. It gets its name when it is complete, and is taken
+up again only if it is unharmed and belongs to the same conversion: a SHA-256 in the file covers what the conversion is, the
+unit's name and the arrays. Anything else is as good as absent, so a rerun can only be slower, never wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cluscomp_formats.atomic import storage_error
+from cluscomp_formats.errors import InvalidFileError, Problem, StorageError
+from cluscomp_formats.hf.mapped_shards import open_shard
+from cluscomp_formats.hf.safetensors import Entry, header_bytes
+from cluscomp_formats.ir import DTYPES, AnyArray, canonical_json
+from cluscomp_formats.leftovers import try_lock
+
+__all__ = ["Forms", "WorkFolder", "fingerprint", "work_folder", "work_path"]
+
+Forms = Mapping[str, tuple[str, tuple[int, ...]]]
+"""Dtype, a key of `DTYPES`, and shape of each array of a unit, by name."""
+
+_UNIT = re.compile(r"([0-9a-f]{16})-[0-9a-f]{32}\.(safetensors|part)")
+_CHECKSUM = "sha256"
+_CHECKSUM_FORM = ("uint8", (32,))
+
+
+def work_path(output: Path) -> Path:
+    """Where the unfinished work of a conversion to `output` is kept."""
+    # The name of "." is empty.
+    output = Path(os.path.abspath(output))  # noqa: PTH100 - resolve() would follow links
+    return output.with_name(f".{output.name}.work")
+
+
+def fingerprint(conversion: Mapping[str, Any]) -> str:
+    """What tells a conversion from others, 16 hexadecimal digits; `conversion` is a JSON object of all that determines it."""
+    return hashlib.sha256(canonical_json(conversion).encode()).hexdigest()[:16]
+
+
+class WorkFolder:
+    """The finished units of one conversion. Get it from `work_folder`, then say by `begin` which conversion it is."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.conversion = ""
+        self.reused = 0
+        """Units that were taken up again."""
+
+    def begin(self, conversion: str) -> tuple[int, int]:
+        """Keep the units of the conversion with this fingerprint, delete all others. How many were kept, and deleted."""
+        self.conversion = conversion
+        kept = deleted = 0
+        for file, owner in self._files():
+            if owner == conversion and file.suffix == ".safetensors":
+                kept += 1
+            else:
+                file.unlink()
+                deleted += file.suffix == ".safetensors"
+        return kept, deleted
+
+    def load(self, name: str, forms: Forms) -> dict[str, AnyArray] | None:
+        """The arrays of a unit, None if it has not been finished, is damaged or holds other arrays than `forms`."""
+        try:
+            shard = open_shard(self._file(name))
+            stored = {key: (entry.dtype, entry.shape) for key, entry in shard.entries.items()}
+            if stored != _stored_forms(forms):
+                return None
+            arrays = {}
+            for key, entry in shard.entries.items():
+                content = shard.file.copy(shard.data_begin + entry.begin, entry.end - entry.begin)
+                arrays[key] = np.frombuffer(content, dtype=DTYPES[entry.dtype]).reshape(entry.shape)
+        except (InvalidFileError, StorageError, ValueError):
+            return None
+        checksum = arrays.pop(_CHECKSUM)
+        if checksum.tobytes() != self._checksum(name, arrays):
+            return None
+        self.reused += 1
+        return {_array_name(key): values for key, values in arrays.items()}
+
+    def save(self, name: str, arrays: Mapping[str, AnyArray]) -> None:
+        """Keep a finished unit. Raises StorageError."""
+        stored = {_key(array): np.asarray(values, order="C") for array, values in arrays.items()}
+        stored[_CHECKSUM] = np.frombuffer(self._checksum(name, stored), dtype=np.uint8)
+        # Wide items before narrow ones, which aligns all of them without a hole.
+        order = sorted(stored, key=lambda key: -stored[key].dtype.itemsize)
+        entries, position = {}, 0
+        for key in order:
+            end = position + stored[key].nbytes
+            entries[key] = Entry(stored[key].dtype.name, stored[key].shape, position, end)
+            position = end
+        file = self._file(name)
+        unfinished = file.with_suffix(".part")
+        try:
+            # Not synced: if the machine fails, the checksum tells what came to the disk.
+            with unfinished.open("wb") as stream:
+                stream.write(header_bytes(entries))
+                for key in order:
+                    stream.write(stored[key].reshape(-1).view(np.uint8).data)
+            unfinished.replace(file)
+        except OSError as error:
+            raise storage_error(file, error) from error
+
+    @property
+    def empty(self) -> bool:
+        """Whether no unit is there."""
+        return not any(file.suffix == ".safetensors" for file, _ in self._files())
+
+    def holds_only(self, conversion: str) -> bool:
+        """Whether every unit belongs to the conversion with this fingerprint."""
+        return all(owner == conversion for _, owner in self._files())
+
+    def stored_bytes(self) -> int:
+        """Size of everything kept, whichever conversion it is of."""
+        return sum(file.stat().st_size for file, _ in self._files())
+
+    def remove(self) -> None:
+        """Delete the units, and the folder if there is nothing else in it."""
+        with contextlib.suppress(OSError):
+            for file, _ in self._files():
+                file.unlink()
+            self.path.rmdir()
+
+    def _file(self, name: str) -> Path:
+        # Names of tensors are the source's: too long for a file, perhaps, or leading elsewhere.
+        return self.path / f"{self.conversion}-{hashlib.sha256(name.encode()).hexdigest()[:32]}.safetensors"
+
+    def _files(self) -> Iterator[tuple[Path, str]]:
+        """Our own files, finished and not, with the fingerprint of their conversion."""
+        for file in sorted(self.path.iterdir()):
+            match = _UNIT.fullmatch(file.name)
+            if match is not None:
+                yield file, match[1]
+
+    def _checksum(self, name: str, stored: Mapping[str, AnyArray]) -> bytes:
+        forms = {key: [values.dtype.name, list(values.shape)] for key, values in stored.items()}
+        checksum = hashlib.sha256(canonical_json([self.conversion, name, forms]).encode())
+        for key in sorted(stored):
+            checksum.update(stored[key].reshape(-1).view(np.uint8).data)
+        return checksum.digest()
+
+
+@contextlib.contextmanager
+def work_folder(output: Path) -> Iterator[WorkFolder]:
+    """The work folder of a conversion to `output`, made if need be, for this process alone.
+
+    When the block succeeds, or has finished no unit, the folder is deleted; else it stays for the next attempt. Raises
+    StorageError if the folder cannot be made, or another process works on the same output.
+    """
+    with _locked(work_path(output)) as work:
+        try:
+            yield work
+            work.remove()
+        finally:
+            with contextlib.suppress(OSError):
+                if work.empty:
+                    work.remove()
+
+
+def remove_work(output: Path, conversion: str) -> None:
+    """Delete what is left of the finished conversion to `output` that has this fingerprint. Raises StorageError."""
+    with _locked(work_path(output)) as work:
+        if work.holds_only(conversion):
+            work.remove()
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[WorkFolder]:
+    try:
+        path.mkdir(exist_ok=True)
+        lock = try_lock(path)
+    except BlockingIOError as error:
+        remedy = "wait until it is done, or write elsewhere"
+        raise StorageError(Problem("busy", "another conversion to this output is running", str(path), remedy=remedy)) from error
+    except OSError as error:
+        raise storage_error(path, error) from error
+    try:
+        yield WorkFolder(path)
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _key(array: str) -> str:
+    return f"array.{array}"
+
+
+def _array_name(key: str) -> str:
+    return key.removeprefix("array.")
+
+
+def _stored_forms(forms: Forms) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {**{_key(array): form for array, form in forms.items()}, _CHECKSUM: _CHECKSUM_FORM}

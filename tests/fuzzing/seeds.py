@@ -1,0 +1,215 @@
+"""Small sound files of every kind, for mutations to start from."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from clustered_models import clustered, codebook
+from fuzzing.containers import GgufParts, join_members, safetensors_of
+from model_builders import tiny_llama
+
+from cluscomp_formats.gguf import write_dense_gguf, write_gguf
+from cluscomp_formats.hf import write_hf
+from cluscomp_formats.ir import Array, DenseTensor, Model, Outliers, Tensor
+from cluscomp_formats.packed import write_packed
+
+
+def small_model() -> Model:
+    """Everything the formats can say, in a few kilobytes: all kinds of weights, dtypes, shapes and side files."""
+    own, shared = codebook("own", 20, 4, 1), codebook("shared", 5, 3, 2, "float32")
+    tensors: dict[str, Tensor] = {
+        "a.weight": clustered("a.weight", (6, 5), [own], 3),
+        "b.weight": clustered("b.weight", (7, 4), [shared, own], 4, row_scale=Array.of(np.linspace(0.5, 2, 7))),
+        "c": clustered(
+            "c",
+            (4, 9),
+            [shared],
+            5,
+            "in",
+            column_scale=Array.of(np.array([0x3F80] * 9, np.uint16), "bfloat16"),
+            outliers=Outliers(Array.of(np.array([1, 30], np.uint32)), Array.of(np.array([3, -4], np.float16))),
+        ),
+        "bias": DenseTensor("bias", Array.of(np.arange(3, dtype=np.float32))),
+        "mask": DenseTensor("mask", Array.of(np.array([[True, False]]))),
+        "scalar": DenseTensor("scalar", Array.of(np.array(7, np.int64))),
+        "empty": DenseTensor("empty", Array.of(np.zeros((2, 0, 3), np.uint8))),
+    }
+    files = {"notes.txt": side_file("hello"), "tokenizer_config.json": side_file('{"bos_token":"<s>"}'), "void": side_file("")}
+    config = {"model_type": "llama", "hidden_size": 6, "rope_scaling": {"factor": 2.0, "rope_type": "linear"}, "ids": [1, None]}
+    return Model(config, tensors, files, {"name": "small", "seed": 1}, {"version": 1, "sequences": []})
+
+
+def runnable_model() -> Model:
+    """A Llama of one layer with clustered matrices of every kind, a tokenizer, a chat template and no self-test yet."""
+    dense = tiny_llama(hidden=12, intermediate=10, layers=1, vocabulary=260)
+    books = [codebook("wide", 300, 4, 1), codebook("narrow", 5, 3, 2), codebook("row", 9, 1, 3), codebook("long", 3, 65, 4)]
+    tensors: dict[str, Tensor] = dict(dense.tensors)
+    matrices = [name for name, tensor in dense.tensors.items() if len(tensor.shape) == 2]
+    for number, name in enumerate(matrices):
+        shape = (dense.tensors[name].shape[0], dense.tensors[name].shape[1])
+        scale = Array.of(np.ones(shape[number % 2], np.float32))
+        outliers = Outliers(Array.of(np.array([1, 7], np.uint32)), Array.of(np.array([3.0, -4.0], np.float32)))
+        extras: dict[str, Any] = {"row_scale": scale} if number % 2 == 0 else {"column_scale": scale, "outliers": outliers}
+        stages = [books[number % 4], books[(number + 1) % 4]][: 1 + number % 2]
+        tensors[name] = clustered(name, shape, stages, number, "in" if number == 3 else "out", **extras)
+    template = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m['content'] | trim }}\n{% endfor %}"
+    settings = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "add_bos_token": True, "chat_template": template}
+    generation = {"eos_token_id": [257, 3]}
+    files = {
+        "tokenizer.json": side_file(json.dumps(byte_tokenizer(), separators=(",", ":"))),
+        "tokenizer_config.json": side_file(json.dumps(settings)),
+        "generation_config.json": side_file(json.dumps(generation)),
+    }
+    return Model(dense.config, tensors, files, {"name": "runnable"})
+
+
+def byte_tokenizer() -> dict[str, Any]:
+    """`tokenizer.json` of a vocabulary of a few letters and two special tokens."""
+    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": 6, "content": "<s>", **special}, {"id": 7, "content": "</s>", **special}],
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+        "post_processor": None,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {"a": 0, "b": 1, "c": 2, "\u0120": 3, "ab": 4, "abc": 5},
+            "merges": [["a", "b"], ["ab", "c"]],
+        },
+    }
+
+
+def side_file(text: str) -> Array:
+    return Array.of(np.frombuffer(text.encode(), np.uint8))
+
+
+def _written(write: Callable[[Model, Path], Any], model: Model, folder: Path) -> bytes:
+    path = folder / "seed"
+    write(model, path)
+    content = path.read_bytes() if path.is_file() else join_members(folder_members(path))
+    for file in [path] if path.is_file() else [*path.iterdir()]:
+        file.unlink()
+    if path.is_dir():
+        path.rmdir()
+    return content
+
+
+def folder_members(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def packed_seeds(folder: Path) -> Iterator[bytes]:
+    yield _written(write_packed, small_model(), folder)
+    yield _written(write_packed, Model({}, {}), folder)
+
+
+def gguf_seeds(folder: Path) -> Iterator[bytes]:
+    yield _written(write_gguf, small_model(), folder)
+    yield _written(write_gguf, Model({}, {}), folder)
+
+
+def hf_seeds(folder: Path) -> Iterator[bytes]:
+    yield _written(write_hf, small_model(), folder)
+    yield _written(lambda model, path: write_hf(model, path, shard_bytes=200), small_model(), folder)
+
+
+def runtime_seeds(folder: Path) -> Iterator[bytes]:
+    from cluscomp_runtime import make_self_test
+
+    model = runnable_model()
+    record = make_self_test(model, sequences=[[1, 2, 3], [4]], top_k=2)
+    yield _written(write_packed, Model(model.config, model.tensors, model.files, model.provenance, record), folder)
+
+
+def stock_gguf_seeds(folder: Path) -> Iterator[bytes]:
+    """Dense files as llama.cpp's converter makes them, with both kinds of tokenizer, rotary divisors and a quantised type."""
+    config = {"hidden": 12, "intermediate": 32, "layers": 1, "vocabulary": 8}
+    plain = _written(lambda model, path: write_dense_gguf(model, path, gguf_type="f32"), tiny_llama(**config), folder)
+    tokens = [b"<unk>", b"<s>", b"</s>", b"a", b"b", b"ab", b"\xe2\x96\x81", b"<0x0A>"]
+    tokenizers: list[dict[bytes, tuple[int, Any]]] = [
+        {
+            b"tokenizer.ggml.model": (8, b"llama"),
+            b"tokenizer.ggml.scores": (9, (6, [0.0, 0.0, 0.0, -1.0, -2.0, -3.0, -4.0, 0.0])),
+            b"tokenizer.ggml.token_type": (9, (5, [2, 3, 3, 1, 1, 1, 1, 6])),
+            b"llama.rope.scaling.type": (8, b"linear"),
+            b"llama.rope.scaling.factor": (6, 2.0),
+        },
+        {
+            b"tokenizer.ggml.model": (8, b"gpt2"),
+            b"tokenizer.ggml.pre": (8, b"llama-bpe"),
+            b"tokenizer.ggml.merges": (9, (8, [b"a b"])),
+            b"tokenizer.chat_template": (8, b"{{ messages }}"),
+        },
+    ]
+    for keys in tokenizers:
+        parts = GgufParts.of(plain)
+        for key, (kind, value) in {
+            **keys,
+            b"tokenizer.ggml.tokens": (9, (8, tokens)),
+            b"tokenizer.ggml.bos_token_id": (4, 1),
+            b"tokenizer.ggml.add_bos_token": (7, 1),
+        }.items():
+            parts.put(key, kind, value)
+        yield parts.to_bytes()
+    yield _written(
+        lambda model, path: write_dense_gguf(model, path, gguf_type="q8_0"), tiny_llama(**{**config, "hidden": 96}), folder
+    )
+
+
+def _floats(count: int) -> bytes:
+    return struct.pack(f"<{count}f", *(number / 8 for number in range(count)))
+
+
+def stock_folder_seeds(folder: Path) -> Iterator[bytes]:
+    """Checkpoints as transformers saves them: one file and shards."""
+    config = {"model_type": "llama", "tie_word_embeddings": True, "vocab_size": 4, "quantization_config": None}
+    arrays = {
+        "model.embed_tokens.weight": ("F32", [4, 3], _floats(12)),
+        "lm_head.weight": ("F32", [4, 3], _floats(12)),
+        "model.layers.0.mlp.up_proj.weight": ("BF16", [2, 2], bytes(8)),
+        "mask": ("BOOL", [2], b"\0\1"),
+    }
+    tokenizer = json.dumps(byte_tokenizer()).encode()
+    yield join_members(
+        {"config.json": json.dumps(config).encode(), "model.safetensors": safetensors_of(arrays), "tokenizer.json": tokenizer}
+    )
+    first = {name: arrays[name] for name in list(arrays)[:2]}
+    second = {name: arrays[name] for name in list(arrays)[2:]}
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    index = {"weight_map": {**dict.fromkeys(first, names[0]), **dict.fromkeys(second, names[1])}}
+    yield join_members(
+        {
+            "config.json": json.dumps({**config, "tie_word_embeddings": False}).encode(),
+            "model.safetensors.index.json": json.dumps(index).encode(),
+            names[0]: safetensors_of(first),
+            names[1]: safetensors_of(second),
+        }
+    )
+
+
+def reference_seeds(folder: Path) -> Iterator[bytes]:
+    """A checkpoint of the authors' code."""
+    sizes: Mapping[str, Any] = {"hidden_size": 4, "num_attention_heads": 2, "intermediate_size": 6, "num_key_value_heads": 1}
+    config = {"model_type": "llama", "num_clusters": 5, "cluster_dim": 4, **sizes}
+    arrays = {}
+    for module, vectors in (("model.layers.0.self_attn.k_proj", 4), ("model.layers.0.mlp.up_proj", 8)):
+        arrays[f"{module}.cluster"] = ("F16", [5, 4], bytes(40))
+        arrays[f"{module}.index"] = ("I32", [vectors], struct.pack(f"<{vectors}i", *(n % 5 for n in range(vectors))))
+    arrays["model.norm.weight"] = ("F32", [4], _floats(4))
+    yield join_members({"config.json": json.dumps(config).encode(), "model.safetensors": safetensors_of(arrays)})

@@ -1,0 +1,464 @@
+"""One way to damage an ONNX folder per test; every one is found and named."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+from runtime_models import clustered_model, side_file, small_config
+
+from cluscomp_export.onnx_graph import build_graph
+from cluscomp_formats import registry
+from cluscomp_formats.errors import InvalidFileError, Problem, UnsupportedError
+from cluscomp_formats.onnx import holds_only_onnx, looks_onnx, open_onnx
+from cluscomp_formats.onnx.spec import DATA_FILE, DOMAIN, MAX_MODEL_BYTES, MODEL_FILE, SUBFOLDER
+from cluscomp_formats.onnx.writer import write_onnx
+
+QUERY = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    config = small_config(num_hidden_layers=1, tie_word_embeddings=True)
+    model = clustered_model(config, {"tokenizer.json": side_file("{}")}, stages=2, row_scale=True, outliers=3, cluster_dim=3)
+    write_onnx(model, tmp_path / "m", build_graph(model))
+    return tmp_path / "m"
+
+
+def model_file(folder: Path) -> Path:
+    return folder / SUBFOLDER / MODEL_FILE
+
+
+def data_file(folder: Path) -> Path:
+    return folder / SUBFOLDER / DATA_FILE
+
+
+def problems_of(folder: Path, *, check: bool = True) -> tuple[Problem, ...]:
+    """The problems found in a folder, all of files inside it; fails if there are none."""
+    with pytest.raises(InvalidFileError) as caught:
+        open_onnx(folder, check=check)
+    assert all((problem.file or "").startswith(str(folder)) for problem in caught.value.problems)
+    return caught.value.problems
+
+
+def kinds(problems: tuple[Problem, ...]) -> list[str]:
+    return [problem.kind for problem in problems]
+
+
+def edit(folder: Path, change: Callable[[onnx.ModelProto], None]) -> None:
+    file = model_file(folder)
+    proto = onnx.load(file, load_external_data=False)
+    change(proto)
+    file.write_bytes(proto.SerializeToString())
+
+
+def edit_metadata(folder: Path, key: str, change: Callable[[Any], Any]) -> None:
+    def apply(proto: onnx.ModelProto) -> None:
+        entry = next(entry for entry in proto.metadata_props if entry.key == f"cluscomp.{key}")
+        value = json.loads(entry.value)
+        changed = change(value)
+        entry.value = json.dumps(value if changed is None else changed, sort_keys=True, separators=(",", ":"))
+
+    edit(folder, apply)
+
+
+def edit_external(folder: Path, name: str, key: str, text: str) -> None:
+    def apply(proto: onnx.ModelProto) -> None:
+        tensor = next(tensor for tensor in proto.graph.initializer if tensor.name == name)
+        next(entry for entry in tensor.external_data if entry.key == key).value = text
+
+    edit(folder, apply)
+
+
+def node_of(proto: onnx.ModelProto, op: str) -> onnx.NodeProto:
+    return next(node for node in proto.graph.node if node.op_type == op)
+
+
+def test_a_sound_folder_is_opened_by_its_name_or_its_file(folder: Path) -> None:
+    assert open_onnx(folder, check=True).digest() == open_onnx(model_file(folder), check=True).digest()
+    assert registry.open_model(folder).files["tokenizer.json"].read().tobytes() == b"{}"
+
+
+# What the container says.
+
+
+@pytest.mark.parametrize("content", [b"", b"\x08", b"{}", b"\xff" * 100, b"\x08\x0a" + b"\x80" * 40])
+def test_not_a_protobuf(folder: Path, content: bytes) -> None:
+    model_file(folder).write_bytes(content)
+    assert kinds(problems_of(folder)) in (["bad_protobuf"], ["bad_metadata"])
+    assert not looks_onnx(folder)
+
+
+def test_truncated_model(folder: Path) -> None:
+    content = model_file(folder).read_bytes()
+    model_file(folder).write_bytes(content[: len(content) // 2])
+    assert kinds(problems_of(folder)) == ["bad_protobuf"]
+
+
+def test_model_too_long(folder: Path) -> None:
+    with model_file(folder).open("r+b") as stream:
+        stream.truncate(MAX_MODEL_BYTES + 1)
+    assert kinds(problems_of(folder)) == ["file_too_long"]
+    assert not looks_onnx(folder)
+
+
+def test_no_model(folder: Path) -> None:
+    model_file(folder).unlink()
+    assert kinds(problems_of(folder)) == ["missing"]
+    assert not looks_onnx(folder)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no named pipes")
+@pytest.mark.parametrize("file_of", [model_file, data_file])
+def test_a_pipe_is_not_waited_for(folder: Path, file_of: Callable[[Path], Path]) -> None:
+    file_of(folder).unlink()
+    os.mkfifo(file_of(folder))
+    assert kinds(problems_of(folder)) == ["not_a_file"]
+
+
+def test_an_onnx_file_of_others(tmp_path: Path) -> None:
+    graph = helper.make_graph([], "g", [], [])
+    onnx.save(helper.make_model(graph), tmp_path / "other.onnx")
+    assert not looks_onnx(tmp_path / "other.onnx")
+    assert kinds(problems_of(tmp_path / "other.onnx")) == ["bad_metadata"]
+
+
+# Metadata.
+
+
+def test_no_metadata_left(folder: Path) -> None:
+    edit(folder, lambda proto: proto.ClearField("metadata_props"))
+    (problem,) = problems_of(folder)
+    assert problem.kind == "bad_metadata"
+    assert "drop its metadata" in (problem.remedy or "")
+
+
+@pytest.mark.parametrize("key", ["config", "crc32", "digest", "files", "layout", "provenance", "sections", "version"])
+def test_a_key_is_missing(folder: Path, key: str) -> None:
+    def drop(proto: onnx.ModelProto) -> None:
+        kept = [entry for entry in proto.metadata_props if entry.key != f"cluscomp.{key}"]
+        proto.ClearField("metadata_props")
+        proto.metadata_props.extend(kept)
+
+    edit(folder, drop)
+    (problem,) = problems_of(folder)
+    assert (problem.kind, key in (problem.found or "")) == ("bad_metadata", True)
+
+
+def test_a_key_twice(folder: Path) -> None:
+    edit(folder, lambda proto: proto.metadata_props.add(key="cluscomp.version", value="1") and None)
+    assert kinds(problems_of(folder)) == ["duplicate_key"]
+
+
+def test_an_unknown_key(folder: Path) -> None:
+    edit(folder, lambda proto: proto.metadata_props.add(key="cluscomp.extra", value="1") and None)
+    assert kinds(problems_of(folder)) == ["bad_metadata"]
+
+
+def test_keys_of_others_are_their_business(folder: Path) -> None:
+    edit(folder, lambda proto: proto.metadata_props.add(key="author", value="me") and None)
+    open_onnx(folder, check=True)
+
+
+def test_a_newer_version(folder: Path) -> None:
+    edit_metadata(folder, "version", lambda _: 2)
+    assert kinds(problems_of(folder)) == ["newer_version"]
+
+
+@pytest.mark.parametrize("version", [0, -1, True, "1", 1.0, [1]])
+def test_no_such_version(folder: Path, version: object) -> None:
+    edit_metadata(folder, "version", lambda _: version)
+    assert kinds(problems_of(folder)) == ["bad_version"]
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"a":1,"a":2}', "NaN", '{"b":1, "a":2}', "[" * 100 + "]" * 100, "1" * 5000])
+def test_not_canonical_json(folder: Path, text: str) -> None:
+    def apply(proto: onnx.ModelProto) -> None:
+        next(entry for entry in proto.metadata_props if entry.key == "cluscomp.config").value = text
+
+    edit(folder, apply)
+    assert len(problems_of(folder)) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "kind"),
+    [
+        ("sections", lambda value: {}, "bad_metadata"),
+        ("sections", lambda value: [1, *value[1:]], "bad_metadata"),
+        ("sections", lambda value: [value[1], *value[1:]], "bad_metadata"),
+        ("sections", lambda value: value[:-1], "bad_metadata"),
+        ("crc32", lambda value: value[:-1], "bad_metadata"),
+        ("crc32", lambda value: 3, "bad_metadata"),
+        ("layout", lambda value: [], "bad_metadata"),
+        ("layout", lambda value: {"tensors": {}}, "bad_metadata"),
+        ("layout", lambda value: value["codebooks"].pop(f"{QUERY}.weight.0") and None, "unknown_codebook"),
+        ("layout", lambda value: value["tensors"].pop("model.norm.weight") and None, "section_unused"),
+        ("digest", lambda value: "sha256:12", "bad_digest"),
+        ("config", lambda value: [], "wrong_type"),
+        ("files", lambda value: "x", "wrong_type"),
+        ("files", lambda value: ["../secret"], "bad_name"),
+        ("files", lambda value: ["config.json"], "bad_name"),
+        ("files", lambda value: ["absent.txt"], "missing"),
+    ],
+)
+def test_metadata_of_another_form(folder: Path, key: str, change: Callable[[Any], Any], kind: str) -> None:
+    edit_metadata(folder, key, change)
+    assert kind in kinds(problems_of(folder))
+
+
+def test_shapes_that_do_not_fit(folder: Path) -> None:
+    def widen(layout: Any) -> None:
+        layout["tensors"][f"{QUERY}.weight"]["shape"] = [32, 31]
+
+    edit_metadata(folder, "layout", widen)
+    assert problems_of(folder)
+
+
+def test_a_code_section_claimed_by_two(folder: Path) -> None:
+    def share(layout: Any) -> None:
+        stages = layout["tensors"][f"{QUERY}.weight"]["stages"]
+        stages[1]["codes"] = stages[0]["codes"]
+
+    edit_metadata(folder, "layout", share)
+    assert "section_shared" in kinds(problems_of(folder))
+
+
+# External data.
+
+
+@pytest.mark.parametrize("location", ["../model.onnx_data", "/etc/passwd", "other", "", "onnx/model.onnx_data"])
+def test_data_in_another_file(folder: Path, location: str) -> None:
+    edit_external(folder, f"{QUERY}.codes", "location", location)
+    (problem,) = problems_of(folder)
+    assert (problem.kind, problem.tensor) == ("bad_external_data", f"{QUERY}.codes")
+
+
+@pytest.mark.parametrize("key", ["offset", "length"])
+@pytest.mark.parametrize("text", ["-1", "", "1e3", "0x10", "٣", "9" * 30, " 1"])
+def test_places_that_are_no_numbers(folder: Path, key: str, text: str) -> None:
+    edit_external(folder, f"{QUERY}.codes", key, text)
+    assert kinds(problems_of(folder)) == ["bad_external_data"]
+
+
+@pytest.mark.parametrize("key", ["offset", "length"])
+@pytest.mark.parametrize("text", ["0", "1", "64", "999999999999999999"])
+def test_places_of_something_else(folder: Path, key: str, text: str) -> None:
+    edit_external(folder, f"{QUERY}.codes", key, text)
+    assert {*kinds(problems_of(folder))} <= {"section_misplaced", "truncated", "trailing_bytes", "section_length"}
+
+
+def test_a_checksum_for_the_runtime_is_not_ours(folder: Path) -> None:
+    def apply(proto: onnx.ModelProto) -> None:
+        proto.graph.initializer[0].external_data.add(key="checksum", value="1")
+
+    edit(folder, apply)
+    assert kinds(problems_of(folder)) == ["bad_external_data"]
+
+
+def test_inline_data(folder: Path) -> None:
+    def apply(proto: onnx.ModelProto) -> None:
+        tensor = next(tensor for tensor in proto.graph.initializer if tensor.name == "model.norm.weight")
+        tensor.CopyFrom(numpy_helper.from_array(np.ones(32, np.float32), "model.norm.weight"))
+
+    edit(folder, apply)
+    assert kinds(problems_of(folder)) == ["bad_external_data"]
+
+
+def test_inline_data_beside_external(folder: Path) -> None:
+    edit(folder, lambda proto: proto.graph.initializer[0].float_data.append(1.0))
+    assert kinds(problems_of(folder)) == ["wrong_form"]
+
+
+def test_data_truncated_and_longer(folder: Path) -> None:
+    file = data_file(folder)
+    content = file.read_bytes()
+    file.write_bytes(content[:-64])
+    assert kinds(problems_of(folder)) == ["truncated"]
+    file.write_bytes(content + bytes(64))
+    assert kinds(problems_of(folder)) == ["trailing_bytes"]
+    file.write_bytes(b"")
+    assert kinds(problems_of(folder)) == ["truncated"]
+
+
+def test_no_data(folder: Path) -> None:
+    data_file(folder).unlink()
+    assert kinds(problems_of(folder)) == ["missing"]
+
+
+def test_a_flipped_bit_anywhere_in_the_data_is_found(folder: Path) -> None:
+    content = bytearray(data_file(folder).read_bytes())
+    proto = onnx.load(model_file(folder), load_external_data=False)
+    for tensor in proto.graph.initializer[::9]:
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        position = int(place["offset"]) + int(place["length"]) - 1
+        content[position] ^= 1
+        data_file(folder).write_bytes(content)
+        assert kinds(problems_of(folder)) == ["checksum_mismatch"], tensor.name
+        content[position] ^= 1
+
+
+def test_a_digest_of_something_else(folder: Path) -> None:
+    edit_metadata(folder, "digest", lambda _: "sha256:" + "0" * 64)
+    open_onnx(folder)
+    assert kinds(problems_of(folder)) == ["digest_mismatch"]
+
+
+# The graph.
+
+
+def test_an_initialiser_is_missing(folder: Path) -> None:
+    edit(folder, lambda proto: proto.graph.initializer.pop() and None)
+    assert kinds(problems_of(folder)) == ["missing_tensor"]
+
+
+def test_an_initialiser_too_many(folder: Path) -> None:
+    edit(folder, lambda proto: proto.graph.initializer.append(numpy_helper.from_array(np.ones(1), "extra")))
+    assert "unknown_tensor" in kinds(problems_of(folder))
+
+
+def test_an_initialiser_twice(folder: Path) -> None:
+    edit(folder, lambda proto: proto.graph.initializer.append(proto.graph.initializer[0]))
+    assert kinds(problems_of(folder)) == ["duplicate_tensor"]
+
+
+@pytest.mark.parametrize("change", ["dims", "data_type", "name"])
+def test_an_initialiser_of_another_form(folder: Path, change: str) -> None:
+    def apply(proto: onnx.ModelProto) -> None:
+        tensor = next(tensor for tensor in proto.graph.initializer if tensor.name == f"{QUERY}.codes")
+        if change == "dims":
+            tensor.dims[:] = tensor.dims[::-1]
+        elif change == "data_type":
+            tensor.data_type = onnx.TensorProto.INT8
+        else:
+            other = next(tensor for tensor in proto.graph.initializer if tensor.name == f"{QUERY}.codes_1")
+            tensor.name, other.name = other.name, tensor.name
+
+    edit(folder, apply)
+    assert "wrong_form" in kinds(problems_of(folder)) or "section_misplaced" in kinds(problems_of(folder))
+
+
+def test_another_body_of_an_operator(folder: Path) -> None:
+    def apply(proto: onnx.ModelProto) -> None:
+        function = next(function for function in proto.functions if function.name == "ClusLinear")
+        next(node for node in function.node if node.op_type == "Gemm").op_type = "MatMul"
+
+    edit(folder, apply)
+    assert kinds(problems_of(folder)) == ["other_function"]
+
+
+def test_a_function_of_another_domain(folder: Path) -> None:
+    """A function may even stand in for a standard operator."""
+
+    def apply(proto: onnx.ModelProto) -> None:
+        node = helper.make_node("Neg", ["X"], ["Y"])
+        proto.functions.append(helper.make_function("", "Softmax", ["X"], ["Y"], [node], [helper.make_opsetid("", 21)]))
+
+    edit(folder, apply)
+    assert kinds(problems_of(folder)) == ["unknown_function"]
+
+
+@pytest.mark.parametrize(("domain", "version"), [("", 22), (DOMAIN, 2), ("com.microsoft", 1)])
+def test_other_imports(folder: Path, domain: str, version: int) -> None:
+    def apply(proto: onnx.ModelProto) -> None:
+        imports = {entry.domain: entry.version for entry in proto.opset_import} | {domain: version}
+        proto.ClearField("opset_import")
+        proto.opset_import.extend(helper.make_opsetid(*entry) for entry in imports.items())
+
+    edit(folder, apply)
+    assert kinds(problems_of(folder)) == ["bad_imports"]
+
+
+def test_functions_inlined(folder: Path) -> None:
+    """What optimisers do first."""
+    import onnx.inliner
+
+    file = model_file(folder)
+    inlined = onnx.inliner.inline_local_functions(onnx.load(file, load_external_data=False))
+    file.write_bytes(inlined.SerializeToString())
+    (problem,) = problems_of(folder)
+    assert problem.kind in ("inlined", "bad_imports")
+    assert "before any optimiser" in (problem.remedy or "")
+
+
+@pytest.mark.parametrize("change", ["codebook", "axis", "length", "attribute", "extra", "other operator", "embedding"])
+def test_a_weight_used_in_another_way(folder: Path, change: str) -> None:
+    def apply(proto: onnx.ModelProto) -> None:
+        node = node_of(proto, "ClusEmbedding" if change == "embedding" else "ClusLinear")
+        attributes = {attribute.name: attribute for attribute in node.attribute}
+        if change == "codebook":
+            books = [tensor.name for tensor in proto.graph.initializer if tensor.name.startswith("codebooks.")]
+            node.input[1] = next(book for book in books if book != node.input[1])
+        elif change in ("axis", "embedding"):
+            attributes["group_axis"].i = 2 if change == "axis" else 1
+        elif change == "length":
+            attributes["axis_length"].i += 1
+        elif change == "attribute":
+            node.attribute.pop()
+        elif change == "extra":
+            node.attribute.append(helper.make_attribute("more", 1))
+        else:
+            proto.graph.node.append(helper.make_node("Identity", [node.input[2]], ["copy"]))
+
+    edit(folder, apply)
+    assert kinds(problems_of(folder)) == ["misused_weight"]
+
+
+def test_a_weight_used_in_another_way_in_a_subgraph(folder: Path) -> None:
+    def apply(proto: onnx.ModelProto) -> None:
+        codes = node_of(proto, "ClusLinear").input[2]
+        branch = helper.make_graph([helper.make_node("Identity", [codes], ["inner"])], "branch", [], [])
+        proto.graph.node.append(helper.make_node("If", ["x"], ["y"], then_branch=branch, else_branch=branch))
+
+    edit(folder, apply)
+    assert kinds(problems_of(folder)) == ["misused_weight", "misused_weight"]
+
+
+def test_subgraphs_without_end(folder: Path) -> None:
+    def apply(proto: onnx.ModelProto) -> None:
+        graph = helper.make_graph([], "innermost", [], [])
+        for _ in range(20):
+            graph = helper.make_graph([helper.make_node("If", ["x"], ["y"], then_branch=graph)], "outer", [], [])
+        proto.graph.node.append(helper.make_node("If", ["x"], ["y"], then_branch=graph))
+
+    edit(folder, apply)
+    assert kinds(problems_of(folder)) == ["nested_too_deep"]
+
+
+# Around it.
+
+
+def test_a_file_that_becomes_unreadable(folder: Path) -> None:
+    model = open_onnx(folder)
+    with data_file(folder).open("r+b") as stream:
+        stream.truncate(100)
+    with pytest.raises(InvalidFileError):
+        model.digest()
+
+
+def test_without_the_package_onnx(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluscomp_formats.onnx.package.find_spec", lambda name: None)
+    with pytest.raises(UnsupportedError, match=r"cluscomp-export\[onnx\]"):
+        open_onnx(folder)
+    with pytest.raises(UnsupportedError, match=r"cluscomp-export\[onnx\]"):
+        build_graph(clustered_model(small_config()))
+    assert looks_onnx(folder)
+
+
+def test_only_what_holds_nothing_else_may_be_replaced(folder: Path) -> None:
+    assert holds_only_onnx(folder)
+    (folder / "thesis.txt").write_text("years of work")
+    assert not holds_only_onnx(folder)
+    (folder / "thesis.txt").rename(folder / SUBFOLDER / "thesis.txt")
+    assert not holds_only_onnx(folder)
+    (folder / SUBFOLDER / "thesis.txt").unlink()
+    assert holds_only_onnx(folder)
+    model_file(folder).write_bytes(b"damaged")
+    assert not holds_only_onnx(folder)
