@@ -110,6 +110,12 @@ def cli() -> None:
     help="A text whose activations tell which input channels matter. [default: a text of this package; none with --dim]",
 )
 @click.option(
+    "--effort",
+    type=click.Choice(["fast", "balanced"]),
+    help="fast only clusters; balanced chooses codes that make up for each other's errors on the calibration text. "
+    "[default: balanced; fast with --dim]",
+)
+@click.option(
     "--method",
     type=click.Choice(["fast", "lloyd"]),
     default="fast",

@@ -13,12 +13,19 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from cluscomp_export.calibration import channel_energies, read_text, shipped_text
+from cluscomp_export.calibration import (
+    MAX_FEEDBACK_WINDOWS,
+    calibration_windows,
+    channel_energies,
+    read_text,
+    shipped_text,
+)
 from cluscomp_export.clustering import Method, cluster_model, work_bytes
+from cluscomp_export.error_feedback import ErrorFeedback
 from cluscomp_export.planning import Plan, Share, embedding_tensors, plan_bits, plan_fixed
 from cluscomp_export.progress import Progress, silent
 from cluscomp_export.sizes import Sizes, model_sizes
@@ -41,6 +48,8 @@ from cluscomp_runtime.language_model import check_device
 
 __all__ = ["ConversionOptions", "ConversionReport", "Prepared", "convert", "prepare", "scan_source"]
 
+Effort = Literal["fast", "balanced"]
+
 DEFAULT_BITS = 4.0
 UNRECORDED = ("calibration", "device", "gguf_type", "threads", "to")
 """Options that do not enter the provenance: the calibration enters as a digest of the text."""
@@ -54,7 +63,8 @@ class ConversionOptions:
     (the paper's setting, the same for every matrix); neither means 4 bits. `share=None` lets the planner choose.
     `embedding_bits` is a budget per weight of embedding and head; 16 keeps them dense, None keeps the width of the source
     where that is below 16. `calibration` is a text file whose activations weight the clustering, "none", or None: the text the
-    package ships with `bits`, none with the paper's setting. `gguf_type` decodes for stock llama.cpp. `threads` and `device`
+    package ships with `bits`, none with the paper's setting. `effort="fast"` only clusters; "balanced", the default where there
+    is a calibration text, also chooses codes with error feedback. `gguf_type` decodes for stock llama.cpp. `threads` and `device`
     do not change the result.
     """
 
@@ -64,6 +74,7 @@ class ConversionOptions:
     share: Share | None = None
     embedding_bits: float | None = None
     calibration: str | None = None
+    effort: Effort | None = None
     method: Method = "fast"
     seed: int = 0
     to: str = "packed"
@@ -75,11 +86,13 @@ class ConversionOptions:
     def asks_clustering(self) -> bool:
         """Whether any option says how to cluster."""
         given = (self.bits, self.cluster_dim, self.num_clusters, self.share, self.embedding_bits, self.calibration)
+        given = (*given, self.effort)
         return any(value is not None for value in given)
 
     def calibration_text(self) -> str | None:
         """The text to calibrate on, if any. Raises InvalidFileError."""
-        if self.calibration == "none" or (self.calibration is None and self.cluster_dim is not None):
+        bare = self.cluster_dim is not None and self.effort in (None, "fast")
+        if self.calibration == "none" or (self.calibration is None and bare):
             return None
         return shipped_text() if self.calibration is None else read_text(Path(self.calibration))
 
@@ -216,6 +229,8 @@ def _clustered(
     recorded = options.recorded()
     if text is not None:
         recorded["calibration"] = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+    effort = options.effort or ("fast" if text is None else "balanced")
+    recorded["effort"] = effort
     provenance = {
         "tool": "cluscomp-export",
         "version": __version__,
@@ -227,15 +242,19 @@ def _clustered(
         on_progress(f"resuming with {kept} finished parts", kept, kept)
     if deleted:
         warnings.append("the unfinished work of a conversion of another source or with other options was discarded")
-    energies = None
+    energies = feedback = None
     if text is not None:
         try:
             energies = _energies(source, text, work, on_progress)
+            if effort != "fast":
+                feedback = ErrorFeedback(source, calibration_windows(source, text, MAX_FEEDBACK_WINDOWS), on_progress)
         except (InvalidRequestError, UnsupportedError) as error:
             if options.calibration is not None:
                 raise
             del recorded["calibration"]
-            warnings.append(f"clustered without calibration: {error.problems[0].message}")
+            recorded["effort"] = "fast"
+            what = "calibration" if effort == "fast" else "calibration and error feedback"
+            warnings.append(f"clustered without {what}: {error.problems[0].message}")
     return cluster_model(
         source,
         plan,
@@ -244,6 +263,7 @@ def _clustered(
         threads=options.threads,
         device=options.device,
         energies=energies,
+        feedback=feedback,
         provenance=provenance,
         work=work,
         on_progress=on_progress,
@@ -316,6 +336,9 @@ def _check_options(options: ConversionOptions) -> None:
             found=f"{options.embedding_bits:g}",
             expected="more than 0, at most 16",
         )
+    elif options.effort not in (None, "fast") and options.calibration == "none":
+        found, remedy = f"--effort {options.effort} --calibration none", "give a text, or --effort fast"
+        problem = Problem("bad_option", "error feedback needs a calibration text", found=found, remedy=remedy)
     if problem:
         raise InvalidRequestError(problem)
     check_device(options.device)
