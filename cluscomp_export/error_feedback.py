@@ -45,13 +45,13 @@ class InputMoments:
         mean = float(moments.diagonal().mean())
         damping = DAMPING * mean if mean > 0 else 1.0
         damped.diagonal().add_(damping)
-        self._moments = damped
+        self.damped = damped
         self._factor: Floats | None = None
 
     def factor(self) -> Floats:
         """What `assign_with_feedback` needs."""
         if self._factor is None:
-            self._factor = np.ascontiguousarray(feedback_factor(self._moments).numpy().astype(np.float32))
+            self._factor = np.ascontiguousarray(feedback_factor(self.damped).numpy().astype(np.float32))
         return self._factor
 
     def encode(
@@ -64,7 +64,7 @@ class InputMoments:
         )
         wanted = torch.from_numpy(weights[:, :out_features])
         given = torch.from_numpy(centroids[codes].reshape(weights.shape)[:, :out_features])
-        projected = self._moments.float() @ given
+        projected = self.damped.float() @ given
         products = (wanted * projected).sum(0, dtype=torch.float64)
         energies = (given * projected).sum(0, dtype=torch.float64)
         factors = torch.where((energies > 0) & (products > 0), products / energies, 1.0)
