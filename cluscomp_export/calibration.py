@@ -23,7 +23,7 @@ from cluscomp_formats.ir import Model
 from cluscomp_runtime.language_model import observe_inputs
 from cluscomp_runtime.tokenizer import Tokenizer
 
-__all__ = ["calibration_windows", "channel_energies", "read_text", "shipped_text"]
+__all__ = ["calibration_tokens", "calibration_windows", "channel_energies", "read_text", "shipped_text"]
 
 CONTEXT = 512
 MAX_WINDOWS = 16
@@ -51,18 +51,24 @@ def read_text(path: Path) -> str:
         ) from error
 
 
-def calibration_windows(model: Model, text: str, most: int) -> torch.Tensor:
-    """Up to `most` windows of 512 token ids, int64 `[windows, tokens]`; a shorter text is one window.
-
-    Raises InvalidRequestError without a tokenizer or tokens.
-    """
+def calibration_tokens(model: Model, text: str) -> list[int]:
+    """The text's token ids, at least one. Raises InvalidRequestError without a tokenizer or tokens."""
     tokenizer = Tokenizer.from_files(model.files)
     if tokenizer is None:
         raise InvalidRequestError(Problem("no_tokenizer", "the source has no tokenizer to read a calibration text with"))
     token_ids = tokenizer.encode(text)
-    length = min(CONTEXT, len(token_ids))
-    if length == 0:
+    if not token_ids:
         raise InvalidRequestError(Problem("text_too_short", "the calibration text is empty"))
+    return token_ids
+
+
+def calibration_windows(model: Model, text: str, most: int) -> torch.Tensor:
+    """Up to `most` windows of 512 token ids, int64 `[windows, tokens]`; a shorter text is one window.
+
+    Raises what `calibration_tokens` does.
+    """
+    token_ids = calibration_tokens(model, text)
+    length = min(CONTEXT, len(token_ids))
     count = min(most, len(token_ids) // length)
     return torch.tensor(token_ids[: count * length]).reshape(count, length)
 

@@ -111,9 +111,9 @@ def cli() -> None:
 )
 @click.option(
     "--effort",
-    type=click.Choice(["fast", "balanced"]),
-    help="fast only clusters; balanced chooses codes that make up for each other's errors on the calibration text. "
-    "[default: balanced; fast with --dim]",
+    type=click.Choice(["fast", "balanced", "best"]),
+    help="fast only clusters; balanced chooses codes that make up for each other's errors on the calibration text; best then "
+    "trains codebooks and scales on it, which takes much longer. [default: balanced; fast with --dim]",
 )
 @click.option(
     "--method",

@@ -51,9 +51,9 @@ def cluster_model(
 
     Shapes and sizes are known at once, so the result also serves to predict sizes. Reading a codebook fits it (once); reading
     codes or scales encodes that tensor (the last one is kept), so reading in the order of `Model.payloads()` does each tensor
-    once; with `feedback` it encodes all blocks up to that tensor's, which are kept in `work` or, without it, in memory. What `work`
-    holds already is not done again, and what is done is kept there. Raises InvalidFileError, on reading, for
-    weights that are not finite or out of float16's range, StorageError if `work` cannot be written.
+    once; with `feedback` it encodes all blocks up to that tensor's, and keeps them in `work` or, without that, in memory. What
+    `work` holds already is not done again, and what is done is kept there. Raises InvalidFileError, on reading, for weights
+    that are not finite or out of float16's range, StorageError if `work` cannot be written.
     """
     worker = _Worker(source, plan, energies or {}, method, seed, threads, device, feedback, work, on_progress)
     codebooks = {book.name: worker.codebook(book) for book in plan.codebooks}
@@ -280,4 +280,7 @@ def _scale_factors(vectors: Floats, decoded: Floats, energy: Floats, out_feature
     wanted, given = (values.reshape(len(energy), -1)[:, :out_features] for values in (vectors, decoded))
     products = np.einsum("i,ir,ir->r", energy, wanted, given, dtype=np.float64)
     energies = np.einsum("i,ir,ir->r", energy, given, given, dtype=np.float64)
-    return np.divide(products, energies, out=np.ones(out_features), where=(energies > 0) & (products > 0))
+    factors: npt.NDArray[np.float64] = np.divide(
+        products, energies, out=np.ones(out_features), where=(energies > 0) & (products > 0)
+    )
+    return factors

@@ -19,6 +19,7 @@ import numpy as np
 
 from cluscomp_export.calibration import (
     MAX_FEEDBACK_WINDOWS,
+    calibration_tokens,
     calibration_windows,
     channel_energies,
     read_text,
@@ -30,6 +31,7 @@ from cluscomp_export.planning import Plan, Share, embedding_tensors, plan_bits, 
 from cluscomp_export.progress import Progress, silent
 from cluscomp_export.sizes import Sizes, model_sizes
 from cluscomp_export.sources import open_source, source_bytes
+from cluscomp_export.tuning import RecoveryOptions, TrainableModel, recover
 from cluscomp_export.work_folder import WorkFolder, fingerprint, remove_work, work_folder, work_path
 from cluscomp_export.writers import find_writer
 from cluscomp_formats.errors import (
@@ -48,7 +50,7 @@ from cluscomp_runtime.language_model import check_device
 
 __all__ = ["ConversionOptions", "ConversionReport", "Prepared", "convert", "prepare", "scan_source"]
 
-Effort = Literal["fast", "balanced"]
+Effort = Literal["fast", "balanced", "best"]
 
 DEFAULT_BITS = 4.0
 UNRECORDED = ("calibration", "device", "gguf_type", "threads", "to")
@@ -64,8 +66,8 @@ class ConversionOptions:
     `embedding_bits` is a budget per weight of embedding and head; 16 keeps them dense, None keeps the width of the source
     where that is below 16. `calibration` is a text file whose activations weight the clustering, "none", or None: the text the
     package ships with `bits`, none with the paper's setting. `effort="fast"` only clusters; "balanced", the default where there
-    is a calibration text, also chooses codes with error feedback. `gguf_type` decodes for stock llama.cpp. `threads` and `device`
-    do not change the result.
+    is a calibration text, also chooses codes with error feedback; "best" then trains codebooks, scales and norms on the text.
+    `gguf_type` decodes for stock llama.cpp. `threads` and `device` do not change the result, except that of a training.
     """
 
     bits: float | None = None
@@ -85,8 +87,8 @@ class ConversionOptions:
     @property
     def asks_clustering(self) -> bool:
         """Whether any option says how to cluster."""
-        given = (self.bits, self.cluster_dim, self.num_clusters, self.share, self.embedding_bits, self.calibration)
-        given = (*given, self.effort)
+        how = (self.bits, self.cluster_dim, self.num_clusters, self.share, self.embedding_bits)
+        given = (*how, self.calibration, self.effort)
         return any(value is not None for value in given)
 
     def calibration_text(self) -> str | None:
@@ -117,7 +119,11 @@ class Prepared:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What `convert` did. `reused` counts the units of work (codebooks, tensors) that an interrupted attempt had finished."""
+    """What `convert` did.
+
+    `recovery` is the record of a recovery training, if this call did one: its loss `curve` and why it `stopped` early. `reused`
+    counts the units of work (codebooks, tensors) that an interrupted attempt had finished.
+    """
 
     output: str
     file_bytes: int
@@ -125,6 +131,7 @@ class ConversionReport:
     digest: str | None
     bits_per_weight: Mapping[str, float]
     self_test: bool
+    recovery: Mapping[str, Any] | None
     reused: int
     seconds: float
     warnings: tuple[str, ...]
@@ -184,6 +191,7 @@ def convert(
     warnings = list(prepared.warnings)
     model = prepared.model
     record: Mapping[str, Any] | None = None
+    recovery: Mapping[str, Any] | None = None
 
     def self_test(written: Model) -> Mapping[str, Any] | None:
         nonlocal record
@@ -194,7 +202,7 @@ def convert(
         work = unfinished.enter_context(work_folder(output)) if prepared.plan is not None else None
         _check_space(output, prepared, work)
         if prepared.plan is not None and work is not None:
-            model = _clustered(prepared.source, prepared.plan, source_path, options, work, warnings, on_progress)
+            model, recovery = _clustered(prepared.source, prepared.plan, source_path, options, work, warnings, on_progress)
         written = writer.write(
             model,
             output,
@@ -209,6 +217,7 @@ def convert(
         digest=written.digest,
         bits_per_weight=prepared.sizes.bits_per_weight(),
         self_test=record is not None,
+        recovery=recovery,
         reused=work.reused if work is not None else 0,
         seconds=time.perf_counter() - started,
         warnings=tuple(warnings),
@@ -223,8 +232,8 @@ def _clustered(
     work: WorkFolder,
     warnings: list[str],
     on_progress: Progress,
-) -> Model:
-    """The model to write, with its provenance: what it was made from, and how."""
+) -> tuple[Model, Mapping[str, Any] | None]:
+    """The model to write, with its provenance (what it was made from, and how), and the record of its training, if any."""
     text = options.calibration_text()
     recorded = options.recorded()
     if text is not None:
@@ -255,7 +264,7 @@ def _clustered(
             recorded["effort"] = "fast"
             what = "calibration" if effort == "fast" else "calibration and error feedback"
             warnings.append(f"clustered without {what}: {error.problems[0].message}")
-    return cluster_model(
+    model = cluster_model(
         source,
         plan,
         method=options.method,
@@ -268,6 +277,23 @@ def _clustered(
         work=work,
         on_progress=on_progress,
     )
+    if effort == "best" and feedback is not None and text is not None:
+        return _recovered(model, source, text, options, work, on_progress)
+    return model, None
+
+
+def _recovered(
+    model: Model, source: Model, text: str, options: ConversionOptions, work: WorkFolder, on_progress: Progress
+) -> tuple[Model, Mapping[str, Any] | None]:
+    """The model after recovery training and how that went; unless an earlier attempt has done it."""
+    trainable = TrainableModel(model)
+    values = work.load("recovery", trainable.forms())
+    if values is not None:
+        return trainable.with_values(values), None
+    token_ids = calibration_tokens(source, text)
+    result = recover(trainable, source, token_ids, RecoveryOptions(seed=options.seed), on_progress)
+    work.save("recovery", result.values)
+    return result.model, result.record()
 
 
 def _energies(source: Model, text: str, work: WorkFolder, on_progress: Progress) -> Mapping[str, AnyArray]:

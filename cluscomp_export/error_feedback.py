@@ -1,12 +1,12 @@
 """Error feedback: the codes of a matrix chosen channel by channel, so that its output errs least on a calibration text.
 
-What errs is `(W - Q) x`. Over a text its squared length is `(W - Q) H (W - Q)^T` summed over rows, with H the second moments of the
-matrix's inputs (the Hessian of GPTQ, Frantar et al., arXiv 2210.17323). In the reference layout a vector lies in one input
-channel, so GPTQ's update, which goes from channel to channel, serves vectors as it serves numbers.
+What errs is `(W - Q) x`. Over a text its squared length is the sum over rows of `(w - q) H (w - q)^T`, with H the second
+moments of the matrix's inputs (the Hessian of GPTQ, Frantar et al., arXiv 2210.17323). In the reference layout a vector lies in
+one input channel, so GPTQ's update, which goes from channel to channel, serves vectors as it serves numbers.
 
-Blocks are done in order, and inputs are those of the model as compressed so far: every block also makes up for the blocks before.
+Blocks are done in order, and inputs are those of the model as compressed so far, so every block makes up for those before it.
 Memory: a block's matrices as float32, the activations of the text (4 bytes x tokens x hidden_size), and for the distinct inputs
-of one block 8 bytes x in_features^2 each, three times that for the largest while its matrices are encoded.
+of one block 8 bytes x in_features^2 each, a few times that for the largest while its matrices are encoded.
 """
 
 from __future__ import annotations
@@ -119,7 +119,11 @@ class ErrorFeedback:
         return match is not None and int(match[1]) >= self._next
 
     def reach(
-        self, name: str, clustered: Mapping[str, Tensor], finished: Callable[[str], bool], encode: Callable[[str, InputMoments], None]
+        self,
+        name: str,
+        clustered: Mapping[str, Tensor],
+        finished: Callable[[str], bool],
+        encode: Callable[[str, InputMoments], object],
     ) -> None:
         """Do all blocks up to that of matrix `name`.
 

@@ -74,9 +74,9 @@ def _trains(tensor: ClusteredWeight) -> bool:
 class TrainableModel:
     """`decoder` computes what `model` does, in float32 on the CPU, from `parameters`: float32 master copies by name.
 
-    Names are `codebook NAME`, `scale TENSOR`, `norm TENSOR`; a shared codebook is one parameter. Memory: codes at 16 bits, embedding
-    and head as float32. Raises UnsupportedError for an architecture the runtime does not know, InvalidRequestError if nothing
-    of the model can be trained.
+    Names are `codebook NAME`, `scale TENSOR`, `norm TENSOR`; a shared codebook is one parameter. Memory: codes at 16 bits,
+    embedding and head as float32. Raises UnsupportedError for an architecture the runtime does not know, InvalidRequestError if
+    nothing of the model can be trained.
     """
 
     def __init__(self, model: Model) -> None:
@@ -112,15 +112,24 @@ class TrainableModel:
             tensors[name] = replace(tensor, stages=stages, row_scale=scale)
         return replace(self.model, tensors=tensors, self_test=None)
 
+    def forms(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Dtype of storage, a key of `cluscomp_formats.ir.DTYPES`, and shape of every parameter, by name."""
+        dtypes = self._dtypes()
+        return {name: (dtypes[name], tuple(values.shape)) for name, values in self.parameters.items()}
+
     def stored(self) -> dict[str, AnyArray]:
         """The parameters rounded to the dtypes they are stored in, by name."""
+        dtypes = self._dtypes()
+        return {name: _rounded(values.detach().numpy(), dtypes[name]) for name, values in self.parameters.items()}
+
+    def _dtypes(self) -> dict[str, str]:
         dtypes = {f"codebook {name}": codebook.values.dtype for name, codebook in self.model.codebooks.items()}
         for name, tensor in self.model.tensors.items():
             if isinstance(tensor, DenseTensor):
                 dtypes[f"norm {name}"] = tensor.values.dtype
             elif tensor.row_scale is not None:
                 dtypes[f"scale {name}"] = tensor.row_scale.dtype
-        return {name: _rounded(values.detach().numpy(), dtypes[name]) for name, values in self.parameters.items()}
+        return dtypes
 
 
 def _rounded(values: AnyArray, dtype: str) -> AnyArray:

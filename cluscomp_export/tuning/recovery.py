@@ -35,7 +35,7 @@ HELD_OUT = 0.1
 """Share of the text that is not trained on."""
 MAX_HELD_OUT_WINDOWS = 4
 CLIP = 1.0
-"""Largest norm of the gradient, in units of its mean norm so far; keeps one odd window from undoing many steps."""
+"""Largest norm of the gradient: keeps one odd window from undoing many steps."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,9 @@ class RecoveryOptions:
 class Recovery:
     """A trained model, and how it came about.
 
-    `curve` has one entry per check: the step, the mean loss of the steps before it, the divergence on the held-out windows (nats
-    per token). `stopped` says why the training ended before its last step, if it did.
+    `values` are the trained codebooks, row scales and norms as they are stored, by the names of `TrainableModel`. `curve` has
+    one entry per check: the step, the mean loss of the steps before it, the divergence on the held-out windows (nats per
+    token). `stopped` says why the training ended before its last step, if it did.
     """
 
     model: Model
@@ -74,18 +75,18 @@ class Recovery:
 
 
 def recover(
-    model: Model,
+    trainable: TrainableModel,
     source: Model,
     token_ids: Sequence[int],
-    options: RecoveryOptions = RecoveryOptions(),
+    options: RecoveryOptions,
     on_progress: Progress = silent,
 ) -> Recovery:
     """Train a clustered model towards its source on a text of `token_ids`; its codes stay as they are.
 
     A loss that is not finite ends the training, and the best state so far is kept. Raises UnsupportedError for an architecture
-    the runtime does not know, InvalidRequestError for a text of fewer than 20 tokens or if there is nothing to train.
+    the runtime does not know, InvalidRequestError for a text of fewer than 20 tokens.
     """
-    training = _Training(TrainableModel(model), source, token_ids, options, on_progress)
+    training = _Training(trainable, source, token_ids, options, on_progress)
     return training.run()
 
 
@@ -115,7 +116,7 @@ class _Training:
         self.generator = np.random.default_rng(options.seed)
         parameters = student.parameters.values()
         # Adam moves every value by about the rate: relative to the parameter's size, one rate serves all.
-        groups = [{"params": [values], "lr": options.rate * float(values.detach().square().mean().sqrt())} for values in parameters]
+        groups = [{"params": [values], "lr": options.rate * _size(values)} for values in parameters]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
         steps = options.steps
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -197,6 +198,11 @@ class _Training:
             wanted = torch.log_softmax(self.teacher.head(expected), dim=-1)
         found = torch.log_softmax(self.student.decoder.head(hidden), dim=-1)
         return F.kl_div(found, wanted, reduction="sum", log_target=True)
+
+
+def _size(values: torch.Tensor) -> float:
+    """Root mean square."""
+    return float(values.detach().square().mean().sqrt())
 
 
 def _hidden(decoder: Decoder, windows: torch.Tensor) -> torch.Tensor:

@@ -67,7 +67,7 @@ class BlockRunner:
         with torch.inference_mode():
             layer = DecoderLayer(Model(self._config, block), self.settings, index, self._builder(observe))
             positions = self._decoder.positions(0, hidden.shape[1])
-            return torch.cat([layer(batch, positions, None) for batch in hidden.split(BATCH)])
+            return torch.cat([layer(batch, positions, None) for batch in torch.split(hidden, BATCH)])
 
     def _builder(self, observe: Callable[[str, torch.Tensor], None] | None) -> MatrixBuilder:
         return MatrixBuilder("reference", torch.float32, torch.device("cpu"), observe)

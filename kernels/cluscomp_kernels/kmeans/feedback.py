@@ -31,10 +31,12 @@ BLOCK = 64
 def feedback_factor(moments: torch.Tensor) -> torch.Tensor:
     """The unit upper triangle R of `moments = R D R^T` with D diagonal, float64 `[channels, channels]`.
 
-    `moments` are symmetric: the mean of `x x^T` over inputs x. Raises torch.linalg.LinAlgError unless they are positive definite.
+    `moments` are symmetric: the mean of `x x^T` over inputs x. Raises torch.linalg.LinAlgError unless they are positive
+    definite.
     """
     lower = torch.linalg.cholesky(moments.flip(0, 1))
-    return (lower / lower.diagonal()).flip(0, 1)
+    factor: torch.Tensor = (lower / lower.diagonal()).flip(0, 1)
+    return factor
 
 
 def assign_with_feedback(
@@ -53,8 +55,8 @@ def assign_with_feedback(
 
         w_k + sum over j < k of (w_j - q_j) factor[j, k]
 
-    where q are the decoded weights: the greedy choice of GPTQ (Frantar et al., arXiv 2210.17323) in the form of LDLQ (Chee et al.,
-    arXiv 2307.13304, theorem 1), which needs no inverse. Columns past `out_features` only pad the last group: their errors do
+    where q are the decoded weights: the greedy choice of GPTQ (Frantar et al., arXiv 2210.17323) in the form of LDLQ (Chee et
+    al., arXiv 2307.13304), which needs no inverse. Columns past `out_features` only pad the last group: their errors do
     not count. The result does not depend on the number of threads as long as torch's float32 matrix products do not.
 
     Raises TypeError for arguments of the wrong type; ValueError for values out of range or shapes that do not agree.
@@ -74,7 +76,9 @@ def assign_with_feedback(
         raise ValueError(f"out_features must be {width - dim + 1} to {width} for {width // dim} groups of {dim}, got {rows}")
     path = compute_path(device)
     search = (
-        _native_search(centroids, rows, checked_threads(threads)) if path == "native" else _torch_search(centroids, rows, device)
+        _native_search(centroids, rows, checked_threads(threads))
+        if path == "native"
+        else _torch_search(centroids, rows, device)
     )
     shares, targets = torch.from_numpy(factor), torch.from_numpy(weights.copy())
     codes = np.empty((channels, width // dim), dtype=np.uint16)
