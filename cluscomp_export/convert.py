@@ -53,8 +53,6 @@ __all__ = ["ConversionOptions", "ConversionReport", "Prepared", "convert", "prep
 Effort = Literal["fast", "balanced", "best"]
 
 DEFAULT_BITS = 4.0
-UNRECORDED = ("calibration", "device", "gguf_type", "threads", "to")
-"""Options that do not enter the provenance: the calibration enters as a digest of the text."""
 
 
 @dataclass(frozen=True)

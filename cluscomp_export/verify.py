@@ -82,10 +82,13 @@ def verify(path_a: Path, path_b: Path, *, device: str = "cpu", on_progress: Prog
     logits = _compare_logits(list(runnable.values()), records) if len(runnable) == 2 and not structure else None
 
     verdict, reasons = _judge(path_a, path_b, model_a, model_b, digest_a, digest_b, tensors, structure)
+    digests = ((path_a, model_a, digest_a), (path_b, model_b, digest_b))
+    damaged = [str(path) for path, model, digest in digests if model.claimed_digest not in (None, digest)]
     broken = [name for name, result in self_tests.items() if result.get("passed") is False]
-    if broken:
+    if broken or damaged:
         verdict = "different"
-        reasons = [*reasons, *(f"{name} fails its self-test" for name in broken)]
+        reasons = [*reasons, *(f"{name} is not what its own digest says: it is damaged" for name in damaged)]
+        reasons += [f"{name} fails its self-test" for name in broken]
     elif verdict == "derived" and not any(result.get("passed") for result in self_tests.values()):
         verdict = "unknown"
         reasons = [*reasons, "no self-test could be run, so whether it computes the right thing is not known"]
@@ -153,23 +156,35 @@ def compare_tensors(model_a: Model, model_b: Model, on_progress: Progress) -> tu
 
 
 def _load(paths: dict[str, Model], device: str) -> tuple[dict[str, LanguageModel], list[str]]:
-    """The models the runtime can run, and for the others why not."""
+    """The models the runtime can run, and what is to be said about the others and about how they run."""
     runnable: dict[str, LanguageModel] = {}
-    skipped: list[str] = []
+    notes: list[str] = []
     for name, model in paths.items():
-        loaded = _try_load(model, device)
+        # A dense source may be larger than the memory: its matrices are read one at a time, at every call.
+        loaded = _try_load(model, device, "auto" if model.clustered else "reference")
+        if loaded is None:
+            notes.append(f"{name} does not fit the memory as a whole: it was run matrix by matrix, not by its kernels")
+            loaded = _try_load(model, device, "reference")
         if isinstance(loaded, LanguageModel):
             runnable[name] = loaded
         else:
-            skipped.append(f"{name} was not run: {loaded}")
-    return runnable, skipped
+            notes.append(f"{name} was not run: {loaded or 'not enough memory'}")
+    return runnable, notes
 
 
-def _try_load(model: Model, device: str) -> LanguageModel | str:
+def _try_load(model: Model, device: str, kernel: str) -> LanguageModel | str | None:
+    """The model ready to run, why it cannot be, or None if it does not fit the memory."""
     try:
-        return LanguageModel.from_model(model, device=device)
+        return LanguageModel.from_model(model, device=device, kernel=kernel)
     except ClusCompError as error:
         return error.problems[0].message
+    except MemoryError:
+        return None
+    except RuntimeError as error:
+        # torch has no error of its own for this on a CPU.
+        if "memory" not in str(error):
+            raise
+        return None
 
 
 def _self_test(model: Model, runnable: LanguageModel | None) -> dict[str, Any]:
@@ -203,9 +218,12 @@ def _compare_logits(models: Sequence[LanguageModel], records: Sequence[Any]) -> 
     if not sequences:
         return None
     largest, divergences, agreements = 0.0, [], []
-    for sequence in sorted(sequences):
-        ids = torch.tensor([sequence])
-        logits_a, logits_b = (model.forward(ids)[0].double().cpu() for model in models)
+    # All at once, as every call may read the whole model; what follows a sequence does not reach its logits.
+    longest = max(len(sequence) for sequence in sequences)
+    ids = [[*sequence, *[0] * (longest - len(sequence))] for sequence in sorted(sequences)]
+    all_logits = [model.forward(ids).cpu() for model in models]
+    for index, sequence in enumerate(sorted(sequences)):
+        logits_a, logits_b = (logits[index, : len(sequence)].double() for logits in all_logits)
         largest = max(largest, float((logits_a - logits_b).abs().max()))
         expected, scores = torch.log_softmax(logits_a, -1), torch.log_softmax(logits_b, -1)
         divergences.append((expected.exp() * (expected - scores)).sum(-1))

@@ -44,8 +44,21 @@ def qwen3() -> Any:
 
 
 def gpt2() -> Any:
-    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=VOCABULARY, n_positions=64)
-    return transformers.GPT2LMHeadModel(config)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": VOCABULARY, "n_positions": 64}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
+
+
+def opt() -> Any:
+    config = transformers.OPTConfig(
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=VOCABULARY,
+        word_embed_proj_dim=16,
+        max_position_embeddings=64,
+    )
+    return transformers.OPTForCausalLM(config)
 
 
 def bert() -> Any:

@@ -12,9 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cluscomp_export import cli
+from cluscomp_export.terminal import ProgressDisplay
+from cluscomp_formats.ir import Array, DenseTensor, Model, Tensor
+from cluscomp_formats.packed import write_packed
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -103,6 +107,24 @@ def test_a_source_is_not_loaded_but_told_to_be_converted(run: Run, stories_folde
         code, _, err = run("generate", source, "hello")
         assert code == 3
         assert f"cluscomp-export convert {source} model.clus" in err
+
+
+def test_inspect_shows_names_of_any_kind_as_text(run: Run, tmp_path: Path) -> None:
+    config: dict[str, Any] = {"architectures": 5, "model_type": "\x1b[2J"}
+    names = ["[/]", "[red]x", "a\u202eb"]
+    tensors: dict[str, Tensor] = {name: DenseTensor(name, Array.of(np.zeros((2, 2), np.float32))) for name in names}
+    write_packed(Model(config, tensors, provenance={"tool": 1, "version": ["\x1b[2J"]}), tmp_path / "m.clus")
+    code, out, _ = run("inspect", tmp_path / "m.clus")
+    assert code == 0
+    assert all(shown in out for shown in ("[/]", "[red]x", "a\\u202eb", "\\x1b[2J"))
+    assert "\x1b" not in out
+    assert "\u202e" not in out
+
+
+def test_progress_shows_names_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with ProgressDisplay() as progress:
+        progress("clustering [/]", 1, 2)
 
 
 def test_verify_speaks_in_exit_codes(run: Run, stories_folder: Path, packed: Path, tmp_path: Path) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from cluscomp_export import clustering
 from cluscomp_export.convert import ConversionOptions, convert, prepare, scan_source
 from cluscomp_export.sources import open_source
-from cluscomp_export.work_folder import work_path
+from cluscomp_export.work_folder import work_folder, work_path
 from cluscomp_formats.errors import ClusCompError, InvalidFileError, InvalidRequestError, OutputExistsError, StorageError
 from cluscomp_formats.packed import open_packed
 from cluscomp_runtime import load
@@ -185,3 +189,77 @@ def test_whatever_stops_it_leaves_at_most_finished_work(
     assert report.reused == 2
     assert output.read_bytes() == packed.read_bytes()
     assert list(tmp_path.iterdir()) == [output]
+
+
+def interrupted(source: Path, output: Path, options: ConversionOptions, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Stop a conversion at its tenth matrix; how many units of work it leaves."""
+    assign, calls = clustering.assign, itertools.count(1)
+
+    def stop(*arguments: Any, **keywords: Any) -> Any:
+        if next(calls) == 10:
+            raise KeyboardInterrupt
+        return assign(*arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(clustering, "assign", stop)
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, output, options, force=True)
+    return len(list(work_path(output).iterdir()))
+
+
+def test_work_is_taken_up_with_other_threads_and_not_with_other_options(
+    stories_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out.clus"
+    options = ConversionOptions(cluster_dim=4, num_clusters=16, threads=1)
+    kept = interrupted(stories_folder, output, options, monkeypatch)
+    assert kept == 10 + 9
+    stages: list[str] = []
+    report = convert(
+        stories_folder, output, replace(options, threads=2), on_progress=lambda stage, done, total: stages.append(stage)
+    )
+    assert report.reused == kept
+    assert f"resuming with {kept} finished parts" in stages
+    for changed in ({"seed": 1}, {"num_clusters": 8}, {"calibration": str(stories_folder / "sample.txt")}):
+        output.unlink()
+        interrupted(stories_folder, output, options, monkeypatch)
+        report = convert(stories_folder, output, replace(options, **changed))  # type: ignore[arg-type]
+        assert report.reused == 0
+        assert any("discarded" in warning for warning in report.warnings)
+        assert list(tmp_path.iterdir()) == [output]
+
+
+def test_work_on_another_source_is_not_taken_up(stories_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, output = tmp_path / "source", tmp_path / "out.clus"
+    shutil.copytree(stories_folder, source)
+    options = ConversionOptions(cluster_dim=4, num_clusters=16)
+    interrupted(source, output, options, monkeypatch)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, source / "model.safetensors")
+    assert convert(source, output, options).reused == 0
+
+
+def test_work_that_outlived_its_output_is_removed(
+    stories_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, options = tmp_path / "out.clus", ConversionOptions(cluster_dim=4, num_clusters=16)
+    with monkeypatch.context() as patch:
+        patch.setattr("cluscomp_export.work_folder.WorkFolder.remove", lambda _: None)
+        convert(stories_folder, output, options)
+    assert work_path(output).exists()
+    with pytest.raises(OutputExistsError):
+        convert(stories_folder, output, options)
+    assert list(tmp_path.iterdir()) == [output]
+    # Work on a replacement is not of this output.
+    interrupted(stories_folder, output, replace(options, seed=1), monkeypatch)
+    with pytest.raises(OutputExistsError):
+        convert(stories_folder, output, options)
+    assert work_path(output).exists()
+
+
+def test_a_second_conversion_to_the_same_output_is_refused(stories_folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.clus"
+    with work_folder(output), pytest.raises(StorageError) as caught:
+        convert(stories_folder, output, ConversionOptions(cluster_dim=4, num_clusters=16))
+    assert caught.value.problems[0].kind == "busy"

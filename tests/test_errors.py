@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluscomp_formats.errors import InvalidFileError, Problem, printable
+from cluscomp_formats.errors import MAX_PROBLEMS, InvalidFileError, Problem, printable
 
 
 def test_a_problem_says_where_what_and_what_to_do() -> None:
@@ -27,3 +27,9 @@ def test_a_name_cannot_look_like_another_line() -> None:
 
 def test_text_of_any_language_stays_as_it_is() -> None:
     assert printable("日本語 é ok") == "日本語 é ok"
+
+
+def test_an_error_of_a_hostile_file_stays_short() -> None:
+    error = InvalidFileError([Problem("kind", f"number {number}", "m.clus") for number in range(MAX_PROBLEMS + 7)])
+    assert len(error.problems) == MAX_PROBLEMS + 1
+    assert str(error).endswith(f"m.clus: number {MAX_PROBLEMS - 1}\nm.clus: and 7 more problems")

@@ -71,6 +71,21 @@ def test_verify_and_inspect_know_every_format(stories_folder: Path, artefacts: d
     assert report == expected
 
 
+def test_inspect_and_verify_find_damage_that_no_checksum_covers(artefacts: dict[str, Path], tmp_path: Path) -> None:
+    """A Hugging Face folder has no checksum per array, only the digest of all."""
+    folder = tmp_path / "folder"
+    convert(artefacts["packed"], folder, ConversionOptions(to="hf"))
+    weights = folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    report = inspect_model(folder)
+    assert ([problem["kind"] for problem in report["problems"]], report["exit_code"]) == (["digest_mismatch"], 3)
+    result = verify(folder, artefacts["packed"])
+    assert result.exit_code == 1
+    assert f"{folder} is not what its own digest says: it is damaged" in result.reasons
+
+
 def test_a_dense_gguf_holds_the_decoded_weights(artefacts: dict[str, Path], tmp_path: Path) -> None:
     output = tmp_path / "dense.gguf"
     report = convert(artefacts["packed"], output, ConversionOptions(to="gguf", gguf_type="f32"))

@@ -61,8 +61,8 @@ def test_mutated_files_keep_to_the_contract(name: str, tmp_path_factory: pytest.
 def test_mutations_get_past_the_checksums(name: str, tmp_path: Path) -> None:
     target, random = TARGETS[name], Random(0)  # noqa: S311
     seed = next(target.seeds(tmp_path))
-    outcomes = {target.run(target.mutate(seed, random), tmp_path) for _ in range(60)}
-    assert len(outcomes - {"checksum_mismatch", "truncated", "bad_magic"}) > 5
+    outcomes = {target.run(target.mutate(seed, random), tmp_path) for _ in range(30)}
+    assert len(outcomes - {"checksum_mismatch", "truncated", "bad_magic"}) > 4
 
 
 def refuse(_: Path) -> None:

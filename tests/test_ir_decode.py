@@ -82,6 +82,14 @@ def test_outliers_are_added_after_the_scales(positions_dtype: type) -> None:
     assert weight.decode().tolist() == [[20, 40.5], [18, 42]]
 
 
+def test_what_float32_cannot_hold_becomes_infinite_without_a_warning() -> None:
+    scale = Array.of(np.array([1e300, 1.0]))
+    book = Codebook("book", Array.of(np.array([[1.0, 3e38]], np.float32)))
+    codes = Stage(book, Array.of(np.zeros((1, 1), np.uint16)))
+    weight = ClusteredWeight("w", (2, 1), (codes, codes), row_scale=scale)
+    assert weight.decode().tolist() == [[np.inf], [np.inf]]
+
+
 def test_bfloat16_codebook() -> None:
     values = float32_to_bfloat16(np.array([[1.5, -2]], dtype=np.float32))
     codebook = Codebook("b", Array.of(values, "bfloat16"))

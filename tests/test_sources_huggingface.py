@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import weakref
 from pathlib import Path
@@ -15,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from sources_gguf_writer import SIZES, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, OPTConfig, OPTForCausalLM
 
-from cluscomp_export.sources import checkpoint, linear_tensors, open_source, source_bytes
+from cluscomp_export.sources import linear_tensors, open_source, source_bytes
 from cluscomp_formats.errors import InvalidFileError, UnsupportedError
 from cluscomp_formats.ir import DTYPES, Model
+from cluscomp_formats.stored_file import StoredFile
 
 INDEX = "model.safetensors.index.json"
 
@@ -90,20 +92,19 @@ def test_reads_mistral_and_opt(tmp_path: Path) -> None:
 def test_reads_shards_one_file_open_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = save_sharded(tmp_path)
     open_now, most = 0, 0
-    open_shard = checkpoint.open_shard
+    open_file = StoredFile.__init__
 
-    def counted(path: Path) -> Any:
+    def counted(file: StoredFile, path: Path) -> None:
         nonlocal open_now, most
-        shard = open_shard(path)
+        open_file(file, path)
         open_now, most = open_now + 1, max(most, open_now + 1)
-        weakref.finalize(shard.file, closed)
-        return shard
+        weakref.finalize(file, closed)
 
     def closed() -> None:
         nonlocal open_now
         open_now -= 1
 
-    monkeypatch.setattr(checkpoint, "open_shard", counted)
+    monkeypatch.setattr(StoredFile, "__init__", counted)
     model = open_source(tmp_path)
     assert_equals_state(model, tiny_model("llama").state_dict())
     assert (open_now, most) == (0, 1)
@@ -327,6 +328,16 @@ def test_checkpoints_quantised_by_others_are_refused(tmp_path: Path) -> None:
     save(tmp_path)
     change_json(tmp_path / "config.json", lambda config: config.update(quantization_config={"quant_method": "gptq"}))
     assert problems_of(tmp_path, UnsupportedError) == [("already_quantized", None)]
+
+
+def test_a_file_changed_in_place_after_opening_is_reported(tmp_path: Path) -> None:
+    save(tmp_path)
+    model = open_source(tmp_path)
+    path = tmp_path / "model.safetensors"
+    status = path.stat()
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    with pytest.raises(InvalidFileError, match="changed"):
+        next(iter(model.tensors.values())).decode()
 
 
 def test_a_file_that_goes_away_after_opening_is_reported(tmp_path: Path) -> None:

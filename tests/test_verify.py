@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from cluscomp_export.convert import ConversionOptions, convert
 from cluscomp_export.verify import verify
 from cluscomp_formats.ir import Array, DenseTensor, Model
 from cluscomp_formats.packed import open_packed, write_packed
+from cluscomp_runtime import LanguageModel
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +99,36 @@ def test_models_of_other_shape_are_different(packed: Path, tmp_path: Path) -> No
     result = verify(packed, other)
     assert result.verdict == "different"
     assert any("model.norm.weight" in reason for reason in result.reasons)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_an_artefact_that_does_not_fit_the_memory_is_run_matrix_by_matrix(
+    stories_folder: Path, packed: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    kernels: list[str] = []
+    from_model = LanguageModel.from_model
+
+    def refuse(model: Model, *, kernel: str, **options: Any) -> LanguageModel:
+        kernels.append(kernel)
+        if kernel == "auto":
+            raise error
+        return from_model(model, kernel=kernel, **options)
+
+    monkeypatch.setattr(LanguageModel, "from_model", refuse)
+    result = verify(stories_folder, packed)
+    # The dense source is read matrix by matrix in any case.
+    assert kernels == ["reference", "auto", "reference"]
+    assert result.verdict == "derived"
+    assert any("does not fit the memory" in reason for reason in result.reasons)
+
+
+def test_a_model_that_does_not_fit_at_all_is_not_run(
+    stories_folder: Path, packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> LanguageModel:
+        raise MemoryError
+
+    monkeypatch.setattr(LanguageModel, "from_model", refuse)
+    result = verify(stories_folder, packed)
+    assert any("was not run: not enough memory" in reason for reason in result.reasons)
+    assert result.logits is None

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 INSTRUMENTED = ["cluscomp_formats", "cluscomp_runtime", "cluscomp_export.sources"]
 MAX_BYTES = 1 << 16
-MAX_KEPT_BYTES = 1 << 13
+MAX_KEPT_BYTES = 14 << 10
 STRUCTURED = 4
 """One of this many mutations is libFuzzer's own, which knows what the code compared the bytes with."""
 

@@ -9,7 +9,7 @@ Inputs, outputs and their names are those of Optimum and transformers.js:
     -> logits float32 [batch_size, sequence_length, vocab_size]
        present.N.key, .value float32 [batch_size, num_kv_heads, total_sequence_length, head_dim]
 
-It computes what `cluscomp_runtime.decoder` does, in float32; angles of the rotary embedding come from float64.
+It computes what `cluscomp_runtime.decoder` does, in float32; angles of rotary positions are reduced in int64 before that.
 """
 
 from __future__ import annotations
@@ -30,6 +30,10 @@ __all__ = ["llama_graph"]
 
 LOWEST = float(np.finfo(np.float32).min)
 """Added to a score that must not count. Not minus infinity: a padded position that attends to nothing would give NaN."""
+
+TURN_BITS = 44
+"""An angle per position is off by 2 ** -45 turns at most, which a million positions make as much as a float32's rounding; int64
+overflows after three."""
 
 
 def llama_graph(model: Model, settings: DecoderSettings) -> Graph:
@@ -112,15 +116,18 @@ class _LlamaGraph:
         return _Shared(cosines, sines, masks, builder.node("Concat", [group, keys], axis=0))
 
     def _rotations(self) -> tuple[str, str]:
-        """Cosines and sines `[batch, tokens, 1, head_dim]` of the positions' angles, taken modulo a turn in float64."""
+        """Cosines and sines `[batch, tokens, 1, head_dim]` of the positions' angles.
+
+        float32 cannot hold the angles of late positions, and runtimes in browsers have no float64: angles are whole numbers
+        of `2 ** -TURN_BITS` turns, in which int64 multiplies exactly and drops whole turns.
+        """
         builder = self.builder
         frequencies = inverse_frequencies(self.settings.rope, self.settings.head_dim).numpy()
-        twice = np.concatenate((frequencies, frequencies))
-        table = builder.node("Constant", [], value=numpy_helper.from_array(twice))
-        turn = builder.node("Constant", [], value=numpy_helper.from_array(np.array(2 * math.pi)))
-        positions = builder.node("Cast", ["position_ids"], to=TensorProto.DOUBLE)
-        angles = builder.node("Mul", [builder.node("Unsqueeze", [positions, builder.ints(2, 3)]), table])
-        angles = builder.node("Cast", [builder.node("Mod", [angles, turn], fmod=1)], to=FLOAT)
+        units = np.rint(frequencies / (2 * math.pi) * 2.0**TURN_BITS).astype(np.int64)
+        table = builder.node("Constant", [], value=numpy_helper.from_array(np.concatenate((units, units))))
+        angles = builder.node("Mul", [builder.node("Unsqueeze", ["position_ids", builder.ints(2, 3)]), table])
+        angles = builder.node("Cast", [builder.node("Mod", [angles, builder.int(1 << TURN_BITS)])], to=FLOAT)
+        angles = builder.node("Mul", [angles, builder.float(2 * math.pi / 2.0**TURN_BITS)])
         return builder.node("Cos", [angles]), builder.node("Sin", [angles])
 
     def _layer(self, index: int, x: str, shared: _Shared) -> str:

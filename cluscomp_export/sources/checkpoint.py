@@ -20,6 +20,7 @@ from cluscomp_formats.hf.mapped_shards import open_shard
 from cluscomp_formats.hf.safetensors import Entry
 from cluscomp_formats.ir import DTYPES, AnyArray, Array
 from cluscomp_formats.packed.json_values import json_faults
+from cluscomp_formats.stored_file import StoredFile
 
 __all__ = [
     "CONFIG",
@@ -202,18 +203,20 @@ def _read_header(path: Path, headers: _Headers) -> None:
         headers.problems.append(Problem("missing", "no such file", str(path), remedy="download this part of the checkpoint"))
         return
     try:
-        entries = open_shard(path).entries
+        shard = open_shard(path)
     except InvalidFileError as error:
         _sort_problems(error, headers)
         return
-    for name, entry in entries.items():
+    stamp = (shard.file.length, shard.file.modified_ns)
+    for name, entry in shard.entries.items():
         if name in headers.owner:
             found = f"{headers.owner[name]} and {path.name}"
             message = "two files hold a tensor of this name"
             headers.problems.append(Problem("duplicate_tensor", message, str(path), name, found, "one file"))
             continue
         headers.owner[name] = path.name
-        headers.tensors[name] = Array(entry.shape, entry.dtype, partial(_read_tensor, path, name, entry))
+        begin = shard.data_begin + entry.begin
+        headers.tensors[name] = Array(entry.shape, entry.dtype, partial(_read_tensor, path, stamp, name, entry, begin))
 
 
 def _sort_problems(error: InvalidFileError, headers: _Headers) -> None:
@@ -226,18 +229,21 @@ def _sort_problems(error: InvalidFileError, headers: _Headers) -> None:
             headers.problems.append(problem)
 
 
-def _read_tensor(path: Path, name: str, entry: Entry) -> AnyArray:
-    """Map one payload. The file is closed again at once; the mapping lives as long as the array."""
-    found = None
+def _read_tensor(path: Path, stamp: tuple[int, int], name: str, entry: Entry, begin: int) -> AnyArray:
+    """Map one payload. The file is closed again at once; the mapping lives as long as the array.
+
+    `stamp` is the file's length and time of change when its header was read, which would take long for every tensor.
+    """
+    found = "it is another now"
     try:
-        shard = open_shard(path)
+        file = StoredFile(path)
+        if (file.length, file.modified_ns) == stamp:
+            values = file.read(begin, entry.end - entry.begin, name).view(DTYPES[entry.dtype]).reshape(entry.shape)
+            return values if values.flags.aligned else values.copy()
     except InvalidFileError as error:
         found = error.problems[0].message
-    if found is not None or shard.entries.get(name) != entry:
-        message, remedy = "the file changed or went away", "leave the source alone until the work is done"
-        raise InvalidFileError(Problem("file_changed", message, str(path), name, found, remedy=remedy))
-    values = shard.read(name).view(DTYPES[entry.dtype]).reshape(entry.shape)
-    return values if values.flags.aligned else values.copy()
+    message, remedy = "the file changed or went away", "leave the source alone until the work is done"
+    raise InvalidFileError(Problem("file_changed", message, str(path), name, found, remedy=remedy))
 
 
 def _check_index(path: Path, index: dict[str, str], headers: _Headers) -> None:

@@ -22,6 +22,10 @@ __all__ = [
 ]
 
 
+MAX_PROBLEMS = 1000
+"""An error lists no more; nobody reads them."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """One thing that is wrong: where it is, what was found, what was expected, what to do.
@@ -60,12 +64,19 @@ def printable(text: str) -> str:
 
 
 class ClusCompError(Exception):
-    """Base of all errors this project raises on purpose. `problems` is never empty."""
+    """Base of all errors this project raises on purpose. `problems` is never empty.
+
+    Of more than `MAX_PROBLEMS` the first are kept and the others counted: a hostile file may have one in every few bytes.
+    """
 
     exit_code = 1
 
     def __init__(self, problems: Problem | Sequence[Problem]) -> None:
-        self.problems: tuple[Problem, ...] = (problems,) if isinstance(problems, Problem) else tuple(problems)
+        listed = (problems,) if isinstance(problems, Problem) else tuple(problems)
+        if len(listed) > MAX_PROBLEMS:
+            message = f"and {len(listed) - MAX_PROBLEMS} more problems"
+            listed = (*listed[:MAX_PROBLEMS], Problem("more_problems", message, listed[0].file))
+        self.problems: tuple[Problem, ...] = listed
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
 

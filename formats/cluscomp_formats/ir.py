@@ -319,7 +319,8 @@ class Model:
     """A model: configuration, tensors by Hugging Face name, side files, provenance and self-test record.
 
     `config` is the content of a Hugging Face `config.json`. `files` holds tokenizer and other side files by name, as uint8
-    `[bytes]`. `provenance` and `self_test` are JSON values; see `docs/packed-format.md`.
+    `[bytes]`. `provenance` and `self_test` are JSON values; see `docs/packed-format.md`. `claimed_digest` is what a file says
+    the digest of the model in it is.
     """
 
     config: Mapping[str, Any]
@@ -327,6 +328,7 @@ class Model:
     files: Mapping[str, Array] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     self_test: Mapping[str, Any] | None = None
+    claimed_digest: str | None = None
 
     def __post_init__(self) -> None:
         for name, tensor in self.tensors.items():

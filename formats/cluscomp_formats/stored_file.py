@@ -50,7 +50,10 @@ class StoredFile:
         except OSError as error:
             raise storage_error(path, error) from error
         weakref.finalize(self, os.close, self._handle)
-        self.length = os.fstat(self._handle).st_size
+        status = os.fstat(self._handle)
+        self.length = status.st_size
+        self.modified_ns = status.st_mtime_ns
+        """When it was last changed, for those who open it again."""
         self._windows: weakref.WeakValueDictionary[int, mmap.mmap] = weakref.WeakValueDictionary()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StoredFile:

@@ -11,6 +11,7 @@ import torch
 
 from cluscomp_formats.errors import InvalidRequestError, Problem
 from cluscomp_runtime.decoder import Decoder
+from cluscomp_runtime.memory import memory_faults
 from cluscomp_runtime.sampling import Sampler
 from cluscomp_runtime.tokenizer import StreamDecoder, Tokenizer
 
@@ -100,7 +101,8 @@ class GenerationStream:
         capacity = min(self._context, len(self._prompt) + self._max_new_tokens - 1)
         room = self._context + 1 - len(self._prompt)
         limit = min(room, self._max_new_tokens)
-        cache = self._decoder.cache(capacity)
+        with memory_faults():
+            cache = self._decoder.cache(capacity)
         step = torch.tensor([list(self._prompt)], dtype=torch.int64, device=self._decoder.device)
         tokens: list[int] = []
         pieces: list[str] = []
@@ -109,7 +111,7 @@ class GenerationStream:
         while len(tokens) < limit:
             start = time.perf_counter()
             # Not around the yield: inference mode would leak into the consumer's code.
-            with torch.inference_mode():
+            with torch.inference_mode(), memory_faults():
                 token = self._sampler.choose(self._decoder(step, cache, last_only=True)[0, -1])
             seconds.append(time.perf_counter() - start)
             tokens.append(token)

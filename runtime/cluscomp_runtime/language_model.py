@@ -15,6 +15,7 @@ from cluscomp_runtime.chat import find_chat_template, render_chat
 from cluscomp_runtime.decoder import Decoder
 from cluscomp_runtime.generate import Generation, GenerationStream, check_prompt
 from cluscomp_runtime.linear import MatrixBuilder, check_kernel
+from cluscomp_runtime.memory import check_memory, memory_faults
 from cluscomp_runtime.sampling import Sampler
 from cluscomp_runtime.tokenizer import Tokenizer, end_tokens
 
@@ -63,14 +64,17 @@ class LanguageModel:
         once) or "reference" (decode at every call, keep nothing: slow, for models larger than memory). `context` is the length
         of the key-value cache in tokens, by default the least of 2048 and what the model was trained for.
 
-        Raises UnsupportedError, InvalidFileError and InvalidRequestError; warns where a clustered matrix has no kernel.
+        Raises UnsupportedError, also for a model larger than memory, InvalidFileError and InvalidRequestError; warns where a
+        clustered matrix has no kernel.
         """
         settings = DecoderSettings.from_config(model.config)
         check_tensors(model, settings)
         target = check_device(device)
         builder = MatrixBuilder(check_kernel(kernel, target), _dtype(dtype, target), target)
         positions = _context(context, settings.max_position_embeddings)
-        decoder = Decoder(model, settings, builder)
+        check_memory(model, builder.kernel, builder.dtype, target)
+        with memory_faults():
+            decoder = Decoder(model, settings, builder)
         builder.warn_without_kernel()
         return cls(model, decoder, positions, builder.paths)
 
@@ -100,7 +104,7 @@ class LanguageModel:
             raise InvalidRequestError(Problem("bad_input", "wrong shape of input_ids", found=found, expected="[batch, tokens]"))
         for row in ids.tolist() or [[]]:
             check_prompt(row, self.settings.vocab_size, self.settings.max_position_embeddings)
-        with torch.inference_mode():
+        with torch.inference_mode(), memory_faults():
             return self.decoder(ids.to(self.device))
 
     __call__ = forward

@@ -158,6 +158,26 @@ def _mutate_packed_parts(parts: PackedParts, random: Random) -> bytes:
     return parts.to_bytes()
 
 
+def mutate_packed_content(data: bytes, random: Random) -> bytes:
+    """Change what a packed file says of the model, while the file itself stays sound: for what comes after the reader."""
+    if random.randrange(8) == 0:
+        return mutate_packed(data, random)
+    try:
+        parts = PackedParts.of(data)
+        files = sorted(parts.header["files"].values())
+        choice = random.randrange(4)
+        if choice < 2 or not parts.sections:
+            part = ("config", "self_test")[choice]
+            parts.header[part] = mutate_value(parts.header[part], random)
+        else:
+            number = random.choice(files) if choice == 2 and files else random.randrange(len(parts.sections))
+            parts.sections[number] = _mutate_content(parts.sections[number], random)
+        parts.place()
+        return parts.to_bytes()
+    except _FORMATS_TAKEN_APART:
+        return mutate_bytes(data, random)
+
+
 def _header_offset(data: bytes) -> int:
     return struct.unpack_from("<Q", data, 24)[0]  # type: ignore[no-any-return]
 

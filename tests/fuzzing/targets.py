@@ -11,7 +11,7 @@ from pathlib import Path
 from fuzzing import seeds
 from fuzzing.containers import write_members
 from fuzzing.contract import hold_to_contract
-from fuzzing.mutations import Mutation, mutate_folder, mutate_gguf, mutate_packed
+from fuzzing.mutations import Mutation, mutate_folder, mutate_gguf, mutate_packed, mutate_packed_content
 
 from cluscomp_export.inspection import inspect_model
 from cluscomp_export.sources import linear_tensors, open_source, source_bytes
@@ -140,6 +140,6 @@ TARGETS = {
         Target("source-gguf", seeds.stock_gguf_seeds, _consume_source, mutate_gguf),
         Target("source-hf", seeds.stock_folder_seeds, _consume_source, mutate_folder, is_folder=True),
         Target("source-reference", seeds.reference_seeds, _consume_source, mutate_folder, is_folder=True),
-        Target("runtime", seeds.runtime_seeds, _consume_runtime, mutate_packed),
+        Target("runtime", seeds.runtime_seeds, _consume_runtime, mutate_packed_content),
     )
 }

@@ -111,7 +111,7 @@ def build_model(config: Mapping[str, Any], quantization: Quantization, stored: S
             tensors[key] = DenseTensor(key, assembly.array(key, key))
     if problems:
         raise InvalidFileError(problems)
-    model = Model(config, tensors)
+    model = Model(config, tensors, claimed_digest=quantization.digest)
     payloads = {}
     for array in stored_arrays(model):
         entry_found = stored.entry(array.key)

@@ -13,11 +13,11 @@ __all__ = ["initializer", "place"]
 
 def initializer(array: StoredArray, section: Section) -> onnx.TensorProto:
     """The initialiser for an array that lies in `section` of the data file."""
-    _, dtype = stored_form(array.payload)
+    _, dtype, shape = stored_form(array.payload)
     tensor = onnx.TensorProto(
         name=array.key,
         data_type=ELEMENT_TYPES[dtype],
-        dims=array.payload.shape,
+        dims=shape,
         data_location=onnx.TensorProto.EXTERNAL,
     )
     for key, text in (("location", DATA_FILE), ("offset", str(section.offset)), ("length", str(section.length))):

@@ -70,15 +70,16 @@ ELEMENT_TYPES = {
 """Numbers of ONNX's element types, by dtype."""
 
 
-def stored_form(payload: Payload) -> tuple[Payload, str]:
-    """The payload as this format stores it, and its dtype there: codes of up to 8 bits are uint8, wider ones uint16.
+def stored_form(payload: Payload) -> tuple[Payload, str, tuple[int, ...]]:
+    """The payload as this format stores it, and its dtype and shape there.
 
-    ONNX has no arrays of other widths that runtimes can index with.
+    Codes are planes of bytes, `[width, across, groups]`: the low bytes and, for more than 256 clusters, the high bytes.
+    Runtimes in browsers can do nothing with uint16, and none joins neighbouring bytes as fast as planes.
     """
     if payload.code_bits is None:
-        return payload, payload.dtype
-    narrow = payload.code_bits <= 8
-    return replace(payload, code_bits=8 if narrow else 16), "uint8" if narrow else "uint16"
+        return payload, payload.dtype, payload.shape
+    wide = payload.code_bits > 8
+    return replace(payload, code_bits=16 if wide else 8, planar=wide), "uint8", (1 + wide, *payload.shape)
 
 
 def data_offset(end: int, length: int) -> int:

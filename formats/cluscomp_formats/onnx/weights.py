@@ -6,8 +6,7 @@ operators around them, and outliers an `OutlierLinear` or `OutlierEmbedding` on 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from cluscomp_formats.hf.layout import codebook_key, part_key
 from cluscomp_formats.ir import ClusteredWeight, DenseTensor, Stage, Tensor
@@ -37,16 +36,21 @@ def linear(builder: GraphBuilder, weight: Tensor, x: str, *, transposed: bool = 
     before, after = ("column_scale", "row_scale") if not transposed else ("row_scale", "column_scale")
     scaled = _scaled(builder, weight, before, x)
     axis = GROUP_AXES[weight.group_axis]
-    attributes: dict[str, Any] = {"group_axis": 1 - axis if transposed else axis, "axis_length": weight.shape[axis]}
-    numbers = range(len(weight.stages))
-    y = _sum(builder, [_stage(builder, CLUS_LINEAR, scaled, weight, number, attributes) for number in numbers])
+    terms = [_term(builder, weight, number, scaled, 1 - axis if transposed else axis) for number in range(len(weight.stages))]
+    y = _sum(builder, terms)
     y = _scaled(builder, weight, after, y)
     if weight.outliers is None:
         return y
     lengths = weight.shape[::-1] if transposed else weight.shape
-    attributes = {"out_features": lengths[0], "in_features": lengths[1], "transposed": int(transposed)}
     positions, values = (part_key(weight.name, part) for part in ("outlier_positions", "outlier_values"))
-    extra = builder.node(OUTLIER_LINEAR, [x, positions, values], domain=DOMAIN, **attributes)
+    extra = builder.node(
+        OUTLIER_LINEAR,
+        [x, positions, values],
+        domain=DOMAIN,
+        out_features=lengths[0],
+        in_features=lengths[1],
+        transposed=int(transposed),
+    )
     return str(builder.node("Add", [y, extra]))
 
 
@@ -55,11 +59,10 @@ def embedding(builder: GraphBuilder, weight: Tensor, indices: str) -> str:
     if isinstance(weight, DenseTensor):
         return as_float(builder, builder.node("Gather", [weight.name, indices]), weight.values.dtype)
     axis = GROUP_AXES[weight.group_axis]
-    attributes: dict[str, Any] = {"group_axis": axis, "axis_length": weight.shape[axis]}
-    stages = [
-        as_float(builder, _stage(builder, CLUS_EMBEDDING, indices, weight, number, attributes), stage.codebook.values.dtype)
-        for number, stage in enumerate(weight.stages)
-    ]
+    stages = []
+    for number, stage in enumerate(weight.stages):
+        rows = as_float(builder, _stage(builder, CLUS_EMBEDDING, indices, weight, number, axis), stage.codebook.values.dtype)
+        stages.append(rows if axis == 0 else _cut(builder, rows, weight, stage))
     rows = _sum(builder, stages)
     if weight.row_scale is not None:
         picked = builder.node("Gather", [part_key(weight.name, "row_scale"), indices])
@@ -83,12 +86,32 @@ def add_bias(builder: GraphBuilder, y: str, bias: Tensor | None) -> str:
     return str(builder.node("Add", [y, as_float(builder, bias.name, bias.values.dtype)]))
 
 
-def _stage(
-    builder: GraphBuilder, op: str, operand: str, weight: ClusteredWeight, number: int, attributes: Mapping[str, Any]
-) -> str:
-    stage: Stage = weight.stages[number]
-    arrays = [codebook_key(stage.codebook.name), part_key(weight.name, "codes", number)]
-    return str(builder.node(op, [operand, *arrays], domain=DOMAIN, **attributes))
+def _term(builder: GraphBuilder, weight: ClusteredWeight, number: int, x: str, axis: int) -> str:
+    """What one stage adds to the product. Groups that reach past the end take zeros from `x`, or give what is cut off."""
+    stage = weight.stages[number]
+    if axis == 0:
+        return _cut(builder, _stage(builder, CLUS_LINEAR, x, weight, number, axis), weight, stage)
+    excess = _excess(weight, stage)
+    if excess:
+        x = builder.node("Pad", [x, builder.ints(0, excess), "", builder.ints(-1)])
+    return _stage(builder, CLUS_LINEAR, x, weight, number, axis)
+
+
+def _cut(builder: GraphBuilder, values: str, weight: ClusteredWeight, stage: Stage) -> str:
+    """The last axis without what the last group has too much."""
+    if not _excess(weight, stage):
+        return values
+    length = weight.shape[GROUP_AXES[weight.group_axis]]
+    return str(builder.node("Slice", [values, builder.ints(0), builder.ints(length), builder.ints(-1)]))
+
+
+def _excess(weight: ClusteredWeight, stage: Stage) -> int:
+    return -weight.shape[GROUP_AXES[weight.group_axis]] % stage.codebook.cluster_dim
+
+
+def _stage(builder: GraphBuilder, op: str, operand: str, weight: ClusteredWeight, number: int, axis: int) -> str:
+    arrays = [codebook_key(weight.stages[number].codebook.name), part_key(weight.name, "codes", number)]
+    return str(builder.node(op, [operand, *arrays], domain=DOMAIN, group_axis=axis))
 
 
 def _sum(builder: GraphBuilder, terms: Sequence[str]) -> str:

@@ -58,7 +58,7 @@ def build_model(header: PackedHeader, file: MappedFile) -> Model:
         name: Array((header.sections[number].length,), "uint8", _SectionLoader(file, number))
         for name, number in header.files.items()
     }
-    return Model(header.config, tensors, files, header.provenance, header.self_test)
+    return Model(header.config, tensors, files, header.provenance, header.self_test, header.digest)
 
 
 def _array(entry: ArrayEntry, file: MappedFile) -> Array:

@@ -106,6 +106,12 @@ def read_checked(payload: Payload, array: Array, path: Path) -> AnyArray:
 def stored_pieces(payload: Payload, values: AnyArray) -> Iterator[memoryview]:
     """The payload's bytes as stored, a piece at a time. Yields at least one, possibly empty."""
     flat = values.reshape(-1)
+    if payload.planar:
+        for byte in (0, 1):
+            for start in range(0, max(flat.size, 1), _PIECE):
+                piece = flat[start : start + _PIECE].view(np.uint8)
+                yield np.ascontiguousarray(piece[byte::2]).data
+        return
     for start in range(0, max(flat.size, 1), _PIECE):
         piece = flat[start : start + _PIECE]
         stored = piece.view(np.uint8) if payload.code_bits is None else pack_bits(piece, payload.code_bits)

@@ -36,7 +36,8 @@ class Payload:
     `owner` is the name of the tensor, codebook or side file, `part` says which of its arrays this is (`values`, `codes`,
     `row_scale`, `column_scale`, `outlier_positions`, `outlier_values`, `centroids` or `bytes`). `description` is that of
     `Model.payloads()`, None for a side file. `code_bits` is the stored width of codes, None for all else; `limit` the
-    number all values must be below: clusters for codes, weights for outlier positions.
+    number all values must be below: clusters for codes, weights for outlier positions. `planar` codes have 16 bits, and lie
+    as the low bytes of all followed by the high bytes of all.
     """
 
     owner: str
@@ -46,6 +47,7 @@ class Payload:
     description: Mapping[str, Any] | None = None
     code_bits: int | None = None
     limit: int | None = None
+    planar: bool = False
 
     @property
     def stored_bytes(self) -> int:
@@ -54,9 +56,11 @@ class Payload:
         return size * DTYPES[self.dtype].itemsize if self.code_bits is None else packed_bytes(size, self.code_bits)
 
     def unpack(self, stored: npt.NDArray[np.uint8]) -> AnyArray:
-        """The values in `stored [stored_bytes]`; a view of it, codes narrower than 16 bits excepted."""
+        """The values in `stored [stored_bytes]`; a view of it but for codes that are packed or planar."""
         if self.code_bits is None:
             return stored.view(DTYPES[self.dtype]).reshape(self.shape)
+        if self.planar:
+            return np.ascontiguousarray(stored.reshape(2, -1).T).view(DTYPES[self.dtype]).reshape(self.shape)
         return unpack_bits(stored, math.prod(self.shape), self.code_bits).reshape(self.shape)
 
     def padding_fault(self, stored: npt.NDArray[np.uint8]) -> ContentFault | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from cluscomp_formats.errors import InvalidFileError, Problem, UnsupportedError
 from cluscomp_formats.ir import ClusteredWeight, Model
 from cluscomp_runtime.hf.modules import ClusteredEmbedding, ClusteredLinear, ClusteredModule, MatrixStore, transposed
 
-__all__ = ["Replacement", "candidates", "replace_modules"]
+__all__ = ["Replacement", "candidates", "module_kind", "replace_modules"]
 
 WEIGHT = ".weight"
 
@@ -101,12 +101,25 @@ def _module(model: Any, key: str) -> nn.Module | None:
 
 
 def _clustered_module(module: Any, weight: ClusteredWeight, store: MatrixStore, dtype: torch.dtype) -> ClusteredModule | None:
-    """A module that takes the place of `module`; None for classes that may do more than those known here."""
+    """A module that takes the place of `module`; None for kinds that are not known here."""
     device = torch.device("meta")
-    if type(module) is nn.Linear:
+    kind = module_kind(module)
+    if kind == "linear":
         return ClusteredLinear(weight, store, dtype, device, module.bias)
-    if type(module) is Conv1D:
+    if kind == "conv1d":
         return ClusteredLinear(transposed(weight), store, dtype, device, module.bias)
-    if type(module) is nn.Embedding and module.max_norm is None:
+    if kind == "embedding":
         return ClusteredEmbedding(weight, store, dtype, device, module.padding_idx)
     return None
+
+
+def module_kind(module: nn.Module) -> Literal["linear", "conv1d", "embedding"] | None:
+    """What a module does with its weight: `x @ weight.T`, `x @ weight`, or pick rows.
+
+    None for classes of other names, which may do more, whatever they derive from.
+    """
+    if type(module) is nn.Linear:
+        return "linear"
+    if type(module) is Conv1D:
+        return "conv1d"
+    return "embedding" if type(module) is nn.Embedding and module.max_norm is None else None

@@ -1,0 +1,190 @@
+"""A transformers model without its weights, ready to be traced: from its configuration alone.
+
+Parameters are fake tensors, which have a shape and no memory, so that a model of any size can be traced. The modules that
+multiply by a weight or look up its rows are replaced by placeholders, which leave one node each in the trace.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from cluscomp_formats.errors import InvalidFileError, Problem, UnsupportedError
+from cluscomp_formats.ir import Model, Tensor
+from cluscomp_runtime.hf.replacement import WEIGHT, candidates, module_kind
+
+__all__ = ["PLACEHOLDER_DOMAIN", "REMEDY", "Skeleton", "build_skeleton", "make_traceable", "refusing", "tensors_by_key"]
+
+PLACEHOLDER_DOMAIN = "cluscomp_trace"
+REMEDY = "run it with transformers instead: convert --to hf"
+
+_IGNORED = (r"rotary_emb\.inv_freq$", r"\.masked_bias$")
+"""What old checkpoints store although it follows from the configuration."""
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """`module` is the transformers model, on the meta device.
+
+    `cached` says that it is a decoder with a key-value cache; `options` are the names of the inputs it takes.
+    """
+
+    module: Any
+    cached: bool
+    options: frozenset[str]
+
+
+def build_skeleton(config: Mapping[str, Any]) -> Skeleton:
+    """The skeleton of the model that a configuration describes.
+
+    Raises UnsupportedError if transformers does not know it, or its graph would not be one of text with one input.
+    """
+    model_class = _model_class(config)
+    cached = model_class in transformers.MODEL_FOR_CAUSAL_LM_MAPPING.values()
+    with refusing(model_class.__name__), torch.device("meta"):
+        settings = model_class.config_class.from_dict(deepcopy(dict(config)))
+        if settings.is_encoder_decoder:
+            raise ValueError("a model of an encoder and a decoder takes more than one graph")
+        # Attention in plain operators; what is stored in 16 bits is computed with in 32.
+        settings._attn_implementation = "eager"
+        settings.dtype = torch.float32
+        settings.use_cache = cached
+        module = model_class(settings).eval()
+    return Skeleton(module, cached, frozenset(inspect.signature(module.forward).parameters))
+
+
+def make_traceable(module: Any) -> None:
+    """Put placeholders and fake parameters into the module of a skeleton, and compute its constant buffers."""
+    fake = FakeTensorMode()
+    for key, value in module.state_dict(keep_vars=True).items():
+        owner, _, leaf = key.rpartition(".")
+        with fake:
+            placed: Any = torch.empty(value.shape, dtype=value.dtype)
+        is_parameter = isinstance(value, nn.Parameter)
+        if is_parameter:
+            placed = nn.Parameter(placed, requires_grad=False)
+        placed._is_hf_initialized = True
+        holder = module.get_submodule(owner)
+        (holder._parameters if is_parameter else holder._buffers)[leaf] = placed
+    # The way transformers itself gives values to buffers that no checkpoint stores.
+    for key, value in list(module.named_non_persistent_buffers()):
+        owner, _, leaf = key.rpartition(".")
+        module.get_submodule(owner)._buffers[leaf] = torch.empty_like(value, device="cpu")
+    module.initialize_weights()
+    for name, child in list(module.named_modules()):
+        kind = module_kind(child)
+        if kind is not None:
+            module.set_submodule(name, _Placeholder(kind, name + WEIGHT, child))
+
+
+def tensors_by_key(skeleton: Skeleton, model: Model) -> dict[str, Tensor]:
+    """The model's tensors by key of the module's state; of tied keys both have the one tensor.
+
+    Raises InvalidFileError for shapes that the module does not have, UnsupportedError for tensors it has no use for.
+    """
+    module = skeleton.module
+    state, prefix = module.state_dict(), module.base_model_prefix
+    buffers = {key for key, _ in module.named_buffers()}
+    ignored = re.compile("|".join([*_IGNORED, *(module._keys_to_ignore_on_load_unexpected or ())]))
+    placed: dict[str, Tensor] = {}
+    unused, wrong = [], []
+    for name, tensor in model.tensors.items():
+        keys = list(candidates(name, prefix))
+        key = next((key for key in keys if key in state and key not in placed), None)
+        if key is None:
+            if buffers.isdisjoint(keys) and not ignored.search(name):
+                message = f"{type(module).__name__} has no use for this tensor; running without it could give wrong results"
+                unused.append(Problem("unused_tensor", message, None, name, remedy=REMEDY))
+            continue
+        placed[key] = tensor
+        if tuple(state[key].shape) != tensor.shape:
+            message = "the model's configuration calls for another shape"
+            found, expected = str(tensor.shape), str(tuple(state[key].shape))
+            wrong.append(Problem("wrong_shape", message, None, name, found, expected))
+    if wrong:
+        raise InvalidFileError(wrong)
+    if unused:
+        raise UnsupportedError(unused)
+    for first, second in module.all_tied_weights_keys.items():
+        for key, other in ((first, second), (second, first)):
+            if key not in placed and other in placed:
+                placed[key] = placed[other]
+    return placed
+
+
+class _Placeholder(nn.Module):
+    """Stands for a linear, a `Conv1D` or an embedding: an operator of its kind's name with the weight's key as attribute.
+
+    Keeps the weight, for models that look at it.
+    """
+
+    def __init__(self, kind: str, key: str, original: Any) -> None:
+        super().__init__()
+        self.kind, self.key = kind, key
+        self.weight = original.weight
+        self.bias: nn.Parameter | None = getattr(original, "bias", None)
+        self.width: int = original.weight.shape[0 if kind == "linear" else 1]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        leading = x.shape if self.kind == "embedding" else x.shape[:-1]
+        y = torch.onnx.ops.symbolic(
+            f"{PLACEHOLDER_DOMAIN}::{self.kind}",
+            (x,),
+            {"key": self.key},
+            dtype=torch.float32,
+            shape=(*leading, self.width),
+            version=1,
+        )
+        return y if self.bias is None else y + self.bias
+
+
+def _model_class(config: Mapping[str, Any]) -> Any:
+    """The class of transformers that the configuration names. Raises UnsupportedError."""
+    model_type, named = config.get("model_type"), config.get("architectures")
+    name = named[0] if isinstance(named, list) and named else None
+    config_class = transformers.CONFIG_MAPPING[model_type] if model_type in [*transformers.CONFIG_MAPPING] else None
+    model_class: Any = getattr(transformers, name, None) if isinstance(name, str) else None
+    problem: tuple[str, object] | None = None
+    if config_class is None:
+        problem = "transformers does not know this architecture (model_type)", repr(model_type)
+    elif getattr(model_class, "config_class", None) is not config_class:
+        problem = "transformers has no such model class for this architecture (architectures)", f"{name!r} of {model_type}"
+    elif model_class.main_input_name != "input_ids":
+        problem = "only models of text have a graph", f"{name}, which takes {model_class.main_input_name}"
+    if problem is not None:
+        message, found = problem
+        raise UnsupportedError(Problem("unsupported_architecture", message, "config.json", None, str(found), None, REMEDY))
+    return model_class
+
+
+@contextmanager
+def refusing(name: str) -> Iterator[None]:
+    """Turn whatever goes wrong within into an UnsupportedError, and keep torch's remarks on its own workings to itself."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except Exception as error:  # torch, transformers and onnxscript promise no kinds of exceptions
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = str(cause).strip().split("\n")[0][:300] or type(cause).__name__
+        message = f"{name} cannot be traced to ONNX operators"
+        raise UnsupportedError(Problem("untraceable", message, None, None, reason, None, REMEDY)) from error
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,62 @@
+"""Whether a model fits the memory of the machine. A few bytes of codes may stand for a matrix of any size."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+
+from cluscomp_formats.errors import Problem, UnsupportedError
+from cluscomp_formats.ir import DenseTensor, Model, Tensor
+
+__all__ = ["check_memory", "memory_faults"]
+
+_REMEDY = 'use a machine with more memory, or kernel="reference", which holds one matrix at a time'
+
+
+def check_memory(model: Model, kernel: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse a model whose matrices, as the runtime would hold them, exceed the machine's memory; asked on the CPU only.
+
+    Raises UnsupportedError before anything is read: a system that grants more memory than it has would end the process later.
+    """
+    available = _physical_bytes()
+    if device.type != "cpu" or available is None:
+        return
+    decoded = kernel in ("dense", "reference") or dtype == torch.float64
+    sizes = [_held_bytes(tensor, dtype.itemsize, decoded=decoded) for tensor in model.tensors.values()]
+    needed = max(sizes, default=0) if kernel == "reference" else sum(sizes)
+    if needed > available:
+        message = "the model needs more memory than this machine has"
+        found, expected = f"{needed / 1e9:.1f} GB for its matrices", f"at most {available / 1e9:.1f} GB"
+        raise UnsupportedError(Problem("out_of_memory", message, None, None, found, expected, _REMEDY))
+
+
+def _held_bytes(tensor: Tensor, itemsize: int, *, decoded: bool) -> int:
+    if isinstance(tensor, DenseTensor) or decoded or tensor.group_axis == "in":
+        return tensor.num_weights * itemsize
+    # Codes are laid out in one or two bytes each.
+    return 2 * sum(stage.codes.size for stage in tensor.stages)
+
+
+def _physical_bytes() -> int | None:
+    """Memory of the machine; None where the system does not say (Windows)."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+@contextlib.contextmanager
+def memory_faults() -> Iterator[None]:
+    """Make an UnsupportedError of memory that the system or the device refuses."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # torch's allocator on the CPU raises a bare RuntimeError.
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        reason = next(iter(str(error).strip().splitlines()), "no memory left")[:200]
+        problem = Problem("out_of_memory", "there is not enough memory", found=reason, remedy=_REMEDY)
+        raise UnsupportedError(problem) from error

@@ -1,0 +1,65 @@
+"""Models that are larger than memory: refused before they are read, and where the system refuses, with an error of ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from runtime_models import clustered_model, small_config
+
+from cluscomp_formats.errors import UnsupportedError
+from cluscomp_formats.ir import Array, ClusteredWeight, Codebook, Model, Stage
+from cluscomp_runtime import LanguageModel, memory
+
+HUGE = 1 << 30
+
+
+def never() -> Any:
+    raise AssertionError("nothing may be read")
+
+
+def huge_model() -> Model:
+    """Well-formed: 2^60 weights of the head in 1024 x 2^30 one-bit codes, of the embedding in as many along the other axis."""
+    config = small_config(vocab_size=HUGE, hidden_size=HUGE, num_attention_heads=4, head_dim=8)
+    small = clustered_model(small_config())
+    book = Codebook("book", Array((2, 1 << 20), "float16", never))
+    shape = (HUGE, HUGE)
+    tensors = {
+        name: ClusteredWeight(name, shape, (Stage(book, Array((HUGE, HUGE >> 20), "uint16", never)),), axis)
+        for name, axis in (("model.embed_tokens.weight", "in"), ("lm_head.weight", "out"))
+    }
+    return Model(config, {**small.tensors, **tensors})
+
+
+@pytest.mark.parametrize("kernel", ["auto", "dense", "reference"])
+def test_matrices_larger_than_memory_are_refused_unread(kernel: str) -> None:
+    with pytest.raises(UnsupportedError, match="more memory than this machine has"):
+        memory.check_memory(huge_model(), kernel, torch.float32, torch.device("cpu"))
+
+
+def test_the_reference_kernel_needs_room_for_one_matrix_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = clustered_model(small_config())
+    largest = max(tensor.num_weights for tensor in model.tensors.values()) * 4
+    monkeypatch.setattr(memory, "_physical_bytes", lambda: largest)
+    LanguageModel.from_model(model, kernel="reference")
+    with pytest.raises(UnsupportedError, match="more memory"):
+        LanguageModel.from_model(model, kernel="dense")
+    monkeypatch.setattr(memory, "_physical_bytes", lambda: None)
+    LanguageModel.from_model(model, kernel="dense")
+
+
+@pytest.mark.parametrize(
+    "take",
+    [lambda: torch.empty(1 << 50), lambda: np.empty(1 << 50), lambda: bytearray(1 << 60)],
+    ids=["torch", "numpy", "python"],
+)
+def test_memory_the_system_refuses_is_an_error_of_ours(take: Any) -> None:
+    with pytest.raises(UnsupportedError, match="not enough memory"), memory.memory_faults():
+        take()
+
+
+def test_other_errors_pass() -> None:
+    with pytest.raises(RuntimeError, match="shapes"), memory.memory_faults():
+        raise RuntimeError("shapes do not fit")
