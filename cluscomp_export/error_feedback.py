@@ -46,12 +46,15 @@ class InputMoments:
         damping = DAMPING * mean if mean > 0 else 1.0
         damped.diagonal().add_(damping)
         self.damped = damped
+        # Strongest first: what they err, the many weak ones after them can still make up for.
+        self._order = np.argsort(-damped.diagonal().numpy(), kind="stable")
         self._factor: Floats | None = None
 
     def factor(self) -> Floats:
-        """What `assign_with_feedback` needs."""
+        """What `assign_with_feedback` needs for the channels in descending order of their energy."""
         if self._factor is None:
-            self._factor = np.ascontiguousarray(feedback_factor(self.damped).numpy().astype(np.float32))
+            ordered = self.damped[self._order][:, self._order]
+            self._factor = np.ascontiguousarray(feedback_factor(ordered).numpy().astype(np.float32))
         return self._factor
 
     def encode(
@@ -59,9 +62,11 @@ class InputMoments:
     ) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.float64]]:
         """Codes uint16 `[in_features, groups]` for `weights` `[in_features, groups * cluster_dim]`, the first `out_features`
         columns of which are rows of the matrix, and the factors `[out_features]` by which each row then errs least."""
-        codes = assign_with_feedback(
-            weights, centroids, self.factor(), out_features=out_features, threads=threads, device=device
+        ordered = assign_with_feedback(
+            weights[self._order], centroids, self.factor(), out_features=out_features, threads=threads, device=device
         )
+        codes = np.empty_like(ordered)
+        codes[self._order] = ordered
         wanted = torch.from_numpy(weights[:, :out_features])
         given = torch.from_numpy(centroids[codes].reshape(weights.shape)[:, :out_features])
         projected = self.damped.float() @ given

@@ -16,6 +16,8 @@ from cluscomp_export.sources import open_source
 from cluscomp_export.work_folder import work_path
 from cluscomp_formats.errors import InvalidRequestError
 from cluscomp_formats.packed import open_packed
+from cluscomp_kernels.kmeans import feedback_factor
+from cluscomp_kernels.kmeans.reference import feedback_codes
 from cluscomp_runtime.blocks import BlockRunner
 from cluscomp_runtime.language_model import LanguageModel
 
@@ -168,3 +170,22 @@ def test_windows_are_bounded(stories_folder: Path, stories_text: Path) -> None:
     assert calibration_windows(source, text * 40, 3).shape == (3, 512)
     assert calibration_windows(source, text[:50], 3).shape[0] == 1
     assert ErrorFeedback(source, calibration_windows(source, text[:50], 1)).covers("model.layers.4.mlp.up_proj.weight")
+
+
+def test_channels_are_coded_in_descending_order_of_energy() -> None:
+    generator = np.random.default_rng(0)
+    inputs = generator.standard_normal((60, 12)).cumsum(axis=1)  # energies ascend
+    moments = torch.from_numpy(inputs.T @ inputs / 60)
+    weights = generator.standard_normal((12, 10), dtype=np.float32)
+    centroids = generator.standard_normal((30, 2), dtype=np.float32)
+    order = np.argsort(-moments.diagonal().numpy(), kind="stable")
+    damped = InputMoments(moments).damped[order][:, order]
+    factor = np.ascontiguousarray(feedback_factor(damped).numpy().astype(np.float32))
+    expected = np.empty((12, 5), np.uint16)
+    expected[order] = feedback_codes(weights[order], centroids, factor, 10)
+    found, _ = InputMoments(moments).encode(weights, centroids, 10, threads=1, device="cpu")
+    np.testing.assert_array_equal(found, expected)
+    # The order in which the channels come says nothing.
+    moved = generator.permutation(12)
+    again, _ = InputMoments(moments[moved][:, moved]).encode(weights[moved], centroids, 10, threads=1, device="cpu")
+    np.testing.assert_array_equal(again, expected[moved])
