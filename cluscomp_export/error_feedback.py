@@ -27,8 +27,8 @@ __all__ = ["ErrorFeedback", "InputMoments"]
 
 Floats = npt.NDArray[np.float32]
 
-DAMPING = 0.01
-"""Added to the diagonal, in units of its mean: keeps channels the text hardly uses from taking up errors without limit."""
+DAMPING = 0.1
+"""Added to the diagonal, in units of its mean. GPTQ takes .01; more costs little on the calibration text and wins on others."""
 
 _BLOCK = re.compile(r"model\.layers\.(\d+)\..*")
 
