@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ class _TrainableBuilder(MatrixBuilder):
         self.frozen = frozen
         self.parameters: dict[str, torch.Tensor] = {}
 
-    def build(self, tensor: Tensor, bias: Tensor | None = None):  # type: ignore[no-untyped-def]
+    def build(self, tensor: Tensor, bias: Tensor | None = None) -> Any:
         if isinstance(tensor, DenseTensor) or tensor.name in self.frozen or not _trains(tensor):
             return super().build(tensor, bias)
         stage = tensor.stages[0]

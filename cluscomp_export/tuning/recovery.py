@@ -12,7 +12,6 @@ threads, the result is the same bit for bit.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -130,15 +129,13 @@ class _Training:
         best = _Best(curve[0]["held_out"], self.snapshot())
         losses: list[float] = []
         stopped, failures = None, 0
-        started = time.perf_counter()
         for step in range(1, options.steps + 1):
             loss = self.step()
             if not math.isfinite(loss):
                 stopped = f"the loss was not finite at step {step}; kept the best state before"
                 break
             losses.append(loss)
-            remaining = (time.perf_counter() - started) / step * (options.steps - step)
-            self.on_progress(f"recovery, loss {loss:.3f}, {remaining:.0f} s to go", step, options.steps)
+            self.on_progress(f"recovery, loss {loss:.3f}", step, options.steps)
             if step % every and step != options.steps:
                 continue
             held_out = self.divergence()
