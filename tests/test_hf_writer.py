@@ -220,7 +220,7 @@ def test_an_empty_folder_is_filled_and_another_only_by_force(tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
-@pytest.mark.parametrize("foreign", ["notes.txt", "nested"])
+@pytest.mark.parametrize("foreign", ["notes.txt", "nested", "model-00001-of-00002.safetensors"])
 def test_force_never_deletes_what_is_not_of_the_model(tmp_path: Path, foreign: str) -> None:
     write_hf(models_of(dense("a")), tmp_path / "m")
     assert holds_only_model(tmp_path / "m")

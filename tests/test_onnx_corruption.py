@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from fuzzing.onnx_mutations import wire_field
 from onnx import helper, numpy_helper
 from runtime_models import clustered_model, side_file, small_config
 
 from cluscomp_export.onnx_graph import build_graph
 from cluscomp_formats import registry
-from cluscomp_formats.errors import InvalidFileError, Problem, UnsupportedError
+from cluscomp_formats.errors import MAX_PROBLEMS, ClusCompError, InvalidFileError, Problem, StorageError, UnsupportedError
 from cluscomp_formats.onnx import holds_only_onnx, looks_onnx, open_onnx
 from cluscomp_formats.onnx.spec import DATA_FILE, DOMAIN, MAX_MODEL_BYTES, MODEL_FILE, SUBFOLDER
 from cluscomp_formats.onnx.writer import write_onnx
@@ -129,6 +131,116 @@ def test_an_onnx_file_of_others(tmp_path: Path) -> None:
     onnx.save(helper.make_model(graph), tmp_path / "other.onnx")
     assert not looks_onnx(tmp_path / "other.onnx")
     assert kinds(problems_of(tmp_path / "other.onnx")) == ["bad_metadata"]
+
+
+def overwrite(folder: Path, found: bytes, replacement: bytes) -> None:
+    """Change bytes on the wire: what protobuf's own interface refuses to write."""
+    content = model_file(folder).read_bytes()
+    assert found in content
+    assert len(found) == len(replacement)
+    model_file(folder).write_bytes(content.replace(found, replacement))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["cluscomp.version", '"model_type":"llama"', "model.norm.weight", "model.onnx_data", "length"],
+)
+def test_a_text_that_is_not_utf8(folder: Path, text: str) -> None:
+    """protobuf hands it out as bytes."""
+    overwrite(folder, text.encode(), b"\xff" + text.encode()[1:])
+    assert kinds(problems_of(folder)) == ["bad_text"]
+
+
+def test_an_import_that_is_not_utf8(folder: Path) -> None:
+    edit(folder, lambda proto: proto.opset_import.add(domain="unicode?", version=1) and None)
+    overwrite(folder, b"unicode?", b"unicode\xff")
+    assert kinds(problems_of(folder)) == ["bad_imports"]
+
+
+def test_a_node_whose_name_is_not_utf8(folder: Path) -> None:
+    def apply(proto: onnx.ModelProto) -> None:
+        codes = node_of(proto, "ClusLinear").input[2]
+        proto.graph.node.append(helper.make_node("Identity", [codes], ["copy"], name="unicode?"))
+
+    edit(folder, apply)
+    overwrite(folder, b"unicode?", b"unicode\xff")
+    (problem,) = problems_of(folder)
+    assert problem.kind == "misused_weight"
+    assert "unicode" in str(problem)
+
+
+def test_the_version_of_the_container_comes_first(folder: Path) -> None:
+    """`looks_onnx` tells by it."""
+    content = model_file(folder).read_bytes()
+    assert content[:2] == b"\x08\x0a"
+    model_file(folder).write_bytes(content[2:] + content[:2])
+    assert kinds(problems_of(folder)) == ["bad_protobuf"]
+    assert not looks_onnx(folder)
+
+
+def test_another_version_of_the_container(folder: Path) -> None:
+    edit(folder, lambda proto: setattr(proto, "ir_version", 7))
+    assert kinds(problems_of(folder)) == ["bad_ir_version"]
+
+
+@pytest.mark.parametrize("path", ["a" * 5000, "a\0b", "/dev/null", "/dev/zero", "/proc/self/mem", "", "\ud800"])
+def test_looking_at_anything_never_raises(path: str, tmp_path: Path) -> None:
+    assert not looks_onnx(Path(path))
+    assert not looks_onnx(tmp_path / path)
+    assert not holds_only_onnx(Path(path))
+    assert not holds_only_onnx(tmp_path / path)
+
+
+def test_a_link_to_itself(folder: Path) -> None:
+    model_file(folder).unlink()
+    model_file(folder).symlink_to(model_file(folder))
+    assert not looks_onnx(folder)
+    assert not holds_only_onnx(folder)
+    with pytest.raises(ClusCompError):
+        open_onnx(folder)
+
+
+NODE, ATTRIBUTE, INITIALIZER, GRAPH, SUBGRAPHS = 1, 5, 5, 7, 11
+
+
+@pytest.mark.parametrize(
+    ("unit", "around"),
+    [
+        (wire_field(NODE, b""), [GRAPH]),
+        (wire_field(INITIALIZER, b""), [GRAPH]),
+        (wire_field(ATTRIBUTE, b""), [NODE, GRAPH]),
+        (wire_field(NODE, wire_field(ATTRIBUTE, b"")), [GRAPH]),
+        (wire_field(SUBGRAPHS, b""), [ATTRIBUTE, NODE, GRAPH]),
+        (wire_field(14, b""), []),
+        (wire_field(25, b""), []),
+    ],
+    ids=["nodes", "initialisers", "attributes", "nodes with an attribute", "subgraphs", "metadata", "functions"],
+)
+def test_empty_messages_by_the_thousand(folder: Path, unit: bytes, around: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two bytes on the wire become a hundred and fifty, and would become a thousand as objects of Python."""
+    for module in ("reader", "graph_check"):
+        monkeypatch.setattr(f"cluscomp_formats.onnx.{module}.MAX_ENTRIES", 5000)
+    content = unit * 5001
+    for number in around:
+        content = wire_field(number, content)
+    with model_file(folder).open("ab") as stream:
+        # What is appended is merged.
+        stream.write(content)
+    assert kinds(problems_of(folder)) == ["too_many_entries"]
+
+
+def test_a_fault_in_every_initialiser(folder: Path) -> None:
+    with model_file(folder).open("ab") as stream:
+        stream.write(wire_field(GRAPH, wire_field(INITIALIZER, b"") * 50_000))
+    tracemalloc.start()
+    try:
+        problems = problems_of(folder)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(problems) == MAX_PROBLEMS
+    # A problem for each would be above 10 MB.
+    assert peak < 5_000_000
 
 
 # Metadata.
@@ -430,7 +542,91 @@ def test_subgraphs_without_end(folder: Path) -> None:
     assert kinds(problems_of(folder)) == ["nested_too_deep"]
 
 
+def test_a_function_is_missing(folder: Path) -> None:
+    def apply(proto: onnx.ModelProto) -> None:
+        kept = [function for function in proto.functions if function.name != "ClusEmbedding"]
+        proto.ClearField("functions")
+        proto.functions.extend(kept)
+
+    edit(folder, apply)
+    assert {*kinds(problems_of(folder))} == {"missing_function"}
+
+
+def test_an_overload_of_an_operator(folder: Path) -> None:
+    edit(folder, lambda proto: setattr(node_of(proto, "ClusLinear"), "overload", "other"))
+    assert kinds(problems_of(folder)) == ["missing_function"]
+
+
+def test_an_attribute_of_another_type(folder: Path) -> None:
+    """The integer is right, but a runtime looks at the type."""
+
+    def apply(proto: onnx.ModelProto) -> None:
+        node_of(proto, "ClusLinear").attribute[0].type = onnx.AttributeProto.FLOAT
+
+    edit(folder, apply)
+    assert kinds(problems_of(folder)) == ["misused_weight"]
+
+
+@pytest.mark.parametrize("where", ["node", "input", "inner node", "inner input", "inner initialiser"])
+def test_a_value_with_the_name_of_an_array(folder: Path, where: str) -> None:
+    """It would take the array's place."""
+
+    def apply(proto: onnx.ModelProto) -> None:
+        name = node_of(proto, "ClusLinear").input[2]
+        node = helper.make_node("Identity", ["input_ids"], [name if "node" in where else "fresh"])
+        info = [helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, [1])]
+        if where == "node":
+            proto.graph.node.append(node)
+        elif where == "input":
+            proto.graph.input.extend(info)
+        else:
+            arrays = [numpy_helper.from_array(np.ones(1), name)] if where == "inner initialiser" else []
+            branch = helper.make_graph([node], "branch", info if where == "inner input" else [], [], arrays)
+            proto.graph.node.append(helper.make_node("If", ["x"], ["y"], then_branch=branch))
+
+    edit(folder, apply)
+    assert kinds(problems_of(folder)) == ["name_collision"]
+
+
 # Around it.
+
+
+def test_the_file_by_its_name_in_the_current_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder / SUBFOLDER)
+    assert open_onnx(Path(MODEL_FILE), check=True).files["tokenizer.json"].read().tobytes() == b"{}"
+
+
+def test_links_are_followed(folder: Path) -> None:
+    """The cache of the Hugging Face Hub consists of them."""
+    for number, path in enumerate(sorted(path for path in folder.rglob("*") if path.is_file())):
+        blob = folder.parent / f"blob {number}"
+        path.rename(blob)
+        path.symlink_to(blob)
+    assert looks_onnx(folder)
+    assert open_onnx(folder, check=True).files["tokenizer.json"].read().tobytes() == b"{}"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no named pipes")
+def test_a_side_file_that_is_none(folder: Path) -> None:
+    """Reading a pipe would wait for a writer, reading a device never end."""
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to(path)):
+        (folder / "tokenizer.json").unlink()
+        make(folder / "tokenizer.json")
+        assert kinds(problems_of(folder)) == ["missing"]
+
+
+def test_a_side_file_deleted_while_open(folder: Path) -> None:
+    model = open_onnx(folder)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(StorageError):
+        model.files["tokenizer.json"].read()
+
+
+def test_a_folder_called_like_a_file_is_not_replaced(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    (folder / "config.json").mkdir()
+    (folder / "config.json" / "thesis.txt").write_text("years of work")
+    assert not holds_only_onnx(folder)
 
 
 def test_a_file_that_becomes_unreadable(folder: Path) -> None:

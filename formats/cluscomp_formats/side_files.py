@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from cluscomp_formats.atomic import storage_error
 from cluscomp_formats.errors import InvalidFileError, Problem
 from cluscomp_formats.ir import AnyArray, Array, Model
 from cluscomp_formats.packed.payload_stream import read_checked
@@ -92,7 +93,10 @@ def _lazy_file(path: Path) -> Array:
     length = path.stat().st_size
 
     def load() -> AnyArray:
-        content = np.fromfile(path, dtype=np.uint8)
+        try:
+            content = np.fromfile(path, dtype=np.uint8)
+        except OSError as error:
+            raise storage_error(path, error) from error
         if content.size != length:
             found, expected = f"{content.size} bytes", f"{length} bytes"
             raise InvalidFileError(Problem("file_changed", "the file changed while open", str(path), None, found, expected))

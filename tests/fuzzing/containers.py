@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
 import zlib
@@ -43,10 +44,14 @@ def split_members(data: bytes) -> dict[str, bytes]:
 
 
 def write_members(data: bytes, folder: Path) -> None:
-    """The files in a folder; those whose names no folder can hold are left out."""
+    """The files in a folder and those below it; those whose names no folder can hold are left out."""
     for name, content in split_members(data).items():
-        if name and name not in (".", "..") and not set(name) & set("/\\\0") and len(name.encode()) < 200:
-            (folder / name).write_bytes(content)
+        parts = name.split("/")
+        if {"", ".", ".."}.isdisjoint(parts) and not set(name) & set("\\\0") and len(name.encode()) < 200:
+            # A file may be where another member wants a folder.
+            with contextlib.suppress(OSError):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_bytes(content)
 
 
 @dataclass

@@ -31,7 +31,7 @@ NUMBERS += [2**63, 2**64 - 1, 2**64, 10**30, 0.5, 1.0, 1e-45, 1e-300, 1e300, -0.
 TEXTS = ["", "a", "..", "../x", "/etc/passwd", "a" * 300, "a" * 600, "\x1b[31m", "\u202e", "\ud800", "\x00", "\U0010ffff"]
 TEXTS += ["out", "in", "dense", "clustered", "float64", "bfloat16", "bool", "uint64", "uint8", "F64", "BOOL", "F8_E4M3"]
 TEXTS += ["model.safetensors", "config.json", "x.safetensors", "llama", "qwen2", "qwen3", "mistral", "llama3", "linear", "yarn"]
-_FORMATS_TAKEN_APART = (
+FORMATS_TAKEN_APART = (
     ValueError,
     KeyError,
     TypeError,
@@ -134,7 +134,7 @@ def mutate_packed(data: bytes, random: Random) -> bytes:
     try:
         parts = PackedParts.of(data)
         return _mutate_packed_parts(parts, random)
-    except _FORMATS_TAKEN_APART:
+    except FORMATS_TAKEN_APART:
         return mutate_bytes(data, random)
 
 
@@ -152,7 +152,7 @@ def _mutate_packed_parts(parts: PackedParts, random: Random) -> bytes:
         if choice == 4:
             parts.sections[number], parts.sections[other] = parts.sections[other], parts.sections[number]
         else:
-            parts.sections[number] = _mutate_content(parts.sections[number], random)
+            parts.sections[number] = mutate_content(parts.sections[number], random)
     if random.randrange(8):
         parts.place()
     return parts.to_bytes()
@@ -171,10 +171,10 @@ def mutate_packed_content(data: bytes, random: Random) -> bytes:
             parts.header[part] = mutate_value(parts.header[part], random)
         else:
             number = random.choice(files) if choice == 2 and files else random.randrange(len(parts.sections))
-            parts.sections[number] = _mutate_content(parts.sections[number], random)
+            parts.sections[number] = mutate_content(parts.sections[number], random)
         parts.place()
         return parts.to_bytes()
-    except _FORMATS_TAKEN_APART:
+    except FORMATS_TAKEN_APART:
         return mutate_bytes(data, random)
 
 
@@ -182,12 +182,12 @@ def _header_offset(data: bytes) -> int:
     return struct.unpack_from("<Q", data, 24)[0]  # type: ignore[no-any-return]
 
 
-def _mutate_content(content: bytes, random: Random) -> bytes:
+def mutate_content(content: bytes, random: Random) -> bytes:
     """A payload or side file; JSON as JSON."""
     if content[:1] == b"{" and random.randrange(4):
         try:
             return json_text(mutate_value(json.loads(content), random), random)
-        except _FORMATS_TAKEN_APART:
+        except FORMATS_TAKEN_APART:
             pass
     if random.randrange(2) and content:
         # As long as it was: what the header says stays true.
@@ -214,7 +214,7 @@ def mutate_folder(data: bytes, random: Random) -> bytes:
     elif name.endswith(".safetensors"):
         members[name] = _mutate_safetensors(members[name], random)
     else:
-        members[name] = _mutate_content(members[name], random)
+        members[name] = mutate_content(members[name], random)
     return join_members(members)
 
 
@@ -223,8 +223,8 @@ def _mutate_safetensors(data: bytes, random: Random) -> bytes:
         header, content = split_safetensors(data)
         if random.randrange(3):
             return join_safetensors(json_text(mutate_value(header, random), random), content)
-        return join_safetensors(header, _mutate_content(content, random))
-    except _FORMATS_TAKEN_APART:
+        return join_safetensors(header, mutate_content(content, random))
+    except FORMATS_TAKEN_APART:
         return mutate_bytes(data, random)
 
 
@@ -242,11 +242,11 @@ def mutate_gguf(data: bytes, random: Random) -> bytes:
             attribute = random.choice(["more_pairs", "more_tensors", "version"])
             setattr(parts, attribute, getattr(parts, attribute) + number)
         else:
-            parts.data = _mutate_content(parts.data, random)
+            parts.data = mutate_content(parts.data, random)
         if random.randrange(4):
             parts.place()
         return parts.to_bytes()
-    except _FORMATS_TAKEN_APART:
+    except FORMATS_TAKEN_APART:
         return mutate_bytes(data, random)
 
 
@@ -269,7 +269,7 @@ def _mutate_pair(parts: GgufParts, random: Random) -> None:
             changed[at : at + random.randrange(2)] = [_any_text(random)] * random.choice([1, 1, 2])
         parts.pairs[number] = (key, kind, (item, changed if isinstance(changed, list) else [changed]))
     elif kind == 8:
-        parts.pairs[number] = (key, kind, _mutate_content(value, random) if random.randrange(4) else _any_text(random))
+        parts.pairs[number] = (key, kind, mutate_content(value, random) if random.randrange(4) else _any_text(random))
     else:
         parts.pairs[number] = (key, random.choice([kind, kind, 10, 11, 12]), random.choice(NUMBERS))
 

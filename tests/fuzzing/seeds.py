@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -102,16 +103,18 @@ def side_file(text: str) -> Array:
 def _written(write: Callable[[Model, Path], Any], model: Model, folder: Path) -> bytes:
     path = folder / "seed"
     write(model, path)
-    content = path.read_bytes() if path.is_file() else join_members(folder_members(path))
-    for file in [path] if path.is_file() else [*path.iterdir()]:
-        file.unlink()
-    if path.is_dir():
-        path.rmdir()
+    if path.is_file():
+        content = path.read_bytes()
+        path.unlink()
+    else:
+        content = join_members(folder_members(path))
+        shutil.rmtree(path)
     return content
 
 
 def folder_members(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file())
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
 
 
 def packed_seeds(folder: Path) -> Iterator[bytes]:
@@ -127,6 +130,22 @@ def gguf_seeds(folder: Path) -> Iterator[bytes]:
 def hf_seeds(folder: Path) -> Iterator[bytes]:
     yield _written(write_hf, small_model(), folder)
     yield _written(lambda model, path: write_hf(model, path, shard_bytes=200), small_model(), folder)
+
+
+def onnx_seeds(folder: Path) -> Iterator[bytes]:
+    """Graphs that use every weight of the small model, a single one, none, and those of a decoder."""
+    from onnx_graphs import graph_of
+
+    from cluscomp_export.onnx_graph import build_graph
+    from cluscomp_formats.onnx.writer import write_onnx
+
+    decoder = tiny_llama(hidden=12, intermediate=10, layers=1, vocabulary=20)
+    name = "model.layers.0.mlp.down_proj.weight"
+    weight = clustered(name, (12, 10), [codebook("narrow", 300, 3, 1)], 2, "in")
+    decoder = Model(decoder.config, {**decoder.tensors, name: weight}, {"notes.txt": side_file("hello")}, {}, {"version": 1})
+    single = Model({}, {"w": clustered("w", (4, 3), [codebook("c", 3, 2, 1)], 1)})
+    for model, graph in ((small_model(), graph_of), (single, graph_of), (Model({}, {}), graph_of), (decoder, build_graph)):
+        yield _written(lambda model, path, graph=graph: write_onnx(model, path, graph(model)), model, folder)
 
 
 def runtime_seeds(folder: Path) -> Iterator[bytes]:

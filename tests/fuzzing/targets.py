@@ -12,6 +12,7 @@ from fuzzing import seeds
 from fuzzing.containers import write_members
 from fuzzing.contract import hold_to_contract
 from fuzzing.mutations import Mutation, mutate_folder, mutate_gguf, mutate_packed, mutate_packed_content
+from fuzzing.onnx_mutations import mutate_onnx
 
 from cluscomp_export.inspection import inspect_model
 from cluscomp_export.sources import linear_tensors, open_source, source_bytes
@@ -19,6 +20,7 @@ from cluscomp_formats.errors import ClusCompError, InvalidRequestError
 from cluscomp_formats.gguf import looks_gguf, open_gguf
 from cluscomp_formats.hf import looks_hf, open_hf
 from cluscomp_formats.ir import Model, canonical_json
+from cluscomp_formats.onnx import looks_onnx, open_onnx
 from cluscomp_formats.packed import looks_packed, open_packed
 from cluscomp_runtime import LanguageModel, load, run_self_test
 from cluscomp_runtime.tokenizer import Tokenizer
@@ -137,6 +139,7 @@ TARGETS = {
         Target("packed", seeds.packed_seeds, _consume_own(open_packed, looks_packed), mutate_packed),
         Target("hf", seeds.hf_seeds, _consume_own(open_hf, looks_hf), mutate_folder, is_folder=True),
         Target("gguf", seeds.gguf_seeds, _consume_own(open_gguf, looks_gguf), mutate_gguf),
+        Target("onnx", seeds.onnx_seeds, _consume_own(open_onnx, looks_onnx), mutate_onnx, is_folder=True),
         Target("source-gguf", seeds.stock_gguf_seeds, _consume_source, mutate_gguf),
         Target("source-hf", seeds.stock_folder_seeds, _consume_source, mutate_folder, is_folder=True),
         Target("source-reference", seeds.reference_seeds, _consume_source, mutate_folder, is_folder=True),

@@ -73,10 +73,10 @@ def holds_only_model(folder: Path) -> bool:
     try:
         record = json.loads((folder / RECORD).read_bytes())
         known = {*OWN_FILES, *record["files"]}
-        others = [path.name for path in folder.iterdir() if path.name not in known and not _SHARD.fullmatch(path.name)]
+        ours = [(path.name in known or _SHARD.fullmatch(path.name)) and not path.is_dir() for path in folder.iterdir()]
     except (OSError, ValueError, RecursionError, KeyError, TypeError):
         return False
-    return not others and looks_hf(folder)
+    return all(ours) and looks_hf(folder)
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluscomp_formats.errors import InvalidFileError, Problem
+from cluscomp_formats.errors import MAX_PROBLEMS, InvalidFileError, Problem
 from cluscomp_formats.hf.layout import stored_arrays
 from cluscomp_formats.ir import Model
 from cluscomp_formats.onnx.package import require_onnx
 from cluscomp_formats.onnx.spec import (
     CONFIG,
     DATA_FILE,
+    MAX_ENTRIES,
     MAX_MODEL_BYTES,
     METADATA_KEYS,
     METADATA_PREFIX,
@@ -40,6 +43,8 @@ if TYPE_CHECKING:
 
 __all__ = ["holds_only_onnx", "looks_onnx", "open_onnx"]
 
+_BEGIN = b"\x08"
+"""The first field of every ModelProto, the version of its container."""
 _MARK = (METADATA_PREFIX + "layout").encode()
 _LAYOUT_MEMBERS = ("codebooks", "tensors")
 _TAKEN = (CONFIG, SUBFOLDER)
@@ -48,15 +53,14 @@ _CONVERT_AGAIN = "copy, download or convert it again"
 
 def looks_onnx(path: Path) -> bool:
     """Whether `path` is an ONNX folder of ours or its `model.onnx`, by a key of its metadata. Never raises."""
-    file = _model_file(path)
     try:
+        file = _model_file(path)
         if not file.is_file() or file.stat().st_size > MAX_MODEL_BYTES:
             return False
         content = file.read_bytes()
     except (OSError, ValueError):
         return False
-    # A field of ModelProto, the version of its container, comes first.
-    return content[:1] == b"\x08" and _MARK in content
+    return content.startswith(_BEGIN) and _MARK in content
 
 
 def holds_only_onnx(folder: Path) -> bool:
@@ -65,9 +69,9 @@ def holds_only_onnx(folder: Path) -> bool:
         known = {CONFIG, SUBFOLDER, *open_onnx(folder).files}
         others = {path.name for path in folder.iterdir()} - known
         inner = {path.name for path in (folder / SUBFOLDER).iterdir()} - {MODEL_FILE, DATA_FILE}
+        return not others and not inner and not (folder / CONFIG).is_dir()
     except Exception:  # noqa: BLE001 - whatever is wrong with it, the folder is then kept
         return False
-    return not others and not inner
 
 
 def open_onnx(path: Path, *, check: bool = False) -> Model:
@@ -89,9 +93,8 @@ def open_onnx(path: Path, *, check: bool = False) -> Model:
     model = build_model(header, data)
     problems = list(reference_problems(header, model, name, lambda payload: stored_form(payload)[0]))
     if not problems:
-        problems = list(_model_problems(proto, header, model, keys, name))
-    folder = file.parent.parent if file.parent.name == SUBFOLDER else file.parent
-    files, faults = open_side_files(folder, metadata["files"], _TAKEN, name)
+        problems = list(islice(_model_problems(proto, header, model, keys, name), MAX_PROBLEMS))
+    files, faults = open_side_files(_folder_of(file), metadata["files"], _TAKEN, name)
     problems += faults
     if problems:
         raise InvalidFileError(problems)
@@ -105,11 +108,21 @@ def open_onnx(path: Path, *, check: bool = False) -> Model:
 
 
 def _model_file(path: Path) -> Path:
-    return path / SUBFOLDER / MODEL_FILE if path.is_dir() else path
+    # Path.is_dir() raises for a name too long or a folder that is locked.
+    return path / SUBFOLDER / MODEL_FILE if os.path.isdir(path) else path  # noqa: PTH112
+
+
+def _folder_of(file: Path) -> Path:
+    """The folder that a `model.onnx` belongs to. `file` may be a bare name in the current folder."""
+    inner = Path(os.path.abspath(file)).parent  # noqa: PTH100 - resolve() would follow links
+    return inner.parent if inner.name == SUBFOLDER else inner
 
 
 def _read_proto(file: Path) -> onnx.ModelProto:
-    """Parse `model.onnx`; no weight is read. Raises InvalidFileError, StorageError."""
+    """Parse `model.onnx`; no weight is read. All of its texts but those of nodes and functions are UTF-8.
+
+    Raises InvalidFileError, StorageError.
+    """
     import onnx
     from google.protobuf.message import DecodeError
 
@@ -117,26 +130,54 @@ def _read_proto(file: Path) -> onnx.ModelProto:
     if stored.length > MAX_MODEL_BYTES:
         found, expected = f"{stored.length} bytes", f"at most {MAX_MODEL_BYTES}, without the weights"
         raise InvalidFileError(Problem("file_too_long", "the file is too long", stored.name, None, found, expected))
+    content = stored.copy(0, stored.length)
     try:
-        proto: onnx.ModelProto = onnx.ModelProto.FromString(stored.copy(0, stored.length))
+        proto: onnx.ModelProto = onnx.ModelProto.FromString(content)
     except DecodeError as error:
         found = str(error)[:200]
         raise InvalidFileError(Problem("bad_protobuf", "not an ONNX file, or damaged", stored.name, found=found)) from None
+    if not content.startswith(_BEGIN):
+        message, expected = "not an ONNX file, or damaged", "the version of its container first"
+        raise InvalidFileError(Problem("bad_protobuf", message, stored.name, None, None, expected))
+    graph = proto.graph
+    longest = max(map(len, (proto.metadata_props, proto.functions, graph.node, graph.initializer, graph.input)))
+    if longest > MAX_ENTRIES:
+        message, found = "a list in the file is too long", f"{longest} entries"
+        raise InvalidFileError(Problem("too_many_entries", message, stored.name, None, found, f"at most {MAX_ENTRIES}"))
+    # What is not UTF-8 comes as bytes.
+    fault = next((text for text in _texts(proto) if not isinstance(text, str)), None)
+    if fault is not None:
+        raise InvalidFileError(Problem("bad_text", "a text that is not UTF-8", stored.name, found=repr(fault)[:200]))
     return proto
+
+
+def _texts(proto: onnx.ModelProto) -> Iterator[object]:
+    for entry in proto.metadata_props:
+        yield entry.key
+        yield entry.value
+    for tensor in proto.graph.initializer:
+        yield tensor.name
+        for entry in tensor.external_data[:4]:
+            yield entry.key
+            yield entry.value
 
 
 def _metadata(proto: onnx.ModelProto, file: str) -> dict[str, Any]:
     """Our metadata, parsed: value by key, without the prefix. Raises InvalidFileError with every problem found."""
     problems: list[Problem] = []
+    keys: set[str] = set()
     values: dict[str, Any] = {}
     for entry in proto.metadata_props:
         key = entry.key.removeprefix(METADATA_PREFIX)
         if key == entry.key:
             continue
-        if key in values:
-            problems.append(Problem("duplicate_key", "a key of the metadata is there twice", file, entry.key))
+        if key in keys:
+            raise InvalidFileError(Problem("duplicate_key", "a key of the metadata is there twice", file, entry.key[:200]))
+        keys.add(key)
+        if key not in (*METADATA_KEYS, *OPTIONAL_METADATA_KEYS):
+            continue
         try:
-            values[key] = parse_canonical(entry.value.encode("utf-8", "surrogateescape"))
+            values[key] = parse_canonical(entry.value.encode())
         except StrictJsonError as error:
             problems.append(Problem(error.kind, str(error), file, entry.key))
     version = values.get("version")
@@ -144,7 +185,7 @@ def _metadata(proto: onnx.ModelProto, file: str) -> dict[str, Any]:
         message, remedy = "written by a newer version", "upgrade cluscomp-export"
         raise InvalidFileError(Problem("newer_version", message, file, None, str(version), str(VERSION), remedy))
     missing = [key for key in METADATA_KEYS if key not in values]
-    unknown = values.keys() - {*METADATA_KEYS, *OPTIONAL_METADATA_KEYS}
+    unknown = keys - {*METADATA_KEYS, *OPTIONAL_METADATA_KEYS}
     if not values or (missing and not problems):
         message = "not a codebook model: its metadata is not there"
         remedy = "name a folder that `convert --to onnx` made; tools that rewrite a graph may drop its metadata"
@@ -176,7 +217,7 @@ def _read_header(proto: onnx.ModelProto, metadata: Mapping[str, Any], file: str)
         expected = f"an object of {', '.join(_LAYOUT_MEMBERS)}"
         problems.append(Problem("bad_metadata", "layout has another content", file, expected=expected))
     if not problems:
-        problems = list(_initializer_problems(proto, keys, file))
+        problems = list(islice(_initializer_problems(proto, keys, file), MAX_PROBLEMS))
     if problems:
         raise InvalidFileError(problems)
     places = {tensor.name: place(tensor) for tensor in proto.graph.initializer}
@@ -209,7 +250,7 @@ def _initializer_problems(proto: onnx.ModelProto, keys: Sequence[str], file: str
         yield Problem("duplicate_tensor", "two arrays have the same name, or one is sparse", file)
     for tensor in proto.graph.initializer:
         if place(tensor) is None:
-            entries = {entry.key: entry.value for entry in tensor.external_data}
+            entries = {entry.key: entry.value for entry in tensor.external_data[:4]}
             expected = f"location {DATA_FILE}, offset and length in bytes"
             message = "the array is not in the data file"
             yield Problem("bad_external_data", message, file, tensor.name[:200], repr(entries)[:200], expected)

@@ -14,6 +14,7 @@ __all__ = [
     "DOMAIN_VERSION",
     "ELEMENT_TYPES",
     "IR_VERSION",
+    "MAX_ENTRIES",
     "MAX_MODEL_BYTES",
     "METADATA_KEYS",
     "METADATA_PREFIX",
@@ -42,7 +43,10 @@ DATA_FILE = "model.onnx_data"
 CONFIG = "config.json"
 
 MAX_MODEL_BYTES = 1 << 24
-"""Limit on `model.onnx`, which holds no weights; parsed, it takes some fifty times as much memory."""
+"""Limit on `model.onnx`, which holds no weights; parsed, it takes up to a hundred times as much memory."""
+
+MAX_ENTRIES = MAX_MODEL_BYTES // 32
+"""Limit on the entries of each of its lists, and on nodes and attributes together: what is longer has no names in it."""
 
 PAGE = 4096
 """Arrays of this many bytes or more begin on a page, so that a runtime can map them."""
