@@ -23,10 +23,12 @@ from cluscomp_formats.ir import Model
 from cluscomp_runtime.language_model import observe_inputs
 from cluscomp_runtime.tokenizer import Tokenizer
 
-__all__ = ["channel_energies", "read_text", "shipped_text"]
+__all__ = ["calibration_tokens", "calibration_windows", "channel_energies", "read_text", "shipped_text"]
 
 CONTEXT = 512
 MAX_WINDOWS = 16
+MAX_FEEDBACK_WINDOWS = 32
+"""Moments of second order need more of a text than energies do."""
 BATCH = 4
 """Windows run at a time: every batch decodes every matrix once more, and activations take memory by the batch."""
 
@@ -49,31 +51,44 @@ def read_text(path: Path) -> str:
         ) from error
 
 
+def calibration_tokens(model: Model, text: str) -> list[int]:
+    """The text's token ids, at least one. Raises InvalidRequestError without a tokenizer or tokens."""
+    tokenizer = Tokenizer.from_files(model.files)
+    if tokenizer is None:
+        raise InvalidRequestError(Problem("no_tokenizer", "the source has no tokenizer to read a calibration text with"))
+    token_ids = tokenizer.encode(text)
+    if not token_ids:
+        raise InvalidRequestError(Problem("text_too_short", "the calibration text is empty"))
+    return token_ids
+
+
+def calibration_windows(model: Model, text: str, most: int) -> torch.Tensor:
+    """Up to `most` windows of 512 token ids, int64 `[windows, tokens]`; a shorter text is one window.
+
+    Raises what `calibration_tokens` does.
+    """
+    token_ids = calibration_tokens(model, text)
+    length = min(CONTEXT, len(token_ids))
+    count = min(most, len(token_ids) // length)
+    return torch.tensor(token_ids[: count * length]).reshape(count, length)
+
+
 def channel_energies(model: Model, text: str, on_progress: Progress = silent) -> Mapping[str, npt.NDArray[np.float32]]:
     """Energy of each input channel, float32 `[in_features]` with mean 1, by name of the matrix.
 
     The mean over all tokens of the channel's square over the mean square of that token's channels.
 
-    Uses up to 16 windows of 512 tokens; a shorter text is one window. Computed in float64 and rounded to float32, so that
-    the result does not depend on the order in which threads add. Raises InvalidRequestError without a tokenizer or tokens,
-    UnsupportedError if the runtime does not know the architecture.
+    Uses up to 16 windows. Computed in float64 and rounded to float32, so that the result does not depend on the order in which
+    threads add. Raises what `calibration_windows` does, UnsupportedError if the runtime does not know the architecture.
     """
-    tokenizer = Tokenizer.from_files(model.files)
-    if tokenizer is None:
-        raise InvalidRequestError(Problem("no_tokenizer", "the source has no tokenizer to read a calibration text with"))
-    token_ids = tokenizer.encode(text)
-    length = min(CONTEXT, len(token_ids))
-    if length == 0:
-        raise InvalidRequestError(Problem("text_too_short", "the calibration text is empty"))
-    count = min(MAX_WINDOWS, len(token_ids) // length)
-    windows = torch.tensor(token_ids[: count * length]).reshape(count, length)
+    windows = calibration_windows(model, text, MAX_WINDOWS)
     # Made beforehand: small results among large temporaries would keep the heap from shrinking, by gigabytes.
     sums = {
         name: torch.zeros(tensor.shape[1], dtype=torch.float64)
         for name, tensor in model.tensors.items()
         if len(tensor.shape) == 2
     }
-    batches = [windows[start : start + BATCH] for start in range(0, count, BATCH)]
+    batches = [windows[start : start + BATCH] for start in range(0, len(windows), BATCH)]
 
     def observe(name: str, inputs: torch.Tensor) -> None:
         energy = inputs.square().flatten(0, -2)

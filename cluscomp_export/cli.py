@@ -110,6 +110,12 @@ def cli() -> None:
     help="A text whose activations tell which input channels matter. [default: a text of this package; none with --dim]",
 )
 @click.option(
+    "--effort",
+    type=click.Choice(["fast", "balanced", "best"]),
+    help="fast only clusters; balanced chooses codes that make up for each other's errors on the calibration text; best then "
+    "trains codebooks and scales on it, which takes much longer. [default: balanced; fast with --dim]",
+)
+@click.option(
     "--method",
     type=click.Choice(["fast", "lloyd"]),
     default="fast",
@@ -134,8 +140,9 @@ def convert(source: Path, output: Path, *, dry_run: bool, force: bool, as_json: 
       cluscomp-export convert packed.clus folder/ --to hf                       for transformers
       cluscomp-export convert packed.clus out.gguf --to gguf --gguf-type q8_0   for stock llama.cpp
 
-    Memory stays near the largest tensor. OUTPUT is complete or not there; SOURCE is never changed. A clustering that fails or
-    is interrupted keeps what it has finished in a folder .OUTPUT.work beside OUTPUT: run the same command again to go on.
+    Memory stays near the largest tensor (--effort balanced: near one block of the model; best: above the model as float32).
+    OUTPUT is complete or not there; SOURCE is never changed. A clustering that fails or is interrupted keeps what it has
+    finished in a folder .OUTPUT.work beside OUTPUT: run the same command again to go on.
     """
     from cluscomp_export.convert import ConversionOptions, prepare
     from cluscomp_export.convert import convert as run

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from cluscomp_export.error_feedback import ErrorFeedback, InputMoments
 from cluscomp_export.planning import CodebookPlan, Plan, Treatment
 from cluscomp_export.progress import Progress, silent
 from cluscomp_export.work_folder import Forms, WorkFolder
@@ -41,6 +42,7 @@ def cluster_model(
     threads: int | None = None,
     device: str = "cpu",
     energies: Mapping[str, Floats] | None = None,
+    feedback: ErrorFeedback | None = None,
     provenance: Mapping[str, Any] | None = None,
     work: WorkFolder | None = None,
     on_progress: Progress = silent,
@@ -49,16 +51,17 @@ def cluster_model(
 
     Shapes and sizes are known at once, so the result also serves to predict sizes. Reading a codebook fits it (once); reading
     codes or scales encodes that tensor (the last one is kept), so reading in the order of `Model.payloads()` does each tensor
-    once. What `work` holds already is not done again, and what is done is kept there. Raises InvalidFileError, on reading, for
-    weights that are not finite or out of float16's range, StorageError if `work` cannot be written.
+    once; with `feedback` it encodes all blocks up to that tensor's, and keeps them in `work` or, without that, in memory. What
+    `work` holds already is not done again, and what is done is kept there. Raises InvalidFileError, on reading, for weights
+    that are not finite or out of float16's range, StorageError if `work` cannot be written.
     """
-    worker = _Worker(source, plan, energies or {}, method, seed, threads, device, work, on_progress)
+    worker = _Worker(source, plan, energies or {}, method, seed, threads, device, feedback, work, on_progress)
     codebooks = {book.name: worker.codebook(book) for book in plan.codebooks}
     tensors: dict[str, Tensor] = {}
     for name, tensor in source.tensors.items():
         treatment = plan.treatments.get(name)
         if treatment is not None:
-            tensors[name] = worker.weight(name, treatment, codebooks[treatment.codebook.name])
+            tensors[name] = worker.clustered[name] = worker.weight(name, treatment, codebooks[treatment.codebook.name])
         else:
             tensors[name] = _dense(tensor) if isinstance(tensor, DenseTensor) else tensor
     return Model(source.config, tensors, source.files, provenance or {})
@@ -101,6 +104,7 @@ class _Worker:
         seed: int,
         threads: int | None,
         device: str,
+        feedback: ErrorFeedback | None,
         work: WorkFolder | None,
         on_progress: Progress,
     ) -> None:
@@ -111,8 +115,11 @@ class _Worker:
         self.seed = seed
         self.threads = threads
         self.device = device
+        self.feedback = feedback
         self.work = work
         self.on_progress = on_progress
+        self.clustered: dict[str, ClusteredWeight] = {}
+        self.kept: dict[str, dict[str, AnyArray]] = {}
         self.shared: dict[str, npt.NDArray[np.float16]] = {}
         self.fitted: tuple[str, npt.NDArray[np.float16]] | None = None
         self.encoded: tuple[str, npt.NDArray[np.uint16], npt.NDArray[np.float16]] | None = None
@@ -179,14 +186,19 @@ class _Worker:
         weighted = any(name in self.energies for name in book.members)
         return np.concatenate(samples), np.concatenate(weights) if weighted else None
 
+    def _known(self, name: str, forms: Forms) -> dict[str, AnyArray] | None:
+        """The arrays of a finished unit of work."""
+        return self.kept.get(name) if self.work is None else self.work.load(name, forms)
+
     def _finished(self, name: str, forms: Forms, compute: Callable[[], dict[str, AnyArray]]) -> dict[str, AnyArray]:
         """The arrays of a unit of work, computed unless they were before."""
-        if self.work is None:
-            return compute()
-        arrays = self.work.load(name, forms)
+        arrays = self._known(name, forms)
         if arrays is None:
             arrays = compute()
-            self.work.save(name, arrays)
+            if self.work is not None:
+                self.work.save(name, arrays)
+            elif self.feedback is not None:
+                self.kept[name] = arrays
         return arrays
 
     def _fit(self, book: CodebookPlan) -> npt.NDArray[np.float16]:
@@ -225,37 +237,50 @@ class _Worker:
 
     def _encode(self, name: str) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.float16]]:
         if self.encoded is None or self.encoded[0] != name:
-            treatment = self.plan.treatments[name]
-            out_features, in_features = treatment.shape
-            forms: Forms = {
-                "codes": ("uint16", (in_features, -(-out_features // treatment.codebook.cluster_dim))),
-                "row_scale": ("float16", (out_features if treatment.row_scale else 0,)),
-            }
-            arrays = self._finished(f"tensor {name}", forms, lambda: self._codes(name))
+            if self.feedback is not None and self.feedback.covers(name):
+                self.feedback.reach(name, self.clustered, self._is_encoded, self._encoded)
+            arrays = self._encoded(name)
             self.encoded = (name, arrays["codes"], arrays["row_scale"])
         return self.encoded[1:]
 
-    def _codes(self, name: str) -> dict[str, AnyArray]:
+    def _forms(self, name: str) -> Forms:
         treatment = self.plan.treatments[name]
+        out_features, in_features = treatment.shape
+        return {
+            "codes": ("uint16", (in_features, -(-out_features // treatment.codebook.cluster_dim))),
+            "row_scale": ("float16", (out_features if treatment.row_scale else 0,)),
+        }
+
+    def _is_encoded(self, name: str) -> bool:
+        return self._known(f"tensor {name}", self._forms(name)) is not None
+
+    def _encoded(self, name: str, moments: InputMoments | None = None) -> dict[str, AnyArray]:
+        return self._finished(f"tensor {name}", self._forms(name), lambda: self._codes(name, moments))
+
+    def _codes(self, name: str, moments: InputMoments | None) -> dict[str, AnyArray]:
+        treatment = self.plan.treatments[name]
+        out_features, in_features = treatment.shape
         centroids = self._fit(treatment.codebook).astype(np.float32)
         vectors, scale = self._vectors(name)
-        codes = assign(vectors, centroids, threads=self.threads, device=self.device)
-        in_features = treatment.shape[1]
-        row_scale = _refit_scale(vectors, centroids[codes], self._weights(name, in_features), scale)
-        return {"codes": codes.reshape(in_features, -1), "row_scale": row_scale}
+        if moments is None:
+            codes = assign(vectors, centroids, threads=self.threads, device=self.device).reshape(in_features, -1)
+            factors = _scale_factors(vectors, centroids[codes], self._weights(name, in_features), out_features)
+        else:
+            weights = vectors.reshape(in_features, -1)
+            codes, factors = moments.encode(weights, centroids, out_features, threads=self.threads, device=self.device)
+        row_scale = np.empty(0) if scale is None else np.clip(scale * factors, *SCALE_RANGE)
+        return {"codes": codes, "row_scale": row_scale.astype(np.float16)}
 
 
-def _refit_scale(vectors: Floats, decoded: Floats, energy: Floats, scale: Floats | None) -> npt.NDArray[np.float16]:
-    """Row scales float16 `[out_features]` with the least squared error for these codes.
+def _scale_factors(vectors: Floats, decoded: Floats, energy: Floats, out_features: int) -> npt.NDArray[np.float64]:
+    """What to multiply each row with, `[out_features]`, for the least squared error with these codes.
 
-    `s <w, q> / <q, q>` per row, the products weighted by `energy` `[in_features]`.
+    `<w, q> / <q, q>` per row, the products weighted by `energy` `[in_features]`.
     """
-    if scale is None:
-        return np.empty(0, dtype=np.float16)
-    rows = len(scale)
-    wanted, given = (values.reshape(len(energy), -1)[:, :rows] for values in (vectors, decoded))
+    wanted, given = (values.reshape(len(energy), -1)[:, :out_features] for values in (vectors, decoded))
     products = np.einsum("i,ir,ir->r", energy, wanted, given, dtype=np.float64)
     energies = np.einsum("i,ir,ir->r", energy, given, given, dtype=np.float64)
-    factor = np.divide(products, energies, out=np.ones(rows), where=(energies > 0) & (products > 0))
-    refitted: npt.NDArray[np.float16] = np.clip(scale * factor, *SCALE_RANGE).astype(np.float16)
-    return refitted
+    factors: npt.NDArray[np.float64] = np.divide(
+        products, energies, out=np.ones(out_features), where=(energies > 0) & (products > 0)
+    )
+    return factors

@@ -13,16 +13,25 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from cluscomp_export.calibration import channel_energies, read_text, shipped_text
+from cluscomp_export.calibration import (
+    MAX_FEEDBACK_WINDOWS,
+    calibration_tokens,
+    calibration_windows,
+    channel_energies,
+    read_text,
+    shipped_text,
+)
 from cluscomp_export.clustering import Method, cluster_model, work_bytes
+from cluscomp_export.error_feedback import ErrorFeedback
 from cluscomp_export.planning import Plan, Share, embedding_tensors, plan_bits, plan_fixed
 from cluscomp_export.progress import Progress, silent
 from cluscomp_export.sizes import Sizes, model_sizes
 from cluscomp_export.sources import open_source, source_bytes
+from cluscomp_export.tuning import RecoveryOptions, TrainableModel, recover
 from cluscomp_export.work_folder import WorkFolder, fingerprint, remove_work, work_folder, work_path
 from cluscomp_export.writers import find_writer
 from cluscomp_formats.errors import (
@@ -41,6 +50,8 @@ from cluscomp_runtime.language_model import check_device
 
 __all__ = ["ConversionOptions", "ConversionReport", "Prepared", "convert", "prepare", "scan_source"]
 
+Effort = Literal["fast", "balanced", "best"]
+
 DEFAULT_BITS = 4.0
 
 
@@ -52,8 +63,9 @@ class ConversionOptions:
     (the paper's setting, the same for every matrix); neither means 4 bits. `share=None` lets the planner choose.
     `embedding_bits` is a budget per weight of embedding and head; 16 keeps them dense, None keeps the width of the source
     where that is below 16. `calibration` is a text file whose activations weight the clustering, "none", or None: the text the
-    package ships with `bits`, none with the paper's setting. `gguf_type` decodes for stock llama.cpp. `threads` and `device`
-    do not change the result.
+    package ships with `bits`, none with the paper's setting. `effort="fast"` only clusters; "balanced", the default where there
+    is a calibration text, also chooses codes with error feedback; "best" then trains codebooks, scales and norms on the text.
+    `gguf_type` decodes for stock llama.cpp. `threads` and `device` do not change the result, except that of a training.
     """
 
     bits: float | None = None
@@ -62,6 +74,7 @@ class ConversionOptions:
     share: Share | None = None
     embedding_bits: float | None = None
     calibration: str | None = None
+    effort: Effort | None = None
     method: Method = "fast"
     seed: int = 0
     to: str = "packed"
@@ -72,12 +85,14 @@ class ConversionOptions:
     @property
     def asks_clustering(self) -> bool:
         """Whether any option says how to cluster."""
-        given = (self.bits, self.cluster_dim, self.num_clusters, self.share, self.embedding_bits, self.calibration)
+        how = (self.bits, self.cluster_dim, self.num_clusters, self.share, self.embedding_bits)
+        given = (*how, self.calibration, self.effort)
         return any(value is not None for value in given)
 
     def calibration_text(self) -> str | None:
         """The text to calibrate on, if any. Raises InvalidFileError."""
-        if self.calibration == "none" or (self.calibration is None and self.cluster_dim is not None):
+        bare = self.cluster_dim is not None and self.effort in (None, "fast")
+        if self.calibration == "none" or (self.calibration is None and bare):
             return None
         return shipped_text() if self.calibration is None else read_text(Path(self.calibration))
 
@@ -102,7 +117,11 @@ class Prepared:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What `convert` did. `reused` counts the units of work (codebooks, tensors) that an interrupted attempt had finished."""
+    """What `convert` did.
+
+    `recovery` is the record of a recovery training, if this call did one: its loss `curve` and why it `stopped` early. `reused`
+    counts the units of work (codebooks, tensors) that an interrupted attempt had finished.
+    """
 
     output: str
     file_bytes: int
@@ -110,6 +129,7 @@ class ConversionReport:
     digest: str | None
     bits_per_weight: Mapping[str, float]
     self_test: bool
+    recovery: Mapping[str, Any] | None
     reused: int
     seconds: float
     warnings: tuple[str, ...]
@@ -169,6 +189,7 @@ def convert(
     warnings = list(prepared.warnings)
     model = prepared.model
     record: Mapping[str, Any] | None = None
+    recovery: Mapping[str, Any] | None = None
 
     def self_test(written: Model) -> Mapping[str, Any] | None:
         nonlocal record
@@ -179,7 +200,7 @@ def convert(
         work = unfinished.enter_context(work_folder(output)) if prepared.plan is not None else None
         _check_space(output, prepared, work)
         if prepared.plan is not None and work is not None:
-            model = _clustered(prepared.source, prepared.plan, source_path, options, work, warnings, on_progress)
+            model, recovery = _clustered(prepared.source, prepared.plan, source_path, options, work, warnings, on_progress)
         written = writer.write(
             model,
             output,
@@ -194,6 +215,7 @@ def convert(
         digest=written.digest,
         bits_per_weight=prepared.sizes.bits_per_weight(),
         self_test=record is not None,
+        recovery=recovery,
         reused=work.reused if work is not None else 0,
         seconds=time.perf_counter() - started,
         warnings=tuple(warnings),
@@ -208,12 +230,14 @@ def _clustered(
     work: WorkFolder,
     warnings: list[str],
     on_progress: Progress,
-) -> Model:
-    """The model to write, with its provenance: what it was made from, and how."""
+) -> tuple[Model, Mapping[str, Any] | None]:
+    """The model to write, with its provenance (what it was made from, and how), and the record of its training, if any."""
     text = options.calibration_text()
     recorded = options.recorded()
     if text is not None:
         recorded["calibration"] = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+    effort = options.effort or ("fast" if text is None else "balanced")
+    recorded["effort"] = effort
     provenance = {
         "tool": "cluscomp-export",
         "version": __version__,
@@ -225,16 +249,20 @@ def _clustered(
         on_progress(f"resuming with {kept} finished parts", kept, kept)
     if deleted:
         warnings.append("the unfinished work of a conversion of another source or with other options was discarded")
-    energies = None
+    energies = feedback = None
     if text is not None:
         try:
             energies = _energies(source, text, work, on_progress)
+            if effort != "fast":
+                feedback = ErrorFeedback(source, calibration_windows(source, text, MAX_FEEDBACK_WINDOWS), on_progress)
         except (InvalidRequestError, UnsupportedError) as error:
             if options.calibration is not None:
                 raise
             del recorded["calibration"]
-            warnings.append(f"clustered without calibration: {error.problems[0].message}")
-    return cluster_model(
+            recorded["effort"] = "fast"
+            what = "calibration" if effort == "fast" else "calibration and error feedback"
+            warnings.append(f"clustered without {what}: {error.problems[0].message}")
+    model = cluster_model(
         source,
         plan,
         method=options.method,
@@ -242,10 +270,28 @@ def _clustered(
         threads=options.threads,
         device=options.device,
         energies=energies,
+        feedback=feedback,
         provenance=provenance,
         work=work,
         on_progress=on_progress,
     )
+    if effort == "best" and feedback is not None and text is not None:
+        return _recovered(model, source, text, options, work, on_progress)
+    return model, None
+
+
+def _recovered(
+    model: Model, source: Model, text: str, options: ConversionOptions, work: WorkFolder, on_progress: Progress
+) -> tuple[Model, Mapping[str, Any] | None]:
+    """The model after recovery training and how that went; unless an earlier attempt has done it."""
+    trainable = TrainableModel(model)
+    values = work.load("recovery", trainable.forms())
+    if values is not None:
+        return trainable.with_values(values), None
+    token_ids = calibration_tokens(source, text)
+    result = recover(trainable, source, token_ids, RecoveryOptions(seed=options.seed), on_progress)
+    work.save("recovery", result.values)
+    return result.model, result.record()
 
 
 def _energies(source: Model, text: str, work: WorkFolder, on_progress: Progress) -> Mapping[str, AnyArray]:
@@ -314,6 +360,9 @@ def _check_options(options: ConversionOptions) -> None:
             found=f"{options.embedding_bits:g}",
             expected="more than 0, at most 16",
         )
+    elif options.effort not in (None, "fast") and options.calibration == "none":
+        found, remedy = f"--effort {options.effort} --calibration none", "give a text, or --effort fast"
+        problem = Problem("bad_option", "error feedback needs a calibration text", found=found, remedy=remedy)
     if problem:
         raise InvalidRequestError(problem)
     check_device(options.device)

@@ -52,8 +52,8 @@ class WorkFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.conversion = ""
-        self.reused = 0
-        """Units that were taken up again."""
+        self._saved: set[str] = set()
+        self._reused: set[str] = set()
 
     def begin(self, conversion: str) -> tuple[int, int]:
         """Keep the units of the conversion with this fingerprint, delete all others. How many were kept, and deleted."""
@@ -83,7 +83,8 @@ class WorkFolder:
         checksum = arrays.pop(_CHECKSUM)
         if checksum.tobytes() != self._checksum(name, arrays):
             return None
-        self.reused += 1
+        if name not in self._saved:
+            self._reused.add(name)
         return {_array_name(key): values for key, values in arrays.items()}
 
     def save(self, name: str, arrays: Mapping[str, AnyArray]) -> None:
@@ -108,6 +109,12 @@ class WorkFolder:
             unfinished.replace(file)
         except OSError as error:
             raise storage_error(file, error) from error
+        self._saved.add(name)
+
+    @property
+    def reused(self) -> int:
+        """Units of an earlier attempt that were taken up again."""
+        return len(self._reused)
 
     @property
     def empty(self) -> bool:

@@ -61,7 +61,7 @@ class RMSNorm:
 
 
 @dataclass
-class _Positions:
+class Positions:
     """What the layers need to know about the tokens of one pass."""
 
     cosines: torch.Tensor
@@ -88,7 +88,7 @@ class Attention:
         self.heads, self.kv_heads, self.head_dim = settings.num_heads, settings.num_kv_heads, settings.head_dim
         self.window = settings.windows[index]
 
-    def __call__(self, x: torch.Tensor, positions: _Positions, cache: KeyValueCache | None) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, positions: Positions, cache: KeyValueCache | None) -> torch.Tensor:
         batch, tokens, _ = x.shape
         queries, keys = self.query(x), self.key(x)
         if self.query_norm is not None and self.key_norm is not None:
@@ -146,7 +146,7 @@ class DecoderLayer:
         self.feed_forward_norm = _norm(model, settings, builder, f"{prefix}.post_attention_layernorm")
         self.feed_forward = FeedForward(model, settings, index, builder)
 
-    def __call__(self, x: torch.Tensor, positions: _Positions, cache: KeyValueCache | None) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, positions: Positions, cache: KeyValueCache | None) -> torch.Tensor:
         x = x + self.attention(self.attention_norm(x), positions, cache)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
@@ -175,7 +175,7 @@ class Decoder:
         token alone, `[batch, 1, vocab_size]`: the head is the largest matrix.
         """
         start = 0 if cache is None else cache.length
-        positions = self._positions(start, input_ids.shape[1])
+        positions = self.positions(start, input_ids.shape[1])
         x = self.embedding.embedding(input_ids)
         for layer in self.layers:
             x = layer(x, positions, cache)
@@ -183,13 +183,14 @@ class Decoder:
             cache.length = start + input_ids.shape[1]
         return self.head(self.norm(x[:, -1:] if last_only else x))
 
-    def _positions(self, start: int, tokens: int) -> _Positions:
+    def positions(self, start: int, tokens: int) -> Positions:
+        """What the layers need for `tokens` tokens from position `start` on."""
         end = start + tokens
         if end > len(self._cosines):
             self._cosines, self._sines = self._tables(end)
         windows = set(self.settings.windows)
         masks = {window: self._mask(start, tokens, window) for window in windows} if tokens > 1 or start == 0 else {}
-        return _Positions(self._cosines[start:end], self._sines[start:end], start, masks)
+        return Positions(self._cosines[start:end], self._sines[start:end], start, masks)
 
     def _mask(self, start: int, tokens: int, window: int | None) -> torch.Tensor | None:
         end = start + tokens

@@ -96,7 +96,7 @@ def kmeans(
     if rounds < 0:
         raise ValueError(f"iterations must not be negative, got {iterations}")
     scales = checked_weights(weights, count)
-    job = _Job(points, scales, num_clusters, method, rounds, seed, checked_threads(threads), _path(device), on_progress)
+    job = _Job(points, scales, num_clusters, method, rounds, seed, checked_threads(threads), compute_path(device), on_progress)
     if count <= num_clusters:
         result = job.lossless()
     elif dim == 1 and method == "fast":
@@ -120,7 +120,7 @@ def assign(points: Floats, centroids: Floats, *, threads: int | None = None, dev
         raise ValueError(f"points have dim {points.shape[1]}, centroids dim {centroids.shape[1]}; they must agree")
     if len(centroids) > MAX_CLUSTERS:
         raise ValueError(f"at most {MAX_CLUSTERS} centroids are possible (a code fits 16 bits), got {len(centroids)}")
-    return _assign(points, centroids, checked_threads(threads), _path(device), _nothing)
+    return _assign(points, centroids, checked_threads(threads), compute_path(device), _nothing)
 
 
 @dataclass
@@ -228,7 +228,7 @@ def _warn_missing(reason: str) -> None:
     warnings.warn(f"k-means runs in torch, many times slower: {reason}", RuntimeWarning, stacklevel=4)
 
 
-def _path(device: str) -> str:
+def compute_path(device: str) -> str:
     kind = torch.device(device).type
     if kind == "cuda":
         return "cuda"

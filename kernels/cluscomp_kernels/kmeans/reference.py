@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["lloyd_step", "nearest", "squared_distances"]
+__all__ = ["feedback_codes", "lloyd_step", "nearest", "squared_distances"]
 
 Floats = npt.NDArray[np.float32]
 
@@ -45,3 +45,16 @@ def lloyd_step(points: Floats, weights: Floats | None, centroids: Floats) -> Flo
     for d in range(points.shape[1]):
         moved[alive, d] = np.bincount(codes, mass * points[:, d], len(centroids))[alive] / total[alive]
     return moved
+
+
+def feedback_codes(weights: Floats, centroids: Floats, factor: Floats, out_features: int) -> npt.NDArray[np.uint16]:
+    """Codes uint16 `[channels, groups]` of `weights` `[channels, groups * dim]`, channel after channel; sums in float64."""
+    dim = centroids.shape[1]
+    codes = np.empty((len(weights), weights.shape[1] // dim), dtype=np.uint16)
+    errors = np.zeros(weights.shape)
+    for channel in range(len(weights)):
+        target = weights[channel] + factor[:channel, channel] @ errors[:channel]
+        codes[channel] = nearest(target.astype(np.float32).reshape(-1, dim), centroids)[0]
+        errors[channel] = weights[channel] - centroids[codes[channel]].reshape(-1)
+        errors[channel, out_features:] = 0
+    return codes

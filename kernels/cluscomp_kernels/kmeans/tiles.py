@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from cluscomp_kernels.kmeans import library
 
-__all__ = ["Tiles", "neighbour_lists", "pack_tiles", "refresh_lists"]
+__all__ = ["Tiles", "neighbour_lists", "outer_boxes", "pack_tiles", "refresh_lists"]
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int32]
@@ -65,6 +65,14 @@ def pack_tiles(centroids: Floats, order: Ints | None = None) -> Tiles:
     # Rounded up: the search relies on no norm being larger.
     largest = float(np.nextafter(np.float32(norms.max()), np.float32(np.inf)))
     return Tiles(_in_lanes(ordered), padded, _in_lanes(low), _in_lanes(high), half_norms, largest)
+
+
+def outer_boxes(tiles: Tiles) -> tuple[Floats, Floats]:
+    """Low and high corners of the boxes around every 16 tiles, in tiles: float32 `[ceil(num_tiles / 256), dim, 16]` each."""
+    filled = tiles.low == FAR
+    low = np.min(tiles.low, axis=2)
+    high = np.max(np.where(filled, -FAR, tiles.high), axis=2)
+    return _in_lanes(low), _in_lanes(high)
 
 
 def neighbour_lists(

@@ -1,0 +1,96 @@
+"""Quality, size, time and memory of conversions: one line for each budget and effort.
+
+    .venv/bin/python benchmarks/compression.py MODEL --text wikitext2-raw-test.txt --bits 4 3 2.5 2 --effort fast balanced
+
+Every conversion is a process of its own, whose time and peak memory are reported; each artefact passes its self-test before it
+is scored. Perplexity, divergence and agreement are those of `cluscomp-export eval` on the first windows of the text, which must
+not be the calibration text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from cluscomp_export.evaluate import evaluate_files
+from cluscomp_export.terminal import print_table, say
+from cluscomp_runtime import load
+
+
+def convert(source: Path, output: Path, bits: float, effort: str, calibration: Path | None, threads: int) -> dict[str, Any]:
+    """Convert in a process of its own: its report, wall-clock seconds and peak resident megabytes."""
+    command = [sys.executable, "-m", "cluscomp_export.cli", "convert", str(source), str(output), "--json"]
+    command += ["--bits", f"{bits:g}", "--effort", effort, "--threads", str(threads)]
+    command += ["--calibration", str(calibration)] if calibration else []
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+    assert process.stdout is not None
+    report = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode != 0:
+        sys.exit(f"{' '.join(command)} failed: {report.decode()}")
+    measured = {
+        "seconds": time.perf_counter() - started,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        "peak_megabytes": usage.ru_maxrss / 1024,
+    }
+    return {**json.loads(report), **measured}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--text", type=Path, required=True, help="to evaluate with")
+    parser.add_argument("--windows", type=int, default=20, help="windows of 512 tokens")
+    parser.add_argument("--calibration", type=Path, help="[default: the text the package ships]")
+    parser.add_argument("--bits", type=float, nargs="+", default=[4.0, 3.0, 2.5, 2.0])
+    parser.add_argument("--effort", nargs="+", default=["fast", "balanced", "best"])
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--json", action="store_true", help="print the figures for machines")
+    arguments = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for bits in arguments.bits:
+            for effort in arguments.effort:
+                output = Path(folder) / f"{bits:g}-{effort}.clus"
+                report = convert(arguments.model, output, bits, effort, arguments.calibration, arguments.threads)
+                load(output, selftest=True)
+                quality = evaluate_files(output, text=arguments.text, reference=arguments.model, windows=arguments.windows)
+                row = {"bits": bits, "effort": effort, "load": os.getloadavg()[1], **report, "quality": vars(quality)}
+                say(json.dumps(row))
+                rows.append(row)
+                output.unlink()
+    if arguments.json:
+        print(json.dumps(rows, indent=2))
+        return
+    header = ("bits", "effort", "linears", "MB", "perplexity", "KL", "top-1 %", "seconds", "CPU s", "peak MB")
+    print_table(
+        header,
+        [
+            (
+                f"{row['bits']:g}",
+                row["effort"],
+                f"{row['bits_per_weight']['linears']:.2f}",
+                f"{row['file_bytes'] / 1e6:.1f}",
+                f"{row['quality']['perplexity']:.2f}",
+                f"{row['quality']['kl']:.4f}",
+                f"{100 * row['quality']['top1']:.1f}",
+                f"{row['seconds']:.0f}",
+                f"{row['cpu_seconds']:.0f}",
+                f"{row['peak_megabytes']:.0f}",
+            )
+            for row in rows
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()

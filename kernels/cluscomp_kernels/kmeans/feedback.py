@@ -1,0 +1,126 @@
+"""`assign_with_feedback`: codes chosen channel after channel, each making up for the errors of those before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cluscomp_kernels.kmeans import library
+from cluscomp_kernels.kmeans.clustering import compute_path
+from cluscomp_kernels.kmeans.native_engine import spatial_order
+from cluscomp_kernels.kmeans.tiles import outer_boxes, pack_tiles
+from cluscomp_kernels.kmeans.torch_engine import nearest_search
+from cluscomp_kernels.kmeans.validation import MAX_CLUSTERS, checked_threads, checked_vectors
+
+__all__ = ["assign_with_feedback", "feedback_factor"]
+
+Floats = npt.NDArray[np.float32]
+Codes = npt.NDArray[np.uint16]
+
+Search = Callable[[Floats, Floats, Floats, Floats], Codes]
+"""`(weights, targets, errors, factor) -> codes` for a block of channels, of which the first two are `[channels, width]`; fills
+`errors` `[channels, width]`, and feeds back into `targets` by `factor` `[channels, channels]`."""
+
+BLOCK = 64
+"""Channels that feed back to each other one by one; a matrix product then feeds back to all that follow."""
+
+
+def feedback_factor(moments: torch.Tensor) -> torch.Tensor:
+    """The unit upper triangle R of `moments = R D R^T` with D diagonal, float64 `[channels, channels]`.
+
+    `moments` are symmetric: the mean of `x x^T` over inputs x. Raises torch.linalg.LinAlgError unless they are positive
+    definite.
+    """
+    lower = torch.linalg.cholesky(moments.flip(0, 1))
+    factor: torch.Tensor = (lower / lower.diagonal()).flip(0, 1)
+    return factor
+
+
+def assign_with_feedback(
+    weights: Floats,
+    centroids: Floats,
+    factor: Floats,
+    *,
+    out_features: int | None = None,
+    threads: int | None = None,
+    device: str = "cpu",
+) -> Codes:
+    """Codes uint16 `[channels, groups]` for which `x @ (weights - decoded)` is small: greedily, from the first channel on.
+
+    `weights` float32 `[channels, groups * dim]`; `centroids` float32 `[k, dim]`; `factor` float32 `[channels, channels]` from
+    `feedback_factor`. Channel k takes the nearest centroids of
+
+        w_k + sum over j < k of (w_j - q_j) factor[j, k]
+
+    where q are the decoded weights: the greedy choice of GPTQ (Frantar et al., arXiv 2210.17323) in the form of LDLQ (Chee et
+    al., arXiv 2307.13304), which needs no inverse. Columns past `out_features` only pad the last group: their errors do
+    not count. The result does not depend on the number of threads as long as torch's float32 matrix products do not.
+
+    Raises TypeError for arguments of the wrong type; ValueError for values out of range or shapes that do not agree.
+    """
+    centroids = checked_vectors(centroids, "centroids")
+    dim = centroids.shape[1]
+    if len(centroids) > MAX_CLUSTERS:
+        raise ValueError(f"at most {MAX_CLUSTERS} centroids are possible (a code fits 16 bits), got {len(centroids)}")
+    if weights.ndim != 2 or weights.shape[1] % dim:
+        raise ValueError(f"weights must have shape [channels, groups * {dim}], got {list(weights.shape)}")
+    channels, width = weights.shape
+    weights = checked_vectors(weights.reshape(-1, dim), "weights").reshape(channels, width)
+    if factor.dtype != np.float32 or factor.shape != (channels, channels) or not np.isfinite(factor).all():
+        raise ValueError(f"factor must be finite float32 [{channels}, {channels}], got {factor.dtype} {list(factor.shape)}")
+    rows = width if out_features is None else out_features
+    if not width - dim < rows <= width:
+        raise ValueError(f"out_features must be {width - dim + 1} to {width} for {width // dim} groups of {dim}, got {rows}")
+    path = compute_path(device)
+    search = (
+        _native_search(centroids, rows, checked_threads(threads))
+        if path == "native"
+        else _torch_search(centroids, rows, device)
+    )
+    shares, targets = torch.from_numpy(factor), torch.from_numpy(weights.copy())
+    codes = np.empty((channels, width // dim), dtype=np.uint16)
+    for begin in range(0, channels, BLOCK):
+        end = min(begin + BLOCK, channels)
+        errors = np.empty((end - begin, width), dtype=np.float32)
+        inside = np.ascontiguousarray(factor[begin:end, begin:end])
+        codes[begin:end] = search(weights[begin:end], targets[begin:end].numpy(), errors, inside)
+        targets[end:].addmm_(shares[begin:end, end:].t(), torch.from_numpy(errors))
+    return codes
+
+
+def _native_search(centroids: Floats, out_features: int, threads: int) -> Search:
+    dim = centroids.shape[1]
+    tiles = pack_tiles(centroids, spatial_order(centroids, threads))
+    space = (*tiles.arguments(), *outer_boxes(tiles), centroids, dim)
+
+    def search(weights: Floats, targets: Floats, errors: Floats, factor: Floats) -> Codes:
+        channels, width = weights.shape
+        codes = np.empty((channels, width // dim), dtype=np.uint16)
+        sizes = (channels, width // dim, out_features, threads, library.INSTRUCTION_LEVEL)
+        library.call("cc_kmeans_feedback", *space, weights, targets, errors, codes, factor, *sizes)
+        return codes
+
+    return search
+
+
+def _torch_search(centroids: Floats, out_features: int, device: str) -> Search:
+    target = torch.device(device)
+    nearest, space = nearest_search(target), torch.from_numpy(centroids).to(target)
+    dim = centroids.shape[1]
+
+    def search(weights: Floats, targets: Floats, errors: Floats, factor: Floats) -> Codes:
+        channels, width = weights.shape
+        wanted, aims, shares = (torch.from_numpy(values).to(target) for values in (weights, targets, factor))
+        codes = torch.empty((channels, width // dim), dtype=torch.int64, device=target)
+        for channel in range(channels):
+            codes[channel] = nearest(aims[channel].reshape(-1, dim), space)[0]
+            error = wanted[channel] - space[codes[channel]].reshape(-1)
+            error[out_features:] = 0
+            errors[channel] = error.cpu().numpy()
+            aims[channel + 1 :] += shares[channel, channel + 1 :, None] * error
+        return codes.cpu().numpy().astype(np.uint16)
+
+    return search
