@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from reference_checkpoints import llama, make_reference
 
 from cluscomp_export.convert import ConversionOptions, convert
 from cluscomp_export.inspection import inspect_model
@@ -50,6 +54,30 @@ def test_every_pair_keeps_every_byte(artefacts: dict[str, Path], tmp_path: Path,
     output = tmp_path / "out"
     convert(artefacts[source], output, ConversionOptions(to=target))
     assert contents(output) == contents(artefacts[target])
+
+
+@pytest.mark.smollm2
+def test_every_pair_keeps_every_byte_of_smollm2(smollm2_gguf: Path, tmp_path: Path) -> None:
+    made = {name: tmp_path / name for name in FORMATS}
+    # A few clusters, and no calibration: what is under test is the formats, not the quality.
+    convert(smollm2_gguf, made["packed"], ConversionOptions(cluster_dim=4, num_clusters=64, share="kind"))
+    for name in FORMATS[1:]:
+        convert(made["packed"], made[name], ConversionOptions(to=name))
+    expected = {name: contents(path) for name, path in made.items()}
+    for source, target in itertools.product(FORMATS[1:], FORMATS):
+        output = tmp_path / f"{target} of {source}"
+        convert(made[source], output, ConversionOptions(to=target))
+        assert contents(output) == expected[target], (source, target)
+        shutil.rmtree(output) if output.is_dir() else output.unlink()
+
+
+@pytest.mark.parametrize("target", FORMATS)
+def test_a_checkpoint_of_the_authors_goes_to_every_format(tmp_path: Path, target: str) -> None:
+    source = tmp_path / "reference"
+    make_reference(source, llama(), 40, 3, torch.bfloat16)
+    convert(source, tmp_path / "out", ConversionOptions(to=target))
+    assert open_source(tmp_path / "out").digest() == open_source(source).digest()
+    assert verify(source, tmp_path / "out").verdict == "equal"
 
 
 @pytest.mark.parametrize("name", FORMATS)
