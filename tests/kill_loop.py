@@ -22,9 +22,10 @@ from cluscomp_export import clustering
 from cluscomp_export.convert import ConversionOptions, convert
 from cluscomp_formats.gguf import open_gguf
 from cluscomp_formats.hf import open_hf
+from cluscomp_formats.onnx import open_onnx
 from cluscomp_formats.packed import open_packed
 
-OPEN = {"packed": open_packed, "hf": open_hf, "gguf": open_gguf}
+OPEN = {"packed": open_packed, "hf": open_hf, "gguf": open_gguf, "onnx": open_onnx}
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir")
 
 
@@ -85,8 +86,8 @@ def attempt(source: Path, output: Path, to: str, kill_at: tuple[str, int] | None
 
 
 def content(output: Path) -> dict[str, bytes]:
-    files = sorted(output.iterdir()) if output.is_dir() else [output]
-    return {file.name: file.read_bytes() for file in files}
+    files = [output] if output.is_file() else sorted(file for file in output.rglob("*") if file.is_file())
+    return {str(file.relative_to(output)): file.read_bytes() for file in files}
 
 
 def check(output: Path, to: str, digests: set[str]) -> str:
@@ -103,7 +104,7 @@ def main(source: Path, folder: Path, to: str) -> None:
     output.parent.mkdir()
     whole.parent.mkdir()
     attempt(source, output, to, None, clusters=8)
-    (shutil.copytree if to == "hf" else shutil.copy)(output, whole)
+    (shutil.copytree if output.is_dir() else shutil.copy)(output, whole)
     uninterrupted = attempt(source, whole, to, None)
     points, wanted = uninterrupted["points"], content(whole)
     digests = {OPEN[to](path, check=True).digest() for path in (output, whole)}

@@ -15,7 +15,7 @@ KILL_LOOP = Path(__file__).parent / "kill_loop.py"
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks, to import torch once only")
 
 
-@pytest.mark.parametrize("to", ["packed", "hf", "gguf"])
+@pytest.mark.parametrize("to", ["packed", "hf", "gguf", "onnx"])
 def test_killed_anywhere_it_goes_on_and_makes_the_same_bytes(to: str, stories_folder: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(KILL_LOOP), str(stories_folder), str(tmp_path), to]
@@ -34,4 +34,4 @@ def test_killed_anywhere_it_goes_on_and_makes_the_same_bytes(to: str, stories_fo
     assert {"open .model.PID.part", "os.mkdir .model.PID.part"} & report["changes"].keys()
     assert {"os.rename unit", "os.remove unit", "os.rename .model.PID.part", "os.rmdir .model.work"} <= report["changes"].keys()
     # Only a folder has to step aside before another can take its name.
-    assert set(report["places"]) == ({"in place", "aside"} if to == "hf" else {"in place"})
+    assert set(report["places"]) == ({"in place", "aside"} if to in ("hf", "onnx") else {"in place"})
