@@ -262,9 +262,11 @@ class _Worker:
         out_features, in_features = treatment.shape
         centroids = self._fit(treatment.codebook).astype(np.float32)
         vectors, scale = self._vectors(name)
+        factors = np.ones(out_features)
         if moments is None:
             codes = assign(vectors, centroids, threads=self.threads, device=self.device).reshape(in_features, -1)
-            factors = _scale_factors(vectors, centroids[codes], self._weights(name, in_features), out_features)
+            if scale is not None:
+                factors = _scale_factors(vectors, centroids[codes], self._weights(name, in_features), out_features)
         else:
             weights = vectors.reshape(in_features, -1)
             codes, factors = moments.encode(weights, centroids, out_features, threads=self.threads, device=self.device)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from folder_contents import contents
 
 from cluscomp_export import clustering
 from cluscomp_export.convert import ConversionOptions, convert
@@ -85,11 +86,6 @@ def attempt(source: Path, output: Path, to: str, kill_at: tuple[str, int] | None
     return {"survived": survived, "points": json.loads(lines[-1]) if survived else {}, "fits": lines.count("fit")}
 
 
-def content(output: Path) -> dict[str, bytes]:
-    files = [output] if output.is_file() else sorted(file for file in output.rglob("*") if file.is_file())
-    return {str(file.relative_to(output)): file.read_bytes() for file in files}
-
-
 def check(output: Path, to: str, digests: set[str]) -> str:
     """Where a model is after a kill; it must be sound, and the old or the new one."""
     place = output if output.exists() else next(output.parent.glob(".model.*.old"))
@@ -106,7 +102,7 @@ def main(source: Path, folder: Path, to: str) -> None:
     attempt(source, output, to, None, clusters=8)
     (shutil.copytree if output.is_dir() else shutil.copy)(output, whole)
     uninterrupted = attempt(source, whole, to, None)
-    points, wanted = uninterrupted["points"], content(whole)
+    points, wanted = uninterrupted["points"], contents(whole)
     digests = {OPEN[to](path, check=True).digest() for path in (output, whole)}
 
     generator = np.random.default_rng(list(to.encode()))
@@ -120,7 +116,7 @@ def main(source: Path, folder: Path, to: str) -> None:
         "fits": uninterrupted["fits"],
         "killed": sum(not result["survived"] for result in results),
         "refits": sum(result["fits"] for result in results),
-        "same": content(output) == wanted,
+        "same": contents(output) == wanted,
     }
 
     # Once more, with a kill at every kind of change of the file system.
@@ -135,7 +131,7 @@ def main(source: Path, folder: Path, to: str) -> None:
         "resumed": resumed,
         "changes": dict(zip(changes, killed, strict=True)),
         "places": Counter(places),
-        "same": content(output) == wanted and final["survived"],
+        "same": contents(output) == wanted and final["survived"],
         "left": sorted(path.name for path in output.parent.iterdir()),
     }
     print(json.dumps(report))

@@ -12,6 +12,7 @@ import onnxruntime
 from onnx import TensorProto
 from onnx.reference import ReferenceEvaluator
 
+from cluscomp_export.onnx_graph import running
 from cluscomp_formats.ir import ClusteredWeight, DenseTensor, Model
 from cluscomp_formats.onnx.graph import FLOAT, Graph, GraphBuilder, value
 from cluscomp_formats.onnx.spec import MODEL_FILE, SUBFOLDER
@@ -19,7 +20,7 @@ from cluscomp_formats.onnx.weights import embedding, linear
 
 Arrays = dict[str, npt.NDArray[Any]]
 
-COMPACT = {"optimization.constant_folding_max_output_size_in_bytes": "65536"}
+COMPACT = dict([running.COMPACT])
 
 
 def matrices(model: Model) -> list[str]:

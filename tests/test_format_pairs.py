@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from folder_contents import contents
 from reference_checkpoints import llama, make_reference
 
 from cluscomp_export.convert import ConversionOptions, convert
@@ -40,12 +41,6 @@ def test_every_format_holds_the_same_model(artefacts: dict[str, Path]) -> None:
         assert {name: array.read().tobytes() for name, array in model.files.items()} == {
             name: array.read().tobytes() for name, array in first.files.items()
         }
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    """Every file of a folder by its path there, or the one file."""
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    return {str(file.relative_to(path)): file.read_bytes() for file in files}
 
 
 @pytest.mark.parametrize("target", FORMATS)
