@@ -11,7 +11,7 @@ import torch
 from cluscomp_formats.errors import InvalidRequestError, Problem
 from cluscomp_formats.ir import Model
 from cluscomp_runtime.architecture import DecoderSettings, check_tensors
-from cluscomp_runtime.chat import find_chat_template, render_chat
+from cluscomp_runtime.chat import Chat, find_chat_template, render_chat
 from cluscomp_runtime.decoder import Decoder
 from cluscomp_runtime.generate import Generation, GenerationStream, check_prompt
 from cluscomp_runtime.linear import MatrixBuilder, check_kernel
@@ -154,9 +154,7 @@ class LanguageModel:
             remedy = "give a plain prompt"
             raise InvalidRequestError(Problem("no_chat_template", "this model has no chat template", remedy=remedy))
         special_tokens = self.tokenizer.special_tokens if self.tokenizer else {}
-        return render_chat(
-            self.chat_template, messages, special_tokens=special_tokens, add_generation_prompt=add_generation_prompt
-        )
+        return render_chat(self.chat_template, Chat(messages, add_generation_prompt), special_tokens=special_tokens)
 
     def _prompt_ids(self, prompt: Prompt, *, add_special_tokens: bool) -> list[int]:
         if isinstance(prompt, str):
