@@ -151,7 +151,7 @@ def test_convert_with_all_effort(
     assert report.recovery["curve"][-1]["held_out"] < report.recovery["curve"][0]["held_out"]
     # Killed while writing, after the training: the second attempt does not train again, and writes the same.
     with monkeypatch.context() as patch:
-        patch.setattr("cluscomp_export.convert._self_test", interrupt)
+        patch.setattr("cluscomp_export.convert.record_self_test", interrupt)
         with pytest.raises(KeyboardInterrupt):
             convert(stories_folder, outputs[1], options)
     again = convert(stories_folder, outputs[1], options)

@@ -82,8 +82,9 @@ class Trained:
     stopped: str | None
 
     def record(self) -> dict[str, Any]:
-        """The curve as JSON for the provenance."""
-        return {"curve": [dict(entry) for entry in self.curve], "stopped": self.stopped}
+        """The curve as JSON for the provenance; what is not finite is left out."""
+        curve = [{key: value for key, value in entry.items() if math.isfinite(value)} for entry in self.curve]
+        return {"curve": curve, "stopped": self.stopped}
 
 
 @dataclass

@@ -173,6 +173,9 @@ def write_delta(delta: Delta, path: Path, *, force: bool = False) -> int:
 def is_delta(path: Path) -> bool:
     """Whether a file begins as a delta does. Does not raise."""
     try:
+        # Opening a named pipe would wait for a writer.
+        if not path.is_file():
+            return False
         with path.open("rb") as stream:
             head = stream.read(256)
     except OSError:

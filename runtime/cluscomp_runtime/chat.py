@@ -57,9 +57,15 @@ class Chat:
     prompt: bool = True
 
 
-def render_chat(template: str, chat: Chat, *, special_tokens: Mapping[str, str]) -> str:
-    """The text of a chat. Raises what `render_chats` gives or raises."""
-    outcome = render_chats(template, [chat], special_tokens=special_tokens)[0]
+def render_chat(
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    special_tokens: Mapping[str, str],
+    add_generation_prompt: bool = True,
+) -> str:
+    """The prompt for `messages`, each with `role` and `content`. Raises what `render_chats` gives or raises."""
+    outcome = render_chats(template, [Chat(messages, add_generation_prompt)], special_tokens=special_tokens)[0]
     if isinstance(outcome, ClusCompError):
         raise outcome
     return outcome

@@ -26,7 +26,7 @@ class _RefusedByTemplateError(Exception):
 
 
 def answers(request: dict[str, Any]) -> list[dict[str, str]]:
-    """For each of `chats`, the variables of the template: `text`, or `error` (`refused`, `unsafe`, `endless`, `bad`), `message`."""
+    """For each of `chats`, variables of the template: `text`, or `error` (`refused`, `unsafe`, `endless`, `bad`), `message`."""
     return [_answer(request["template"], variables, request["max_characters"]) for variables in request["chats"]]
 
 
