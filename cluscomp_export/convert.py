@@ -48,7 +48,7 @@ from cluscomp_formats.packed.payloads import is_finite
 from cluscomp_formats.version import __version__
 from cluscomp_runtime.language_model import check_device
 
-__all__ = ["ConversionOptions", "ConversionReport", "Prepared", "convert", "prepare", "scan_source"]
+__all__ = ["ConversionOptions", "ConversionReport", "Prepared", "convert", "prepare", "record_self_test", "scan_source"]
 
 Effort = Literal["fast", "balanced", "best"]
 
@@ -193,7 +193,7 @@ def convert(
 
     def self_test(written: Model) -> Mapping[str, Any] | None:
         nonlocal record
-        record = model.self_test or _self_test(written, warnings, on_progress)
+        record = model.self_test or record_self_test(written, warnings, on_progress)
         return record
 
     with contextlib.ExitStack() as unfinished:
@@ -412,7 +412,7 @@ def _check_space(output: Path, prepared: Prepared, work: WorkFolder | None) -> N
         )
 
 
-def _self_test(written: Model, warnings: list[str], on_progress: Progress) -> Mapping[str, Any] | None:
+def record_self_test(written: Model, warnings: list[str], on_progress: Progress) -> Mapping[str, Any] | None:
     """The self-test record of the model just written, or None where the runtime cannot run its architecture."""
     from cluscomp_runtime.selftest import make_self_test
 
