@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,7 +29,8 @@ import numpy.typing as npt
 import torch
 
 from cluscomp_export.progress import Progress, silent
-from cluscomp_export.tuning.blockwise import BlockwiseOptions, BlockTuning, tune_block
+from cluscomp_export.tuning.blockwise import BlockwiseOptions, tune_block
+from cluscomp_export.tuning.training import Trained
 from cluscomp_formats.ir import Model, Tensor
 from cluscomp_kernels.kmeans import assign_with_feedback, feedback_factor
 from cluscomp_runtime.blocks import BlockRunner
@@ -127,8 +128,11 @@ class BlockWork(Protocol):
     def is_tuned(self, index: int) -> bool:
         """Whether a block has been tuned."""
 
-    def keep_tuned(self, index: int, tuning: BlockTuning) -> None:
-        """Take the tuned values of a block into `tensors`."""
+    def keep_tuned(self, index: int, tuned: Trained | None) -> None:
+        """Take the tuned values of a block into `tensors`; None says that there are none."""
+
+    def fixed_codebooks(self, index: int) -> Collection[str]:
+        """The codebooks that other blocks use as well."""
 
 
 class _Reached(Exception):
@@ -143,7 +147,13 @@ class ErrorFeedback:
     """
 
     def __init__(
-        self, source: Model, windows: torch.Tensor, tuning: BlockwiseOptions | None = None, on_progress: Progress = silent
+        self,
+        source: Model,
+        windows: torch.Tensor,
+        tuning: BlockwiseOptions | None = None,
+        *,
+        device: str = "cpu",
+        on_progress: Progress = silent,
     ) -> None:
         self._source = source
         self._runner = BlockRunner(source)
@@ -151,6 +161,7 @@ class ErrorFeedback:
         """What flows into the next block in the original model, and in the compressed one."""
         self._given = self._wanted
         self._tuning = tuning
+        self._device = device
         self._next = 0
         self._on_progress = on_progress
 
@@ -172,16 +183,27 @@ class ErrorFeedback:
             # Before the work: what it reads of this block is what is there by then.
             self._next += 1
             before = self._given
-            tuned = self._tuning is None or work.is_tuned(index)
+            to_tune = self._tuning is not None and not work.is_tuned(index)
             for half in (0, 1):
                 for group in self._groups(index, half):
                     if not all(work.is_encoded(name) for name in group):
                         self._encode(index, half, group, work)
                 self._given = self._advance(index, half, work.tensors, self._given)
                 self._wanted = self._advance(index, half, self._source.tensors, self._wanted)
-            if self._tuning is not None and not tuned:
-                tuning = tune_block(self._runner, index, work.tensors, before, self._wanted, self._tuning)
-                work.keep_tuned(index, tuning)
+            if self._tuning is not None and to_tune:
+                tuned = tune_block(
+                    self._runner,
+                    index,
+                    work.tensors,
+                    before,
+                    self._wanted,
+                    self._tuning,
+                    fixed=work.fixed_codebooks(index),
+                    original=self._source.tensors,
+                    device=self._device,
+                    on_progress=self._on_progress,
+                )
+                work.keep_tuned(index, tuned)
                 self._given = before
                 for half in (0, 1):
                     self._given = self._advance(index, half, work.tensors, self._given)
@@ -212,7 +234,9 @@ class ErrorFeedback:
     def _encode(self, index: int, half: int, group: Sequence[str], work: BlockWork) -> None:
         """Encode the matrices of `group`, which have one input."""
         # What has no codes yet is the original's.
-        tensors = {name: work.tensors[name] if work.is_encoded(name) else tensor for name, tensor in self._source.tensors.items()}
+        tensors = {
+            name: work.tensors[name] if work.is_encoded(name) else tensor for name, tensor in self._source.tensors.items()
+        }
         inputs: list[torch.Tensor] = []
 
         def observe(name: str, values: torch.Tensor) -> None:

@@ -1,43 +1,45 @@
 """Block-wise tuning: the parameters of one block trained so that it gives what the original block gives.
 
 The second level of ClusComp (Liao et al., arXiv 2503.13089): codes stay as they are; codebooks, and here row scales and norms
-too, are trained by AdamW. The loss is the squared error of what flows out of the block in the compressed model, on what flows
-into it there, against what flows out of the original block in the original model; `same_input` adds the paper's second loss,
-against what the original block makes of the same input. A codebook that other blocks use as well stays as it is.
+too, are trained. The loss is the squared error of what flows out of the block in the compressed model, for what flows into it
+there, against what flows out of the block in the original model; the paper's second loss is against what the original block
+makes of the same input. A codebook that other blocks use as well stays as it is.
 
 Errors count relative to each token's energy: the first token of a text can have a thousand times that of the others. Some
 windows are held out, and decide which state is kept, the one before the training included.
 
-One block is on the device at a time: its codes, float32 master values of its parameters with gradients and both moments of
-Adam, and the activations of a batch. What flows between blocks stays in the memory of the host.
+One block is on the device at a time: its codes, float32 master values of its parameters with their gradients and both moments
+of Adam, and the activations of a batch. What flows between blocks stays in the memory of the host.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
-from cluscomp_export.tuning.parameters import TrainableBlock, relative_size
-from cluscomp_export.tuning.schedule import rate_factor
-from cluscomp_formats.ir import AnyArray, Tensor
+from cluscomp_export.progress import Progress, silent
+from cluscomp_export.tuning.parameters import TrainableBlock
+from cluscomp_export.tuning.training import Schedule, Trained, Training, TrainingOptions
+from cluscomp_formats.ir import Tensor
 from cluscomp_runtime.blocks import BlockRunner
 
-__all__ = ["BlockTuning", "BlockwiseOptions", "tune_block"]
+__all__ = ["BlockwiseOptions", "Precision", "tune_block"]
 
-Schedule = Literal["cosine", "constant"]
 Precision = Literal["float32", "bfloat16"]
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class BlockwiseOptions:
     """`epochs` over the windows that are not held out, in batches of `batch`; `rate` is relative to a parameter's size.
 
-    `same_input` weighs the second loss; 0 leaves it out. `patience` epochs in a row without progress end a block. `precision`
-    is that of the activations; parameters and their updates are float32.
+    `same_input` weighs the second loss; 0 leaves it out. `held_out` is a share of the windows; `patience` epochs in a row
+    without progress on them end the training of a block. `precision` is that of the activations; parameters and their updates are
+    float32.
     """
 
     epochs: int = 2
@@ -49,28 +51,26 @@ class BlockwiseOptions:
     patience: int = 2
     precision: Precision = "float32"
     seed: int = 0
-    device: str = "cpu"
 
     def recorded(self) -> dict[str, Any]:
-        """What determines the result."""
-        return {name: value for name, value in asdict(self).items() if name not in ("seed", "device")}
+        """The options as JSON for the provenance."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)
-class BlockTuning:
-    """The parameters of a block as they are to be stored, by the names of `TrainableBlock`, and how they came about.
+class _Windows:
+    """What flows into a block and what shall flow out, `[windows, tokens, hidden_size]`, one such for each loss."""
 
-    `curve` has an entry per epoch: mean loss of its steps and on the held-out windows, the first before any step. `stopped`
-    says why the training ended early, if it did.
-    """
+    given: torch.Tensor
+    wanted: tuple[torch.Tensor, ...]
 
-    values: Mapping[str, AnyArray]
-    curve: Sequence[Mapping[str, float]]
-    stopped: str | None
+    @property
+    def count(self) -> int:
+        """How many windows; all have the same number of tokens."""
+        return len(self.given)
 
-    def record(self) -> dict[str, Any]:
-        """The curve as JSON."""
-        return {"curve": [dict(entry) for entry in self.curve], "stopped": self.stopped}
+    def take(self, chosen: torch.Tensor) -> _Windows:
+        return _Windows(self.given[chosen], tuple(wanted[chosen] for wanted in self.wanted))
 
 
 def tune_block(
@@ -81,98 +81,59 @@ def tune_block(
     wanted: Sequence[torch.Tensor],
     options: BlockwiseOptions,
     *,
-    shared: frozenset[str] = frozenset(),
+    fixed: Collection[str] = (),
     original: Mapping[str, Tensor] | None = None,
-) -> BlockTuning:
-    """Train block `index` of a model with these `tensors`.
+    device: str = "cpu",
+    on_progress: Progress = silent,
+) -> Trained | None:
+    """Train block `index` of a model with these `tensors`; None if there is nothing to train or too little to train on.
 
-    `given` is what flows into it and `wanted` what shall flow out, batches `[windows, tokens, hidden_size]`; `shared` names the
+    `given` is what flows into it and `wanted` what shall flow out, batches `[windows, tokens, hidden_size]`; `fixed` names the
     codebooks to leave alone. `original` holds the tensors of the original model, for `same_input`. A loss that is not finite
     ends the training; the best state before it is kept.
     """
+    count = sum(len(batch) for batch in given)
+    held_out = max(1, round(options.held_out * count))
+    if held_out >= count:
+        return None
+    wanteds = [wanted]
+    if options.same_input > 0 and original is not None:
+        attend, feed = (runner.half(index, half, original) for half in (0, 1))
+        wanteds.append([feed(attend(batch)) for batch in given])
     with torch.inference_mode(False):
-        return _Training(runner, index, tensors, given, wanted, options, shared, original).run()
+        # Tensors made in inference mode cannot take part in a training: copies can.
+        windows = _Windows(torch.cat(list(given)).clone(), tuple(torch.cat(list(batches)).clone() for batches in wanteds))
+        place = torch.device(device)
+        block = TrainableBlock(runner, index, tensors, fixed, device=place, dtype=PRECISIONS[options.precision])
+        if not block.parameters:
+            return None
+        per_epoch = -(-(count - held_out) // options.batch)
+
+        def batch(step: int) -> _Windows:
+            epoch, position = divmod(step, per_epoch)
+            order = np.random.default_rng((options.seed, index, epoch)).permutation(count - held_out)
+            return windows.take(torch.from_numpy(order[position * options.batch :][: options.batch]))
+
+        def loss(batch: _Windows) -> torch.Tensor:
+            found = block(batch.given.to(place, PRECISIONS[options.precision])).float()
+            weights = (1.0, options.same_input)
+            errors = [weight * _error(found, target.to(place)) for weight, target in zip(weights, batch.wanted, strict=False)]
+            return torch.stack(errors).sum()
+
+        training = TrainingOptions(
+            steps=options.epochs * per_epoch,
+            batch=options.batch,
+            rate=options.rate,
+            schedule=options.schedule,
+            checks=options.epochs,
+            patience=options.patience,
+            seed=options.seed,
+        )
+        kept = [windows.take(chosen) for chosen in torch.split(torch.arange(count - held_out, count), options.batch)]
+        return Training(block, loss, batch, kept, training, name=f"tuning block {index}", on_progress=on_progress).run()
 
 
-class _Training:
-    def __init__(
-        self,
-        runner: BlockRunner,
-        index: int,
-        tensors: Mapping[str, Tensor],
-        given: Sequence[torch.Tensor],
-        wanted: Sequence[torch.Tensor],
-        options: BlockwiseOptions,
-        shared: frozenset[str],
-        original: Mapping[str, Tensor] | None,
-    ) -> None:
-        self.options = options
-        dtype = torch.bfloat16 if options.precision == "bfloat16" else torch.float32
-        block = {name: tensor for name, tensor in tensors.items() if name.startswith(f"model.layers.{index}.")}
-        self.block = TrainableBlock(runner, index, block, frozen_codebooks=shared, dtype=dtype, device=options.device)
-        # Tensors made in inference mode cannot take part in a training.
-        self.given, self.wanted = (torch.cat(list(batches)).clone() for batches in (given, wanted))
-        self.same_input = None
-        if options.same_input > 0 and original is not None:
-            runs = [runner.half(index, half, original) for half in (0, 1)]
-            self.same_input = torch.cat([runs[1](runs[0](batch)) for batch in given]).clone()
-        count = len(self.given)
-        held_out = max(1, round(options.held_out * count)) if count > 1 else 0
-        self.text, self.held_out = torch.arange(count - held_out), torch.arange(count - held_out, count)
-        self.generator = torch.Generator().manual_seed(options.seed * 1_000_003 + index)
-
-    def run(self) -> BlockTuning:
-        options = self.options
-        parameters = list(self.block.parameters.values())
-        before = self.block.stored()
-        if not parameters or not len(self.held_out):
-            return BlockTuning(before, (), "nothing to train" if not parameters else "one window is too few")
-        groups = [{"params": [values], "lr": options.rate * relative_size(values)} for values in parameters]
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
-        steps = options.epochs * -(-len(self.text) // options.batch)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, steps, options.schedule))
-        best = self.error()
-        curve: list[dict[str, float]] = [{"epoch": 0, "held_out": best}]
-        values, failures, stopped = before, 0, None
-        for epoch in range(1, options.epochs + 1):
-            losses = []
-            for chosen in torch.split(self.text[torch.randperm(len(self.text), generator=self.generator)], options.batch):
-                optimizer.zero_grad(set_to_none=True)
-                loss = self.loss(chosen)
-                loss.backward()  # type: ignore[no-untyped-call]
-                norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-                if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
-                    stopped = f"the loss was not finite in epoch {epoch}; kept the best state before"
-                    return BlockTuning(values, curve, stopped)
-                optimizer.step()
-                schedule.step()
-                losses.append(loss.item())
-            held_out = self.error()
-            curve.append({"epoch": epoch, "train": sum(losses) / len(losses), "held_out": held_out})
-            if held_out < best:
-                best, values, failures = held_out, self.block.stored(), 0
-                continue
-            failures += 1
-            if failures == options.patience and epoch < options.epochs:
-                stopped = f"no progress on held-out windows in {failures} epochs"
-                break
-        return BlockTuning(values, curve, stopped)
-
-    def error(self) -> float:
-        """Mean loss on the held-out windows."""
-        with torch.no_grad():
-            return sum(self.loss(chosen).item() for chosen in torch.split(self.held_out, 1)) / len(self.held_out)
-
-    def loss(self, chosen: torch.Tensor) -> torch.Tensor:
-        """Mean over the tokens of the chosen windows of the squared error over the energy of what is wanted."""
-        device = self.options.device
-        found = self.block(self.given[chosen]).float()
-        loss = _relative_error(found, self.wanted[chosen].to(device))
-        if self.same_input is not None:
-            loss = loss + self.options.same_input * _relative_error(found, self.same_input[chosen].to(device))
-        return loss
-
-
-def _relative_error(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+def _error(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Mean over tokens of the squared error over the energy of what is wanted."""
     energy = wanted.square().sum(-1).clamp(min=torch.finfo(wanted.dtype).tiny)
     return ((found - wanted).square().sum(-1) / energy).mean()

@@ -56,28 +56,35 @@ class BlockRunner:
         `observe` is shown each matrix's name and its input `[windows, tokens, in_features]`; matrices with the same input are
         shown the same object, one after the other.
         """
-        prefix = f"model.layers.{index}."
-        block = {}
-        for name, tensor in tensors.items():
-            if name.startswith(prefix):
-                # Norms are small and in both halves.
-                needed = name.startswith(f"{prefix}self_attn.") == (half == 0) or len(tensor.shape) < 2
-                block[name] = DenseTensor(name, Array.of(tensor.decode())) if needed else tensor
-        layer = self.layer(index, block, MatrixBuilder("reference", torch.float32, torch.device("cpu"), observe))
+        block = self.block(index, tensors)
+        attention = f"model.layers.{index}.self_attn."
+        decoded = {
+            # Norms are small and in both halves.
+            name: DenseTensor(name, Array.of(tensor.decode()))
+            if len(tensor.shape) < 2 or name.startswith(attention) == (half == 0)
+            else tensor
+            for name, tensor in block.tensors.items()
+        }
+        builder = MatrixBuilder("reference", torch.float32, torch.device("cpu"), observe)
+        layer = self.layer(index, Model(block.config, decoded), builder)
 
         def run(hidden: torch.Tensor) -> torch.Tensor:
             with torch.inference_mode():
-                positions = self.positions(hidden.shape[1])
-                return layer.attend(hidden, positions, None) if half == 0 else layer.feed(hidden)
+                return layer.attend(hidden, self.positions(hidden), None) if half == 0 else layer.feed(hidden)
 
         return run
 
-    def layer(self, index: int, tensors: Mapping[str, Tensor], builder: MatrixBuilder) -> DecoderLayer:
-        """Block `index` with its weights from `tensors`, as `builder` builds matrices."""
-        return DecoderLayer(Model(self._config, tensors), self.settings, index, builder)
+    def block(self, index: int, tensors: Mapping[str, Tensor]) -> Model:
+        """The part of a model with these `tensors` that block `index` is."""
+        prefix = f"model.layers.{index}."
+        return Model(self._config, {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)})
 
-    def positions(self, tokens: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Positions:
-        """What a block needs to know about windows of so many tokens."""
-        positions = self._decoder.positions(0, tokens)
-        masks = {window: None if mask is None else mask.to(device) for window, mask in positions.masks.items()}
-        return Positions(positions.cosines.to(device, dtype), positions.sines.to(device, dtype), 0, masks)
+    def layer(self, index: int, model: Model, builder: MatrixBuilder) -> DecoderLayer:
+        """Block `index` of `model`, its matrices as `builder` builds them."""
+        return DecoderLayer(model, self.settings, index, builder)
+
+    def positions(self, hidden: torch.Tensor) -> Positions:
+        """What a block needs to know about `hidden` `[windows, tokens, hidden_size]`, on its device and in its dtype."""
+        positions = self._decoder.positions(0, hidden.shape[1])
+        masks = {window: None if mask is None else mask.to(hidden.device) for window, mask in positions.masks.items()}
+        return Positions(positions.cosines.to(hidden), positions.sines.to(hidden), 0, masks)
