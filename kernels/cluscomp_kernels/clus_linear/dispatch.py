@@ -104,8 +104,8 @@ def _checked_path(path: str, device: str | torch.device, cluster_dim: int) -> st
 def prepare_codebook(codebook: Tensor, *, path: str = "auto", device: str | torch.device = "cpu") -> PreparedCodebook:
     """Lay out `codebook [num_clusters, cluster_dim]` for a path, once for all the weights that use it.
 
-    Values are exact: float16 and bfloat16 keep their type or are widened, int8 becomes float16. Raises TypeError or ValueError on a wrong codebook,
-    ValueError on a path that the device does not have.
+    Values are exact: float16 and bfloat16 keep their type or are widened, int8 becomes float16. Raises TypeError or ValueError
+    on a wrong codebook, ValueError on a path that the device does not have.
     """
     check_codebook(codebook)
     num_clusters, cluster_dim = codebook.shape
