@@ -57,7 +57,8 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, help="[default: the text the package ships]")
     parser.add_argument("--bits", type=float, nargs="+", default=[4.0, 3.0, 2.5, 2.0])
     parser.add_argument("--effort", nargs="+", default=["fast", "balanced", "best"])
-    parser.add_argument("--codebook-bits", type=int, nargs="+", default=[None], help="[default: left to the planner]")
+    widths = {"planned": None, "8": 8, "16": 16}
+    parser.add_argument("--codebook-bits", choices=widths, nargs="+", default=["planned"])
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", action="store_true", help="print the figures for machines")
     arguments = parser.parse_args()
@@ -66,7 +67,7 @@ def main() -> None:
         for bits in arguments.bits:
             for effort, width in itertools.product(arguments.effort, arguments.codebook_bits):
                 output = Path(folder) / f"{bits:g}-{effort}-{width}.clus"
-                report = convert(arguments.model, output, bits, effort, width, arguments.calibration, arguments.threads)
+                report = convert(arguments.model, output, bits, effort, widths[width], arguments.calibration, arguments.threads)
                 load(output, selftest=True)
                 quality = evaluate_files(output, text=arguments.text, reference=arguments.model, windows=arguments.windows)
                 row = {
@@ -90,7 +91,7 @@ def main() -> None:
             (
                 f"{row['bits']:g}",
                 row["effort"],
-                str(row["codebook_bits"] or "planned"),
+                row["codebook_bits"],
                 f"{row['bits_per_weight']['linears']:.2f}",
                 f"{row['file_bytes'] / 1e6:.1f}",
                 f"{row['quality']['perplexity']:.2f}",
