@@ -77,6 +77,12 @@ def cli() -> None:
     help="Most bits per weight of embedding and head; 16 keeps them dense. [default: the width they have in the source]",
 )
 @click.option(
+    "--codebook-bits",
+    type=click.Choice([8, 16]),
+    help="Bits per value of a codebook: 8 for int8, 16 for float16, which codebooks without row scales (--share none) always "
+    "have. [default: whichever is expected to be best; 8 with --dim]",
+)
+@click.option(
     "--calibration",
     metavar="FILE|none",
     help="A text whose activations tell which input channels matter. [default: a text of this package; none with --dim]",

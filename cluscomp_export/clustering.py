@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from cluscomp_export.codebook_rounding import LEAST_STEP, round_centroids
 from cluscomp_export.error_feedback import ErrorFeedback, InputMoments
 from cluscomp_export.planning import CodebookPlan, Plan, Treatment
 from cluscomp_export.progress import Progress, silent
@@ -31,6 +32,9 @@ FIT_VECTORS_PER_CLUSTER = 64
 
 SCALE_RANGE = (2.0**-24, 65504.0)
 """The magnitudes float16 can hold."""
+
+WEAKEST_ROW = SCALE_RANGE[0] / LEAST_STEP
+"""With a codebook of int8 no row counts as weaker: its scale, times the step, would leave the range of float16."""
 
 
 def cluster_model(
@@ -120,12 +124,13 @@ class _Worker:
         self.on_progress = on_progress
         self.clustered: dict[str, ClusteredWeight] = {}
         self.kept: dict[str, dict[str, AnyArray]] = {}
-        self.shared: dict[str, npt.NDArray[np.float16]] = {}
-        self.fitted: tuple[str, npt.NDArray[np.float16]] | None = None
+        self.shared: dict[str, dict[str, AnyArray]] = {}
+        self.fitted: tuple[str, dict[str, AnyArray]] | None = None
         self.encoded: tuple[str, npt.NDArray[np.uint16], npt.NDArray[np.float16]] | None = None
 
     def codebook(self, book: CodebookPlan) -> Codebook:
-        return Codebook(book.name, Array((book.num_clusters, book.cluster_dim), "float16", lambda: self._fit(book)))
+        shape = (book.num_clusters, book.cluster_dim)
+        return Codebook(book.name, Array(shape, book.dtype, lambda: self._fit(book)["centroids"]))
 
     def weight(self, name: str, treatment: Treatment, codebook: Codebook) -> ClusteredWeight:
         out_features, in_features = treatment.shape
@@ -148,6 +153,8 @@ class _Worker:
                 expected = f"{SCALE_RANGE[0]:g} to {SCALE_RANGE[1]:g}, the range of float16"
                 remedy = "use --share none, which needs no row scales"
                 raise InvalidFileError(Problem("out_of_range", "row scales do not fit", None, name, found, expected, remedy))
+            if treatment.codebook.dtype == "int8":
+                scale = np.maximum(scale, np.float32(WEAKEST_ROW))
             weight = np.divide(weight, scale[:, None], dtype=np.float32)
         dim = treatment.codebook.cluster_dim
         padded = np.zeros((weight.shape[1], -(-weight.shape[0] // dim) * dim), dtype=np.float32)
@@ -201,18 +208,19 @@ class _Worker:
                 self.kept[name] = arrays
         return arrays
 
-    def _fit(self, book: CodebookPlan) -> npt.NDArray[np.float16]:
+    def _fit(self, book: CodebookPlan) -> dict[str, AnyArray]:
+        """The `centroids` of a codebook as they are stored, and the `step` `[1]` they are to be multiplied with."""
         if book.name in self.shared:
             return self.shared[book.name]
         if self.fitted is None or self.fitted[0] != book.name:
-            forms = {"centroids": ("float16", (book.num_clusters, book.cluster_dim))}
-            arrays = self._finished(f"codebook {book.name}", forms, lambda: {"centroids": self._centroids(book)})
-            self.fitted = (book.name, arrays["centroids"])
+            forms = {"centroids": (book.dtype, (book.num_clusters, book.cluster_dim)), "step": ("float32", (1,))}
+            arrays = self._finished(f"codebook {book.name}", forms, lambda: self._centroids(book))
+            self.fitted = (book.name, arrays)
             if book.shared:
-                self.shared[book.name] = arrays["centroids"]
+                self.shared[book.name] = arrays
         return self.fitted[1]
 
-    def _centroids(self, book: CodebookPlan) -> npt.NDArray[np.float16]:
+    def _centroids(self, book: CodebookPlan) -> dict[str, AnyArray]:
         points, weights = self._sample(book)
         result = kmeans(
             points,
@@ -224,16 +232,22 @@ class _Worker:
             device=self.device,
             on_progress=lambda done, total: self.on_progress(f"clustering {book.name}", done, total),
         )
-        centroids = np.zeros((book.num_clusters, book.cluster_dim), dtype=np.float16)
-        with np.errstate(over="ignore"):
-            centroids[: len(result.centroids)] = result.centroids
+        found_clusters = len(result.centroids)
+        centroids = np.zeros((book.num_clusters, book.cluster_dim), dtype=book.dtype)
+        step = np.float32(1)
+        if book.dtype == "int8":
+            sizes = np.bincount(result.codes, weights, found_clusters).astype(np.float64)
+            centroids[:found_clusters], step = round_centroids(result.centroids, sizes)
+        else:
+            with np.errstate(over="ignore"):
+                centroids[:found_clusters] = result.centroids
         if not np.isfinite(centroids).all():
             found = f"a centroid of {np.abs(result.centroids).max():g}"
             expected = f"up to {SCALE_RANGE[1]:g}, the range of float16"
             remedy = "use --share kind, which scales the rows"
             problem = Problem("out_of_range", "centroids do not fit float16", None, book.name, found, expected, remedy)
             raise InvalidFileError(problem)
-        return centroids
+        return {"centroids": centroids, "step": np.array([step])}
 
     def _encode(self, name: str) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.float16]]:
         if self.encoded is None or self.encoded[0] != name:
@@ -260,7 +274,9 @@ class _Worker:
     def _codes(self, name: str, moments: InputMoments | None) -> dict[str, AnyArray]:
         treatment = self.plan.treatments[name]
         out_features, in_features = treatment.shape
-        centroids = self._fit(treatment.codebook).astype(np.float32)
+        fitted = self._fit(treatment.codebook)
+        step = fitted["step"]
+        centroids = fitted["centroids"].astype(np.float32) * step
         vectors, scale = self._vectors(name)
         factors = np.ones(out_features)
         if moments is None:
@@ -270,7 +286,7 @@ class _Worker:
         else:
             weights = vectors.reshape(in_features, -1)
             codes, factors = moments.encode(weights, centroids, out_features, threads=self.threads, device=self.device)
-        row_scale = np.empty(0) if scale is None else np.clip(scale * factors, *SCALE_RANGE)
+        row_scale = np.empty(0) if scale is None else np.clip(scale * factors * step, *SCALE_RANGE)
         return {"codes": codes, "row_scale": row_scale.astype(np.float16)}
 
 

@@ -27,7 +27,7 @@ from cluscomp_export.calibration import (
 )
 from cluscomp_export.clustering import Method, cluster_model, work_bytes
 from cluscomp_export.error_feedback import ErrorFeedback
-from cluscomp_export.planning import Plan, Share, embedding_tensors, plan_bits, plan_fixed
+from cluscomp_export.planning import CODEBOOK_DTYPES, Plan, Share, embedding_tensors, plan_bits, plan_fixed
 from cluscomp_export.progress import Progress, silent
 from cluscomp_export.sizes import Sizes, model_sizes
 from cluscomp_export.sources import open_source, source_bytes
@@ -62,7 +62,8 @@ class ConversionOptions:
     Either `bits` (a budget per weight of the linear layers, codebooks and scales counted) or `cluster_dim` and `num_clusters`
     (the paper's setting, the same for every matrix); neither means 4 bits. `share=None` lets the planner choose.
     `embedding_bits` is a budget per weight of embedding and head; 16 keeps them dense, None keeps the width of the source
-    where that is below 16. `calibration` is a text file whose activations weight the clustering, "none", or None: the text the
+    where that is below 16. `codebook_bits` is 8 or 16 per value of a codebook whose weights have row scales, None for whichever
+    is expected to be best. `calibration` is a text file whose activations weight the clustering, "none", or None: the text the
     package ships with `bits`, none with the paper's setting. `effort="fast"` only clusters; "balanced", the default where there
     is a calibration text, also chooses codes with error feedback; "best" then trains codebooks, scales and norms on the text.
     `gguf_type` decodes for stock llama.cpp. `threads` and `device` do not change the result, except that of a training.
@@ -73,6 +74,7 @@ class ConversionOptions:
     num_clusters: int | None = None
     share: Share | None = None
     embedding_bits: float | None = None
+    codebook_bits: int | None = None
     calibration: str | None = None
     effort: Effort | None = None
     method: Method = "fast"
@@ -85,7 +87,7 @@ class ConversionOptions:
     @property
     def asks_clustering(self) -> bool:
         """Whether any option says how to cluster."""
-        how = (self.bits, self.cluster_dim, self.num_clusters, self.share, self.embedding_bits)
+        how = (self.bits, self.cluster_dim, self.num_clusters, self.share, self.embedding_bits, self.codebook_bits)
         given = (*how, self.calibration, self.effort)
         return any(value is not None for value in given)
 
@@ -360,6 +362,9 @@ def _check_options(options: ConversionOptions) -> None:
             found=f"{options.embedding_bits:g}",
             expected="more than 0, at most 16",
         )
+    elif options.codebook_bits not in (None, *CODEBOOK_DTYPES):
+        found, expected = str(options.codebook_bits), " or ".join(map(str, CODEBOOK_DTYPES))
+        problem = Problem("bad_option", "--codebook-bits is out of range", found=found, expected=expected)
     elif options.effort not in (None, "fast") and options.calibration == "none":
         found, remedy = f"--effort {options.effort} --calibration none", "give a text, or --effort fast"
         problem = Problem("bad_option", "error feedback needs a calibration text", found=found, remedy=remedy)
@@ -380,8 +385,15 @@ def _make_plan(source: Model, options: ConversionOptions) -> Plan:
             num_clusters=options.num_clusters,
             share=options.share or "none",
             embedding_bits=embedding_bits,
+            codebook_bits=options.codebook_bits,
         )
-    return plan_bits(source, bits=options.bits or DEFAULT_BITS, share=options.share, embedding_bits=embedding_bits)
+    return plan_bits(
+        source,
+        bits=options.bits or DEFAULT_BITS,
+        share=options.share,
+        embedding_bits=embedding_bits,
+        codebook_bits=options.codebook_bits,
+    )
 
 
 def _warnings(source: Model, sizes: Sizes, source_file_bytes: int) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cluscomp_export.codebook_rounding import LARGEST
 from cluscomp_export.sources.linears import embedding_tensor, head_tensor
 from cluscomp_formats.errors import InvalidRequestError, Problem
 from cluscomp_formats.ir import AnyArray, Array, ClusteredWeight, DenseTensor, Model, Tensor, float32_to_bfloat16
@@ -177,4 +178,6 @@ def _rounded(values: AnyArray, dtype: str) -> AnyArray:
     if dtype == "float16":
         # A training that leaves the range of float16 has gone wrong, but shall not store an infinity.
         values = np.clip(values, -65504.0, 65504.0)
+    if dtype == "int8":
+        values = np.clip(np.rint(values), -LARGEST, LARGEST)
     return values.astype(dtype)
