@@ -6,31 +6,29 @@ tensor at a time, in the order in which writers read them.
 
 from __future__ import annotations
 
+import functools
 import zlib
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from cluscomp_export.error_feedback import ErrorFeedback, InputMoments
+from cluscomp_export.jobs import SCALE_RANGE, Computing, Encoding, Fit, Method
 from cluscomp_export.planning import CodebookPlan, Plan, Treatment
 from cluscomp_export.progress import Progress, silent
 from cluscomp_export.work_folder import Forms, WorkFolder
+from cluscomp_export.workers import Job, Workers
 from cluscomp_formats.errors import InvalidFileError, Problem
 from cluscomp_formats.ir import AnyArray, Array, ClusteredWeight, Codebook, DenseTensor, Model, Stage, Tensor
-from cluscomp_kernels.kmeans import assign, kmeans
 
-__all__ = ["Method", "cluster_model", "work_bytes"]
+__all__ = ["cluster_model", "work_bytes"]
 
 Floats = npt.NDArray[np.float32]
-Method = Literal["fast", "lloyd"]
 
 FIT_VECTORS_PER_CLUSTER = 64
 """A codebook with row scales is fitted on at most this many vectors per cluster."""
-
-SCALE_RANGE = (2.0**-24, 65504.0)
-"""The magnitudes float16 can hold."""
 
 
 def cluster_model(
@@ -45,25 +43,33 @@ def cluster_model(
     feedback: ErrorFeedback | None = None,
     provenance: Mapping[str, Any] | None = None,
     work: WorkFolder | None = None,
+    workers: Workers | None = None,
     on_progress: Progress = silent,
 ) -> Model:
-    """A lazy model with the plan's tensors clustered and all others dense; nothing is computed yet.
+    """A lazy model with the plan's tensors clustered and all others dense; without `workers` nothing is computed yet.
 
     Shapes and sizes are known at once, so the result also serves to predict sizes. Reading a codebook fits it (once); reading
     codes or scales encodes that tensor (the last one is kept), so reading in the order of `Model.payloads()` does each tensor
     once; with `feedback` it encodes all blocks up to that tensor's, and keeps them in `work` or, without that, in memory. What
     `work` holds already is not done again, and what is done is kept there. Raises InvalidFileError, on reading, for weights
     that are not finite or out of float16's range, StorageError if `work` cannot be written.
+
+    `workers`, which need a `work`, compute everything at once, with their own number of threads; reading then takes it from
+    there. The result is the same. Raises what `Workers.run` does, too.
     """
-    worker = _Worker(source, plan, energies or {}, method, seed, threads, device, feedback, work, on_progress)
-    codebooks = {book.name: worker.codebook(book) for book in plan.codebooks}
+    computing = Computing(method, seed, threads, device)
+    clustering = _Clustering(source, plan, energies or {}, computing, feedback, work, workers, on_progress)
+    codebooks = {book.name: clustering.codebook(book) for book in plan.codebooks}
     tensors: dict[str, Tensor] = {}
     for name, tensor in source.tensors.items():
         treatment = plan.treatments.get(name)
         if treatment is not None:
-            tensors[name] = worker.clustered[name] = worker.weight(name, treatment, codebooks[treatment.codebook.name])
+            weight = clustering.weight(name, treatment, codebooks[treatment.codebook.name])
+            tensors[name] = clustering.clustered[name] = weight
         else:
             tensors[name] = _dense(tensor) if isinstance(tensor, DenseTensor) else tensor
+    if workers is not None:
+        clustering.compute_all()
     return Model(source.config, tensors, source.files, provenance or {})
 
 
@@ -92,34 +98,31 @@ def _dense(tensor: DenseTensor) -> DenseTensor:
     return DenseTensor(tensor.name, Array(tensor.shape, "float16", load))
 
 
-class _Worker:
-    """Does the work behind the lazy arrays. Keeps the shared codebooks, the last of the others and the last tensor encoded."""
+class _Clustering:
+    """Does the work behind the lazy arrays. Keeps the shared codebooks, the last of the others and the last tensor encoded,
+    with error feedback also what belongs to the block that is being done."""
 
     def __init__(
         self,
         source: Model,
         plan: Plan,
         energies: Mapping[str, Floats],
-        method: Method,
-        seed: int,
-        threads: int | None,
-        device: str,
+        computing: Computing,
         feedback: ErrorFeedback | None,
         work: WorkFolder | None,
+        workers: Workers | None,
         on_progress: Progress,
     ) -> None:
         self.source = source
         self.plan = plan
         self.energies = energies
-        self.method: Method = method
-        self.seed = seed
-        self.threads = threads
-        self.device = device
+        self.computing = computing
         self.feedback = feedback
         self.work = work
+        self.workers = workers
         self.on_progress = on_progress
         self.clustered: dict[str, ClusteredWeight] = {}
-        self.kept: dict[str, dict[str, AnyArray]] = {}
+        self.held: dict[str, dict[str, AnyArray]] = {}
         self.shared: dict[str, npt.NDArray[np.float16]] = {}
         self.fitted: tuple[str, npt.NDArray[np.float16]] | None = None
         self.encoded: tuple[str, npt.NDArray[np.uint16], npt.NDArray[np.float16]] | None = None
@@ -130,8 +133,8 @@ class _Worker:
     def weight(self, name: str, treatment: Treatment, codebook: Codebook) -> ClusteredWeight:
         out_features, in_features = treatment.shape
         shape = (in_features, -(-out_features // codebook.cluster_dim))
-        codes = Array(shape, "uint16", lambda: self._encode(name)[0])
-        scale = Array((out_features,), "float16", lambda: self._encode(name)[1]) if treatment.row_scale else None
+        codes = Array(shape, "uint16", lambda: self._codes(name)[0])
+        scale = Array((out_features,), "float16", lambda: self._codes(name)[1]) if treatment.row_scale else None
         return ClusteredWeight(name, treatment.shape, (Stage(codebook, codes),), row_scale=scale)
 
     def _vectors(self, name: str) -> tuple[Floats, Floats | None]:
@@ -177,7 +180,7 @@ class _Worker:
             weight = self._weights(name, len(vectors))
             if scale is not None and share < 1:
                 # Seeded by name as well: the sample of a tensor does not depend on the order of the tensors.
-                generator = np.random.default_rng([self.seed, zlib.crc32(name.encode())])
+                generator = np.random.default_rng([self.computing.seed, zlib.crc32(name.encode())])
                 size = max(1, round(share * len(vectors)))
                 chosen = np.sort(generator.choice(len(vectors), size, replace=False, shuffle=False))
                 vectors, weight = vectors[chosen], weight[chosen]
@@ -186,60 +189,62 @@ class _Worker:
         weighted = any(name in self.energies for name in book.members)
         return np.concatenate(samples), np.concatenate(weights) if weighted else None
 
-    def _known(self, name: str, forms: Forms) -> dict[str, AnyArray] | None:
-        """The arrays of a finished unit of work."""
-        return self.kept.get(name) if self.work is None else self.work.load(name, forms)
+    def compute_all(self) -> None:
+        """Have the workers compute every unit of work that is not there yet."""
+        books = {_codebook_unit(book): book for book in self.plan.codebooks}
+        units = [unit for unit, book in books.items() if self._known(unit, _codebook_forms(book)) is None]
+        self._distribute("fitting codebooks", units, lambda unit, how: self._fit_job(books[unit], how))
+        fed_back = {name for name in self.clustered if self.feedback is not None and self.feedback.covers(name)}
+        names = {_tensor_unit(name): name for name in self.clustered if name not in fed_back}
+        units = [unit for unit, name in names.items() if self._known(unit, self._forms(name)) is None]
+        self._distribute("encoding matrices", units, lambda unit, how: self._encoding_job(names[unit], None, how))
+        for name in fed_back:
+            self._reach(name)
 
-    def _finished(self, name: str, forms: Forms, compute: Callable[[], dict[str, AnyArray]]) -> dict[str, AnyArray]:
+    def _distribute(self, stage: str, units: Sequence[str], prepare: Callable[[str, Computing], Job]) -> None:
+        """Compute units of work by the workers, and keep each as it arrives."""
+        if self.workers is None or self.work is None:
+            raise ValueError("workers need a work folder to keep their results in")
+        for done, (unit, arrays) in enumerate(self.workers.run(units, prepare), 1):
+            self.work.save(unit, arrays)
+            self.on_progress(stage, done, len(units))
+
+    def _known(self, unit: str, forms: Forms) -> dict[str, AnyArray] | None:
+        """The arrays of a finished unit of work."""
+        found = self.held.get(unit)
+        return found if found is not None or self.work is None else self.work.load(unit, forms)
+
+    def _finished(self, unit: str, forms: Forms, prepare: Callable[[], Job]) -> dict[str, AnyArray]:
         """The arrays of a unit of work, computed unless they were before."""
-        arrays = self._known(name, forms)
+        arrays = self._known(unit, forms)
         if arrays is None:
-            arrays = compute()
+            arrays = prepare().run(self.on_progress)
             if self.work is not None:
-                self.work.save(name, arrays)
+                self.work.save(unit, arrays)
             elif self.feedback is not None:
-                self.kept[name] = arrays
+                self.held[unit] = arrays
         return arrays
 
     def _fit(self, book: CodebookPlan) -> npt.NDArray[np.float16]:
         if book.name in self.shared:
             return self.shared[book.name]
         if self.fitted is None or self.fitted[0] != book.name:
-            forms = {"centroids": ("float16", (book.num_clusters, book.cluster_dim))}
-            arrays = self._finished(f"codebook {book.name}", forms, lambda: {"centroids": self._centroids(book)})
+            unit, forms = _codebook_unit(book), _codebook_forms(book)
+            arrays = self._finished(unit, forms, lambda: self._fit_job(book, self.computing))
             self.fitted = (book.name, arrays["centroids"])
             if book.shared:
                 self.shared[book.name] = arrays["centroids"]
         return self.fitted[1]
 
-    def _centroids(self, book: CodebookPlan) -> npt.NDArray[np.float16]:
+    def _fit_job(self, book: CodebookPlan, computing: Computing) -> Fit:
         points, weights = self._sample(book)
-        result = kmeans(
-            points,
-            book.num_clusters,
-            weights=weights,
-            method=self.method,
-            seed=self.seed,
-            threads=self.threads,
-            device=self.device,
-            on_progress=lambda done, total: self.on_progress(f"clustering {book.name}", done, total),
-        )
-        centroids = np.zeros((book.num_clusters, book.cluster_dim), dtype=np.float16)
-        with np.errstate(over="ignore"):
-            centroids[: len(result.centroids)] = result.centroids
-        if not np.isfinite(centroids).all():
-            found = f"a centroid of {np.abs(result.centroids).max():g}"
-            expected = f"up to {SCALE_RANGE[1]:g}, the range of float16"
-            remedy = "use --share kind, which scales the rows"
-            problem = Problem("out_of_range", "centroids do not fit float16", None, book.name, found, expected, remedy)
-            raise InvalidFileError(problem)
-        return centroids
+        return Fit(book, points, weights, computing)
 
-    def _encode(self, name: str) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.float16]]:
+    def _codes(self, name: str) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.float16]]:
         if self.encoded is None or self.encoded[0] != name:
-            if self.feedback is not None and self.feedback.covers(name):
-                self.feedback.reach(name, self.clustered, self._is_encoded, self._encoded)
-            arrays = self._encoded(name)
+            self._reach(name)
+            prepare = lambda: self._encoding_job(name, None, self.computing)  # noqa: E731
+            arrays = self._finished(_tensor_unit(name), self._forms(name), prepare)
             self.encoded = (name, arrays["codes"], arrays["row_scale"])
         return self.encoded[1:]
 
@@ -251,38 +256,45 @@ class _Worker:
             "row_scale": ("float16", (out_features if treatment.row_scale else 0,)),
         }
 
-    def _is_encoded(self, name: str) -> bool:
-        return self._known(f"tensor {name}", self._forms(name)) is not None
-
-    def _encoded(self, name: str, moments: InputMoments | None = None) -> dict[str, AnyArray]:
-        return self._finished(f"tensor {name}", self._forms(name), lambda: self._codes(name, moments))
-
-    def _codes(self, name: str, moments: InputMoments | None) -> dict[str, AnyArray]:
+    def _encoding_job(self, name: str, moments: InputMoments | None, computing: Computing) -> Encoding:
         treatment = self.plan.treatments[name]
         out_features, in_features = treatment.shape
-        centroids = self._fit(treatment.codebook).astype(np.float32)
+        centroids = self._fit(treatment.codebook)
         vectors, scale = self._vectors(name)
-        factors = np.ones(out_features)
-        if moments is None:
-            codes = assign(vectors, centroids, threads=self.threads, device=self.device).reshape(in_features, -1)
-            if scale is not None:
-                factors = _scale_factors(vectors, centroids[codes], self._weights(name, in_features), out_features)
-        else:
-            weights = vectors.reshape(in_features, -1)
-            codes, factors = moments.encode(weights, centroids, out_features, threads=self.threads, device=self.device)
-        row_scale = np.empty(0) if scale is None else np.clip(scale * factors, *SCALE_RANGE)
-        return {"codes": codes, "row_scale": row_scale.astype(np.float16)}
+        return Encoding(vectors, scale, centroids, self._weights(name, in_features), out_features, moments, computing)
+
+    def _reach(self, name: str) -> None:
+        """With error feedback: encode all blocks up to that of the tensor."""
+        if self.feedback is not None and self.feedback.covers(name):
+            self.feedback.reach(name, self.clustered, self._hold_block, self._encode_block)
+
+    def _hold_block(self, names: Sequence[str]) -> bool:
+        """Take up what is finished of the next block. Whether that is all: only then is it certain to be used."""
+        if self.work is not None:
+            self.held = {}
+        found = {_tensor_unit(name): self._known(_tensor_unit(name), self._forms(name)) for name in names}
+        self.held.update({unit: arrays for unit, arrays in found.items() if arrays is not None})
+        return all(unit in self.held for unit in found)
+
+    def _encode_block(self, moments: Mapping[str, InputMoments]) -> None:
+        """Encode those of a block's matrices that are not finished; none depends on another."""
+        names = {_tensor_unit(name): name for name in moments if _tensor_unit(name) not in self.held}
+        prepare = lambda unit, how: self._encoding_job(names[unit], moments[names[unit]], how)  # noqa: E731
+        if self.workers is not None:
+            self._distribute("encoding a block", list(names), prepare)
+            return
+        for unit, name in names.items():
+            arrays = self._finished(unit, self._forms(name), functools.partial(prepare, unit, self.computing))
+            self.held[unit] = arrays
 
 
-def _scale_factors(vectors: Floats, decoded: Floats, energy: Floats, out_features: int) -> npt.NDArray[np.float64]:
-    """What to multiply each row with, `[out_features]`, for the least squared error with these codes.
+def _codebook_unit(book: CodebookPlan) -> str:
+    return f"codebook {book.name}"
 
-    `<w, q> / <q, q>` per row, the products weighted by `energy` `[in_features]`.
-    """
-    wanted, given = (values.reshape(len(energy), -1)[:, :out_features] for values in (vectors, decoded))
-    products = np.einsum("i,ir,ir->r", energy, wanted, given, dtype=np.float64)
-    energies = np.einsum("i,ir,ir->r", energy, given, given, dtype=np.float64)
-    factors: npt.NDArray[np.float64] = np.divide(
-        products, energies, out=np.ones(out_features), where=(energies > 0) & (products > 0)
-    )
-    return factors
+
+def _codebook_forms(book: CodebookPlan) -> Forms:
+    return {"centroids": ("float16", (book.num_clusters, book.cluster_dim))}
+
+
+def _tensor_unit(name: str) -> str:
+    return f"tensor {name}"

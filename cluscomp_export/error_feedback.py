@@ -12,7 +12,7 @@ of one block 8 bytes x in_features^2 each, a few times that for the largest whil
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -127,23 +127,22 @@ class ErrorFeedback:
         self,
         name: str,
         clustered: Mapping[str, Tensor],
-        finished: Callable[[str], bool],
-        encode: Callable[[str, InputMoments], object],
+        finished: Callable[[Sequence[str]], bool],
+        encode: Callable[[Mapping[str, InputMoments]], object],
     ) -> None:
         """Do all blocks up to that of matrix `name`.
 
-        `encode` is called for every matrix among `clustered` that is not yet `finished`; afterwards `clustered` decodes it.
+        Each block's matrices among `clustered` are encoded together, unless all are `finished`; afterwards `clustered` decodes
+        them.
         """
         while self.covers(name):
             index = self._next
             prefix = f"model.layers.{index}."
             self._on_progress("choosing codes with error feedback", index, self._runner.num_blocks)
-            if not all(finished(matrix) for matrix in clustered if matrix.startswith(prefix)):
+            if not finished([matrix for matrix in clustered if matrix.startswith(prefix)]):
                 observer = _Observer()
                 self._runner.run(index, self._source.tensors, self._hidden, observer)
-                for matrix, moments in observer.results().items():
-                    if matrix in clustered:
-                        encode(matrix, moments)
+                encode({matrix: moments for matrix, moments in observer.results().items() if matrix in clustered})
             self._next += 1
             if self._next < self._runner.num_blocks:
                 self._hidden = self._runner.run(index, {**self._source.tensors, **clustered}, self._hidden)
