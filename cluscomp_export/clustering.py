@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -193,21 +193,29 @@ class _Clustering:
         """Have the workers compute every unit of work that is not there yet."""
         books = {_codebook_unit(book): book for book in self.plan.codebooks}
         units = [unit for unit, book in books.items() if self._known(unit, _codebook_forms(book)) is None]
-        self._distribute("fitting codebooks", units, lambda unit, how: self._fit_job(books[unit], how))
-        fed_back = {name for name in self.clustered if self.feedback is not None and self.feedback.covers(name)}
+        # The largest first: the last ones keep fewer workers waiting.
+        units.sort(key=lambda unit: -books[unit].num_clusters * len(books[unit].members))
+        for _ in self._arriving("fitting codebooks", units, lambda unit, how: self._fit_job(books[unit], how)):
+            pass
+        fed_back = [name for name in self.clustered if self.feedback is not None and self.feedback.covers(name)]
         names = {_tensor_unit(name): name for name in self.clustered if name not in fed_back}
         units = [unit for unit, name in names.items() if self._known(unit, self._forms(name)) is None]
-        self._distribute("encoding matrices", units, lambda unit, how: self._encoding_job(names[unit], None, how))
+        for _ in self._arriving("encoding matrices", units, lambda unit, how: self._encoding_job(names[unit], None, how)):
+            pass
         for name in fed_back:
             self._reach(name)
 
-    def _distribute(self, stage: str, units: Sequence[str], prepare: Callable[[str, Computing], Job]) -> None:
-        """Compute units of work by the workers, and keep each as it arrives."""
+    def _arriving(
+        self, stage: str, units: Sequence[str], prepare: Callable[[str, Computing], Job]
+    ) -> Iterator[tuple[str, dict[str, AnyArray]]]:
+        """What the workers make of these units, each kept as it arrives."""
         if self.workers is None or self.work is None:
             raise ValueError("workers need a work folder to keep their results in")
+        self.on_progress(stage, 0, len(units))
         for done, (unit, arrays) in enumerate(self.workers.run(units, prepare), 1):
             self.work.save(unit, arrays)
             self.on_progress(stage, done, len(units))
+            yield unit, arrays
 
     def _known(self, unit: str, forms: Forms) -> dict[str, AnyArray] | None:
         """The arrays of a finished unit of work."""
@@ -281,7 +289,7 @@ class _Clustering:
         names = {_tensor_unit(name): name for name in moments if _tensor_unit(name) not in self.held}
         prepare = lambda unit, how: self._encoding_job(names[unit], moments[names[unit]], how)  # noqa: E731
         if self.workers is not None:
-            self._distribute("encoding a block", list(names), prepare)
+            self.held.update(self._arriving("encoding a block", list(names), prepare))
             return
         for unit, name in names.items():
             arrays = self._finished(unit, self._forms(name), functools.partial(prepare, unit, self.computing))

@@ -11,11 +11,16 @@ import joblib
 import ray
 from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, WorkerCrashedError
 from ray.util.joblib.ray_backend import RayBackend
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluscomp_export.workers import STREAMING, Workers
 from cluscomp_formats.errors import InvalidRequestError, Problem
 
 __all__ = ["RayWorkers", "connect"]
+
+RESERVATION_SECONDS = 10
+RESERVATION_ATTEMPTS = 30
 
 
 @contextlib.contextmanager
@@ -50,20 +55,47 @@ class RayWorkers(Workers):
     def threads(self, jobs: int) -> int:
         return self.computing.threads or 1
 
-    def new_pool(self) -> joblib.Parallel:
-        threads = self.threads(0)
-        needs = {"GPU": 1} if self.computing.device.startswith("cuda") else {"CPU": threads}
-        resources = ray.cluster_resources()
-        count = min(int(resources.get(kind, 0) // amount) for kind, amount in needs.items())
-        if count == 0:
-            found = ", ".join(f"{resources.get(kind, 0):g} {kind}s" for kind in needs)
-            expected = ", ".join(f"at least {amount} {kind}s" for kind, amount in needs.items())
-            problem = Problem("no_workers", "the cluster has no room for a worker", found=found, expected=expected)
-            raise InvalidRequestError(problem)
-        # joblib runs one worker's jobs in its own process, which is not on the cluster: there, two share the place.
-        share = count / max(2, count)
-        arguments = {"num_cpus": threads * share, "num_gpus": needs.get("GPU", 0) * share}
-        return joblib.Parallel(max(2, count), backend=_StreamingBackend(ray_remote_args=arguments), **STREAMING)
+    @contextlib.contextmanager
+    def new_pool(self) -> Iterator[joblib.Parallel]:
+        with self._reserved() as (group, count):
+            # joblib runs the jobs of a single worker in this process, which is not on the cluster: better two share its place.
+            # (Ray wants a CPU for each: there may be one CPU in all.)
+            workers = max(count, min(2, int(ray.cluster_resources()["CPU"])))
+            share = count / workers
+            arguments = {"scheduling_strategy": PlacementGroupSchedulingStrategy(group)}
+            arguments |= {f"num_{kind.lower()}s": amount * share for kind, amount in self._place().items()}
+            backend = _StreamingBackend(ray_remote_args=arguments)
+            with joblib.Parallel(workers, backend=backend, **STREAMING) as parallel:
+                yield parallel
+
+    def _place(self) -> dict[str, float]:
+        """What one worker takes of a node."""
+        return {"CPU": self.threads(1), **({"GPU": 1} if self.computing.device.startswith("cuda") else {})}
+
+    @contextlib.contextmanager
+    def _reserved(self) -> Iterator[tuple[PlacementGroup, int]]:
+        """Places for as many workers as there is room for, which is waited for: after the loss of a node it takes half a minute
+        until Ray counts it no more, and what would have to be there waits forever."""
+        place = self._place()
+        kind = "GPU" if "GPU" in place else "CPU"
+        for attempt in range(RESERVATION_ATTEMPTS):
+            # What others use may become free, but is not waited for again and again.
+            resources = ray.cluster_resources() if attempt == 0 else ray.available_resources()
+            count = int(resources.get(kind, 0) // place[kind])
+            group = placement_group([place] * max(1, count), strategy="SPREAD")
+            try:
+                if group.wait(RESERVATION_SECONDS):
+                    yield group, max(1, count)
+                    return
+            finally:
+                remove_placement_group(group)
+            self._on_progress("waiting for room on the Ray cluster", attempt + 1, RESERVATION_ATTEMPTS)
+        found = ", ".join(f"{amount:g} {kind}s" for kind, amount in ray.available_resources().items() if kind in place)
+        expected = ", ".join(f"{amount:g} {kind}s" for kind, amount in place.items()) + " on one node for each worker"
+        remedy = "add nodes, wait for other work on the cluster to end, or use fewer --threads"
+        raise InvalidRequestError(
+            Problem("no_room", "the Ray cluster has no room for a worker", None, None, found, expected, remedy)
+        )
 
 
 class _StreamingBackend(RayBackend):  # type: ignore[misc]

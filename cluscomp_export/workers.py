@@ -95,7 +95,7 @@ class Workers(abc.ABC):
         """How many threads each of so many jobs is to use."""
 
     @abc.abstractmethod
-    def new_pool(self) -> joblib.Parallel:
+    def new_pool(self) -> contextlib.AbstractContextManager[joblib.Parallel]:
         """Workers that yield results in whatever order they come."""
 
     def run(self, units: Sequence[str], prepare: Prepare) -> Iterator[tuple[str, dict[str, AnyArray]]]:
