@@ -25,14 +25,17 @@ from cluscomp_export.calibration import (
     read_text,
     shipped_text,
 )
-from cluscomp_export.clustering import Method, cluster_model, work_bytes
+from cluscomp_export.clustering import cluster_model, work_bytes
 from cluscomp_export.error_feedback import ErrorFeedback
+from cluscomp_export.jobs import Computing, Method
 from cluscomp_export.planning import CODEBOOK_DTYPES, Plan, Share, embedding_tensors, plan_bits, plan_fixed
 from cluscomp_export.progress import Progress, silent
 from cluscomp_export.sizes import Sizes, model_sizes
 from cluscomp_export.sources import open_source, source_bytes
 from cluscomp_export.tuning import RecoveryOptions, TrainableModel, recover
+from cluscomp_export.tuning.blockwise import BlockwiseOptions
 from cluscomp_export.work_folder import WorkFolder, fingerprint, remove_work, work_folder, work_path
+from cluscomp_export.workers import Workers, open_workers, parse_workers
 from cluscomp_export.writers import find_writer
 from cluscomp_formats.errors import (
     ClusCompError,
@@ -66,7 +69,8 @@ class ConversionOptions:
     is expected to be best. `calibration` is a text file whose activations weight the clustering, "none", or None: the text the
     package ships with `bits`, none with the paper's setting. `effort="fast"` only clusters; "balanced", the default where there
     is a calibration text, also chooses codes with error feedback; "best" then trains codebooks, scales and norms on the text.
-    `gguf_type` decodes for stock llama.cpp. `threads` and `device` do not change the result, except that of a training.
+    `gguf_type` decodes for stock llama.cpp. `workers`, what `parse_workers` takes, cluster in parallel, else this process
+    does. `workers`, `threads` (of each worker) and `device` do not change the result, except that of a training.
     """
 
     bits: float | None = None
@@ -83,6 +87,7 @@ class ConversionOptions:
     gguf_type: str | None = None
     threads: int | None = None
     device: str = "cpu"
+    workers: str | None = None
 
     @property
     def asks_clustering(self) -> bool:
@@ -100,9 +105,8 @@ class ConversionOptions:
 
     def recorded(self) -> dict[str, Any]:
         """The options that determine the result, for the provenance."""
-        return {
-            key: value for key, value in asdict(self).items() if value is not None and key not in ("threads", "device", "to")
-        }
+        without_effect = ("threads", "device", "workers", "to")
+        return {key: value for key, value in asdict(self).items() if value is not None and key not in without_effect}
 
 
 @dataclass(frozen=True)
@@ -173,7 +177,7 @@ def convert(
 
     A clustering that fails or is interrupted, by whatever, leaves what it has finished in a folder beside the output
     (`work_path`); the same call goes on from there, and ends with the same bytes. Raises what `prepare` does,
-    OutputExistsError, StorageError, SelfTestError.
+    OutputExistsError, StorageError, SelfTestError, WorkersLostError.
     """
     started = time.perf_counter()
     writer = find_writer(options.to, options.gguf_type)
@@ -202,7 +206,10 @@ def convert(
         work = unfinished.enter_context(work_folder(output)) if prepared.plan is not None else None
         _check_space(output, prepared, work)
         if prepared.plan is not None and work is not None:
-            model, recovery = _clustered(prepared.source, prepared.plan, source_path, options, work, warnings, on_progress)
+            with _opened(options, on_progress) as workers:
+                model, recovery = _clustered(
+                    prepared.source, prepared.plan, source_path, options, work, workers, warnings, on_progress
+                )
         written = writer.write(
             model,
             output,
@@ -224,12 +231,21 @@ def convert(
     )
 
 
+def _opened(options: ConversionOptions, on_progress: Progress) -> contextlib.AbstractContextManager[Workers | None]:
+    """The workers that are asked for, if any."""
+    if options.workers is None:
+        return contextlib.nullcontext()
+    computing = Computing(options.method, options.seed, options.threads, options.device)
+    return open_workers(parse_workers(options.workers), computing, on_progress)
+
+
 def _clustered(
     source: Model,
     plan: Plan,
     source_path: Path,
     options: ConversionOptions,
     work: WorkFolder,
+    workers: Workers | None,
     warnings: list[str],
     on_progress: Progress,
 ) -> tuple[Model, Mapping[str, Any] | None]:
@@ -256,7 +272,8 @@ def _clustered(
         try:
             energies = _energies(source, text, work, on_progress)
             if effort != "fast":
-                feedback = ErrorFeedback(source, calibration_windows(source, text, MAX_FEEDBACK_WINDOWS), on_progress)
+                windows = calibration_windows(source, text, MAX_FEEDBACK_WINDOWS)
+                feedback = ErrorFeedback(source, windows, BlockwiseOptions(seed=options.seed), on_progress=on_progress)
         except (InvalidRequestError, UnsupportedError) as error:
             if options.calibration is not None:
                 raise
@@ -275,6 +292,7 @@ def _clustered(
         feedback=feedback,
         provenance=provenance,
         work=work,
+        workers=workers,
         on_progress=on_progress,
     )
     if effort == "best" and feedback is not None and text is not None:
@@ -370,6 +388,8 @@ def _check_options(options: ConversionOptions) -> None:
         problem = Problem("bad_option", "error feedback needs a calibration text", found=found, remedy=remedy)
     if problem:
         raise InvalidRequestError(problem)
+    if options.workers is not None:
+        parse_workers(options.workers)
     check_device(options.device)
 
 

@@ -116,14 +116,18 @@ class Goal:
 class BlockWork(Protocol):
     """Who keeps what has been done: the tensors of the compressed model, and how to get there."""
 
-    tensors: Mapping[str, Tensor]
-    """The compressed model as far as it is there, by name."""
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The compressed model as far as it is there, by name."""
+
+    def take_up(self, index: int) -> None:
+        """Take up what is finished of a block that is about to be done."""
 
     def is_encoded(self, name: str) -> bool:
-        """Whether a matrix has its codes. True for what is not clustered."""
+        """Whether a matrix of that block has its codes. True for what is not clustered."""
 
-    def encode(self, name: str, goal: Goal) -> None:
-        """Choose the codes of a matrix."""
+    def encode(self, goals: Mapping[str, Goal]) -> None:
+        """Choose the codes of matrices none of which depends on another."""
 
     def is_tuned(self, index: int) -> bool:
         """Whether a block has been tuned."""
@@ -182,14 +186,17 @@ class ErrorFeedback:
             self._on_progress("block by block", index, self._runner.num_blocks)
             # Before the work: what it reads of this block is what is there by then.
             self._next += 1
+            work.take_up(index)
             before = self._given
             to_tune = self._tuning is not None and not work.is_tuned(index)
             for half in (0, 1):
+                wanted = self._advance(index, half, self._source.tensors, self._wanted)
                 for group in self._groups(index, half):
-                    if not all(work.is_encoded(name) for name in group):
-                        self._encode(index, half, group, work)
+                    missing = [name for name in group if not work.is_encoded(name)]
+                    if missing:
+                        work.encode(self._goals(index, half, missing, wanted, work))
                 self._given = self._advance(index, half, work.tensors, self._given)
-                self._wanted = self._advance(index, half, self._source.tensors, self._wanted)
+                self._wanted = wanted
             if self._tuning is not None and to_tune:
                 tuned = tune_block(
                     self._runner,
@@ -231,39 +238,49 @@ class ErrorFeedback:
         self._runner.half(index, half, self._source.tensors, observe)(self._given[0][:1, :1])
         return groups
 
-    def _encode(self, index: int, half: int, group: Sequence[str], work: BlockWork) -> None:
-        """Encode the matrices of `group`, which have one input."""
+    def _goals(
+        self, index: int, half: int, names: Sequence[str], results: Sequence[torch.Tensor], work: BlockWork
+    ) -> dict[str, Goal]:
+        """What the codes of the matrices `names`, which have one input, aim at; `results` is what shall flow out of the half."""
         # What has no codes yet is the original's.
         tensors = {
-            name: work.tensors[name] if work.is_encoded(name) else tensor for name, tensor in self._source.tensors.items()
+            name: work.tensors[name] if work.is_encoded(name) else tensor
+            for name, tensor in self._source.tensors.items()
+            if block_index(name) == index
         }
         inputs: list[torch.Tensor] = []
 
         def observe(name: str, values: torch.Tensor) -> None:
-            if name == group[0]:
+            if name == names[0]:
                 inputs.append(values.flatten(0, -2))
                 raise _Reached
 
         runs = self._runner.half(index, half, tensors, observe), self._runner.half(index, half, self._source.tensors, observe)
+        to_stream = names[0].endswith(_ADDS_TO_STREAM)
         sums = _Sums()
-        for given, wanted in zip(self._given, self._wanted, strict=True):
+        for given, wanted, result in zip(self._given, self._wanted, results, strict=True):
             for run, hidden in zip(runs, (given, wanted), strict=True):
                 with contextlib.suppress(_Reached):
                     run(hidden)
-            sums.add(inputs.pop(0), inputs.pop(0), (wanted - given).flatten(0, -2))
+            found, expected = inputs
+            inputs.clear()
+            if to_stream:
+                sums.add(found, expected, result.flatten(0, -2), (wanted - given).flatten(0, -2))
+            else:
+                sums.add(found, expected, found)
         moments = InputMoments(sums.mean(sums.inputs))
-        for name in group:
-            if work.is_encoded(name):
-                continue
+        goals = {}
+        for name in names:
             weight = torch.from_numpy(self._source.tensors[name].decode()).double()
             lacks = sums.mean(sums.lacks) @ weight.t()
-            if name.endswith(_ADDS_TO_STREAM):
+            if to_stream:
                 lacks += sums.mean(sums.stream)
-            work.encode(name, Goal(moments, moments.solve(lacks).float().numpy()))
+            goals[name] = Goal(moments, moments.solve(lacks).float().numpy())
+        return goals
 
 
 class _Sums:
-    """Sums over tokens of products with the inputs x of a matrix, `x` scaled to unit mean square and what it meets alike.
+    """Sums over tokens of products with the inputs x of a matrix.
 
     `inputs` of `x x^T`; `lacks` of `x (x' - x)^T`, with x' the inputs in the original model; `stream` of `x (h' - h)^T`, with h the
     residual streams of both.
@@ -275,13 +292,17 @@ class _Sums:
         self.stream: torch.Tensor | float = 0.0
         self.tokens = 0
 
-    def add(self, given: torch.Tensor, wanted: torch.Tensor, lack: torch.Tensor) -> None:
-        """Inputs of some tokens `[tokens, in_features]` in both models, and what the stream lacks `[tokens, hidden_size]`."""
-        scale = given.square().mean(1, keepdim=True).sqrt().clamp(min=torch.finfo(given.dtype).tiny)
+    def add(self, given: torch.Tensor, wanted: torch.Tensor, measure: torch.Tensor, lack: torch.Tensor | None = None) -> None:
+        """Inputs of some tokens `[tokens, in_features]` in both models, and what the stream lacks `[tokens, hidden_size]`.
+
+        A token counts by the inverse of the mean square of its row of `measure`.
+        """
+        scale = measure.square().mean(1, keepdim=True).sqrt().clamp(min=torch.finfo(given.dtype).tiny)
         scaled = (given / scale).t()
         self.inputs = self.inputs + (scaled @ (given / scale)).double()
         self.lacks = self.lacks + (scaled @ ((wanted - given) / scale)).double()
-        self.stream = self.stream + (scaled @ (lack / scale)).double()
+        if lack is not None:
+            self.stream = self.stream + (scaled @ (lack / scale)).double()
         self.tokens += len(given)
 
     def mean(self, sums: torch.Tensor | float) -> torch.Tensor:

@@ -136,18 +136,18 @@ def test_nothing_is_computed_before_it_is_read(monkeypatch: pytest.MonkeyPatch) 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("clustering ran")
 
-    monkeypatch.setattr("cluscomp_export.clustering.kmeans", refuse)
+    monkeypatch.setattr("cluscomp_export.jobs.kmeans", refuse)
     source = tiny_llama()
     model = cluster_model(source, plan_fixed(source, cluster_dim=4, num_clusters=16, share="kind", embedding_bits=16))
     assert model.clustered[NAME].stages[0].codes.shape == (24, 10)
 
 
 def test_reading_in_payload_order_encodes_each_tensor_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cluscomp_export import clustering
+    from cluscomp_export import jobs
 
     calls: list[int] = []
-    assign = clustering.assign
-    monkeypatch.setattr(clustering, "assign", lambda *a, **k: (calls.append(1), assign(*a, **k))[1])
+    assign = jobs.assign
+    monkeypatch.setattr(jobs, "assign", lambda *a, **k: (calls.append(1), assign(*a, **k))[1])
     source = tiny_llama()
     model = cluster_model(source, plan_fixed(source, cluster_dim=4, num_clusters=16, share="kind", embedding_bits=16))
     model.digest()
