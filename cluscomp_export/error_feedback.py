@@ -126,8 +126,8 @@ class BlockWork(Protocol):
     def is_encoded(self, name: str) -> bool:
         """Whether a matrix of that block has its codes. True for what is not clustered."""
 
-    def encode(self, goals: Mapping[str, Goal]) -> None:
-        """Choose the codes of matrices none of which depends on another."""
+    def encode(self, goals: Mapping[str, Goal | None]) -> None:
+        """Choose the codes of matrices none of which depends on another; without a goal the nearest centroids."""
 
     def is_tuned(self, index: int) -> bool:
         """Whether a block has been tuned."""
@@ -146,7 +146,7 @@ class _Reached(Exception):
 class ErrorFeedback:
     """Takes a model's blocks in order, has their matrices encoded and then their parameters tuned, and goes on with the result.
 
-    `windows` int64 `[windows, tokens]` are the calibration text; `tuning=None` leaves out the tuning. Raises UnsupportedError
+    `windows` int64 `[windows, tokens]` are the calibration text; `tuning=None` leaves out the tuning, `feedback=False` has every vector take its nearest centroid. Raises UnsupportedError
     for an architecture the runtime does not know, InvalidRequestError for ids the model does not have.
     """
 
@@ -156,6 +156,7 @@ class ErrorFeedback:
         windows: torch.Tensor,
         tuning: BlockwiseOptions | None = None,
         *,
+        feedback: bool = True,
         device: str = "cpu",
         on_progress: Progress = silent,
     ) -> None:
@@ -165,6 +166,7 @@ class ErrorFeedback:
         """What flows into the next block in the original model, and in the compressed one."""
         self._given = self._wanted
         self._tuning = tuning
+        self._feedback = feedback
         self._device = device
         self._next = 0
         self._on_progress = on_progress
@@ -194,7 +196,8 @@ class ErrorFeedback:
                 for group in self._groups(index, half):
                     missing = [name for name in group if not work.is_encoded(name)]
                     if missing:
-                        work.encode(self._goals(index, half, missing, wanted, work))
+                        goals = self._goals(index, half, missing, wanted, work) if self._feedback else dict.fromkeys(missing)
+                        work.encode(goals)
                 self._given = self._advance(index, half, work.tensors, self._given)
                 self._wanted = wanted
             if self._tuning is not None and to_tune:
