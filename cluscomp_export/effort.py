@@ -65,8 +65,8 @@ def levels_of(
 ) -> Levels:
     """The levels of an effort, changed by what is given: None, and settings that are None, are the effort's own.
 
-    `blockwise` are settings of `BlockwiseOptions`, `recovery` of `RecoveryOptions`; 0 `epochs` or 0 `steps` leave a level out, any
-    other setting puts it in. Raises InvalidRequestError for values that are out of range.
+    `blockwise` are settings of `BlockwiseOptions`, `recovery` of `RecoveryOptions`; 0 `epochs` or 0 `steps` leave a level out,
+    any other setting puts it in. Raises InvalidRequestError for values that are out of range.
     """
     return Levels(
         feedback=effort != "fast" if feedback is None else feedback,
