@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import distributions
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -24,13 +25,17 @@ from cluscomp_export.protocols import Join, choose_protocol
 from cluscomp_export.protocols import Protocol as ScoringProtocol
 from cluscomp_export.score_statistics import Scores, TokenScores
 from cluscomp_export.sources import open_source
-from cluscomp_formats.errors import InvalidRequestError, Problem
+from cluscomp_formats.errors import InvalidRequestError, Problem, UnsupportedError
 from cluscomp_formats.ir import Model
 from cluscomp_formats.version import __version__
 from cluscomp_runtime import LanguageModel
+from cluscomp_runtime.architecture import DecoderSettings
 from cluscomp_runtime.tokenizer import Tokenizer
 
-__all__ = ["Evaluation", "Scorer", "evaluate", "evaluate_files", "run_record"]
+if TYPE_CHECKING:
+    from cluscomp_export.transformers_model import TransformersModel
+
+__all__ = ["Evaluation", "Runner", "Scorer", "evaluate", "evaluate_files", "load_runner", "max_tokens", "run_record"]
 
 BATCH_TOKENS = 1024
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -41,6 +46,9 @@ class Scorer(Protocol):
     """What is scored: gives logits `[batch, tokens, vocab_size]` for ids `[batch, tokens]`."""
 
     def forward(self, input_ids: torch.Tensor, /) -> torch.Tensor: ...
+
+
+Runner: TypeAlias = "LanguageModel | TransformersModel"
 
 
 @dataclass(frozen=True)
@@ -110,9 +118,9 @@ def evaluate_files(
     on_progress("loading", 0, len(stored))
     loaded = {}
     for role, (_, opened) in stored.items():
-        loaded[role] = LanguageModel.from_model(opened, device=device, dtype=dtype)
+        loaded[role] = load_runner(opened, device=device, dtype=dtype)
         on_progress("loading", len(loaded), len(stored))
-    limit = min(each.settings.max_position_embeddings for each in loaded.values())
+    limit = min(max_tokens(runner) for runner in loaded.values())
     chosen = choose_protocol(protocol, context=context, stride=stride, join=join, limit=limit)
     prepared = chosen.prepare(words)
     token_ids, bos_id = _tokenize(loaded["model"].tokenizer, prepared, model_path)
@@ -135,9 +143,28 @@ def evaluate_files(
     return Evaluation(**{**vars(result), "record": record})
 
 
-def run_record(
-    stored: Mapping[str, tuple[Path, Model]], runner: LanguageModel, on_progress: Progress = silent
-) -> dict[str, Any]:
+def load_runner(model: Model, *, device: str, dtype: str | None, kernel: str = "auto") -> Runner:
+    """The model in our runtime, or where that does not know the architecture and transformers is installed, in transformers.
+
+    Raises UnsupportedError, InvalidFileError, InvalidRequestError.
+    """
+    try:
+        context = DecoderSettings.from_config(model.config).max_position_embeddings
+    except UnsupportedError:
+        if find_spec("transformers") is None:
+            raise
+        from cluscomp_export.transformers_model import TransformersModel
+
+        return TransformersModel(model, device=device, dtype=dtype)
+    return LanguageModel.from_model(model, device=device, dtype=dtype, kernel=kernel, context=context)
+
+
+def max_tokens(runner: Runner) -> int:
+    """The most tokens the model was made for."""
+    return runner.settings.max_position_embeddings if isinstance(runner, LanguageModel) else runner.max_positions
+
+
+def run_record(stored: Mapping[str, tuple[Path, Model]], runner: Runner, on_progress: Progress = silent) -> dict[str, Any]:
     """What ran, by role: paths and digests of the models, the tokenizer's files, versions, device, dtype, threads.
 
     Reads every model once for its digest.

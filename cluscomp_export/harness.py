@@ -18,8 +18,8 @@ from typing import Any
 
 from cluscomp_formats.errors import InvalidRequestError, Problem, UnsupportedError
 
-# The data sets library reads this once, on import.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Read once, when the harness and its libraries are imported.
+os.environ.setdefault("HF_EVALUATE_OFFLINE", os.environ.setdefault("HF_HUB_OFFLINE", "1"))
 
 try:
     from lm_eval import simple_evaluate
@@ -36,11 +36,11 @@ except ImportError as error:
 import torch
 from tqdm import tqdm
 
-from cluscomp_export.evaluate import BATCH_TOKENS, run_record
+from cluscomp_export.evaluate import BATCH_TOKENS, load_runner, max_tokens, run_record
 from cluscomp_export.sources import open_source
 from cluscomp_formats.ir import Model
 from cluscomp_runtime import LanguageModel
-from cluscomp_runtime.architecture import DecoderSettings
+from cluscomp_runtime.tokenizer import end_tokens
 
 __all__ = ["ClusCompLM", "evaluate_tasks", "main"]
 
@@ -71,17 +71,24 @@ class ClusCompLM(TemplateLM):  # type: ignore[misc]
         super().__init__()
         self.path = Path(path)
         self.stored: Model = open_source(self.path)
-        self.max_length = max_length or DecoderSettings.from_config(self.stored.config).max_position_embeddings
-        self.model = LanguageModel.from_model(
-            self.stored, device=device or "cpu", dtype=dtype, kernel=kernel, context=self.max_length
-        )
+        self.model = load_runner(self.stored, device=device or "cpu", dtype=dtype, kernel=kernel)
+        self.max_length = max_length or max_tokens(self.model)
         if self.model.tokenizer is None:
             remedy = "convert from a source with tokenizer.json"
             raise InvalidRequestError(Problem("no_tokenizer", "this model has no tokenizer", str(path), remedy=remedy))
         self._tokenizer = self.model.tokenizer
         self._most = max_batch_size if batch_size in (None, "auto") else int(str(batch_size).removeprefix("auto:"))
-        ends = [self._tokenizer.eos_id, *sorted(self.model.end_tokens), self._tokenizer.bos_id]
+        ends = [self._tokenizer.eos_id, *sorted(end_tokens(self.stored.config, self.stored.files, self._tokenizer))]
         self._end = next((token for token in ends if token is not None), None)
+
+    @property
+    def _generating(self) -> LanguageModel:
+        """The model, if it can generate and chat. Raises UnsupportedError."""
+        if isinstance(self.model, LanguageModel):
+            return self.model
+        message, found = "only the runtime's own decoder generates and chats", str(self.stored.config.get("model_type"))
+        remedy = "convert --to hf, and use the harness's model class hf after `import cluscomp_runtime.hf`"
+        raise UnsupportedError(Problem("unsupported_architecture", message, str(self.path), found=found, remedy=remedy))
 
     @property
     def eot_token_id(self) -> int:
@@ -100,21 +107,20 @@ class ClusCompLM(TemplateLM):  # type: ignore[misc]
         return str(self.path).replace("/", "__")
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        return self.model.chat_template or ""
+        return self._generating.chat_template or ""
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return self.model.chat(chat_history, add_generation_prompt=add_generation_prompt)
+        return self._generating.chat(chat_history, add_generation_prompt=add_generation_prompt)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         # A text that brings its first token, as chat templates do, gets none.
         begun = self._tokenizer.bos_token is not None and string.startswith(self._tokenizer.bos_token)
-        return self._tokenizer.encode(
-            string, add_special_tokens=not begun if add_special_tokens is None else add_special_tokens
-        )
+        wanted = not begun if add_special_tokens is None else add_special_tokens
+        return self._tokenizer.encode(string, add_special_tokens=wanted)
 
     @torch.inference_mode()
     def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **others: Any
     ) -> list[tuple[float, bool]]:
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         with tqdm(total=len(requests), disable=disable_tqdm, desc="Scoring requests") as bar:
@@ -124,13 +130,13 @@ class ClusCompLM(TemplateLM):  # type: ignore[misc]
                 # What fills up follows the tokens, so no logits that count depend on it.
                 logits = self.model.forward(torch.tensor([[*row[:-1], *[0] * (width - len(row) + 1)] for row in rows]))
                 for index, row, scores in zip(batch, rows, logits, strict=True):
-                    request, _, after = requests[index]
+                    asked, _, after = requests[index]
                     targets = torch.tensor(after, device=scores.device)[:, None]
                     predicted = torch.log_softmax(scores[len(row) - 1 - len(after) : len(row) - 1].float(), dim=-1)
                     greedy = bool((predicted.argmax(1) == targets[:, 0]).all())
                     answers[index] = (float(predicted.gather(1, targets).double().sum()), greedy)
-                    if request is not None:
-                        self.cache_hook.add_partial("loglikelihood", request, answers[index])
+                    if asked is not None:
+                        self.cache_hook.add_partial("loglikelihood", asked, answers[index])
                 bar.update(len(batch))
         return answers
 
@@ -169,26 +175,29 @@ class ClusCompLM(TemplateLM):  # type: ignore[misc]
         until = settings.get("until") or []
         stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
         new_tokens = int(settings.get("max_gen_toks") or MAX_NEW_TOKENS)
-        room = self.model.context - new_tokens
+        model = self._generating
+        room = min(self.max_length, model.context) - new_tokens
         if room < 1:
-            found, expected = f"max_gen_toks {new_tokens}", f"less than the context of {self.model.context} tokens"
+            found, expected = f"max_gen_toks {new_tokens}", f"less than the context of {room + new_tokens} tokens"
             raise InvalidRequestError(Problem("bad_option", "there is no room for a prompt", None, None, found, expected))
         temperature = float(settings.get("temperature") or 0) if settings.get("do_sample") else 0.0
-        ids = self.tok_encode(prompt)[-room:]
-        stream = self.model.stream(
-            ids,
+        tokens: list[int] = []
+        stream = model.stream(
+            self.tok_encode(prompt)[-room:],
             max_new_tokens=new_tokens,
             temperature=temperature,
             top_k=settings.get("top_k") if temperature else None,
             top_p=settings.get("top_p") if temperature else None,
+            on_token=tokens.append,
         )
-        text = ""
+        written = ""
         for piece in stream:
-            text += piece
-            ends = [place for stop in stops if (place := text.find(stop)) >= 0]
-            if ends:
-                return text[: min(ends)]
-        return text
+            written += piece
+            if any(stop in written for stop in stops):
+                break
+        # As the harness does, the tokens by themselves: some tokenizers drop a space at the beginning.
+        text = self._tokenizer.decode(tokens)
+        return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))]
 
 
 def evaluate_tasks(
