@@ -14,10 +14,11 @@ from torch import nn
 
 from cluscomp_export.onnx_graph.skeleton import build_skeleton, tensors_by_key
 from cluscomp_formats.errors import InvalidFileError, Problem, UnsupportedError
-from cluscomp_formats.ir import Model
+from cluscomp_formats.ir import DenseTensor, Model, Tensor
 from cluscomp_runtime.hf.modules import MatrixStore
 from cluscomp_runtime.hf.replacement import replace_modules
 from cluscomp_runtime.language_model import DTYPES, check_device
+from cluscomp_runtime.linear import tensor_of
 from cluscomp_runtime.tokenizer import Tokenizer
 
 __all__ = ["TransformersModel"]
@@ -50,7 +51,7 @@ class TransformersModel:
             if key in self._replaced:
                 continue
             if tensor.name not in placed:
-                placed[tensor.name] = torch.from_numpy(tensor.decode()).to(self.device, self.dtype)
+                placed[tensor.name] = self._read(tensor)
             holder = self._module.get_submodule(owner)
             if leaf in holder._parameters:
                 holder._parameters[leaf] = nn.Parameter(placed[tensor.name], requires_grad=False)
@@ -62,6 +63,11 @@ class TransformersModel:
             message = "the model lacks a tensor its configuration calls for"
             raise InvalidFileError([Problem("missing_tensor", message, None, key) for key in missing])
         self._compute_buffers(state)
+
+    def _read(self, tensor: Tensor) -> torch.Tensor:
+        """A dense tensor, or the decoded weight of a module of a class of its own."""
+        values = tensor_of(tensor.values) if isinstance(tensor, DenseTensor) else torch.from_numpy(tensor.decode())
+        return values.to(self.device, self.dtype if values.is_floating_point() else values.dtype)
 
     def _compute_buffers(self, state: dict[str, torch.Tensor]) -> None:
         """The way transformers itself gives values to buffers that no checkpoint stores."""

@@ -60,7 +60,9 @@ def test_logits_are_those_of_transformers(make: Callable[[], Any], clustered: bo
 
 
 def test_files_of_other_architectures_are_evaluated(tmp_path: Path) -> None:
-    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=258, n_positions=64)
+    config = transformers.GPT2Config(
+        n_embd=32, n_layer=2, n_head=4, vocab_size=258, n_positions=64, bos_token_id=256, eos_token_id=257
+    )
     peer = transformers.GPT2LMHeadModel(config).eval()
     weights = [random_weight(name, tuple(peer.get_parameter(name).shape), "in") for name in linear_names(peer)]
     for name, chosen in (("dense", []), ("codebook", weights)):
