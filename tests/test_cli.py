@@ -196,6 +196,18 @@ def test_eval_refuses_options_that_do_not_go_together(run: Run, packed: Path, op
     assert run("eval", packed, *options)[0] == 2
 
 
+def test_eval_of_tasks_without_the_harness_says_what_to_install(
+    run: Run, packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "cluscomp_export.harness", raising=False)
+    for name in ("HF_HUB_OFFLINE", "HF_EVALUATE_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    code, _, err = run("eval", packed, "--tasks", "arc_easy")
+    assert code == 4
+    assert "pip install 'cluscomp-export[lm-eval]'" in err
+
+
 def test_generate_streams_what_json_reports(run: Run, packed: Path) -> None:
     code, out, err = run("generate", packed, "Once upon a time", "--max-new-tokens", 12, "--selftest")
     assert code == 0
