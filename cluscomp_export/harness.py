@@ -29,7 +29,7 @@ try:
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
     from yaml import YAMLError
 except ImportError as error:
-    remedy = "pip install 'cluscomp-export[lm-eval]'"
+    remedy = "pip install cluscomp-export[lm-eval]"
     missing = Problem("no_lm_eval", f"lm-evaluation-harness is not installed: {error}", remedy=remedy)
     raise UnsupportedError(missing) from error
 
