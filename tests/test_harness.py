@@ -33,7 +33,7 @@ def answers(stories_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> A
     convert(stories_folder, folder / "stories.clus", ConversionOptions(bits=4, effort="fast"))
     command = [sys.executable, str(SCRIPT), str(stories_folder), str(folder / "stories.clus"), str(folder)]
     cache = {"HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **cache}, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **cache}, timeout=3600)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
