@@ -107,9 +107,10 @@ def changes(base: Model, changed: Model) -> dict[str, Array]:
 def combine(model: Model, deltas: Sequence[Delta], weights: Sequence[float], digest: str) -> Model:
     """`model` plus the weighted sum of the differences of several deltas from it (task arithmetic, arXiv 2212.04089).
 
-    `base + sum_i weight_i * (new_i - base)` is computed in float64, in the order given, and rounded to the dtype of storage, to
-    bfloat16 by way of float32. One delta of weight 1 is applied as it is. `digest` is that of `model`. Raises InvalidFileError
-    as `Delta.apply` does, InvalidRequestError for other than one finite weight per delta or a result that is not finite.
+    `base + sum_i weight_i * (new_i - base)` is computed in float64, in the order given, and rounded to the nearest value of
+    the dtype of storage, to bfloat16 by way of float32. One delta of weight 1 is applied as it is. `digest` is that of `model`.
+    Raises InvalidFileError as `Delta.apply` does, InvalidRequestError for other than one finite weight per delta or a result
+    out of range.
     """
     if len(weights) != len(deltas) or not deltas or not all(np.isfinite(weights)):
         found, expected = f"{len(weights)} for {len(deltas)} deltas", "one finite number for each delta"
@@ -134,14 +135,17 @@ def _to_float64(array: Array) -> npt.NDArray[np.float64]:
 
 
 def _rounded(values: npt.NDArray[np.float64], dtype: str, name: str) -> AnyArray:
-    with np.errstate(over="ignore"):
-        stored = (
-            float32_to_bfloat16(values.astype(np.float32)) if dtype == "bfloat16" else values.astype(DTYPES[dtype], copy=False)
-        )
-    if not is_finite(stored, dtype).all():
+    stored = DTYPES[dtype]
+    with np.errstate(all="ignore"):
+        if dtype == "bfloat16":
+            rounded: AnyArray = float32_to_bfloat16(values.astype(np.float32))
+        else:
+            rounded = (np.rint(values) if stored.kind == "i" else values).astype(stored)
+        in_range = np.rint(values) == rounded if stored.kind == "i" else is_finite(rounded, dtype)
+    if not in_range.all():
         message, remedy = f"the weighted sum leaves the range of {dtype}", "give smaller weights"
-        raise InvalidRequestError(Problem("not_finite", message, None, name, remedy=remedy))
-    return stored
+        raise InvalidRequestError(Problem("out_of_range", message, None, name, remedy=remedy))
+    return rounded
 
 
 def write_delta(delta: Delta, path: Path, *, force: bool = False) -> int:
