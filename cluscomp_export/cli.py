@@ -77,6 +77,12 @@ def cli() -> None:
     help="Most bits per weight of embedding and head; 16 keeps them dense. [default: the width they have in the source]",
 )
 @click.option(
+    "--codebook-bits",
+    type=click.Choice([8, 16]),
+    help="Bits per value of a codebook: 8 for int8, 16 for float16, which codebooks without row scales (--share none) always "
+    "have. [default: whichever is expected to be best; 8 with --dim]",
+)
+@click.option(
     "--calibration",
     metavar="FILE|none",
     help="A text whose activations tell which input channels matter. [default: a text of this package; none with --dim]",
@@ -95,7 +101,13 @@ def cli() -> None:
     help="How to cluster: fast is at least as good in a fraction of the time; lloyd is plain k-means, as in the paper.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same bytes.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads to use. [default: all cores]")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads to use, with --workers each. [default: all cores]")
+@click.option(
+    "--workers",
+    metavar="N|threads:N|ray|ray://HOST:PORT",
+    help="Cluster with N processes or threads, or on a Ray cluster (docs/workers.md): the same bytes, sooner. "
+    "[default: in this process]",
+)
 @DEVICE
 @click.option("--dry-run", is_flag=True, help="Show the plan and the predicted size; write nothing.")
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
@@ -111,6 +123,7 @@ def convert(source: Path, output: Path, *, dry_run: bool, force: bool, as_json: 
       cluscomp-export convert clustered-checkpoint/ packed.clus                 repack without loss
       cluscomp-export convert packed.clus folder/ --to hf                       for transformers
       cluscomp-export convert packed.clus out.gguf --to gguf --gguf-type q8_0   for stock llama.cpp
+      cluscomp-export convert llama/ llama.clus --workers ray://head:10001      on a Ray cluster
 
     Memory stays near the largest tensor (--effort balanced: near one block of the model; best: above the model as float32).
     OUTPUT is complete or not there; SOURCE is never changed. A clustering that fails or is interrupted keeps what it has

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cluscomp_export.codebook_rounding import LARGEST
 from cluscomp_export.sources.linears import embedding_tensor, head_tensor
 from cluscomp_formats.errors import InvalidRequestError, Problem
 from cluscomp_formats.ir import AnyArray, Array, ClusteredWeight, DenseTensor, Model, Tensor, float32_to_bfloat16
@@ -23,10 +24,11 @@ from cluscomp_formats.parameters import (
 )
 from cluscomp_kernels import clus_linear
 from cluscomp_runtime.architecture import DecoderSettings, check_tensors
+from cluscomp_runtime.blocks import BlockRunner
 from cluscomp_runtime.decoder import Decoder
 from cluscomp_runtime.linear import MatrixBuilder, tensor_of
 
-__all__ = ["TrainableModel"]
+__all__ = ["Trainable", "TrainableBlock", "TrainableModel"]
 
 
 class _TrainableLinear:
@@ -90,7 +92,30 @@ def _trains(tensor: ClusteredWeight) -> bool:
     return plain and len(tensor.stages) == 1
 
 
-class TrainableModel:
+class Trainable:
+    """`model` with `parameters` that are trained: float32 master copies, by the names of `cluscomp_formats.parameters`."""
+
+    def __init__(self, model: Model, parameters: Mapping[str, torch.Tensor]) -> None:
+        self.model = model
+        self.parameters = parameters
+
+    def with_values(self, values: Mapping[str, AnyArray]) -> Model:
+        """The model with other values in place of its parameters: by name, in their dtypes of storage."""
+        known = parameters(self.model)
+        return with_parameters(self.model, {name: Array.of(array, known[name].dtype) for name, array in values.items()})
+
+    def forms(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Dtype of storage, a key of `cluscomp_formats.ir.DTYPES`, and shape of every parameter, by name."""
+        known = parameters(self.model)
+        return {name: (known[name].dtype, known[name].shape) for name in self.parameters}
+
+    def stored(self) -> dict[str, AnyArray]:
+        """The parameters rounded to the dtypes they are stored in, by name."""
+        known = parameters(self.model)
+        return {name: _rounded(values.detach().cpu().numpy(), known[name].dtype) for name, values in self.parameters.items()}
+
+
+class TrainableModel(Trainable):
     """`decoder` computes what `model` does, from `parameters`: float32 master copies, by name.
 
     Names are those of `cluscomp_formats.parameters`.
@@ -110,29 +135,42 @@ class TrainableModel:
         settings = DecoderSettings.from_config(model.config)
         check_tensors(model, settings)
         builder = _TrainableBuilder(model, kinds, dtype, device or torch.device("cpu"))
-        self.model = model
         self.decoder = Decoder(model, settings, builder)
-        self.parameters: Mapping[str, torch.Tensor] = builder.parameters
+        super().__init__(model, builder.parameters)
         if not builder.trained:
             raise InvalidRequestError(Problem("nothing_to_train", "the model has no codebook that can be trained"))
         if not self.parameters:
             found, expected = ", ".join(kinds), ", ".join(sorted({kind_of(name) for name in parameters(model)}))
             raise InvalidRequestError(Problem("nothing_to_train", "the model has none of these", None, None, found, expected))
 
-    def with_values(self, values: Mapping[str, AnyArray]) -> Model:
-        """The model with other values in place of its parameters: by name, in their dtypes of storage."""
-        known = parameters(self.model)
-        return with_parameters(self.model, {name: Array.of(array, known[name].dtype) for name, array in values.items()})
 
-    def forms(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Dtype of storage, a key of `cluscomp_formats.ir.DTYPES`, and shape of every parameter, by name."""
-        known = parameters(self.model)
-        return {name: (known[name].dtype, known[name].shape) for name in self.parameters}
+class TrainableBlock(Trainable):
+    """Block `index` of a clustered model, made of its `tensors`; the codebooks named in `fixed` are left alone.
 
-    def stored(self) -> dict[str, AnyArray]:
-        """The parameters rounded to the dtypes they are stored in, by name."""
-        known = parameters(self.model)
-        return {name: _rounded(values.detach().cpu().numpy(), known[name].dtype) for name, values in self.parameters.items()}
+    Activations are in `dtype`.
+    """
+
+    def __init__(
+        self,
+        runner: BlockRunner,
+        index: int,
+        tensors: Mapping[str, Tensor],
+        fixed: Collection[str] = (),
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        model = runner.block(index, tensors)
+        builder = _TrainableBuilder(model, KINDS, dtype, device or torch.device("cpu"))
+        builder.fixed.update(codebook_name(name) for name in fixed)
+        self._runner = runner
+        self._layer = runner.layer(index, model, builder)
+        super().__init__(model, builder.parameters)
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What flows out for `hidden` `[windows, tokens, hidden_size]`, which says device and dtype; differentiable."""
+        result: torch.Tensor = self._layer(hidden, self._runner.positions(hidden), None)
+        return result
 
     @contextlib.contextmanager
     def as_stored(self) -> Iterator[None]:
@@ -156,4 +194,6 @@ def _rounded(values: AnyArray, dtype: str) -> AnyArray:
     if dtype == "float16":
         # A training that leaves the range of float16 has gone wrong, but shall not store an infinity.
         values = np.clip(values, -65504.0, 65504.0)
+    if dtype == "int8":
+        values = np.clip(np.rint(values), -LARGEST, LARGEST)
     return values.astype(dtype)

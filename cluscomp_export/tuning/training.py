@@ -1,6 +1,6 @@
 """The training loop: AdamW on float32 master copies, best state by held-out loss, early stop, resumable.
 
-What is trained is a `TrainableModel`; what for is a loss, what on are batches, both handed in. Every step's batch is a function
+What is trained is a model or a block; what for is a loss, what on are batches, both handed in. Every step's batch is a function
 of its number, so that step, parameters and the optimizer's moments are all there is to the state of a training. Given the same
 machine and number of threads, the result is the same bit for bit, however often it was interrupted.
 """
@@ -11,14 +11,13 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
 
 from cluscomp_export.progress import Progress, silent
-from cluscomp_export.tuning.parameters import TrainableModel
-from cluscomp_export.tuning.prediction_loss import Batch
+from cluscomp_export.tuning.parameters import Trainable
 from cluscomp_export.work_folder import WorkFolder
 from cluscomp_formats.errors import InvalidRequestError, Problem
 from cluscomp_formats.hf.safetensors import Forms
@@ -33,6 +32,16 @@ CLIP = 1.0
 SAVE_SECONDS = 60.0
 """A checkpoint is kept at every check, and in between when the last one is this old."""
 _CHECKPOINT = "training"
+
+
+class Counted(Protocol):
+    """A batch: it says how many of what its loss is the mean of it holds."""
+
+    @property
+    def count(self) -> int: ...
+
+
+Batch = TypeVar("Batch", bound=Counted)
 
 
 @dataclass(frozen=True)
@@ -71,8 +80,8 @@ def rate_factor(options: TrainingOptions, step: int) -> float:
 class Trained:
     """A trained model, and how it came about.
 
-    `values` are the parameters as they are stored, by the names of `TrainableModel`. `curve` has one entry per check: the step,
-    the mean loss of the steps before it, the loss on the held-out batches (nats per token). `stopped` says why the training
+    `values` are the parameters as they are stored, by the names of `cluscomp_formats.parameters`. `curve` has one entry per check: the step,
+    the mean loss of the steps before it, the loss on the held-out batches. `stopped` says why the training
     ended before its last step, if it did.
     """
 
@@ -103,7 +112,7 @@ class _State:
         return len(held_out) - 1 - held_out.index(min(held_out))
 
 
-class Training:
+class Training(Generic[Batch]):
     """Trains `student` for `loss`, a mean over a batch, on `batch(step)` for every step.
 
     With a `work` folder it goes on from what an interrupted training has kept there. `name` is what progress is reported as.
@@ -111,7 +120,7 @@ class Training:
 
     def __init__(
         self,
-        student: TrainableModel,
+        student: Trainable,
         loss: Callable[[Batch], torch.Tensor],
         batch: Callable[[int], Batch],
         held_out: Sequence[Batch],
@@ -171,7 +180,7 @@ class Training:
         return Trained(self.student.with_values(stored), stored, state.curve, stopped)
 
     def step(self, step: int) -> float:
-        """One step of AdamW on a batch; the loss before it, in nats per token. Changes nothing if that is not finite."""
+        """One step of AdamW on a batch; the loss before it. Changes nothing if that is not finite."""
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.loss(self.batch(step))
         loss.backward()  # type: ignore[no-untyped-call]
