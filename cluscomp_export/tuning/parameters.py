@@ -114,6 +114,21 @@ class Trainable:
         known = parameters(self.model)
         return {name: _rounded(values.detach().cpu().numpy(), known[name].dtype) for name, values in self.parameters.items()}
 
+    @contextlib.contextmanager
+    def as_stored(self) -> Iterator[None]:
+        """Inside, the parameters have the values that they would be stored as."""
+        masters = {name: values.detach().clone() for name, values in self.parameters.items()}
+        known = parameters(self.model)
+        rounded = {name: Array.of(array, known[name].dtype).to_float32() for name, array in self.stored().items()}
+        with torch.no_grad():
+            for name, values in self.parameters.items():
+                values.copy_(torch.from_numpy(rounded[name]))
+            try:
+                yield
+            finally:
+                for name, values in self.parameters.items():
+                    values.copy_(masters[name])
+
 
 class TrainableModel(Trainable):
     """`decoder` computes what `model` does, from `parameters`: float32 master copies, by name.
@@ -171,21 +186,6 @@ class TrainableBlock(Trainable):
         """What flows out for `hidden` `[windows, tokens, hidden_size]`, which says device and dtype; differentiable."""
         result: torch.Tensor = self._layer(hidden, self._runner.positions(hidden), None)
         return result
-
-    @contextlib.contextmanager
-    def as_stored(self) -> Iterator[None]:
-        """Inside, the parameters have the values that they would be stored as."""
-        masters = {name: values.detach().clone() for name, values in self.parameters.items()}
-        known = parameters(self.model)
-        rounded = {name: Array.of(array, known[name].dtype).to_float32() for name, array in self.stored().items()}
-        with torch.no_grad():
-            for name, values in self.parameters.items():
-                values.copy_(torch.from_numpy(rounded[name]))
-            try:
-                yield
-            finally:
-                for name, values in self.parameters.items():
-                    values.copy_(masters[name])
 
 
 def _rounded(values: AnyArray, dtype: str) -> AnyArray:
