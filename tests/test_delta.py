@@ -31,17 +31,20 @@ DOCS = Path(__file__).parent.parent / "docs" / "delta-format.md"
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    """Codebooks that are shared, of several dtypes and stages; row scales; norms of float32 and bfloat16."""
+    """Codebooks that are shared, of several dtypes and stages, one of them int8; row scales; norms of float32 and bfloat16."""
     base = with_clusters(tiny_llama())
     name = "model.layers.0.input_layernorm.weight"
     narrow = Array.of(float32_to_bfloat16(np.linspace(0.5, 1.5, 24, dtype=np.float32)), "bfloat16")
-    return with_parameters(base, {f"norm.{name}": narrow})
+    whole = Array.of(np.random.default_rng(0).integers(-100, 100, parameters(base)[SECOND].shape).astype(np.int8))
+    return with_parameters(base, {f"norm.{name}": narrow, SECOND: whole})
 
 
 def shifted(model: Model, by: float, names: tuple[str, ...] = (BOOK, SECOND, SCALE, NORM)) -> Model:
-    """The model with `by` added to these parameters."""
-    known = parameters(model)
-    return with_parameters(model, {name: Array.of((known[name].read() + by).astype(known[name].dtype)) for name in names})
+    """The model with `by` added to these parameters, 20 times that where they are whole numbers."""
+    known = {name: parameters(model)[name] for name in names}
+    steps = {name: 20 * by if array.dtype == "int8" else by for name, array in known.items()}
+    changed = {name: Array.of((array.read() + steps[name]).astype(array.dtype)) for name, array in known.items()}
+    return with_parameters(model, changed)
 
 
 def delta_of(base: Model, changed: Model, record: Mapping[str, Any] | None = None) -> Delta:
@@ -104,7 +107,7 @@ def test_the_checksum_is_what_the_specification_says(file: Path) -> None:
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     metadata = header.pop("__metadata__")
     stated = metadata.pop("sha256")
-    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "I8": "int8"}
     forms = {name: [names[entry["dtype"]], entry["shape"]] for name, entry in header.items()}
     checksum = hashlib.sha256(f"{canonical_json([metadata, forms])}\n".encode())
     start = 8 + int.from_bytes(data[:8], "little")
@@ -150,7 +153,9 @@ def rewritten(path: Path, change: Callable[[dict[str, np.ndarray[Any, Any]], dic
     arrays = safetensors.numpy.load_file(path)
     change(arrays, metadata)
     header, data = {"__metadata__": metadata}, b""
-    stored = {np.dtype(dtype): name for name, dtype in (("F64", "f8"), ("F32", "f4"), ("F16", "f2"), ("I32", "i4"))}
+    stored = {
+        np.dtype(dtype): name for name, dtype in (("F64", "f8"), ("F32", "f4"), ("F16", "f2"), ("I32", "i4"), ("I8", "i1"))
+    }
     for name, values in arrays.items():
         offsets = [len(data), len(data) + values.nbytes]
         header[name] = {"dtype": stored[values.dtype], "shape": values.shape, "data_offsets": offsets}
@@ -283,6 +288,7 @@ def test_a_weighted_sum_of_differences(model: Model) -> None:
     combined = parameters(combine(model, deltas, (0.5, 2.0), model.digest()))
     known = parameters(model)
     np.testing.assert_array_equal(combined[NORM].read(), known[NORM].read() + np.float32(0.25))
+    np.testing.assert_array_equal(combined[SECOND].read(), known[SECOND].read() + 5)
     expected = known[SCALE].read().astype(np.float64)
     halves = [0.5 * (delta.arrays[SCALE].read().astype(np.float64) - expected) for delta in deltas]
     np.testing.assert_array_equal(combined[SCALE].read(), (expected + halves[0] + 4 * halves[1]).astype(np.float16))
