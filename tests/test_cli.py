@@ -89,6 +89,54 @@ def test_inspect(run: Run, packed: Path, stories_folder: Path) -> None:
     assert run("inspect", packed, "--reference", stories_folder, "--quick")[0] == 2
 
 
+def test_tune_try_inspect_and_merge(run: Run, packed: Path, stories_text: Path, tmp_path: Path) -> None:
+    delta, merged = tmp_path / "some.delta", tmp_path / "merged.gguf"
+    tune = ("tune", packed, delta, "--text", stories_text, "--context", 32, "--steps", 2, "--batch", 2, "--lr", 3e-3)
+    code, out, _ = run(*tune, "--dry-run")
+    assert code == 0
+    assert "2 steps of 2" in out
+    assert list(tmp_path.iterdir()) == []
+    code, out, _ = run(*tune, "--train", "codebooks,norms", "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert set(report["changed"]) == {"codebook", "norm"}
+    assert report["file_bytes"] == delta.stat().st_size
+    code, out, _ = run("inspect", delta, "--reference", packed)
+    assert code == 0
+    assert report["base"] in out
+    assert json.loads(run("inspect", delta, "--json")[1])["result"] == report["result"]
+    code, out, _ = run("generate", packed, "Once upon", "--delta", delta, "--max-new-tokens", 3, "--selftest")
+    assert (code, out.startswith("Once upon")) == (0, True)
+    code, out, _ = run("merge", packed, delta, merged, "--to", "gguf", "--json")
+    assert (code, json.loads(out)["digest"]) == (0, report["result"])
+    assert run("verify", merged, packed, "--delta", delta)[0] == 0
+    assert run("verify", merged, packed)[0] == 1
+    perplexities = [
+        json.loads(run("eval", *model, "--text", stories_text, "--windows", 2, "--context", 64, "--json")[1])["perplexity"]
+        for model in ((packed,), (packed, "--delta", delta), (merged,))
+    ]
+    assert perplexities[0] != perplexities[1] == perplexities[2]
+    assert run(*tune)[0] == 5
+    assert run("merge", packed, delta, merged, "--to", "gguf")[0] == 5
+    assert run("merge", merged, delta, tmp_path / "twice.clus")[0] == 3
+    assert run("generate", delta, "Once")[0] == 3
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        (),
+        ("--text", "a", "--chat", "b"),
+        ("--text", "a", "--steps", 1, "--epochs", 2),
+        ("--text", "a", "--train", "codes"),
+        ("--text", "a", "--kl", 1),
+    ],
+)
+def test_tune_refuses_options_that_do_not_fit(run: Run, packed: Path, tmp_path: Path, wrong: tuple[object, ...]) -> None:
+    assert run("tune", packed, tmp_path / "x.delta", *wrong)[0] == 2
+    assert run("merge", packed, tmp_path / "x.delta", tmp_path / "y", "--weights", "a,b")[0] == 2
+
+
 def test_inspect_reports_on_a_faulty_file_to_the_end(run: Run, packed: Path, tmp_path: Path) -> None:
     flipped = corrupt(packed, tmp_path / "flipped.clus", lambda data: data.__setitem__(1000, data[1000] ^ 1))
     code, out, err = run("inspect", flipped)
