@@ -108,4 +108,5 @@ class BlockRunner:
         """What a block needs to know about `hidden` `[windows, tokens, features]`, on its device and in its dtype."""
         positions = self._decoder.positions(0, hidden.shape[1])
         masks = {window: None if mask is None else mask.to(hidden.device) for window, mask in positions.masks.items()}
-        return Positions(positions.cosines.to(hidden), positions.sines.to(hidden), 0, masks)
+        # Copies: the tables may have been made in inference mode, and this may be for a training.
+        return Positions(positions.cosines.to(hidden).clone(), positions.sines.to(hidden).clone(), 0, masks)
