@@ -67,7 +67,10 @@ class BlockRunner:
         with torch.inference_mode():
             layer = DecoderLayer(Model(self._config, block), self.settings, index, self._builder(observe))
             positions = self._decoder.positions(0, hidden.shape[1])
-            return torch.cat([layer(batch, positions, None) for batch in torch.split(hidden, BATCH)])
+            outgoing = torch.empty_like(hidden)
+            for start in range(0, len(hidden), BATCH):
+                outgoing[start : start + BATCH] = layer(hidden[start : start + BATCH], positions, None)
+            return outgoing
 
     def _builder(self, observe: Callable[[str, torch.Tensor], None] | None) -> MatrixBuilder:
         return MatrixBuilder("reference", torch.float32, torch.device("cpu"), observe)
