@@ -125,7 +125,11 @@ def cli() -> None:
 @click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same bytes.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads to use. [default: all cores]")
 @DEVICE
-@click.option("--dry-run", is_flag=True, help="Show the plan and the predicted size; write nothing.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Show the plan, its size and the memory it takes; write nothing. A folder with a config.json is enough as SOURCE.",
+)
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
 @JSON
 def convert(source: Path, output: Path, *, dry_run: bool, force: bool, as_json: bool, **options: Any) -> None:
@@ -150,7 +154,7 @@ def convert(source: Path, output: Path, *, dry_run: bool, force: bool, as_json: 
 
     chosen = ConversionOptions(**options)
     if dry_run:
-        _show_plan(prepare(source, chosen), as_json=as_json)
+        _show_plan(prepare(source, chosen, to_plan=True), as_json=as_json)
         return
     try:
         with ProgressDisplay() as progress:
@@ -178,8 +182,9 @@ def convert(source: Path, output: Path, *, dry_run: bool, force: bool, as_json: 
 
 
 def _show_plan(prepared: Prepared, *, as_json: bool) -> None:
+    from cluscomp_export.memory_model import PROCESS_BYTES
     from cluscomp_export.sizes import tensor_rows
-    from cluscomp_export.tables import print_tensors
+    from cluscomp_export.tables import print_memory, print_tensors
 
     sizes = prepared.sizes
     rows = tensor_rows(prepared.model)
@@ -189,6 +194,8 @@ def _show_plan(prepared: Prepared, *, as_json: bool) -> None:
                 "bits_per_weight": sizes.bits_per_weight(),
                 "payload_bytes": sizes.payload_bytes,
                 "source_file_bytes": prepared.source_file_bytes,
+                "memory": [vars(peak) for peak in prepared.memory],
+                "process_bytes": PROCESS_BYTES,
                 "warnings": prepared.warnings,
                 "codebooks": [{**vars(book), "members": len(book.members)} for book in prepared.plan.codebooks]
                 if prepared.plan
@@ -198,6 +205,10 @@ def _show_plan(prepared: Prepared, *, as_json: bool) -> None:
         )
         return
     print_tensors(rows)
+    click.echo()
+    print_memory(prepared.memory)
+    click.echo(f"MB at most; on the host beside the process itself (about {PROCESS_BYTES / 1e6:.0f} MB)")
+    click.echo()
     bits = sizes.bits_per_weight()
     click.echo(f"bits per weight: {bits['linears']:.2f} (linear layers), {bits['all']:.2f} (everything)")
     click.echo(f"predicted size: {sizes.payload_bytes / 1e6:.1f} MB; source: {prepared.source_file_bytes / 1e6:.1f} MB")

@@ -25,12 +25,13 @@ from cluscomp_export.calibration import (
     read_text,
     shipped_text,
 )
-from cluscomp_export.clustering import Method, cluster_model, work_bytes
+from cluscomp_export.clustering import Method, cluster_model
 from cluscomp_export.error_feedback import ErrorFeedback
+from cluscomp_export.memory_model import Peak, conversion_memory, memory_warnings
 from cluscomp_export.planning import Plan, Share, embedding_tensors, plan_bits, plan_fixed
 from cluscomp_export.progress import Progress, silent
 from cluscomp_export.sizes import Sizes, model_sizes
-from cluscomp_export.sources import open_source, source_bytes
+from cluscomp_export.sources import CONFIG_ONLY, open_source, source_bytes
 from cluscomp_export.tuning import RecoveryOptions, TrainableModel, recover
 from cluscomp_export.work_folder import WorkFolder, fingerprint, remove_work, work_folder, work_path
 from cluscomp_export.writers import find_writer
@@ -96,6 +97,10 @@ class ConversionOptions:
             return None
         return shipped_text() if self.calibration is None else read_text(Path(self.calibration))
 
+    def chosen_effort(self) -> Effort:
+        """The effort asked for, or the default. Raises InvalidFileError."""
+        return self.effort or ("fast" if self.calibration_text() is None else "balanced")
+
     def recorded(self) -> dict[str, Any]:
         """The options that determine the result, for the provenance."""
         return {
@@ -105,13 +110,15 @@ class ConversionOptions:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A conversion that has been planned: `model` tells sizes, `plan` is None when a clustered source is only repacked."""
+    """A conversion that has been planned: `model` tells sizes, `plan` is None when a clustered source is only repacked, `memory`
+    has what each phase needs at most."""
 
     source: Model
     plan: Plan | None
     model: Model
     sizes: Sizes
     source_file_bytes: int
+    memory: tuple[Peak, ...]
     warnings: tuple[str, ...]
 
 
@@ -135,14 +142,19 @@ class ConversionReport:
     warnings: tuple[str, ...]
 
 
-def prepare(source_path: Path, options: ConversionOptions) -> Prepared:
+def prepare(source_path: Path, options: ConversionOptions, *, to_plan: bool = False) -> Prepared:
     """Open and plan; reads shapes only. What `--dry-run` shows.
+
+    `to_plan` asks for nothing but the plan: the source may be a folder with a `config.json` and no weights, the device another
+    machine's.
 
     Raises InvalidRequestError for options that contradict each other or a budget that cannot be met, InvalidFileError,
     UnsupportedError.
     """
     _check_options(options)
-    source = open_source(source_path)
+    if not to_plan:
+        check_device(options.device)
+    source = open_source(source_path, to_plan=to_plan)
     plan = None
     if source.clustered:
         if options.asks_clustering:
@@ -155,8 +167,19 @@ def prepare(source_path: Path, options: ConversionOptions) -> Prepared:
         plan = _make_plan(source, options)
         model = cluster_model(source, plan)
     sizes = model_sizes(model)
-    file_bytes = source_bytes(source_path)
-    return Prepared(source, plan, model, sizes, file_bytes, tuple(_warnings(source, sizes, file_bytes)))
+    only_config = source.provenance.get("format") == CONFIG_ONLY
+    file_bytes = model_sizes(source).payload_bytes if only_config else source_bytes(source_path)
+    memory = conversion_memory(
+        source,
+        model,
+        plan,
+        output_bytes=sizes.payload_bytes,
+        effort=options.chosen_effort(),
+        calibrated=options.calibration_text() is not None,
+        cuda=options.device.startswith("cuda"),
+    )
+    warnings = [*_warnings(source, sizes, file_bytes), *memory_warnings(memory)]
+    return Prepared(source, plan, model, sizes, file_bytes, memory, tuple(warnings))
 
 
 def convert(
@@ -236,7 +259,7 @@ def _clustered(
     recorded = options.recorded()
     if text is not None:
         recorded["calibration"] = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
-    effort = options.effort or ("fast" if text is None else "balanced")
+    effort = options.chosen_effort()
     recorded["effort"] = effort
     provenance = {
         "tool": "cluscomp-export",
@@ -365,7 +388,6 @@ def _check_options(options: ConversionOptions) -> None:
         problem = Problem("bad_option", "error feedback needs a calibration text", found=found, remedy=remedy)
     if problem:
         raise InvalidRequestError(problem)
-    check_device(options.device)
 
 
 def _make_plan(source: Model, options: ConversionOptions) -> Plan:
@@ -386,7 +408,7 @@ def _make_plan(source: Model, options: ConversionOptions) -> Plan:
 
 def _warnings(source: Model, sizes: Sizes, source_file_bytes: int) -> list[str]:
     warnings = []
-    if "tokenizer.json" not in source.files:
+    if "tokenizer.json" not in source.files and source.provenance.get("format") != CONFIG_ONLY:
         warnings.append("the source has no tokenizer.json; the artefact will take and give token ids only")
     if sizes.payload_bytes > source_file_bytes:
         dense = (
@@ -401,9 +423,9 @@ def _warnings(source: Model, sizes: Sizes, source_file_bytes: int) -> list[str]:
 
 def _check_space(output: Path, prepared: Prepared, work: WorkFolder | None) -> None:
     """Refuse early what would run out of space at the end: the artefact and, until it is there, the unfinished work."""
-    needed = prepared.sizes.payload_bytes
+    needed = max(peak.disk for peak in prepared.memory)
     if work is not None:
-        needed += max(0, work_bytes(prepared.model) - work.stored_bytes())
+        needed = max(prepared.sizes.payload_bytes, needed - work.stored_bytes())
     free = shutil.disk_usage(output.parent).free
     if free < needed:
         found, expected = f"{free / 1e6:.1f} MB free", f"{needed / 1e6:.1f} MB for the artefact and the work on it"

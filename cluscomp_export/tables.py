@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,7 +11,10 @@ from cluscomp_export.sources.linears import kind
 from cluscomp_export.terminal import print_table, say
 from cluscomp_formats.errors import Problem, printable
 
-__all__ = ["print_inspection", "print_tensors"]
+if TYPE_CHECKING:
+    from cluscomp_export.memory_model import Peak
+
+__all__ = ["print_inspection", "print_memory", "print_tensors"]
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -30,6 +33,12 @@ def print_tensors(rows: Rows) -> None:
             for (name, shape, how, codebook), group in merged.items()
         ],
     )
+
+
+def print_memory(peaks: Sequence[Peak]) -> None:
+    """One line per phase of a conversion, in MB = 10^6 bytes."""
+    rows = [(peak.phase, *(f"{value / 1e6:.0f}" for value in (peak.device, peak.host, peak.disk))) for peak in peaks]
+    print_table(("phase", "device", "host", "disk"), rows)
 
 
 def print_inspection(report: Mapping[str, Any]) -> None:

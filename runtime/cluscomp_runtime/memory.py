@@ -11,7 +11,7 @@ import torch
 from cluscomp_formats.errors import Problem, UnsupportedError
 from cluscomp_formats.ir import DenseTensor, Model, Tensor
 
-__all__ = ["check_memory", "memory_faults"]
+__all__ = ["check_memory", "memory_faults", "physical_bytes"]
 
 _REMEDY = 'use a machine with more memory, or kernel="reference", which holds one matrix at a time'
 
@@ -21,7 +21,7 @@ def check_memory(model: Model, kernel: str, dtype: torch.dtype, device: torch.de
 
     Raises UnsupportedError before anything is read: a system that grants more memory than it has would end the process later.
     """
-    available = _physical_bytes()
+    available = physical_bytes()
     if device.type != "cpu" or available is None:
         return
     decoded = kernel in ("dense", "reference") or dtype == torch.float64
@@ -40,7 +40,7 @@ def _held_bytes(tensor: Tensor, itemsize: int, *, decoded: bool) -> int:
     return 2 * sum(stage.codes.size for stage in tensor.stages)
 
 
-def _physical_bytes() -> int | None:
+def physical_bytes() -> int | None:
     """Memory of the machine; None where the system does not say (Windows)."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,357 @@
+"""What a conversion needs of device, host and disk, phase by phase, from shapes, plan and options alone.
+
+Every formula is an upper bound on what the phase adds to a process that has loaded this package (`PROCESS_BYTES`), counted as
+resident memory: pages of the source that are mapped while a tensor is read count too. Terms are arrays that are there at the
+same time, in bytes; `benchmarks/memory.py` holds them against real peaks. Who changes what a phase holds changes its formula
+here. `docs/memory.md` shows the model on known architectures.
+
+Letters in the formulas: W weights of a matrix, P the same with out_features filled up to a multiple of cluster_dim, V vectors
+(P / cluster_dim), k clusters, d cluster_dim, n in_features, T tokens run at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from cluscomp_export.calibration import BATCH, CONTEXT, MAX_FEEDBACK_WINDOWS
+from cluscomp_export.clustering import FIT_VECTORS_PER_CLUSTER, unit_bytes
+from cluscomp_export.planning import CodebookPlan, Plan, Treatment
+from cluscomp_formats.ir import DTYPES, Array, ClusteredWeight, DenseTensor, Model, Tensor, code_bits
+from cluscomp_kernels.kmeans.native_engine import list_length
+from cluscomp_kernels.kmeans.torch_engine import DISTANCES_PER_CHUNK
+from cluscomp_runtime.architecture import MODEL_TYPES, DecoderSettings
+from cluscomp_runtime.memory import physical_bytes
+from cluscomp_runtime.selftest import MAX_SENTENCE_TOKENS, RANDOM_SEQUENCES
+
+__all__ = ["PROCESS_BYTES", "Peak", "conversion_memory", "memory_warnings"]
+
+PROCESS_BYTES = 300_000_000
+"""The process before it touches a model: the interpreter with torch and a tokenizer. On a GPU the driver's context comes on
+top of both columns, about half a gigabyte each."""
+
+HEAP_BYTES = 64 << 20
+"""What glibc's allocator may keep of arrays that are gone: those below 32 MB come from a heap that is given back only when twice
+that is free at its end (M_TRIM_THRESHOLD, which follows M_MMAP_THRESHOLD)."""
+
+DECODING = {"bfloat16": 10, "float16": 6, "float32": 4, "float64": 12}
+"""Bytes per weight when `Tensor.decode` makes float32 of a stored dtype: the mapped payload and the result, of bfloat16 also the
+bits before they are shifted."""
+
+QUANTISED = 9
+"""The same for a quantised GGUF tensor: at most one byte stored, gguf-py's pieces, and the result they are put together to."""
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most bytes a phase needs at a time on each place; `host` and `device` without the process itself.
+
+    `disk` is what the conversion occupies by the end of the phase: the kept work and the output.
+    """
+
+    phase: str
+    device: int
+    host: int
+    disk: int
+
+
+def conversion_memory(
+    source: Model,
+    model: Model,
+    plan: Plan | None,
+    *,
+    output_bytes: int,
+    effort: str = "fast",
+    calibrated: bool = False,
+    windows: int = MAX_FEEDBACK_WINDOWS,
+    cuda: bool = False,
+) -> tuple[Peak, ...]:
+    """The phases of a conversion in their order.
+
+    `model` is what `cluster_model(source, plan)` describes, or the source itself where it is only repacked (`plan=None`);
+    `output_bytes` the size of what is written; `windows` those of error feedback.
+    """
+    if plan is None:
+        return tuple(_with_heap([("writing", 0, writing(source), output_bytes), *_self_test(model, output_bytes)]))
+    known = _known(source)
+    rows: list[tuple[str, int, int, int]] = [("checking the source", 0, checking(source), 0)]
+    disk = 0
+    if calibrated and known:
+        disk = sum(4 * tensor.shape[1] for tensor in source.tensors.values() if len(tensor.shape) == 2)
+        rows.append(("calibration", 0, calibration(source, _settings(source)), disk))
+    sizes = unit_bytes(model)
+    disk += sizes["codebooks"]
+    rows.append(("fitting codebooks", *fitting(source, plan, calibrated=calibrated, cuda=cuda), disk))
+    disk += sizes["tensors"]
+    if effort == "fast" or not known:
+        rows.append(("choosing codes", *encoding(source, plan, cuda=cuda), disk + output_bytes))
+    else:
+        host = error_feedback(source, model, plan, _settings(source), windows)
+        device = _search_bytes(plan) if cuda else 0
+        rows.append(("error feedback", device, host, disk + output_bytes))
+    rows.append(("writing", 0, writing(model), disk + output_bytes))
+    rows += _self_test(model, disk + output_bytes)
+    return tuple(_with_heap(rows))
+
+
+def _with_heap(rows: list[tuple[str, int, int, int]]) -> Iterator[Peak]:
+    """Small phases cannot leave more behind than they had."""
+    for phase, device, host, disk in rows:
+        yield Peak(phase, device, host + min(HEAP_BYTES, host), disk)
+
+
+def memory_warnings(peaks: Sequence[Peak]) -> list[str]:
+    """What to say before the work if this machine has less memory than a phase may need."""
+    largest = max(peaks, key=lambda peak: peak.host)
+    needed, available = largest.host + PROCESS_BYTES, physical_bytes()
+    if available is None or needed <= available:
+        return []
+    return [f"{largest.phase} may need {needed / 1e9:.1f} GB of memory; this machine has {available / 1e9:.1f} GB"]
+
+
+def _known(model: Model) -> bool:
+    return model.config.get("model_type") in MODEL_TYPES
+
+
+def _settings(model: Model) -> DecoderSettings:
+    return DecoderSettings.from_config(model.config)
+
+
+def _quantised(source: Model, name: str) -> bool:
+    return source.provenance.get("stored_bits", {}).get(name, 16) < 16
+
+
+def _reading(source: Model, tensor: Tensor) -> tuple[int, int]:
+    """Bytes while a tensor is decoded to float32, and after."""
+    if isinstance(tensor, ClusteredWeight):
+        return clustered_decoding(tensor), 4 * tensor.num_weights
+    per_weight = QUANTISED if _quantised(source, tensor.name) else DECODING.get(tensor.values.dtype, 12)
+    return per_weight * tensor.num_weights, 4 * tensor.num_weights
+
+
+def clustered_decoding(tensor: ClusteredWeight) -> int:
+    """`ClusteredWeight.decode`: codes as stored and as 16 bits, their vectors, the sum of the stages and its transpose."""
+    vectors = max(stage.codes.size for stage in tensor.stages)
+    dim = tensor.stages[0].codebook.cluster_dim
+    return 4 * vectors + 4 * vectors * dim + 8 * tensor.num_weights
+
+
+def checking(source: Model) -> int:
+    """One payload at a time, mapped, with a flag per value whether it is finite (of bfloat16 also its exponent bits). Quantised
+    tensors are decoded, with the one before still there."""
+    most = before = 0
+    for description, array in source.payloads():
+        if _quantised(source, str(description.get("tensor"))):
+            most = max(most, before + QUANTISED * array.size)
+            before = array.nbytes
+        else:
+            flags = 3 if array.dtype == "bfloat16" else 1
+            most = max(most, before + array.nbytes + flags * array.size)
+            before = 0
+    return most
+
+
+def _float64(source: Model, tensor: Tensor) -> int:
+    """A matrix on its way to float64 in the runtime's reference mode: the stored values copied off the map, or decoded, and the
+    result of 8 bytes. Products then need the result alone."""
+    if isinstance(tensor, ClusteredWeight):
+        return max(clustered_decoding(tensor), 12 * tensor.num_weights)
+    if _quantised(source, tensor.name):
+        return 12 * tensor.num_weights
+    width = DTYPES[tensor.values.dtype].itemsize
+    return max(2 * width, width + 8) * tensor.num_weights
+
+
+def _layer_activations(settings: DecoderSettings, tokens: int, width: int) -> int:
+    """The widest moment of a block for `tokens` tokens of `width` bytes: the stream and its norm, and beside them either queries
+    and keys four times (joined, and rotated in halves) with values, or three arrays of the feed-forward (gate, up and product;
+    or the product that is observed, its squares and their shares)."""
+    hidden, inner = settings.hidden_size, settings.intermediate_size
+    queries, keys = settings.num_heads * settings.head_dim, settings.num_kv_heads * settings.head_dim
+    return width * tokens * (2 * hidden + max(4 * (queries + keys) + keys, 3 * inner))
+
+
+def calibration(source: Model, settings: DecoderSettings) -> int:
+    """`channel_energies`: a matrix as float64, the activations of `BATCH` windows as float64, the sums of all channels."""
+    matrices = [tensor for tensor in source.tensors.values() if len(tensor.shape) == 2]
+    sums = sum(8 * tensor.shape[1] for tensor in matrices)
+    return max(_float64(source, tensor) for tensor in matrices) + _layer_activations(settings, BATCH * CONTEXT, 8) + sums
+
+
+def _vectors(source: Model, name: str, treatment: Treatment) -> tuple[int, int]:
+    """Bytes while the vectors of a matrix are made, and what they take (4 P): the matrix decoded; with row scales its squares as
+    float64, then both the matrix and the scaled one; the transpose into filled up vectors."""
+    reading, decoded = _reading(source, source.tensors[name])
+    held = 4 * _num_vectors(treatment) * treatment.codebook.cluster_dim
+    squares = 3 * decoded if treatment.row_scale else 0
+    return max(reading, squares, 2 * decoded, decoded + held), held
+
+
+def _num_vectors(treatment: Treatment) -> int:
+    out_features, in_features = treatment.shape
+    return in_features * -(-out_features // treatment.codebook.cluster_dim)
+
+
+def fitting(source: Model, plan: Plan, *, calibrated: bool, cuda: bool) -> tuple[int, int]:
+    """Device and host bytes of the codebook that needs most."""
+    pairs = [_fitting(source, plan, book, calibrated=calibrated, cuda=cuda) for book in plan.codebooks]
+    shared = sum(2 * book.num_clusters * book.cluster_dim for book in plan.codebooks if book.shared)
+    return max(device for device, _ in pairs), max(host for _, host in pairs) + shared
+
+
+def _fitting(source: Model, plan: Plan, book: CodebookPlan, *, calibrated: bool, cuda: bool) -> tuple[int, int]:
+    """The sample of n points, 4 d + 4 bytes each with its weight, twice while it is put together from its tensors; beside it the
+    vectors of one tensor and, where only a part of them is drawn, a permutation of them (8 bytes each).
+
+    Then k-means. On the CPU: the points and their weights again in the order of the tree, and per point that order, codes and
+    distances old and new, and the order by cluster old and new (26 bytes); neighbour lists old and new, the nodes of the tree,
+    and centroids in several layouts. One dimension is sorted instead: prefix sums and terms as float64 (90 bytes). On a GPU:
+    the points, sorted by code as float32 and, with their weights, as float64 twice; codes, order, distances and shares as
+    integers and floats of 8 bytes (100 bytes).
+    """
+    treatments = {name: plan.treatments[name] for name in book.members}
+    counts = {name: _num_vectors(treatment) for name, treatment in treatments.items()}
+    dim, clusters, total = book.cluster_dim, book.num_clusters, sum(counts.values())
+    scaled = any(treatment.row_scale for treatment in treatments.values())
+    points = min(total, FIT_VECTORS_PER_CLUSTER * clusters) if scaled else total
+    row = 4 * dim + (4 if calibrated else 0)
+    most = 0
+    for name, treatment in treatments.items():
+        making, held = _vectors(source, name, treatment)
+        drawing = held + (12 if points < total else 4) * counts[name]
+        most = max(most, making, drawing)
+    # Weights of 1 are made even if nothing is calibrated.
+    gathering = most + (4 * dim + 4) * (points if len(book.members) > 1 else 0)
+    joined = (8 * dim + 8) * points
+    if cuda:
+        tree = (row + 6) * points
+        host, device = row * points + tree, (20 * dim + 100) * points + 2 * DISTANCES_PER_CHUNK * 12
+    else:
+        lists = 8 * clusters * list_length(dim, clusters)
+        nodes = 12 * clusters * (36 + 4 * dim)
+        per_point = 90 if dim == 1 else row + 26
+        host, device = (row + per_point) * points + lists + nodes + 32 * clusters * dim, 0
+    return device, max(gathering, joined, host)
+
+
+def encoding(source: Model, plan: Plan, *, cuda: bool) -> tuple[int, int]:
+    """Device and host bytes of the matrix that needs most: its vectors; per vector a guess, codes old and new, distances and an
+    order by cluster old and new (18 bytes); then, for the scales, the decoded vectors. The codes of the tensor before are still
+    kept (2 V). On a GPU the vectors, codes and distances, and the distances of a chunk to all centroids."""
+    host = device = before = 0
+    for name, treatment in plan.treatments.items():
+        making, held = _vectors(source, name, treatment)
+        vectors = _num_vectors(treatment)
+        centroids = 16 * treatment.codebook.num_clusters * treatment.codebook.cluster_dim
+        lists = (
+            4 * treatment.codebook.num_clusters * list_length(treatment.codebook.cluster_dim, treatment.codebook.num_clusters)
+        )
+        searching = held + 18 * vectors + lists
+        scaling = 2 * held + 2 * vectors if treatment.row_scale else 0
+        host = max(host, before + centroids + max(making, searching, scaling))
+        device = max(device, held + 8 * vectors + 2 * DISTANCES_PER_CHUNK * 12)
+        before = 2 * vectors
+    return (device if cuda else 0), host
+
+
+def _search_bytes(plan: Plan) -> int:
+    """On a GPU the search of error feedback holds the codebook, 64 channels of the weights three times, and the distances of a
+    chunk to all centroids."""
+    widest = max(treatment.shape[0] for treatment in plan.treatments.values())
+    codebook = max(4 * book.num_clusters * book.cluster_dim for book in plan.codebooks)
+    return codebook + 3 * 64 * 4 * widest + 2 * DISTANCES_PER_CHUNK * 12
+
+
+def error_feedback(source: Model, model: Model, plan: Plan, settings: DecoderSettings, windows: int) -> int:
+    """The most of three moments in a block, beside the stream of all windows (4 bytes x tokens x hidden_size).
+
+    Observing: the block as float32, another stream for the results, activations of `BATCH` windows, for each distinct input its
+    moments (8 n²) and once the product that is added to them (4 n²). Encoding a matrix: moments of the inputs whose matrices are
+    not encoded yet; of this one two more matrices as float64 while it is factored (24 n² in all), then its factor as float32
+    (12 n²) and again the moments as float32 (16 n²) with the vectors: ordered, as targets, decoded, projected (12 P to 16 P).
+    Going on: the block as float32, one matrix being decoded from its codes, two streams, activations.
+    """
+    blocks = _blocks(source)
+    block = max(blocks.values(), key=lambda names: sum(source.tensors[name].num_weights for name in names))
+    stream = 4 * windows * CONTEXT * settings.hidden_size
+    activations = _layer_activations(settings, min(windows, BATCH) * CONTEXT, 4)
+    held = sum(4 * source.tensors[name].num_weights for name in block)
+    reading = max(peak - after for peak, after in (_reading(source, source.tensors[name]) for name in block))
+    inputs = _inputs(source, block)
+    moments = [8 * width * width for width, _ in inputs]
+    # A float32 payload is a map, of which the runtime makes a copy for every product.
+    copied = max((4 * tensor.num_weights for tensor in _mapped_float32(source, block)), default=0)
+    observing = held + max(reading, activations + copied + sum(moments) + max(4 * width * width for width, _ in inputs))
+    encoding = 0
+    for later, (width, names) in zip(reversed([0, *accumulate(reversed(moments))][:-1]), inputs, strict=True):
+        squares = width * width
+        encoding = max(encoding, later + 24 * squares)
+        for name in names:
+            if name in plan.treatments:
+                making, vectors = _vectors(source, name, plan.treatments[name])
+                codes = 6 * _num_vectors(plan.treatments[name])
+                encoding = max(
+                    encoding,
+                    later + 12 * squares + max(making, 4 * squares + 3 * vectors, 4 * vectors) + codes,
+                )
+    decoding = [clustered_decoding(tensor) for name in block if isinstance(tensor := model.tensors[name], ClusteredWeight)]
+    going_on = held + max(activations + copied, max(decoding, default=0))
+    return max(2 * stream + observing, stream + encoding, 2 * stream + going_on)
+
+
+def _blocks(model: Model) -> Mapping[int, list[str]]:
+    blocks: dict[int, list[str]] = {}
+    for name in model.tensors:
+        if name.startswith("model.layers."):
+            blocks.setdefault(int(name.split(".")[2]), []).append(name)
+    return blocks
+
+
+def _mapped_float32(source: Model, names: list[str]) -> list[DenseTensor]:
+    tensors = (source.tensors[name] for name in names if not _quantised(source, name))
+    return [tensor for tensor in tensors if isinstance(tensor, DenseTensor) and tensor.values.dtype == "float32"]
+
+
+def _inputs(source: Model, block: list[str]) -> list[tuple[int, list[str]]]:
+    """The distinct inputs of a block in the order in which they are seen: their width, and the matrices that multiply them."""
+    groups = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+    inputs = []
+    for group in groups:
+        names = [name for part in group for name in block if name.endswith(f".{part}.weight")]
+        inputs.append((source.tensors[names[0]].shape[1], names))
+    return inputs
+
+
+def writing(model: Model) -> int:
+    """One payload at a time: codes as 16 bits, those of the tensor before, and packed at their width; dense payloads mapped, or,
+    where they are stored as another dtype, decoded and rounded."""
+    most = before = 0
+    for _, array, bits in _payloads(model):
+        if bits is None:
+            most = max(most, before + 9 * array.size if array.dtype != "uint8" else 2 * array.nbytes)
+        else:
+            most = max(most, before + 4 * array.size + -(-bits * array.size // 8))
+            before = 2 * array.size
+    return most
+
+
+def _payloads(model: Model) -> Iterator[tuple[str, Array, int | None]]:
+    for description, array in model.payloads():
+        bits = code_bits(model.codebooks[description["codebook"]].num_clusters) if description.get("part") == "codes" else None
+        yield str(description.get("tensor")), array, bits
+    for name, array in model.files.items():
+        yield name, array, None
+
+
+def _self_test(model: Model, disk: int) -> list[tuple[str, int, int, int]]:
+    return [("self-test", 0, self_test(model, _settings(model)), disk)] if _known(model) and model.self_test is None else []
+
+
+def self_test(model: Model, settings: DecoderSettings) -> int:
+    """A matrix as float64, and for every token of the sequences its logits as float64 twice (the product and what is kept of it)
+    and as float32."""
+    matrices = [tensor for tensor in model.tensors.values() if len(tensor.shape) == 2]
+    tokens = (RANDOM_SEQUENCES + 1) * MAX_SENTENCE_TOKENS
+    logits = (8 + 8 + 4) * tokens * settings.vocab_size
+    return max(_float64(model, tensor) for tensor in matrices) + logits + _layer_activations(settings, tokens, 8)
