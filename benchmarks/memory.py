@@ -1,10 +1,11 @@
 """Predicted and real peak memory of every phase of a conversion: `python benchmarks/memory.py [MODEL ...]`. Linux only.
 
-Every phase runs in a process of its own, on what the phases before it have finished (a work folder); reported is the peak of its
-resident memory over what was resident when it began, all libraries warm. The prediction is that of `convert --dry-run`. Checked:
-no phase needs more than predicted. Models are those given and synthetic ones, named by their shape. Sizes are in MB = 10^6 bytes.
+Every phase runs in a process of its own, on what the phases before it have finished (a work folder); reported is the peak of
+its resident memory over what was resident when it began, all libraries warm. The prediction is that of `convert --dry-run`.
+Checked: no phase needs more than predicted. Sizes are in MB = 10^6 bytes.
 
-Blocks of a model differ by nothing, so synthetic models have one or two, of the width of models many times larger.
+Beside the models given, synthetic ones are measured. The blocks of a model are alike, so these have one or two, as wide as
+those of models many times larger.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from cluscomp_export.convert import ConversionOptions, Prepared, convert, prepar
 from cluscomp_export.error_feedback import ErrorFeedback
 from cluscomp_export.memory_model import Peak, conversion_memory
 from cluscomp_export.terminal import print_table, say
+from cluscomp_export.tuning import RecoveryOptions, TrainableModel, recover
 from cluscomp_export.work_folder import WorkFolder, work_path
 from cluscomp_export.writers import find_writer
 from cluscomp_formats.ir import Model
@@ -43,18 +45,21 @@ CONVERSION = "0" * 16
 """Fingerprint of the work, of which each process does a part."""
 
 SYNTHETIC = {
-    "7B block": llama_config(4096, 11008, 1, 32, 32, 4096),
-    "1B blocks": llama_config(2048, 5632, 2, 32, 4, 32000),
-    "wide vocabulary": llama_config(1024, 2816, 2, 16, 8, 128256),
-    "grouped queries": llama_config(3072, 8192, 1, 24, 8, 8192, tie_word_embeddings=False),
+    "1B": llama_config(2048, 5632, 2, 32, 4, 8192),
+    "narrow, wide inside": llama_config(768, 8192, 1, 12, 12, 2048),
+    "wide vocabulary": llama_config(1024, 2816, 2, 16, 8, 65536),
+    "untied": llama_config(3072, 4096, 1, 24, 8, 16384, tie_word_embeddings=False),
 }
-"""Shapes of Llama-2-7B, TinyLlama-1.1B, a small Llama-3, Llama-3.2-3B; the tokenizer is that of a small model."""
+"""The first has the blocks of TinyLlama-1.1B; the tokenizer is that of a small model."""
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "a codebook each": {"cluster_dim": 8, "num_clusters": 1024, "effort": "balanced"},
     "shared by kind": {"cluster_dim": 8, "num_clusters": 1024, "effort": "balanced", "share": "kind"},
 }
 """Few clusters, for the sake of time; `benchmarks/kmeans.py` has the full number."""
+
+CHARACTERS_PER_WINDOW = 2000
+"""At least a window of text, with any tokenizer."""
 
 
 @dataclass
@@ -100,7 +105,9 @@ def check(stand: Stand) -> None:
 
 
 def calibrate(stand: Stand) -> None:
-    stand.work.save("energies", channel_energies(stand.prepared.source, shipped_text()))
+    # Energies of more windows than are run at a time take longer, not more memory.
+    text = shipped_text()[: CHARACTERS_PER_WINDOW * stand.windows]
+    stand.work.save("energies", channel_energies(stand.prepared.source, text))
 
 
 def fit(stand: Stand) -> None:
@@ -119,6 +126,11 @@ def encode_with_feedback(stand: Stand) -> None:
         weight.stages[0].codes.read()
 
 
+def train(stand: Stand) -> None:
+    token_ids = calibration_tokens(stand.prepared.source, shipped_text())
+    recover(TrainableModel(stand.clustered()), stand.prepared.source, token_ids, RecoveryOptions(steps=2, checks=1))
+
+
 def write(stand: Stand) -> None:
     find_writer(stand.options.to).write(stand.clustered(), stand.output, force=True, self_test=None, on_progress=None)
 
@@ -133,6 +145,7 @@ PHASES: dict[str, Callable[[Stand], None]] = {
     "fitting codebooks": fit,
     "choosing codes": encode,
     "error feedback": encode_with_feedback,
+    "recovery": train,
     "writing": write,
     "self-test": self_test,
 }
@@ -142,7 +155,7 @@ def predictions(stand: Stand) -> dict[str, Peak]:
     """The model's peaks by phase, both ways to choose codes among them."""
     prepared, common = stand.prepared, {"output_bytes": stand.prepared.sizes.payload_bytes, "calibrated": True}
     peaks: dict[str, Peak] = {}
-    for effort in ("fast", "balanced"):
+    for effort in ("fast", "best"):
         found = conversion_memory(
             prepared.source, prepared.model, prepared.plan, effort=effort, windows=stand.windows, **common
         )

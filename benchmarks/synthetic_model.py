@@ -36,7 +36,7 @@ def llama_config(
 
 
 def write_model(folder: Path, config: dict[str, Any]) -> int:
-    """Write the model in bfloat16, a shard per layer, and give its size in bytes. All matrices are cut from one random block."""
+    """Write the model in bfloat16, a shard per layer; its size in bytes. All matrices are cut from one random block."""
     shapes = expected_tensors(DecoderSettings.from_config(config))
     shards: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape in shapes.items():

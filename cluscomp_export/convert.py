@@ -110,8 +110,10 @@ class ConversionOptions:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A conversion that has been planned: `model` tells sizes, `plan` is None when a clustered source is only repacked, `memory`
-    has what each phase needs at most."""
+    """A conversion that has been planned.
+
+    `model` tells sizes, `plan` is None when a clustered source is only repacked, `memory` is what each phase needs at most.
+    """
 
     source: Model
     plan: Plan | None

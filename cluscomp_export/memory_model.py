@@ -18,7 +18,10 @@ from itertools import accumulate
 from cluscomp_export.calibration import BATCH, CONTEXT, MAX_FEEDBACK_WINDOWS
 from cluscomp_export.clustering import FIT_VECTORS_PER_CLUSTER, unit_bytes
 from cluscomp_export.planning import CodebookPlan, Plan, Treatment
-from cluscomp_formats.ir import DTYPES, Array, ClusteredWeight, DenseTensor, Model, Tensor, code_bits
+from cluscomp_export.sources import embedding_tensor, head_tensor
+from cluscomp_export.tuning.recovery import RecoveryOptions, teacher_kernel
+from cluscomp_formats.ir import DTYPES, ClusteredWeight, DenseTensor, Model, Tensor
+from cluscomp_kernels.clus_linear.trainable import BLOCK_BYTES
 from cluscomp_kernels.kmeans.native_engine import list_length
 from cluscomp_kernels.kmeans.torch_engine import DISTANCES_PER_CHUNK
 from cluscomp_runtime.architecture import MODEL_TYPES, DecoderSettings
@@ -32,12 +35,12 @@ PROCESS_BYTES = 300_000_000
 top of both columns, about half a gigabyte each."""
 
 HEAP_BYTES = 64 << 20
-"""What glibc's allocator may keep of arrays that are gone: those below 32 MB come from a heap that is given back only when twice
-that is free at its end (M_TRIM_THRESHOLD, which follows M_MMAP_THRESHOLD)."""
+"""What glibc's allocator may keep of arrays that are gone: those below 32 MB come from a heap that is given back only when
+twice that is free at its end (M_TRIM_THRESHOLD, which follows M_MMAP_THRESHOLD)."""
 
 DECODING = {"bfloat16": 10, "float16": 6, "float32": 4, "float64": 12}
-"""Bytes per weight when `Tensor.decode` makes float32 of a stored dtype: the mapped payload and the result, of bfloat16 also the
-bits before they are shifted."""
+"""Bytes per weight when `Tensor.decode` makes float32 of a stored dtype: the mapped payload and the result, of bfloat16 also
+the bits before they are shifted."""
 
 QUANTISED = 9
 """The same for a quantised GGUF tensor: at most one byte stored, gguf-py's pieces, and the result they are put together to."""
@@ -73,7 +76,7 @@ def conversion_memory(
     `output_bytes` the size of what is written; `windows` those of error feedback.
     """
     if plan is None:
-        return tuple(_with_heap([("writing", 0, writing(source), output_bytes), *_self_test(model, output_bytes)]))
+        return tuple(_with_heap([("writing", 0, writing(source, model), output_bytes), *_self_test(model, output_bytes)]))
     known = _known(source)
     rows: list[tuple[str, int, int, int]] = [("checking the source", 0, checking(source), 0)]
     disk = 0
@@ -90,7 +93,9 @@ def conversion_memory(
         host = error_feedback(source, model, plan, _settings(source), windows)
         device = _search_bytes(plan) if cuda else 0
         rows.append(("error feedback", device, host, disk + output_bytes))
-    rows.append(("writing", 0, writing(model), disk + output_bytes))
+    if effort == "best" and known:
+        rows.append(("recovery", 0, recovery(source, model, _settings(source)), disk))
+    rows.append(("writing", 0, writing(source, model), disk + output_bytes))
     rows += _self_test(model, disk + output_bytes)
     return tuple(_with_heap(rows))
 
@@ -119,7 +124,7 @@ def _settings(model: Model) -> DecoderSettings:
 
 
 def _quantised(source: Model, name: str) -> bool:
-    return source.provenance.get("stored_bits", {}).get(name, 16) < 16
+    return bool(source.provenance.get("stored_bits", {}).get(name, 16) < 16)
 
 
 def _reading(source: Model, tensor: Tensor) -> tuple[int, int]:
@@ -164,9 +169,9 @@ def _float64(source: Model, tensor: Tensor) -> int:
 
 
 def _layer_activations(settings: DecoderSettings, tokens: int, width: int) -> int:
-    """The widest moment of a block for `tokens` tokens of `width` bytes: the stream and its norm, and beside them either queries
-    and keys four times (joined, and rotated in halves) with values, or three arrays of the feed-forward (gate, up and product;
-    or the product that is observed, its squares and their shares)."""
+    """The widest moment of a block for `tokens` tokens of `width` bytes: the stream and its norm, and beside them either
+    queries and keys four times (joined, and rotated in halves) with values, or three arrays of the feed-forward (gate, up and
+    product; or the product that is observed, its squares and their shares)."""
     hidden, inner = settings.hidden_size, settings.intermediate_size
     queries, keys = settings.num_heads * settings.head_dim, settings.num_kv_heads * settings.head_dim
     return width * tokens * (2 * hidden + max(4 * (queries + keys) + keys, 3 * inner))
@@ -180,8 +185,8 @@ def calibration(source: Model, settings: DecoderSettings) -> int:
 
 
 def _vectors(source: Model, name: str, treatment: Treatment) -> tuple[int, int]:
-    """Bytes while the vectors of a matrix are made, and what they take (4 P): the matrix decoded; with row scales its squares as
-    float64, then both the matrix and the scaled one; the transpose into filled up vectors."""
+    """Bytes while the vectors of a matrix are made, and what they take (4 P): the matrix decoded; with row scales its squares
+    as float64, then both the matrix and the scaled one; the transpose into filled up vectors."""
     reading, decoded = _reading(source, source.tensors[name])
     held = 4 * _num_vectors(treatment) * treatment.codebook.cluster_dim
     squares = 3 * decoded if treatment.row_scale else 0
@@ -201,8 +206,8 @@ def fitting(source: Model, plan: Plan, *, calibrated: bool, cuda: bool) -> tuple
 
 
 def _fitting(source: Model, plan: Plan, book: CodebookPlan, *, calibrated: bool, cuda: bool) -> tuple[int, int]:
-    """The sample of n points, 4 d + 4 bytes each with its weight, twice while it is put together from its tensors; beside it the
-    vectors of one tensor and, where only a part of them is drawn, a permutation of them (8 bytes each).
+    """The sample of n points, 4 d + 4 bytes each with its weight, twice while it is put together from its tensors; beside it
+    the vectors of one tensor and, where only a part of them is drawn, a permutation of them (8 bytes each).
 
     Then k-means. On the CPU: the points and their weights again in the order of the tree, and per point that order, codes and
     distances old and new, and the order by cluster old and new (26 bytes); neighbour lists old and new, the nodes of the tree,
@@ -266,11 +271,11 @@ def _search_bytes(plan: Plan) -> int:
 def error_feedback(source: Model, model: Model, plan: Plan, settings: DecoderSettings, windows: int) -> int:
     """The most of three moments in a block, beside the stream of all windows (4 bytes x tokens x hidden_size).
 
-    Observing: the block as float32, another stream for the results, activations of `BATCH` windows, for each distinct input its
-    moments (8 n²) and once the product that is added to them (4 n²). Encoding a matrix: moments of the inputs whose matrices are
-    not encoded yet; of this one two more matrices as float64 while it is factored (24 n² in all), then its factor as float32
-    (12 n²) and again the moments as float32 (16 n²) with the vectors: ordered, as targets, decoded, projected (12 P to 16 P).
-    Going on: the block as float32, one matrix being decoded from its codes, two streams, activations.
+    Observing: the block as float32, another stream for the results, activations of `BATCH` windows, for each distinct input
+    its moments (8 n²) and once the product that is added to them (4 n²). Encoding a matrix: moments of the inputs whose
+    matrices are not encoded yet; of this one two more matrices as float64 while it is factored (24 n² in all), then its factor
+    as float32 (12 n²) and again the moments as float32 (16 n²) with the vectors: ordered, as targets, decoded, projected (12 P
+    to 16 P). Going on: the block as float32, one matrix being decoded from its codes, two streams, activations.
     """
     blocks = _blocks(source)
     block = max(blocks.values(), key=lambda names: sum(source.tensors[name].num_weights for name in names))
@@ -323,25 +328,53 @@ def _inputs(source: Model, block: list[str]) -> list[tuple[int, list[str]]]:
     return inputs
 
 
-def writing(model: Model) -> int:
-    """One payload at a time: codes as 16 bits, those of the tensor before, and packed at their width; dense payloads mapped, or,
-    where they are stored as another dtype, decoded and rounded."""
+def writing(source: Model, model: Model) -> int:
+    """One payload at a time, beside the codes of the tensor before (2 V): codes as they were kept, and packed at their width; a
+    dense payload mapped, or, where it is stored as another dtype, decoded, rounded and flagged (3 bytes per weight)."""
     most = before = 0
-    for _, array, bits in _payloads(model):
-        if bits is None:
-            most = max(most, before + 9 * array.size if array.dtype != "uint8" else 2 * array.nbytes)
-        else:
-            most = max(most, before + 4 * array.size + -(-bits * array.size // 8))
-            before = 2 * array.size
-    return most
+    for tensor in model.tensors.values():
+        if isinstance(tensor, ClusteredWeight):
+            codes = sum(stage.codes.size for stage in tensor.stages)
+            bits = max(stage.codebook.code_bits for stage in tensor.stages)
+            most = max(most, before + 2 * codes + -(-bits * codes // 8))
+            before = 2 * codes
+            continue
+        origin = source.tensors[tensor.name]
+        rounded = isinstance(origin, DenseTensor) and origin.values.dtype != tensor.values.dtype
+        reading, decoded = _reading(source, origin)
+        held = max(reading, decoded + 3 * tensor.num_weights) if rounded else tensor.values.nbytes
+        most = max(most, before + held)
+    return max(most, *(array.nbytes for array in model.files.values()), 0)
 
 
-def _payloads(model: Model) -> Iterator[tuple[str, Array, int | None]]:
-    for description, array in model.payloads():
-        bits = code_bits(model.codebooks[description["codebook"]].num_clusters) if description.get("part") == "codes" else None
-        yield str(description.get("tensor")), array, bits
-    for name, array in model.files.items():
-        yield name, array, None
+def recovery(source: Model, model: Model, settings: DecoderSettings) -> int:
+    """Beside what is trained (4 bytes each as value, gradient, two moments, best state and the one it replaces), the codes,
+    and embedding and head as float32: the original, as float32 or matrix by matrix; the streams between blocks; and either one
+    block done again for its gradients or the logits of one window eight times (of both models, their logarithms, the
+    divergences and three gradients).
+
+    A block keeps for its gradients eight streams, queries and keys five times, six arrays of the feed-forward; beside them a
+    matrix is decoded (4 P + 4 V), then in pieces with its gradient (five times `BLOCK_BYTES`).
+    """
+    options = RecoveryOptions()
+    tokens = options.batch * options.context
+    books = sum(book.values.size for book in model.codebooks.values())
+    scales = sum(weight.row_scale.size for weight in model.clustered.values() if weight.row_scale is not None)
+    norms = sum(tensor.num_weights for tensor in model.tensors.values() if len(tensor.shape) == 1)
+    frozen = sum(4 * model.tensors[name].num_weights for name in (embedding_tensor(model), head_tensor(model)) if name)
+    codes = [sum(stage.codes.size for stage in weight.stages) for weight in model.clustered.values()]
+    matrices = [tensor for tensor in source.tensors.values() if len(tensor.shape) == 2]
+    if teacher_kernel(source) == "dense":
+        teacher = sum(4 * tensor.num_weights for tensor in matrices)
+    else:
+        teacher = max(_reading(source, tensor)[0] for tensor in matrices)
+    streams = 4 * tokens * settings.hidden_size * (settings.num_layers + 4)
+    queries, keys = settings.num_heads * settings.head_dim, settings.num_kv_heads * settings.head_dim
+    block = 4 * tokens * (8 * settings.hidden_size + 5 * (queries + keys) + 6 * settings.intermediate_size)
+    widest = max(4 * weight.num_weights for weight in model.clustered.values())
+    decoding = max(widest + 4 * max(codes), 5 * min(BLOCK_BYTES, widest))
+    logits = 8 * 4 * options.context * settings.vocab_size
+    return 24 * (books + scales + norms) + 2 * sum(codes) + frozen + teacher + streams + max(block + decoding, logits)
 
 
 def _self_test(model: Model, disk: int) -> list[tuple[str, int, int, int]]:
@@ -349,8 +382,8 @@ def _self_test(model: Model, disk: int) -> list[tuple[str, int, int, int]]:
 
 
 def self_test(model: Model, settings: DecoderSettings) -> int:
-    """A matrix as float64, and for every token of the sequences its logits as float64 twice (the product and what is kept of it)
-    and as float32."""
+    """A matrix as float64, and for every token of the sequences its logits as float64 twice (the product and what is kept of
+    it) and as float32."""
     matrices = [tensor for tensor in model.tensors.values() if len(tensor.shape) == 2]
     tokens = (RANDOM_SEQUENCES + 1) * MAX_SENTENCE_TOKENS
     logits = (8 + 8 + 4) * tokens * settings.vocab_size

@@ -4,7 +4,7 @@ The last level of ClusComp (Liao et al., arXiv 2503.13089, recovery training): e
 the original's predictions on a calibration text as loss, codes fixed. AdamW, its rate falling to 0 by half a cosine, in float32
 on master copies. A tenth of the text is held out; what it is divergent by decides which state is kept.
 
-Memory: the original as float32, the compressed model's codes, the activations between blocks (gradient checkpointing: each
+Memory: the original as float32 (a large one is read matrix by matrix at every pass), the compressed model's codes, the activations between blocks (gradient checkpointing: each
 block is computed again in the backward pass) and one window's logits a few times over. Given the same machine and number of
 threads, the result is the same bit for bit.
 """
@@ -28,11 +28,13 @@ from cluscomp_formats.ir import AnyArray, Model
 from cluscomp_runtime.decoder import Decoder
 from cluscomp_runtime.language_model import LanguageModel
 
-__all__ = ["Recovery", "RecoveryOptions", "recover"]
+__all__ = ["Recovery", "RecoveryOptions", "recover", "teacher_kernel"]
 
 HELD_OUT = 0.1
 """Share of the text that is not trained on."""
 MAX_HELD_OUT_WINDOWS = 4
+KEPT_TEACHER_BYTES = 4 << 30
+"""An original of no more than this as float32 is kept in memory."""
 CLIP = 1.0
 """Largest norm of the gradient: keeps one odd window from undoing many steps."""
 
@@ -89,6 +91,15 @@ def recover(
     return training.run()
 
 
+def teacher_kernel(source: Model) -> str:
+    """How the runtime is to hold the original: decoded once, if it is small enough, or anew at every pass.
+
+    The latter costs little: a pass multiplies every weight with thousands of tokens. The results are the same bit for bit.
+    """
+    decoded = sum(4 * tensor.num_weights for tensor in source.tensors.values())
+    return "dense" if decoded <= KEPT_TEACHER_BYTES else "reference"
+
+
 @dataclass
 class _Best:
     divergence: float
@@ -100,7 +111,7 @@ class _Training:
         self, student: TrainableModel, source: Model, token_ids: Sequence[int], options: RecoveryOptions, on_progress: Progress
     ) -> None:
         self.student = student
-        self.teacher = LanguageModel.from_model(source, kernel="dense").decoder
+        self.teacher = LanguageModel.from_model(source, kernel=teacher_kernel(source)).decoder
         self.options = options
         self.on_progress = on_progress
         ids = torch.tensor(token_ids, dtype=torch.int64)
