@@ -4,9 +4,9 @@ The last level of ClusComp (Liao et al., arXiv 2503.13089, recovery training): e
 the original's predictions on a calibration text as loss, codes fixed. AdamW, its rate falling to 0 by half a cosine, in float32
 on master copies. A tenth of the text is held out; what it is divergent by decides which state is kept.
 
-Memory: the original as float32 (a large one is read matrix by matrix at every pass), the compressed model's codes, the activations between blocks (gradient checkpointing: each
-block is computed again in the backward pass) and one window's logits a few times over. Given the same machine and number of
-threads, the result is the same bit for bit.
+Memory: the original as float32 (a large one is read matrix by matrix at every pass), the compressed model's codes, the
+activations between blocks (gradient checkpointing: each block is computed again in the backward pass) and one window's logits
+a few times over. Given the same machine and number of threads, the result is the same bit for bit.
 """
 
 from __future__ import annotations
