@@ -38,6 +38,7 @@ from cluscomp_export.work_folder import WorkFolder, work_path
 from cluscomp_export.writers import find_writer
 from cluscomp_formats.ir import Model
 from cluscomp_formats.packed import open_packed
+from cluscomp_runtime.memory import return_freed_arrays
 from cluscomp_runtime.selftest import make_self_test
 
 STORIES = Path(__file__).parent.parent / "tests" / "data" / "stories260K"
@@ -58,7 +59,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 """Few clusters, for the sake of time; `benchmarks/kmeans.py` has the full number."""
 
-CHARACTERS_PER_WINDOW = 2000
+CHARACTERS_PER_WINDOW = 2500
 """At least a window of text, with any tokenizer."""
 
 
@@ -180,6 +181,7 @@ def warm_up(folder: Path) -> None:
 
 
 def child(request: dict[str, Any]) -> None:
+    return_freed_arrays()
     path, output = Path(request["source"]), Path(request["output"])
     options = ConversionOptions(**request["options"])
     warm_up(output.parent)

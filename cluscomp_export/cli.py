@@ -151,7 +151,9 @@ def convert(source: Path, output: Path, *, dry_run: bool, force: bool, as_json: 
     from cluscomp_export.convert import ConversionOptions, prepare
     from cluscomp_export.convert import convert as run
     from cluscomp_export.work_folder import work_path
+    from cluscomp_runtime.memory import return_freed_arrays
 
+    return_freed_arrays()
     chosen = ConversionOptions(**options)
     if dry_run:
         _show_plan(prepare(source, chosen, to_plan=True), as_json=as_json)

@@ -34,9 +34,9 @@ PROCESS_BYTES = 300_000_000
 """The process before it touches a model: the interpreter with torch and a tokenizer. On a GPU the driver's context comes on
 top of both columns, about half a gigabyte each."""
 
-HEAP_BYTES = 64 << 20
-"""What glibc's allocator may keep of arrays that are gone: those below 32 MB come from a heap that is given back only when
-twice that is free at its end (M_TRIM_THRESHOLD, which follows M_MMAP_THRESHOLD)."""
+HEAP_BYTES = 32 << 20
+"""What the allocator may keep of arrays that are gone (`return_freed_arrays` bounds it), and what libraries need for their
+products: a few times 8 MB."""
 
 DECODING = {"bfloat16": 10, "float16": 6, "float32": 4, "float64": 12}
 """Bytes per weight when `Tensor.decode` makes float32 of a stored dtype: the mapped payload and the result, of bfloat16 also
@@ -272,10 +272,11 @@ def error_feedback(source: Model, model: Model, plan: Plan, settings: DecoderSet
     """The most of three moments in a block, beside the stream of all windows (4 bytes x tokens x hidden_size).
 
     Observing: the block as float32, another stream for the results, activations of `BATCH` windows, for each distinct input
-    its moments (8 n²) and once the product that is added to them (4 n²). Encoding a matrix: moments of the inputs whose
-    matrices are not encoded yet; of this one two more matrices as float64 while it is factored (24 n² in all), then its factor
-    as float32 (12 n²) and again the moments as float32 (16 n²) with the vectors: ordered, as targets, decoded, projected (12 P
-    to 16 P). Going on: the block as float32, one matrix being decoded from its codes, two streams, activations.
+    its moments (8 n²) and once the product that is added to them (4 n²). Encoding a matrix: the moments of inputs whose
+    matrices are not encoded yet; of its own, two more matrices as float64 while they are factored (24 n² in all), beside the
+    vectors (4 P); then moments and factor, once more the moments as float32 (16 n²), beside vectors, as decoded and projected
+    (12 P); or without those the products as well (16 P). Going on: the block as float32, one matrix being decoded from its
+    codes, two streams, activations.
     """
     blocks = _blocks(source)
     block = max(blocks.values(), key=lambda names: sum(source.tensors[name].num_weights for name in names))
@@ -291,15 +292,11 @@ def error_feedback(source: Model, model: Model, plan: Plan, settings: DecoderSet
     encoding = 0
     for later, (width, names) in zip(reversed([0, *accumulate(reversed(moments))][:-1]), inputs, strict=True):
         squares = width * width
-        encoding = max(encoding, later + 24 * squares)
         for name in names:
             if name in plan.treatments:
                 making, vectors = _vectors(source, name, plan.treatments[name])
-                codes = 6 * _num_vectors(plan.treatments[name])
-                encoding = max(
-                    encoding,
-                    later + 12 * squares + max(making, 4 * squares + 3 * vectors, 4 * vectors) + codes,
-                )
+                most = max(8 * squares + making, 24 * squares + vectors, 16 * squares + 3 * vectors, 12 * squares + 4 * vectors)
+                encoding = max(encoding, later + most + 6 * _num_vectors(plan.treatments[name]))
     decoding = [clustered_decoding(tensor) for name in block if isinstance(tensor := model.tensors[name], ClusteredWeight)]
     going_on = held + max(activations + copied, max(decoding, default=0))
     return max(2 * stream + observing, stream + encoding, 2 * stream + going_on)

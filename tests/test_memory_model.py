@@ -20,9 +20,10 @@ from cluscomp_formats.errors import StorageError
 CHILD = """
 import json, sys
 from pathlib import Path
-import torch
 from cluscomp_export.convert import ConversionOptions, convert, prepare
+from cluscomp_runtime.memory import return_freed_arrays
 
+return_freed_arrays()
 source, output, text, small = map(Path, sys.argv[1:])
 # Libraries make their buffers when they are first used; that is the process, not the conversion.
 convert(small, output, ConversionOptions(bits=4, calibration=str(text), threads=1), force=True)
@@ -59,9 +60,9 @@ def test_a_conversion_needs_what_was_predicted(synthetic: Path, stories_folder: 
     command = [sys.executable, "-c", CHILD, synthetic, tmp_path / "out.clus", text, stories_folder]
     child = subprocess.run([*map(str, command)], stdout=subprocess.PIPE, text=True, check=True)
     found = json.loads(child.stdout)
-    # An upper bound; and a tight one: what it leaves is the slack for the heap (64 MB) and rounding up of what overlaps.
+    # An upper bound; and a tight one: what it leaves is the slack for the heap (34 MB) and rounding up of what overlaps.
     assert found["measured"] <= found["predicted"], found
-    assert found["measured"] >= 0.6 * found["predicted"], found
+    assert found["measured"] >= 0.7 * found["predicted"], found
 
 
 def prepared(name: str, folder: Path, **options: Any) -> Prepared:
