@@ -144,7 +144,8 @@ def convert(source: Path, output: Path, *, dry_run: bool, force: bool, as_json: 
       cluscomp-export convert packed.clus folder/ --to hf                       for transformers
       cluscomp-export convert packed.clus out.gguf --to gguf --gguf-type q8_0   for stock llama.cpp
 
-    Memory stays near the largest tensor (--effort balanced: near one block of the model; best: above the model as float32).
+    Memory stays near the largest tensor (--effort balanced: near one block of the model; best: also its codes);
+    --dry-run tells what each phase needs, and is content with a folder that holds a config.json as SOURCE.
     OUTPUT is complete or not there; SOURCE is never changed. A clustering that fails or is interrupted keeps what it has
     finished in a folder .OUTPUT.work beside OUTPUT: run the same command again to go on.
     """

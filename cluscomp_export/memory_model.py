@@ -20,11 +20,12 @@ from cluscomp_export.clustering import FIT_VECTORS_PER_CLUSTER, unit_bytes
 from cluscomp_export.planning import CodebookPlan, Plan, Treatment
 from cluscomp_export.sources import embedding_tensor, head_tensor
 from cluscomp_export.tuning.recovery import RecoveryOptions, teacher_kernel
+from cluscomp_formats.errors import ClusCompError
 from cluscomp_formats.ir import DTYPES, ClusteredWeight, DenseTensor, Model, Tensor
 from cluscomp_kernels.clus_linear.trainable import BLOCK_BYTES
 from cluscomp_kernels.kmeans.native_engine import list_length
 from cluscomp_kernels.kmeans.torch_engine import DISTANCES_PER_CHUNK
-from cluscomp_runtime.architecture import MODEL_TYPES, DecoderSettings
+from cluscomp_runtime.architecture import DecoderSettings, check_tensors
 from cluscomp_runtime.memory import physical_bytes
 from cluscomp_runtime.selftest import MAX_SENTENCE_TOKENS, RANDOM_SEQUENCES
 
@@ -77,24 +78,24 @@ def conversion_memory(
     """
     if plan is None:
         return tuple(_with_heap([("writing", 0, writing(source, model), output_bytes), *_self_test(model, output_bytes)]))
-    known = _known(source)
+    settings = _runnable(source)
     rows: list[tuple[str, int, int, int]] = [("checking the source", 0, checking(source), 0)]
     disk = 0
-    if calibrated and known:
+    if calibrated and settings is not None:
         disk = sum(4 * tensor.shape[1] for tensor in source.tensors.values() if len(tensor.shape) == 2)
-        rows.append(("calibration", 0, calibration(source, _settings(source)), disk))
+        rows.append(("calibration", 0, calibration(source, settings), disk))
     sizes = unit_bytes(model)
     disk += sizes["codebooks"]
     rows.append(("fitting codebooks", *fitting(source, plan, calibrated=calibrated, cuda=cuda), disk))
     disk += sizes["tensors"]
-    if effort == "fast" or not known:
+    if effort == "fast" or settings is None:
         rows.append(("choosing codes", *encoding(source, plan, cuda=cuda), disk + output_bytes))
     else:
-        host = error_feedback(source, model, plan, _settings(source), windows)
+        host = error_feedback(source, model, plan, settings, windows)
         device = _search_bytes(plan) if cuda else 0
         rows.append(("error feedback", device, host, disk + output_bytes))
-    if effort == "best" and known:
-        rows.append(("recovery", 0, recovery(source, model, _settings(source)), disk))
+    if effort == "best" and settings is not None:
+        rows.append(("recovery", 0, recovery(source, model, settings), disk))
     rows.append(("writing", 0, writing(source, model), disk + output_bytes))
     rows += _self_test(model, disk + output_bytes)
     return tuple(_with_heap(rows))
@@ -115,12 +116,14 @@ def memory_warnings(peaks: Sequence[Peak]) -> list[str]:
     return [f"{largest.phase} may need {needed / 1e9:.1f} GB of memory; this machine has {available / 1e9:.1f} GB"]
 
 
-def _known(model: Model) -> bool:
-    return model.config.get("model_type") in MODEL_TYPES
-
-
-def _settings(model: Model) -> DecoderSettings:
-    return DecoderSettings.from_config(model.config)
+def _runnable(model: Model) -> DecoderSettings | None:
+    """What the runtime reads from the configuration, None if it cannot run the model: then there is no calibration either."""
+    try:
+        settings = DecoderSettings.from_config(model.config)
+        check_tensors(model, settings)
+    except ClusCompError:
+        return None
+    return settings
 
 
 def _quantised(source: Model, name: str) -> bool:
@@ -375,7 +378,8 @@ def recovery(source: Model, model: Model, settings: DecoderSettings) -> int:
 
 
 def _self_test(model: Model, disk: int) -> list[tuple[str, int, int, int]]:
-    return [("self-test", 0, self_test(model, _settings(model)), disk)] if _known(model) and model.self_test is None else []
+    settings = _runnable(model)
+    return [] if settings is None or model.self_test is not None else [("self-test", 0, self_test(model, settings), disk)]
 
 
 def self_test(model: Model, settings: DecoderSettings) -> int:
