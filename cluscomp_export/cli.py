@@ -128,7 +128,7 @@ def cli() -> None:
 @click.option(
     "--dry-run",
     is_flag=True,
-    help="Show the plan, its size and the memory it takes; write nothing. A folder with a config.json is enough as SOURCE.",
+    help="Show the plan, its size and the memory it takes; write nothing.",
 )
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
 @JSON
