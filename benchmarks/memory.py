@@ -34,6 +34,7 @@ from cluscomp_export.error_feedback import ErrorFeedback
 from cluscomp_export.memory_model import Peak, conversion_memory
 from cluscomp_export.terminal import print_table, say
 from cluscomp_export.tuning import RecoveryOptions, TrainableModel, recover
+from cluscomp_export.tuning.blockwise import BlockwiseOptions
 from cluscomp_export.work_folder import WorkFolder, work_path
 from cluscomp_export.writers import find_writer
 from cluscomp_formats.ir import Model
@@ -97,7 +98,10 @@ def without_codes(stand: Stand) -> WorkFolder:
     """A work folder with the codebooks alone: both ways to choose codes keep them under the same names."""
     work = open_work(feedback_path(stand.output))
     for name, codebook in stand.clustered().codebooks.items():
-        work.save(f"codebook {name}", {"centroids": codebook.values.read()})
+        forms = {"centroids": (codebook.values.dtype, codebook.values.shape), "step": ("float32", (1,))}
+        arrays = stand.work.load(f"codebook {name}", forms)
+        assert arrays is not None, f"{name} has not been fitted"
+        work.save(f"codebook {name}", arrays)
     return work
 
 
@@ -127,6 +131,14 @@ def encode_with_feedback(stand: Stand) -> None:
         weight.stages[0].codes.read()
 
 
+def tune(stand: Stand) -> None:
+    """On codes that are there: the blocks are run, but nothing is encoded."""
+    windows = calibration_windows(stand.prepared.source, shipped_text(), stand.windows)
+    feedback = ErrorFeedback(stand.prepared.source, windows, BlockwiseOptions(epochs=1))
+    for codebook in stand.clustered(feedback).clustered.values():
+        codebook.stages[0].codes.read()
+
+
 def train(stand: Stand) -> None:
     token_ids = calibration_tokens(stand.prepared.source, shipped_text())
     recover(TrainableModel(stand.clustered()), stand.prepared.source, token_ids, RecoveryOptions(steps=2, checks=1))
@@ -146,6 +158,7 @@ PHASES: dict[str, Callable[[Stand], None]] = {
     "fitting codebooks": fit,
     "choosing codes": encode,
     "error feedback": encode_with_feedback,
+    "block-wise tuning": tune,
     "recovery": train,
     "writing": write,
     "self-test": self_test,
@@ -188,6 +201,8 @@ def child(request: dict[str, Any]) -> None:
     stand = Stand(path, output, options, request["windows"], prepare(path, options), open_work(work_path(output)))
     if request["phase"] == "error feedback":
         stand = replace(stand, work=without_codes(stand))
+    elif request["phase"] == "block-wise tuning":
+        stand = replace(stand, work=open_work(feedback_path(output)))
     expected = predictions(stand)[request["phase"]]
     started = time.perf_counter()
     measured = run_phase(request["phase"], stand)

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
-from click.shell_completion import CompletionItem
 
+from cluscomp_export.command_options import DEVICE, GGUF_TYPE, JSON, PATH, OutputFormat
 from cluscomp_export.terminal import ProgressDisplay, print_json, print_table, say
+from cluscomp_export.tuning_commands import merge, tune
 from cluscomp_formats.errors import ClusCompError, printable
 from cluscomp_formats.version import __version__
 
@@ -24,34 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-PATH = click.Path(path_type=Path)
-JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
-DEVICE = click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1, ...")
 INTERRUPTED = 130
-
-
-def _output_formats() -> tuple[str, ...]:
-    from cluscomp_export.writers import output_formats
-
-    return output_formats()
-
-
-class _OutputFormat(click.types.StringParamType):
-    """The name of a format that can be written; plug-ins are not looked for before somebody asks."""
-
-    name = "format"
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if value not in _output_formats():
-            self.fail(f"{value!r} is not one of {', '.join(_output_formats())}.", param, ctx)
-        return value
-
-    # click 8.1 passes no context.
-    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
-        return f"[{'|'.join(_output_formats())}]"
-
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        return [CompletionItem(name) for name in _output_formats() if name.startswith(incomplete)]
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -65,6 +39,8 @@ def cli() -> None:
       cluscomp-export convert MODEL model.clus --bits 3              make it
       cluscomp-export verify MODEL model.clus                        did it come out right?
       cluscomp-export generate model.clus "The capital of France is"
+      cluscomp-export tune model.clus my.delta --text my.txt         train its codebooks on a text
+      cluscomp-export merge model.clus my.delta tuned.clus           a model like any other
 
     MODEL is a Hugging Face folder with safetensors, a GGUF file, an authors' ClusComp checkpoint or whatever convert made.
     Nothing is ever downloaded.
@@ -78,16 +54,12 @@ def cli() -> None:
 @click.argument("output", type=PATH)
 @click.option(
     "--to",
-    type=_OutputFormat(),
+    type=OutputFormat(),
     default="packed",
     show_default=True,
     help="The format to write: one .clus file, a Hugging Face folder, a GGUF file, an ONNX folder, or what a plug-in brings.",
 )
-@click.option(
-    "--gguf-type",
-    type=click.Choice(["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]),
-    help="With --to gguf: decode and store as this type, for stock llama.cpp. [default: codebooks and codes]",
-)
+@GGUF_TYPE
 @click.option(
     "--bits", type=float, help="Most bits per weight of the linear layers, codebooks and scales counted. [default: 4]"
 )
@@ -103,6 +75,12 @@ def cli() -> None:
     "--embedding-bits",
     type=float,
     help="Most bits per weight of embedding and head; 16 keeps them dense. [default: the width they have in the source]",
+)
+@click.option(
+    "--codebook-bits",
+    type=click.Choice([8, 16]),
+    help="Bits per value of a codebook: 8 for int8, 16 for float16, which codebooks without row scales (--share none) always "
+    "have. [default: whichever is expected to be best; 8 with --dim]",
 )
 @click.option(
     "--calibration",
@@ -123,7 +101,13 @@ def cli() -> None:
     help="How to cluster: fast is at least as good in a fraction of the time; lloyd is plain k-means, as in the paper.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same bytes.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads to use. [default: all cores]")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads to use, with --workers each. [default: all cores]")
+@click.option(
+    "--workers",
+    metavar="N|threads:N|ray|ray://HOST:PORT",
+    help="Cluster with N processes or threads, or on a Ray cluster (docs/workers.md): the same bytes, sooner. "
+    "[default: in this process]",
+)
 @DEVICE
 @click.option(
     "--dry-run",
@@ -143,6 +127,7 @@ def convert(source: Path, output: Path, *, dry_run: bool, force: bool, as_json: 
       cluscomp-export convert clustered-checkpoint/ packed.clus                 repack without loss
       cluscomp-export convert packed.clus folder/ --to hf                       for transformers
       cluscomp-export convert packed.clus out.gguf --to gguf --gguf-type q8_0   for stock llama.cpp
+      cluscomp-export convert llama/ llama.clus --workers ray://head:10001      on a Ray cluster
 
     Memory stays near the largest tensor (--effort balanced: near one block of the model; best: also its codes);
     --dry-run tells what each phase needs, and is content with a folder that holds a config.json as SOURCE.
@@ -227,11 +212,17 @@ def _show_plan(prepared: Prepared, *, as_json: bool) -> None:
 def inspect(model: Path, *, quick: bool, reference: Path | None, as_json: bool) -> int:
     """Show what MODEL holds: architecture, settings per tensor, bits per weight, how its codebooks are used, worst tensors.
 
-    Everything is read, and all that is wrong with it is listed; exit code 3 then.
+    Everything is read, and all that is wrong with it is listed; exit code 3 then. MODEL may be a delta (see tune); --reference
+    is the model it belongs to then, and adds how far it is from that.
     """
-    from cluscomp_export.inspection import inspect_model
-    from cluscomp_export.tables import print_inspection
+    from cluscomp_export.inspection import inspect_delta, inspect_model
+    from cluscomp_export.tables import print_delta, print_inspection
+    from cluscomp_formats.delta import is_delta
 
+    if is_delta(model):
+        report = inspect_delta(model, reference=reference)
+        (print_json if as_json else print_delta)(report)
+        return 0
     with ProgressDisplay() as progress:
         report = inspect_model(model, reference=reference, quick=quick, on_progress=progress)
     if as_json:
@@ -244,9 +235,10 @@ def inspect(model: Path, *, quick: bool, reference: Path | None, as_json: bool) 
 @cli.command()
 @click.argument("a", type=PATH)
 @click.argument("b", type=PATH)
+@click.option("--delta", type=PATH, help="Swap this delta in (see tune) to B first.")
 @DEVICE
 @JSON
-def verify(a: Path, b: Path, *, device: str, as_json: bool) -> int:
+def verify(a: Path, b: Path, *, delta: Path | None, device: str, as_json: bool) -> int:
     """Check that A and B are the same model, or that one was made from the other.
 
     Exit code 0: equal, or derived from that source and sound. 1: different, or a self-test fails. 2: could not tell.
@@ -257,7 +249,7 @@ def verify(a: Path, b: Path, *, device: str, as_json: bool) -> int:
 
     try:
         with ProgressDisplay() as progress:
-            result = run(a, b, device=device, on_progress=progress)
+            result = run(a, b, delta=delta, device=device, on_progress=progress)
     except ClusCompError as error:
         _report(error, as_json=as_json, exit_code=2)
         return 2
@@ -290,10 +282,19 @@ def verify(a: Path, b: Path, *, device: str, as_json: bool) -> int:
 @click.option("--reference", type=PATH, help="The original: adds KL divergence and top-1 agreement against it.")
 @click.option("--windows", type=click.IntRange(min=1), help="How many windows of the text to use. [default: all]")
 @click.option("--context", type=int, default=512, show_default=True, help="Tokens per window; the second half is scored.")
+@click.option("--delta", type=PATH, help="Swap this delta in (see tune) first.")
 @DEVICE
 @JSON
 def evaluate(
-    model: Path, *, text: Path, reference: Path | None, windows: int | None, context: int, device: str, as_json: bool
+    model: Path,
+    *,
+    text: Path,
+    reference: Path | None,
+    windows: int | None,
+    context: int,
+    delta: Path | None,
+    device: str,
+    as_json: bool,
 ) -> None:
     """Perplexity of MODEL on a text, in llama.cpp's protocol (windows of 512 tokens, second half scored)."""
     from dataclasses import asdict
@@ -302,7 +303,14 @@ def evaluate(
 
     with ProgressDisplay() as progress:
         result = evaluate_files(
-            model, text=text, reference=reference, windows=windows, context=context, device=device, on_progress=progress
+            model,
+            text=text,
+            reference=reference,
+            windows=windows,
+            context=context,
+            delta=delta,
+            device=device,
+            on_progress=progress,
         )
     if as_json:
         print_json(asdict(result))
@@ -326,6 +334,7 @@ def evaluate(
     "--top-p", type=click.FloatRange(min=0, max=1), help="Sample among the likeliest tokens of this total probability."
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the sampling.")
+@click.option("--delta", type=PATH, help="Swap this delta in (see tune) first.")
 @DEVICE
 @click.option(
     "--kernel", default="auto", show_default=True, help="Force a kernel: native, embedding_bag, triton, dense, reference."
@@ -333,7 +342,16 @@ def evaluate(
 @click.option("--selftest", is_flag=True, help="Run the self-test first; fail if the model computes something else.")
 @JSON
 def generate(
-    model: Path, prompt: str, *, device: str, kernel: str, selftest: bool, chat: bool, as_json: bool, **options: Any
+    model: Path,
+    prompt: str,
+    *,
+    delta: Path | None,
+    device: str,
+    kernel: str,
+    selftest: bool,
+    chat: bool,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Continue PROMPT with MODEL."""
     from dataclasses import asdict
@@ -342,7 +360,7 @@ def generate(
 
     with ProgressDisplay() as progress:
         progress("loading", 0, 1)
-        loaded = load(model, device=device, kernel=kernel, selftest=selftest)
+        loaded = load(model, device=device, kernel=kernel, selftest=selftest, delta=delta)
     say(f"kernel: {loaded.kernel_summary}")
     text = loaded.chat([{"role": "user", "content": prompt}]) if chat else prompt
     stream = loaded.stream(text, add_special_tokens=not chat, **options)
@@ -359,6 +377,10 @@ def generate(
         return
     click.echo()
     say(f"{result.new_tokens} tokens, {result.tokens_per_second:.1f} tokens/s, stopped by {result.stop_reason}")
+
+
+for command in (tune, merge):
+    cli.add_command(command)
 
 
 def _report(error: ClusCompError, *, as_json: bool, exit_code: int) -> None:

@@ -25,15 +25,18 @@ from cluscomp_export.calibration import (
     read_text,
     shipped_text,
 )
-from cluscomp_export.clustering import Method, cluster_model
+from cluscomp_export.clustering import cluster_model
 from cluscomp_export.error_feedback import ErrorFeedback
+from cluscomp_export.jobs import Computing, Method
 from cluscomp_export.memory_model import Peak, conversion_memory, memory_warnings
-from cluscomp_export.planning import Plan, Share, embedding_tensors, plan_bits, plan_fixed
+from cluscomp_export.planning import CODEBOOK_DTYPES, Plan, Share, embedding_tensors, plan_bits, plan_fixed
 from cluscomp_export.progress import Progress, silent
 from cluscomp_export.sizes import Sizes, model_sizes
 from cluscomp_export.sources import CONFIG_ONLY, open_source, source_bytes
 from cluscomp_export.tuning import RecoveryOptions, TrainableModel, recover
+from cluscomp_export.tuning.blockwise import BlockwiseOptions
 from cluscomp_export.work_folder import WorkFolder, fingerprint, remove_work, work_folder, work_path
+from cluscomp_export.workers import Workers, open_workers, parse_workers
 from cluscomp_export.writers import find_writer
 from cluscomp_formats.errors import (
     ClusCompError,
@@ -49,7 +52,7 @@ from cluscomp_formats.packed.payloads import is_finite
 from cluscomp_formats.version import __version__
 from cluscomp_runtime.language_model import check_device
 
-__all__ = ["ConversionOptions", "ConversionReport", "Prepared", "convert", "prepare", "scan_source"]
+__all__ = ["ConversionOptions", "ConversionReport", "Prepared", "convert", "prepare", "record_self_test", "scan_source"]
 
 Effort = Literal["fast", "balanced", "best"]
 
@@ -63,10 +66,12 @@ class ConversionOptions:
     Either `bits` (a budget per weight of the linear layers, codebooks and scales counted) or `cluster_dim` and `num_clusters`
     (the paper's setting, the same for every matrix); neither means 4 bits. `share=None` lets the planner choose.
     `embedding_bits` is a budget per weight of embedding and head; 16 keeps them dense, None keeps the width of the source
-    where that is below 16. `calibration` is a text file whose activations weight the clustering, "none", or None: the text the
+    where that is below 16. `codebook_bits` is 8 or 16 per value of a codebook whose weights have row scales, None for whichever
+    is expected to be best. `calibration` is a text file whose activations weight the clustering, "none", or None: the text the
     package ships with `bits`, none with the paper's setting. `effort="fast"` only clusters; "balanced", the default where there
     is a calibration text, also chooses codes with error feedback; "best" then trains codebooks, scales and norms on the text.
-    `gguf_type` decodes for stock llama.cpp. `threads` and `device` do not change the result, except that of a training.
+    `gguf_type` decodes for stock llama.cpp. `workers`, what `parse_workers` takes, cluster in parallel, else this process
+    does. `workers`, `threads` (of each worker) and `device` do not change the result, except that of a training.
     """
 
     bits: float | None = None
@@ -74,6 +79,7 @@ class ConversionOptions:
     num_clusters: int | None = None
     share: Share | None = None
     embedding_bits: float | None = None
+    codebook_bits: int | None = None
     calibration: str | None = None
     effort: Effort | None = None
     method: Method = "fast"
@@ -82,11 +88,12 @@ class ConversionOptions:
     gguf_type: str | None = None
     threads: int | None = None
     device: str = "cpu"
+    workers: str | None = None
 
     @property
     def asks_clustering(self) -> bool:
         """Whether any option says how to cluster."""
-        how = (self.bits, self.cluster_dim, self.num_clusters, self.share, self.embedding_bits)
+        how = (self.bits, self.cluster_dim, self.num_clusters, self.share, self.embedding_bits, self.codebook_bits)
         given = (*how, self.calibration, self.effort)
         return any(value is not None for value in given)
 
@@ -103,9 +110,8 @@ class ConversionOptions:
 
     def recorded(self) -> dict[str, Any]:
         """The options that determine the result, for the provenance."""
-        return {
-            key: value for key, value in asdict(self).items() if value is not None and key not in ("threads", "device", "to")
-        }
+        without_effect = ("threads", "device", "workers", "to")
+        return {key: value for key, value in asdict(self).items() if value is not None and key not in without_effect}
 
 
 @dataclass(frozen=True)
@@ -196,7 +202,7 @@ def convert(
 
     A clustering that fails or is interrupted, by whatever, leaves what it has finished in a folder beside the output
     (`work_path`); the same call goes on from there, and ends with the same bytes. Raises what `prepare` does,
-    OutputExistsError, StorageError, SelfTestError.
+    OutputExistsError, StorageError, SelfTestError, WorkersLostError.
     """
     started = time.perf_counter()
     writer = find_writer(options.to, options.gguf_type)
@@ -218,14 +224,17 @@ def convert(
 
     def self_test(written: Model) -> Mapping[str, Any] | None:
         nonlocal record
-        record = model.self_test or _self_test(written, warnings, on_progress)
+        record = model.self_test or record_self_test(written, warnings, on_progress)
         return record
 
     with contextlib.ExitStack() as unfinished:
         work = unfinished.enter_context(work_folder(output)) if prepared.plan is not None else None
         _check_space(output, prepared, work)
         if prepared.plan is not None and work is not None:
-            model, recovery = _clustered(prepared.source, prepared.plan, source_path, options, work, warnings, on_progress)
+            with _opened(options, on_progress) as workers:
+                model, recovery = _clustered(
+                    prepared.source, prepared.plan, source_path, options, work, workers, warnings, on_progress
+                )
         written = writer.write(
             model,
             output,
@@ -247,12 +256,21 @@ def convert(
     )
 
 
+def _opened(options: ConversionOptions, on_progress: Progress) -> contextlib.AbstractContextManager[Workers | None]:
+    """The workers that are asked for, if any."""
+    if options.workers is None:
+        return contextlib.nullcontext()
+    computing = Computing(options.method, options.seed, options.threads, options.device)
+    return open_workers(parse_workers(options.workers), computing, on_progress)
+
+
 def _clustered(
     source: Model,
     plan: Plan,
     source_path: Path,
     options: ConversionOptions,
     work: WorkFolder,
+    workers: Workers | None,
     warnings: list[str],
     on_progress: Progress,
 ) -> tuple[Model, Mapping[str, Any] | None]:
@@ -279,7 +297,8 @@ def _clustered(
         try:
             energies = _energies(source, text, work, on_progress)
             if effort != "fast":
-                feedback = ErrorFeedback(source, calibration_windows(source, text, MAX_FEEDBACK_WINDOWS), on_progress)
+                windows = calibration_windows(source, text, MAX_FEEDBACK_WINDOWS)
+                feedback = ErrorFeedback(source, windows, BlockwiseOptions(seed=options.seed), on_progress=on_progress)
         except (InvalidRequestError, UnsupportedError) as error:
             if options.calibration is not None:
                 raise
@@ -298,6 +317,7 @@ def _clustered(
         feedback=feedback,
         provenance=provenance,
         work=work,
+        workers=workers,
         on_progress=on_progress,
     )
     if effort == "best" and feedback is not None and text is not None:
@@ -385,11 +405,16 @@ def _check_options(options: ConversionOptions) -> None:
             found=f"{options.embedding_bits:g}",
             expected="more than 0, at most 16",
         )
+    elif options.codebook_bits not in (None, *CODEBOOK_DTYPES):
+        found, expected = str(options.codebook_bits), " or ".join(map(str, CODEBOOK_DTYPES))
+        problem = Problem("bad_option", "--codebook-bits is out of range", found=found, expected=expected)
     elif options.effort not in (None, "fast") and options.calibration == "none":
         found, remedy = f"--effort {options.effort} --calibration none", "give a text, or --effort fast"
         problem = Problem("bad_option", "error feedback needs a calibration text", found=found, remedy=remedy)
     if problem:
         raise InvalidRequestError(problem)
+    if options.workers is not None:
+        parse_workers(options.workers)
 
 
 def _make_plan(source: Model, options: ConversionOptions) -> Plan:
@@ -404,8 +429,15 @@ def _make_plan(source: Model, options: ConversionOptions) -> Plan:
             num_clusters=options.num_clusters,
             share=options.share or "none",
             embedding_bits=embedding_bits,
+            codebook_bits=options.codebook_bits,
         )
-    return plan_bits(source, bits=options.bits or DEFAULT_BITS, share=options.share, embedding_bits=embedding_bits)
+    return plan_bits(
+        source,
+        bits=options.bits or DEFAULT_BITS,
+        share=options.share,
+        embedding_bits=embedding_bits,
+        codebook_bits=options.codebook_bits,
+    )
 
 
 def _warnings(source: Model, sizes: Sizes, source_file_bytes: int) -> list[str]:
@@ -436,7 +468,7 @@ def _check_space(output: Path, prepared: Prepared, work: WorkFolder | None) -> N
         )
 
 
-def _self_test(written: Model, warnings: list[str], on_progress: Progress) -> Mapping[str, Any] | None:
+def record_self_test(written: Model, warnings: list[str], on_progress: Progress) -> Mapping[str, Any] | None:
     """The self-test record of the model just written, or None where the runtime cannot run its architecture."""
     from cluscomp_runtime.selftest import make_self_test
 

@@ -1,39 +1,60 @@
 """Error feedback: the codes of a matrix chosen channel by channel, so that its output errs least on a calibration text.
 
-What errs is `(W - Q) x`. Over a text its squared length is the sum over rows of `(w - q) H (w - q)^T`, with H the second
-moments of the matrix's inputs (the Hessian of GPTQ, Frantar et al., arXiv 2210.17323). In the reference layout a vector lies in
-one input channel, so GPTQ's update, which goes from channel to channel, serves vectors as it serves numbers.
+What errs is `t - Q x`: Q the decoded matrix, x its inputs in the model as compressed so far, t what its output should be. In a
+block of a decoder t makes up for everything before: it is what the original matrix gives in the original model and, where a
+matrix adds to the residual stream, what that stream lacks by then. Over a text the squared error is, up to a constant,
 
-Blocks are done in order, and inputs are those of the model as compressed so far, so every block makes up for those before it.
-Memory: a block's matrices as float32, the activations of the text (4 bytes x tokens x hidden_size), and for the distinct inputs
-of one block 8 bytes x in_features^2 each, a few times that for the largest while its matrices are encoded.
+    sum over rows of (w' - q) H (w' - q)^T,   H = E[x x^T] + damping,   W' = W + E[(t - W x) x^T] H^-1
+
+so the matrix is first corrected by ridge regression, which damping keeps near W, and then encoded under H. Codes are chosen as
+GPTQ does (Frantar et al., arXiv 2210.17323); that H is of the compressed model and t of the original one is in the
+spirit of GPTAQ (Li et al., arXiv 2504.02692). In the reference layout a vector lies in one input channel, so GPTQ's update, which
+goes from channel to channel, serves vectors as it serves numbers.
+
+Blocks are done in order. Memory: the matrices of half a block as float32, the activations of the text in both models (8 bytes x
+tokens x hidden_size), and for the input of one matrix 8 bytes x in_features x (in_features + out_features), a few times that
+while matrices are encoded.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from cluscomp_export.progress import Progress, silent
+from cluscomp_export.tuning.blockwise import BlockwiseOptions, tune_block
+from cluscomp_export.tuning.training import Trained
 from cluscomp_formats.ir import Model, Tensor
 from cluscomp_kernels.kmeans import assign_with_feedback, feedback_factor
 from cluscomp_runtime.blocks import BlockRunner
 
-__all__ = ["ErrorFeedback", "InputMoments"]
+__all__ = ["BlockWork", "ErrorFeedback", "Goal", "InputMoments", "block_index"]
 
 Floats = npt.NDArray[np.float32]
 
 DAMPING = 0.1
 """Added to the diagonal, in units of its mean. GPTQ takes .01; more costs little on the calibration text and wins on others."""
 
+BATCH = 4
+"""Windows run at a time."""
 ROWS = 512
 """Rows of moments added at a time."""
 
 _BLOCK = re.compile(r"model\.layers\.(\d+)\..*")
+_ADDS_TO_STREAM = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
+
+
+def block_index(name: str) -> int | None:
+    """The block a tensor belongs to, if any."""
+    match = _BLOCK.fullmatch(name)
+    return None if match is None else int(match[1])
 
 
 class InputMoments:
@@ -59,6 +80,12 @@ class InputMoments:
             self._factor = np.ascontiguousarray(factor.numpy().astype(np.float32))
         return self._factor
 
+    def solver(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What multiplies float64 `[in_features, any]` with the damped inverse: ridge regression on the inputs."""
+        # Not kept longer than it is used: it is as large as the moments.
+        lower = torch.linalg.cholesky(self.damped)
+        return lambda products: torch.cholesky_solve(products, lower)
+
     def encode(
         self, weights: Floats, centroids: Floats, out_features: int, *, threads: int | None, device: str
     ) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.float64]]:
@@ -80,85 +107,223 @@ class InputMoments:
         return codes, factors.numpy()
 
 
-class _Observer:
-    """Sums up the moments of every distinct input of a block."""
+@dataclass(frozen=True)
+class Goal:
+    """What the codes of a matrix aim at: its transpose with `correction` `[in_features, out_features]` added, under `moments`."""
 
-    def __init__(self) -> None:
-        self._sums: dict[str, torch.Tensor] = {}
-        self._tokens: dict[str, int] = {}
-        self._input_of: dict[str, str] = {}
-        self._last: tuple[str, torch.Tensor] | None = None
+    moments: InputMoments
+    correction: Floats
 
-    def __call__(self, name: str, inputs: torch.Tensor) -> None:
-        if self._last is not None and self._last[1] is inputs:
-            self._input_of[name] = self._last[0]
-            return
-        self._last = (name, inputs)
-        self._input_of[name] = name
-        flat = inputs.flatten(0, -2)
-        flat = flat / flat.square().mean(1, keepdim=True).sqrt().clamp(min=torch.finfo(flat.dtype).tiny)
-        moments = flat.t() @ flat
-        if name in self._sums:
-            # Rows at a time: torch makes a float64 copy of what is added.
-            for start in range(0, len(moments), ROWS):
-                self._sums[name][start : start + ROWS] += moments[start : start + ROWS]
-        else:
-            self._sums[name] = moments.double()
-        self._tokens[name] = self._tokens.get(name, 0) + len(flat)
 
-    def results(self) -> dict[str, InputMoments]:
-        """Moments by name of the matrix, one object for all matrices with the same input."""
-        self._last = None
-        # The sums were made in this mode, and nowhere else may they be changed.
-        with torch.inference_mode():
-            distinct = {name: InputMoments(self._sums.pop(name).div_(count)) for name, count in self._tokens.items()}
-        return {name: distinct[source] for name, source in self._input_of.items()}
+class BlockWork(Protocol):
+    """Who keeps what has been done: the tensors of the compressed model, and how to get there."""
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The compressed model as far as it is there, by name."""
+
+    def take_up(self, index: int) -> None:
+        """Take up what is finished of a block that is about to be done."""
+
+    def is_encoded(self, name: str) -> bool:
+        """Whether a matrix of that block has its codes. True for what is not clustered."""
+
+    def encode(self, goals: Mapping[str, Goal]) -> None:
+        """Choose the codes of matrices none of which depends on another."""
+
+    def is_tuned(self, index: int) -> bool:
+        """Whether a block has been tuned."""
+
+    def keep_tuned(self, index: int, tuned: Trained | None) -> None:
+        """Take the tuned values of a block into `tensors`; None says that there are none."""
+
+    def fixed_codebooks(self, index: int) -> Collection[str]:
+        """The codebooks that other blocks use as well."""
+
+
+class _Reached(Exception):
+    """The input that was looked for is there; the rest of the pass is not needed."""
 
 
 class ErrorFeedback:
-    """Takes a model's blocks in order, shows how each of their matrices is to be encoded, and goes on with the result.
+    """Takes a model's blocks in order, has their matrices encoded and then their parameters tuned, and goes on with the result.
 
-    `windows` int64 `[windows, tokens]` are the calibration text. Raises UnsupportedError for an architecture the runtime does
-    not know, InvalidRequestError for ids the model does not have.
+    `windows` int64 `[windows, tokens]` are the calibration text; `tuning=None` leaves out the tuning. Raises UnsupportedError
+    for an architecture the runtime does not know, InvalidRequestError for ids the model does not have.
     """
 
-    def __init__(self, source: Model, windows: torch.Tensor, on_progress: Progress = silent) -> None:
+    def __init__(
+        self,
+        source: Model,
+        windows: torch.Tensor,
+        tuning: BlockwiseOptions | None = None,
+        *,
+        device: str = "cpu",
+        on_progress: Progress = silent,
+    ) -> None:
         self._source = source
         self._runner = BlockRunner(source)
-        self._hidden = self._runner.embed(windows)
+        self._wanted = list(torch.split(self._runner.embed(windows), BATCH))
+        """What flows into the next block in the original model, and in the compressed one."""
+        self._given = self._wanted
+        self._tuning = tuning
+        self._device = device
         self._next = 0
         self._on_progress = on_progress
 
+    @property
+    def tunes(self) -> bool:
+        """Whether blocks are tuned."""
+        return self._tuning is not None
+
     def covers(self, name: str) -> bool:
-        """Whether the matrix belongs to a block that is yet to be done."""
-        match = _BLOCK.fullmatch(name)
-        return match is not None and int(match[1]) >= self._next
+        """Whether the tensor belongs to a block that is yet to be done."""
+        index = block_index(name)
+        return index is not None and index >= self._next
 
-    def reach(
-        self,
-        name: str,
-        clustered: Mapping[str, Tensor],
-        finished: Callable[[str], bool],
-        encode: Callable[[str, InputMoments], object],
-    ) -> None:
-        """Do all blocks up to that of matrix `name`.
-
-        `encode` is called for every matrix among `clustered` that is not yet `finished`; afterwards `clustered` decodes it.
-        """
+    def reach(self, name: str, work: BlockWork) -> None:
+        """Do all blocks up to that of the tensor `name`, unless `work` has them already."""
         while self.covers(name):
             index = self._next
-            prefix = f"model.layers.{index}."
-            self._on_progress("choosing codes with error feedback", index, self._runner.num_blocks)
-            if not all(finished(matrix) for matrix in clustered if matrix.startswith(prefix)):
-                observer = _Observer()
-                self._runner.run(index, self._source.tensors, self._hidden, observer)
-                results = observer.results()
-                for matrix in list(results):
-                    # Taken out, so that moments are let go of as soon as the last matrix of their input is encoded.
-                    moments = results.pop(matrix)
-                    if matrix in clustered:
-                        encode(matrix, moments)
+            self._on_progress("block by block", index, self._runner.num_blocks)
+            # Before the work: what it reads of this block is what is there by then.
             self._next += 1
-            if self._next < self._runner.num_blocks:
-                self._hidden = self._runner.run(index, {**self._source.tensors, **clustered}, self._hidden)
-        self._on_progress("choosing codes with error feedback", self._next, self._runner.num_blocks)
+            work.take_up(index)
+            before = self._given
+            to_tune = self._tuning is not None and not work.is_tuned(index)
+            for half in (0, 1):
+                wanted = self._advance(index, half, self._source.tensors, self._wanted)
+                for group in self._groups(index, half):
+                    missing = [name for name in group if not work.is_encoded(name)]
+                    if missing:
+                        work.encode(self._goals(index, half, missing, wanted, work))
+                self._given = self._advance(index, half, work.tensors, self._given)
+                self._wanted = wanted
+            if self._tuning is not None and to_tune:
+                tuned = tune_block(
+                    self._runner,
+                    index,
+                    work.tensors,
+                    before,
+                    self._wanted,
+                    self._tuning,
+                    fixed=work.fixed_codebooks(index),
+                    original=self._source.tensors,
+                    device=self._device,
+                    on_progress=self._on_progress,
+                )
+                work.keep_tuned(index, tuned)
+                self._given = before
+                for half in (0, 1):
+                    self._given = self._advance(index, half, work.tensors, self._given)
+        self._on_progress("block by block", self._next, self._runner.num_blocks)
+
+    def _advance(
+        self, index: int, half: int, tensors: Mapping[str, Tensor], hidden: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        run = self._runner.half(index, half, tensors)
+        return [run(batch) for batch in hidden]
+
+    def _groups(self, index: int, half: int) -> list[list[str]]:
+        """The matrices of half a block in the order of their use, those with the same input together."""
+        groups: list[list[str]] = []
+        last: torch.Tensor | None = None
+
+        def observe(name: str, inputs: torch.Tensor) -> None:
+            nonlocal last
+            if inputs is last:
+                groups[-1].append(name)
+            else:
+                groups.append([name])
+            last = inputs
+
+        self._runner.half(index, half, self._source.tensors, observe)(self._given[0][:1, :1])
+        return groups
+
+    def _goals(
+        self, index: int, half: int, names: Sequence[str], results: Sequence[torch.Tensor], work: BlockWork
+    ) -> dict[str, Goal]:
+        """What the codes of the matrices `names`, which have one input, aim at; `results` is what shall flow out of the half."""
+        # What has no codes yet is the original's.
+        tensors = {
+            name: work.tensors[name] if work.is_encoded(name) else tensor
+            for name, tensor in self._source.tensors.items()
+            if block_index(name) == index
+        }
+        inputs: list[torch.Tensor] = []
+
+        def observe(name: str, values: torch.Tensor) -> None:
+            if name == names[0]:
+                inputs.append(values.flatten(0, -2))
+                raise _Reached
+
+        runs = self._runner.half(index, half, tensors, observe), self._runner.half(index, half, self._source.tensors, observe)
+        to_stream = names[0].endswith(_ADDS_TO_STREAM)
+        sums = _Sums()
+        for given, wanted, result in zip(self._given, self._wanted, results, strict=True):
+            for run, hidden in zip(runs, (given, wanted), strict=True):
+                with contextlib.suppress(_Reached):
+                    run(hidden)
+            found, expected = inputs
+            inputs.clear()
+            if to_stream:
+                sums.add(found, expected, result.flatten(0, -2), (wanted - given).flatten(0, -2))
+            else:
+                sums.add(found, expected, found)
+        del runs, run
+        given_moments, input_lacks, stream_lacks = sums.means()
+        moments = InputMoments(given_moments)
+        lacks = {}
+        for name in names:
+            weight = torch.from_numpy(self._source.tensors[name].decode()).double()
+            lacks[name] = input_lacks @ weight.t()
+            if stream_lacks is not None:
+                lacks[name] += stream_lacks
+        # The solver needs the space.
+        del sums, input_lacks, stream_lacks, weight
+        solve = moments.solver()
+        return {name: Goal(moments, solve(lacks.pop(name)).float().numpy()) for name in names}
+
+
+class _Sums:
+    """Sums over tokens of products with the inputs x of a matrix.
+
+    `inputs` of `x x^T`; `lacks` of `x (x' - x)^T`, with x' the inputs in the original model; `stream` of `x (h' - h)^T`, with h the
+    residual streams of both.
+    """
+
+    def __init__(self) -> None:
+        self.inputs: torch.Tensor | None = None
+        self.lacks: torch.Tensor | None = None
+        self.stream: torch.Tensor | None = None
+        self.tokens = 0
+
+    def add(self, given: torch.Tensor, wanted: torch.Tensor, measure: torch.Tensor, lack: torch.Tensor | None = None) -> None:
+        """Inputs of some tokens `[tokens, in_features]` in both models, and what the stream lacks `[tokens, hidden_size]`.
+
+        A token counts by the inverse of the mean square of its row of `measure`.
+        """
+        scale = measure.square().mean(1, keepdim=True).sqrt().clamp(min=torch.finfo(given.dtype).tiny)
+        scaled = (given / scale).t()
+        self.inputs = _added(self.inputs, scaled @ (given / scale))
+        self.lacks = _added(self.lacks, scaled @ ((wanted - given) / scale))
+        if lack is not None:
+            self.stream = _added(self.stream, scaled @ (lack / scale))
+        self.tokens += len(given)
+
+    def means(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The means over tokens of `inputs`, `lacks` and `stream`, in place of the sums."""
+        if self.inputs is None or self.lacks is None:
+            raise ValueError("there is nothing to take the mean of")
+        stream = None if self.stream is None else self.stream.div_(self.tokens)
+        return self.inputs.div_(self.tokens), self.lacks.div_(self.tokens), stream
+
+
+def _added(sums: torch.Tensor | None, products: torch.Tensor) -> torch.Tensor:
+    """float64 sums with float32 products added, in place."""
+    if sums is None:
+        return products.double()
+    # Rows at a time: torch makes a float64 copy of what is added.
+    for start in range(0, len(products), ROWS):
+        sums[start : start + ROWS] += products[start : start + ROWS]
+    return sums

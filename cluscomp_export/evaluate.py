@@ -113,17 +113,18 @@ def evaluate_files(
     reference: Path | None = None,
     windows: int | None = None,
     context: int = 512,
+    delta: Path | None = None,
     device: str = "cpu",
     on_progress: Progress = silent,
 ) -> Evaluation:
-    """`evaluate` on files: any artefact or source, a UTF-8 text, and the original to compare with.
+    """`evaluate` on files: any artefact or source, perhaps with a delta, a UTF-8 text, and the original to compare with.
 
     Both models must have the same tokenizer; the text is cut with the first one's. Raises InvalidFileError,
     InvalidRequestError, UnsupportedError.
     """
     words = read_text(text)
     on_progress("loading", 0, 1)
-    model = LanguageModel.from_model(open_source(model_path), device=device)
+    model = LanguageModel.from_model(open_source(model_path, delta), device=device)
     original = LanguageModel.from_model(open_source(reference), device=device) if reference else None
     on_progress("loading", 1, 1)
     token_ids = _tokenize(model, words, model_path)

@@ -11,14 +11,15 @@ Letters in the formulas: W weights of a matrix, P the same with out_features fil
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 from cluscomp_export.calibration import BATCH, CONTEXT, MAX_FEEDBACK_WINDOWS
 from cluscomp_export.clustering import FIT_VECTORS_PER_CLUSTER, unit_bytes
+from cluscomp_export.error_feedback import block_index
 from cluscomp_export.planning import CodebookPlan, Plan, Treatment
 from cluscomp_export.sources import embedding_tensor, head_tensor
+from cluscomp_export.tuning.blockwise import BlockwiseOptions
 from cluscomp_export.tuning.recovery import RecoveryOptions, teacher_kernel
 from cluscomp_formats.errors import ClusCompError
 from cluscomp_formats.ir import DTYPES, ClusteredWeight, DenseTensor, Model, Tensor
@@ -28,6 +29,8 @@ from cluscomp_kernels.kmeans.torch_engine import DISTANCES_PER_CHUNK
 from cluscomp_runtime.architecture import DecoderSettings, check_tensors
 from cluscomp_runtime.memory import physical_bytes
 from cluscomp_runtime.selftest import MAX_SENTENCE_TOKENS, RANDOM_SEQUENCES
+
+_ADDS_TO_STREAM = (".o_proj.weight", ".down_proj.weight")
 
 __all__ = ["PROCESS_BYTES", "Peak", "conversion_memory", "memory_warnings"]
 
@@ -92,8 +95,11 @@ def conversion_memory(
         rows.append(("choosing codes", *encoding(source, plan, cuda=cuda), disk + output_bytes))
     else:
         host = error_feedback(source, model, plan, settings, windows)
-        device = _search_bytes(plan) if cuda else 0
-        rows.append(("error feedback", device, host, disk + output_bytes))
+        rows.append(("error feedback", _search_bytes(plan) if cuda else 0, host, disk))
+        shared = [book.name for book in plan.codebooks if len({block_index(name) for name in book.members}) > 1]
+        # The values of a tuned block are kept beside those it started with.
+        disk += sizes["codebooks"] + sizes["scales"]
+        rows.append(("block-wise tuning", 0, tuning(model, settings, windows, shared), disk))
     if effort == "best" and settings is not None:
         rows.append(("recovery", 0, recovery(source, model, settings), disk))
     rows.append(("writing", 0, writing(source, model), disk + output_bytes))
@@ -272,37 +278,96 @@ def _search_bytes(plan: Plan) -> int:
 
 
 def error_feedback(source: Model, model: Model, plan: Plan, settings: DecoderSettings, windows: int) -> int:
-    """The most of three moments in a block, beside the stream of all windows (4 bytes x tokens x hidden_size).
+    """The most of four moments in a block, beside four streams of all windows (4 bytes x tokens x hidden_size: of both models,
+    before and after the half being done) and the codes of the block.
 
-    Observing: the block as float32, another stream for the results, activations of `BATCH` windows, for each distinct input
-    its moments (8 n²) and once the product that is added to them (4 n²). Encoding a matrix: the moments of inputs whose
-    matrices are not encoded yet; of its own, two more matrices as float64 while they are factored (24 n² in all), beside the
-    vectors (4 P); then moments and factor, once more the moments as float32 (16 n²), beside vectors, as decoded and projected
-    (12 P); or without those the products as well (16 P). Going on: the block as float32, one matrix being decoded from its
-    codes, two streams, activations.
+    Observing: that half as float32 twice, for both models; inputs of `BATCH` windows in both and three times scaled; the
+    moments of an input and what it lacks (8 n² each), once the product that is added to them (4 n²), and what the stream
+    lacks. Correcting its matrices: moments and their factor twice (24 n²), or moments and lacks (16 n²) with a matrix as
+    float64; what their outputs lack as float64, one of them twice. Encoding one: moments and two more matrices while they are
+    factored (24 n²), beside the vectors twice (8 P) and the corrections of all; then moments and factor, once more the moments
+    as float32 (16 n²), beside vectors twice, as decoded and projected (16 P); or without those the products as well (20 P).
+    Going on: half the block as float32, one of its matrices being decoded from its codes, a fifth stream, activations.
     """
-    blocks = _blocks(source)
-    block = max(blocks.values(), key=lambda names: sum(source.tensors[name].num_weights for name in names))
+    names = max(_blocks(source).values(), key=lambda block: sum(source.tensors[name].num_weights for name in block))
     stream = 4 * windows * CONTEXT * settings.hidden_size
-    activations = _layer_activations(settings, min(windows, BATCH) * CONTEXT, 4)
-    held = sum(4 * source.tensors[name].num_weights for name in block)
-    reading = max(peak - after for peak, after in (_reading(source, source.tensors[name]) for name in block))
-    inputs = _inputs(source, block)
-    moments = [8 * width * width for width, _ in inputs]
-    # A float32 payload is a map, of which the runtime makes a copy for every product.
-    copied = max((4 * tensor.num_weights for tensor in _mapped_float32(source, block)), default=0)
-    observing = held + max(reading, activations + copied + sum(moments) + max(4 * width * width for width, _ in inputs))
-    encoding = 0
-    for later, (width, names) in zip(reversed([0, *accumulate(reversed(moments))][:-1]), inputs, strict=True):
-        squares = width * width
-        for name in names:
-            if name in plan.treatments:
-                making, vectors = _vectors(source, name, plan.treatments[name])
-                most = max(8 * squares + making, 24 * squares + vectors, 16 * squares + 3 * vectors, 12 * squares + 4 * vectors)
-                encoding = max(encoding, later + most + 6 * _num_vectors(plan.treatments[name]))
-    decoding = [clustered_decoding(tensor) for name in block if isinstance(tensor := model.tensors[name], ClusteredWeight)]
-    going_on = held + max(activations + copied, max(decoding, default=0))
-    return max(2 * stream + observing, stream + encoding, 2 * stream + going_on)
+    tokens = min(windows, BATCH) * CONTEXT
+    activations = _layer_activations(settings, tokens, 4)
+    codes = sum(2 * _num_vectors(plan.treatments[name]) for name in names if name in plan.treatments)
+    most = 0
+    for half in (True, False):
+        parts = [name for name in names if (".self_attn." in name) == half]
+        held = sum(4 * source.tensors[name].num_weights for name in parts)
+        decoding = max(peak - after for peak, after in (_reading(source, source.tensors[name]) for name in parts))
+        for name in parts:
+            weight = model.tensors[name]
+            if isinstance(weight, ClusteredWeight):
+                decoding = max(decoding, clustered_decoding(weight) - 4 * weight.num_weights)
+        # A float32 payload is a map, of which the runtime makes a copy for every product.
+        copied = max((4 * tensor.num_weights for tensor in _mapped_float32(source, parts)), default=0)
+        most = max(most, 2 * held + decoding, stream + held + max(decoding, activations + copied))
+        for width, members in _inputs(source, parts):
+            observed = 4 * tokens * (2 * settings.hidden_size + 5 * width)
+            lacking = 8 * width * settings.hidden_size if members[0].endswith(_ADDS_TO_STREAM) else 0
+            most = max(most, 2 * held + copied + max(activations, observed) + 20 * width**2 + lacking)
+            most = max(most, _correcting(source, width, members) + lacking, _encoding(source, plan, width, members))
+    return 4 * stream + codes + most
+
+
+def _correcting(source: Model, width: int, names: list[str]) -> int:
+    shapes = [source.tensors[name].shape for name in names]
+    lacks = [8 * width * shape[0] for shape in shapes]
+    reading = max(
+        max(_reading(source, source.tensors[name])[0], 3 * _reading(source, source.tensors[name])[1]) for name in names
+    )
+    return sum(lacks) + max(16 * width**2 + reading, 24 * width**2 + max(lacks))
+
+
+def _encoding(source: Model, plan: Plan, width: int, names: list[str]) -> int:
+    corrections = sum(4 * width * source.tensors[name].shape[0] for name in names)
+    most = 0
+    for name in names:
+        if name in plan.treatments:
+            making, vectors = _vectors(source, name, plan.treatments[name])
+            factoring, feeding, fitting_scales = (
+                24 * width**2 + 2 * vectors,
+                16 * width**2 + 4 * vectors,
+                12 * width**2 + 5 * vectors,
+            )
+            most = max(most, 8 * width**2 + making, factoring, feeding, fitting_scales)
+    return corrections + most
+
+
+def tuning(model: Model, settings: DecoderSettings, windows: int, shared: Collection[str]) -> int:
+    """Six streams of all windows: three of the block before and after, what is trained on, and one being put together.
+
+    The block that needs most: its codes at 16 bits; its parameters (24 bytes each as value, gradient, two moments, best state
+    and the one it replaces; 4 bytes of a codebook that other blocks use, which stays as it is); activations of a batch that are
+    kept for their gradients, and a matrix being decoded for them (`_training_block`).
+    """
+    options = BlockwiseOptions()
+    tokens = min(options.batch, windows) * CONTEXT
+    most = 0
+    for names in _blocks(model).values():
+        weights = [tensor for name in names if isinstance(tensor := model.tensors[name], ClusteredWeight)]
+        books = {stage.codebook.name: stage.codebook.values.size for weight in weights for stage in weight.stages}
+        values = sum(size for name, size in books.items() if name not in shared)
+        values += sum(weight.row_scale.size for weight in weights if weight.row_scale is not None)
+        values += sum(model.tensors[name].num_weights for name in names if len(model.tensors[name].shape) == 1)
+        codes = sum(2 * stage.codes.size for weight in weights for stage in weight.stages)
+        kept = 4 * sum(size for name, size in books.items() if name in shared)
+        most = max(most, codes + kept + 24 * values + _training_block(settings, tokens, weights))
+    return 6 * 4 * windows * CONTEXT * settings.hidden_size + most
+
+
+def _training_block(settings: DecoderSettings, tokens: int, weights: Sequence[ClusteredWeight]) -> int:
+    """What a block keeps for its gradients: eight streams, queries and keys five times, six arrays of the feed-forward; beside
+    them a matrix is decoded (4 P + 4 V), or in pieces with its gradient (five times `BLOCK_BYTES`)."""
+    queries, keys = settings.num_heads * settings.head_dim, settings.num_kv_heads * settings.head_dim
+    kept = 4 * tokens * (8 * settings.hidden_size + 5 * (queries + keys) + 6 * settings.intermediate_size)
+    widest = max((4 * weight.num_weights for weight in weights), default=0)
+    codes = max((4 * stage.codes.size for weight in weights for stage in weight.stages), default=0)
+    return kept + max(widest + codes, 5 * min(BLOCK_BYTES, widest))
 
 
 def _blocks(model: Model) -> Mapping[int, list[str]]:
@@ -318,14 +383,12 @@ def _mapped_float32(source: Model, names: list[str]) -> list[DenseTensor]:
     return [tensor for tensor in tensors if isinstance(tensor, DenseTensor) and tensor.values.dtype == "float32"]
 
 
-def _inputs(source: Model, block: list[str]) -> list[tuple[int, list[str]]]:
-    """The distinct inputs of a block in the order in which they are seen: their width, and the matrices that multiply them."""
-    groups = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-    inputs = []
-    for group in groups:
-        names = [name for part in group for name in block if name.endswith(f".{part}.weight")]
-        inputs.append((source.tensors[names[0]].shape[1], names))
-    return inputs
+def _inputs(source: Model, names: list[str]) -> Iterator[tuple[int, list[str]]]:
+    """The distinct inputs of half a block: their width, and the matrices that multiply them."""
+    for group in (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)):
+        members = [name for part in group for name in names if name.endswith(f".{part}.weight")]
+        if members:
+            yield source.tensors[members[0]].shape[1], members
 
 
 def writing(source: Model, model: Model) -> int:
@@ -352,9 +415,6 @@ def recovery(source: Model, model: Model, settings: DecoderSettings) -> int:
     and embedding and head as float32: the original, as float32 or matrix by matrix; the streams between blocks; and either one
     block done again for its gradients or the logits of one window eight times (of both models, their logarithms, the
     divergences and three gradients).
-
-    A block keeps for its gradients eight streams, queries and keys five times, six arrays of the feed-forward; beside them a
-    matrix is decoded (4 P + 4 V), then in pieces with its gradient (five times `BLOCK_BYTES`).
     """
     options = RecoveryOptions()
     tokens = options.batch * options.context
@@ -369,12 +429,9 @@ def recovery(source: Model, model: Model, settings: DecoderSettings) -> int:
     else:
         teacher = max(_reading(source, tensor)[0] for tensor in matrices)
     streams = 4 * tokens * settings.hidden_size * (settings.num_layers + 4)
-    queries, keys = settings.num_heads * settings.head_dim, settings.num_kv_heads * settings.head_dim
-    block = 4 * tokens * (8 * settings.hidden_size + 5 * (queries + keys) + 6 * settings.intermediate_size)
-    widest = max(4 * weight.num_weights for weight in model.clustered.values())
-    decoding = max(widest + 4 * max(codes), 5 * min(BLOCK_BYTES, widest))
+    block = _training_block(settings, tokens, list(model.clustered.values()))
     logits = 8 * 4 * options.context * settings.vocab_size
-    return 24 * (books + scales + norms) + 2 * sum(codes) + frozen + teacher + streams + max(block + decoding, logits)
+    return 24 * (books + scales + norms) + 2 * sum(codes) + frozen + teacher + streams + max(block, logits)
 
 
 def _self_test(model: Model, disk: int) -> list[tuple[str, int, int, int]]:

@@ -23,11 +23,17 @@ from cluscomp_formats.ir import MAX_CLUSTERS, ClusteredWeight, Model, code_bits
 __all__ = ["CodebookPlan", "Plan", "Share", "Treatment", "embedding_tensors", "expected_error", "plan_bits", "plan_fixed"]
 
 Share = Literal["none", "kind", "model"]
+Size = tuple[int, int, int]
+"""Cluster_dim, num_clusters, bits per value."""
 
 CLUSTER_DIMS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16)
 CLUSTER_COUNTS = tuple(sorted({count for bits in range(2, 17) for count in (2**bits, 3 * 2 ** (bits - 2))}))
-CODEBOOK_VALUE_BITS = 16
 ROW_SCALE_BITS = 16
+
+CODEBOOK_DTYPES = {8: "int8", 16: "float16"}
+"""How codebooks are stored, by the bits of a value; int8 needs row scales, which take in what a step is worth."""
+ROUNDING_ERROR = {8: 1e-4, 16: 0.0}
+"""What rounding the centroids adds to `expected_error`: a twelfth of the squared step of int8, nothing for float16."""
 
 # Normalised second moments of the best known lattice quantisers: Conway & Sloane, Sphere Packings, Lattices and Groups,
 # table 2.3; dimensions 9 and 10 from Agrell & Allen 2023.
@@ -61,12 +67,20 @@ def expected_error(cluster_dim: int, num_clusters: int, num_vectors: int) -> flo
 
 @dataclass(frozen=True)
 class CodebookPlan:
-    """A codebook to be made: `num_clusters` centroids of `cluster_dim` for the tensors named in `members`."""
+    """A codebook to be made: `num_clusters` centroids of `cluster_dim` for the tensors named in `members`.
+
+    `value_bits` is a key of `CODEBOOK_DTYPES`.
+    """
 
     name: str
     cluster_dim: int
     num_clusters: int
     members: tuple[str, ...]
+    value_bits: int
+
+    @property
+    def dtype(self) -> str:
+        return CODEBOOK_DTYPES[self.value_bits]
 
     @property
     def shared(self) -> bool:
@@ -95,9 +109,18 @@ class Plan:
         return tuple({treatment.codebook.name: treatment.codebook for treatment in self.treatments.values()}.values())
 
 
-def plan_fixed(model: Model, *, cluster_dim: int, num_clusters: int, share: Share, embedding_bits: float) -> Plan:
+def plan_fixed(
+    model: Model,
+    *,
+    cluster_dim: int,
+    num_clusters: int,
+    share: Share,
+    embedding_bits: float,
+    codebook_bits: int | None = None,
+) -> Plan:
     """The same (cluster_dim, num_clusters) for every linear layer; `share="none"` is the paper's setting.
 
+    `codebook_bits` is 8, the default, or 16, see `plan_bits`.
     Raises InvalidRequestError, UnsupportedError.
     """
     if not (1 <= num_clusters <= MAX_CLUSTERS and cluster_dim >= 1):
@@ -105,20 +128,24 @@ def plan_fixed(model: Model, *, cluster_dim: int, num_clusters: int, share: Shar
         expected = f"--dim of at least 1, --clusters from 1 to {MAX_CLUSTERS}"
         raise InvalidRequestError(Problem("bad_option", "impossible codebook size", found=found, expected=expected))
     groups = _groups(model, share)
-    choices = dict.fromkeys(groups, (cluster_dim, num_clusters))
-    return Plan({**_treatments(model, groups, choices, share), **_plan_embeddings(model, embedding_bits)})
+    value_bits = min(_value_bits(codebook_bits, row_scale=share != "none"))
+    choices = dict.fromkeys(groups, (cluster_dim, num_clusters, value_bits))
+    return Plan({**_treatments(model, groups, choices, share), **_plan_embeddings(model, embedding_bits, codebook_bits)})
 
 
-def plan_bits(model: Model, *, bits: float, share: Share | None, embedding_bits: float) -> Plan:
+def plan_bits(
+    model: Model, *, bits: float, share: Share | None, embedding_bits: float, codebook_bits: int | None = None
+) -> Plan:
     """The choice with the least expected error at no more than `bits` per weight of the linear layers, all they need counted.
 
-    `share=None` tries a codebook per matrix, per kind of matrix and one for the whole model, and takes the best. Raises
+    `share=None` tries a codebook per matrix, per kind of matrix and one for the whole model, and takes the best.
+    `codebook_bits`, 8 or 16 per value of a codebook, is left to the planner if None; without row scales it is always 16. Raises
     InvalidRequestError if nothing fits the budget, UnsupportedError if there is nothing to cluster.
     """
     candidates: list[tuple[float, dict[str, Treatment]]] = []
     for mode in (share,) if share else ("none", "kind", "model"):
         groups = _groups(model, mode)
-        solved = _allocate(model, groups, bits, mode)
+        solved = _allocate(model, groups, bits, mode, codebook_bits)
         if solved is not None:
             error, choices = solved
             candidates.append((error, _treatments(model, groups, choices, mode)))
@@ -127,7 +154,14 @@ def plan_bits(model: Model, *, bits: float, share: Share | None, embedding_bits:
         found = f"--bits {bits:g}" + (f" --share {share}" if share else "")
         raise InvalidRequestError(Problem("budget_too_small", "no codebook fits this budget", found=found, remedy=remedy))
     treatments = min(candidates, key=lambda candidate: candidate[0])[1]
-    return Plan({**treatments, **_plan_embeddings(model, embedding_bits)})
+    return Plan({**treatments, **_plan_embeddings(model, embedding_bits, codebook_bits)})
+
+
+def _value_bits(codebook_bits: int | None, *, row_scale: bool) -> tuple[int, ...]:
+    """The widths of a codebook's values to choose from."""
+    if not row_scale:
+        return (16,)
+    return tuple(CODEBOOK_DTYPES) if codebook_bits is None else (codebook_bits,)
 
 
 def _groups(model: Model, share: Share) -> dict[str, list[str]]:
@@ -158,13 +192,13 @@ def _num_vectors(shape: tuple[int, int], cluster_dim: int) -> int:
 
 
 def _treatments(
-    model: Model, groups: Mapping[str, Sequence[str]], choices: Mapping[str, tuple[int, int]], share: Share
+    model: Model, groups: Mapping[str, Sequence[str]], choices: Mapping[str, Size], share: Share
 ) -> dict[str, Treatment]:
     treatments = {}
     for codebook_name, members in groups.items():
-        cluster_dim, num_clusters = choices[codebook_name]
+        cluster_dim, num_clusters, value_bits = choices[codebook_name]
         vectors = sum(_num_vectors(_shape(model, name), cluster_dim) for name in members)
-        codebook = CodebookPlan(codebook_name, cluster_dim, min(num_clusters, vectors), tuple(members))
+        codebook = CodebookPlan(codebook_name, cluster_dim, min(num_clusters, vectors), tuple(members), value_bits)
         for name in members:
             treatments[name] = Treatment(_shape(model, name), codebook, row_scale=share != "none")
     return treatments
@@ -174,12 +208,12 @@ def _treatments(
 class _Options:
     """All candidates of one group of equal matrices: `bits` and `error` float `[candidates]`, summed over the group."""
 
-    sizes: tuple[tuple[int, int], ...]
+    sizes: tuple[Size, ...]
     bits: np.ndarray[tuple[int], np.dtype[np.float64]]
     error: np.ndarray[tuple[int], np.dtype[np.float64]]
 
 
-def _options(shapes: Sequence[tuple[int, int]], *, row_scale: bool) -> _Options:
+def _options(shapes: Sequence[tuple[int, int]], *, row_scale: bool, codebook_bits: int | None) -> _Options:
     """Candidates for matrices of these shapes that use one codebook together."""
     weights = sum(out_features * in_features for out_features, in_features in shapes)
     scales = sum(out_features for out_features, _ in shapes) * ROW_SCALE_BITS if row_scale else 0
@@ -189,19 +223,21 @@ def _options(shapes: Sequence[tuple[int, int]], *, row_scale: bool) -> _Options:
         for num_clusters in CLUSTER_COUNTS:
             if num_clusters > vectors:
                 break
-            codebook = num_clusters * cluster_dim * CODEBOOK_VALUE_BITS
-            sizes.append((cluster_dim, num_clusters))
-            bits.append(vectors * code_bits(num_clusters) + codebook + scales)
-            errors.append(weights * expected_error(cluster_dim, num_clusters, vectors))
+            error = expected_error(cluster_dim, num_clusters, vectors)
+            for value_bits in _value_bits(codebook_bits, row_scale=row_scale):
+                codebook = num_clusters * cluster_dim * value_bits
+                sizes.append((cluster_dim, num_clusters, value_bits))
+                bits.append(vectors * code_bits(num_clusters) + codebook + scales)
+                errors.append(weights * (error + ROUNDING_ERROR[value_bits]))
     return _Options(tuple(sizes), np.array(bits, dtype=np.float64), np.array(errors))
 
 
 def _allocate(
-    model: Model, groups: Mapping[str, Sequence[str]], bits: float, share: Share
-) -> tuple[float, dict[str, tuple[int, int]]] | None:
+    model: Model, groups: Mapping[str, Sequence[str]], bits: float, share: Share, codebook_bits: int | None
+) -> tuple[float, dict[str, Size]] | None:
     """Error and choice per group within `bits` per weight over all groups, or None if nothing fits."""
     shapes = {name: tuple(_shape(model, member) for member in members) for name, members in groups.items()}
-    distinct = {key: _options(key, row_scale=share != "none") for key in set(shapes.values())}
+    distinct = {key: _options(key, row_scale=share != "none", codebook_bits=codebook_bits) for key in set(shapes.values())}
     counts = {key: sum(value == key for value in shapes.values()) for key in distinct}
     weights = sum(out_features * in_features for key in shapes.values() for out_features, in_features in key)
     budget = bits * weights
@@ -239,7 +275,7 @@ def embedding_tensors(model: Model) -> list[str]:
     return [name for name in (embedding_tensor(model), head_tensor(model)) if name is not None]
 
 
-def _plan_embeddings(model: Model, bits: float) -> dict[str, Treatment]:
+def _plan_embeddings(model: Model, bits: float, codebook_bits: int | None) -> dict[str, Treatment]:
     """Embedding and untied head, a codebook and row scales each, at no more than `bits` per weight; 16 keeps them dense."""
     treatments: dict[str, Treatment] = {}
     if bits >= 16:
@@ -248,14 +284,14 @@ def _plan_embeddings(model: Model, bits: float) -> dict[str, Treatment]:
         if isinstance(model.tensors[name], ClusteredWeight):
             continue
         shape = _shape(model, name)
-        options = _options([shape], row_scale=True)
+        options = _options([shape], row_scale=True, codebook_bits=codebook_bits)
         fitting = np.where(options.bits <= bits * shape[0] * shape[1], options.error, np.inf)
         if not np.isfinite(fitting).any():
             problem = Problem(
                 "budget_too_small", "no codebook fits this budget", tensor=name, found=f"--embedding-bits {bits:g}"
             )
             raise InvalidRequestError(problem)
-        cluster_dim, num_clusters = options.sizes[int(np.argmin(fitting))]
-        codebook = CodebookPlan(name.removesuffix(".weight"), cluster_dim, num_clusters, (name,))
+        cluster_dim, num_clusters, value_bits = options.sizes[int(np.argmin(fitting))]
+        codebook = CodebookPlan(name.removesuffix(".weight"), cluster_dim, num_clusters, (name,), value_bits)
         treatments[name] = Treatment(shape, codebook, row_scale=True)
     return treatments

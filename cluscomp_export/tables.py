@@ -14,7 +14,7 @@ from cluscomp_formats.errors import Problem, printable
 if TYPE_CHECKING:
     from cluscomp_export.memory_model import Peak
 
-__all__ = ["print_inspection", "print_memory", "print_tensors"]
+__all__ = ["print_delta", "print_inspection", "print_memory", "print_tensors"]
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -71,6 +71,36 @@ def print_inspection(report: Mapping[str, Any]) -> None:
         say(f"warning: {difference}")
     for problem in report["problems"]:
         say(f"error: {Problem(**problem)}")
+
+
+def print_delta(report: Mapping[str, Any]) -> None:
+    """The report of `inspect_delta`."""
+    rows = [
+        (
+            row["kind"],
+            row["count"],
+            row["values"],
+            f"{row['bytes'] / 1e6:.3f}",
+            ", ".join(row["dtypes"]),
+            "?" if row["relative_change"] is None else f"{row['relative_change']:.4f}",
+        )
+        for row in report["parameters"]
+    ]
+    print_table(("changed", "count", "values", "MB", "dtype", "relative change"), rows)
+    click.echo()
+    record = report["record"]
+    facts = {
+        "file": f"{report['file_bytes'] / 1e6:.3f} MB",
+        "of the model": report["base"],
+        "makes": report["result"],
+        "made by": f"{record.get('tool', 'unknown')} {record.get('version', '')}",
+    }
+    training = record.get("training")
+    curve = training.get("curve") if isinstance(training, dict) else None
+    if isinstance(curve, list) and curve and all(isinstance(entry, dict) for entry in curve):
+        facts["held-out loss"] = ", ".join(f"{entry.get('held_out')} at {entry.get('step')}" for entry in (curve[0], curve[-1]))
+    for name, value in facts.items():
+        click.echo(f"{name:>17}: {printable(str(value))}")
 
 
 def _print_codebooks(rows: Rows) -> None:

@@ -27,8 +27,9 @@ def clustered(
 
 
 def codebook(name: str, num_clusters: int, cluster_dim: int, seed: int, dtype: str = "float16") -> Codebook:
-    values = np.random.default_rng(seed).normal(0, 0.3, (num_clusters, cluster_dim)).astype(dtype)
-    return Codebook(name, Array.of(values))
+    """Random centroids; those of int8 fill its range, so weights that use them want a row scale."""
+    values = np.random.default_rng(seed).normal(0, 0.3, (num_clusters, cluster_dim))
+    return Codebook(name, Array.of((np.clip(100 * values, -127, 127) if dtype == "int8" else values).astype(dtype)))
 
 
 def with_clusters(model: Model) -> Model:

@@ -237,8 +237,8 @@ def test_an_unknown_architecture_is_clustered_but_not_run(run: Run, tmp_path: Pa
 def test_ctrl_c_before_anything_is_finished_leaves_nothing_behind(stories_folder: Path, tmp_path: Path) -> None:
     # A clustering that lasts until it is interrupted, in the middle of the writing.
     code = (
-        "import time; from cluscomp_export import clustering; "
-        "clustering.kmeans = lambda *_, **__: (print('clustering', flush=True), time.sleep(60)); "
+        "import time; from cluscomp_export import jobs; "
+        "jobs.kmeans = lambda *_, **__: (print('clustering', flush=True), time.sleep(60)); "
         "from cluscomp_export.cli import main; main()"
     )
     arguments = ["convert", str(stories_folder), str(tmp_path / "out.clus"), "--dim", "2", "--clusters", "16"]
@@ -268,7 +268,7 @@ def test_what_is_finished_is_kept_and_the_command_says_so(
 
     arguments = ("convert", stories_folder, tmp_path / "out.clus", "--dim", 2, "--clusters", 16)
     with monkeypatch.context() as patch:
-        patch.setattr("cluscomp_export.clustering.assign", interrupt)
+        patch.setattr("cluscomp_export.jobs.assign", interrupt)
         code, _, err = run(*arguments)
     assert code == 130
     assert f"{tmp_path / '.out.clus.work'}: run the same command again to go on" in err

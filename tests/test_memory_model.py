@@ -77,9 +77,15 @@ def peaks(name: str, folder: Path, **options: Any) -> dict[str, Peak]:
 def test_the_phases_are_those_of_the_effort(tmp_path: Path) -> None:
     before = ["checking the source", "calibration", "fitting codebooks"]
     after = ["writing", "self-test"]
-    assert [*peaks("Mistral-7B", tmp_path, bits=3)] == [*before, "error feedback", *after]
+    assert [*peaks("Mistral-7B", tmp_path, bits=3)] == [*before, "error feedback", "block-wise tuning", *after]
     assert [*peaks("Mistral-7B", tmp_path, bits=3, effort="fast")] == [*before, "choosing codes", *after]
-    assert [*peaks("Mistral-7B", tmp_path, bits=3, effort="best")] == [*before, "error feedback", "recovery", *after]
+    assert [*peaks("Mistral-7B", tmp_path, bits=3, effort="best")] == [
+        *before,
+        "error feedback",
+        "block-wise tuning",
+        "recovery",
+        *after,
+    ]
     paper = peaks("Mistral-7B", tmp_path, cluster_dim=8, num_clusters=65500)
     assert [*paper] == ["checking the source", "fitting codebooks", "choosing codes", *after]
 

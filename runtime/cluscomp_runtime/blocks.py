@@ -1,7 +1,4 @@
-"""A decoder run block by block over many windows: between two blocks only activations are kept.
-
-Memory is bounded by one block's matrices as float32, the activations of all windows, and what one batch of them needs.
-"""
+"""A decoder taken apart into its blocks, so that no more than half a block's matrices need be in memory, as float32."""
 
 from __future__ import annotations
 
@@ -11,14 +8,11 @@ import torch
 
 from cluscomp_formats.ir import Array, DenseTensor, Model, Tensor
 from cluscomp_runtime.architecture import DecoderSettings, check_tensors
-from cluscomp_runtime.decoder import Decoder, DecoderLayer
+from cluscomp_runtime.decoder import Decoder, DecoderLayer, Positions
 from cluscomp_runtime.generate import check_prompt
 from cluscomp_runtime.linear import MatrixBuilder
 
 __all__ = ["BlockRunner"]
-
-BATCH = 4
-"""Windows run at a time."""
 
 
 class BlockRunner:
@@ -32,7 +26,8 @@ class BlockRunner:
         check_tensors(model, self.settings)
         self._config = model.config
         # This builder reads no matrix before it is used.
-        self._decoder = Decoder(model, self.settings, self._builder(None))
+        builder = MatrixBuilder("reference", torch.float32, torch.device("cpu"))
+        self._decoder = Decoder(model, self.settings, builder)
 
     @property
     def num_blocks(self) -> int:
@@ -48,29 +43,48 @@ class BlockRunner:
         with torch.inference_mode():
             return self._decoder.embedding.embedding(windows)
 
-    def run(
+    def half(
         self,
         index: int,
+        half: int,
         tensors: Mapping[str, Tensor],
-        hidden: torch.Tensor,
         observe: Callable[[str, torch.Tensor], None] | None = None,
-    ) -> torch.Tensor:
-        """What flows out of block `index` for `hidden` `[windows, tokens, hidden_size]`, with its weights from `tensors`.
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The attention (`half` 0) or the feed-forward network (1) of block `index` with its weights from `tensors`.
 
-        `observe` is shown each matrix's name and its input `[batch, tokens, in_features]`; matrices with the same input are
+        Takes what flows in, `[windows, tokens, hidden_size]`, and gives what flows out: that plus what the half adds.
+        `observe` is shown each matrix's name and its input `[windows, tokens, in_features]`; matrices with the same input are
         shown the same object, one after the other.
         """
-        prefix = f"model.layers.{index}."
-        block = {
-            name: DenseTensor(name, Array.of(tensor.decode())) for name, tensor in tensors.items() if name.startswith(prefix)
+        block = self.block(index, tensors)
+        attention = f"model.layers.{index}.self_attn."
+        decoded = {
+            # Norms are small and in both halves.
+            name: DenseTensor(name, Array.of(tensor.decode()))
+            if len(tensor.shape) < 2 or name.startswith(attention) == (half == 0)
+            else tensor
+            for name, tensor in block.tensors.items()
         }
-        with torch.inference_mode():
-            layer = DecoderLayer(Model(self._config, block), self.settings, index, self._builder(observe))
-            positions = self._decoder.positions(0, hidden.shape[1])
-            outgoing = torch.empty_like(hidden)
-            for start in range(0, len(hidden), BATCH):
-                outgoing[start : start + BATCH] = layer(hidden[start : start + BATCH], positions, None)
-            return outgoing
+        builder = MatrixBuilder("reference", torch.float32, torch.device("cpu"), observe)
+        layer = self.layer(index, Model(block.config, decoded), builder)
 
-    def _builder(self, observe: Callable[[str, torch.Tensor], None] | None) -> MatrixBuilder:
-        return MatrixBuilder("reference", torch.float32, torch.device("cpu"), observe)
+        def run(hidden: torch.Tensor) -> torch.Tensor:
+            with torch.inference_mode():
+                return layer.attend(hidden, self.positions(hidden), None) if half == 0 else layer.feed(hidden)
+
+        return run
+
+    def block(self, index: int, tensors: Mapping[str, Tensor]) -> Model:
+        """The part of a model with these `tensors` that block `index` is."""
+        prefix = f"model.layers.{index}."
+        return Model(self._config, {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)})
+
+    def layer(self, index: int, model: Model, builder: MatrixBuilder) -> DecoderLayer:
+        """Block `index` of `model`, its matrices as `builder` builds them."""
+        return DecoderLayer(model, self.settings, index, builder)
+
+    def positions(self, hidden: torch.Tensor) -> Positions:
+        """What a block needs to know about `hidden` `[windows, tokens, hidden_size]`, on its device and in its dtype."""
+        positions = self._decoder.positions(0, hidden.shape[1])
+        masks = {window: None if mask is None else mask.to(hidden.device) for window, mask in positions.masks.items()}
+        return Positions(positions.cosines.to(hidden), positions.sines.to(hidden), 0, masks)

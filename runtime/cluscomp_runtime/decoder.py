@@ -147,7 +147,14 @@ class DecoderLayer:
         self.feed_forward = FeedForward(model, settings, index, builder)
 
     def __call__(self, x: torch.Tensor, positions: Positions, cache: KeyValueCache | None) -> torch.Tensor:
-        x = x + self.attention(self.attention_norm(x), positions, cache)
+        return self.feed(self.attend(x, positions, cache))
+
+    def attend(self, x: torch.Tensor, positions: Positions, cache: KeyValueCache | None) -> torch.Tensor:
+        """The first half of the block."""
+        return x + self.attention(self.attention_norm(x), positions, cache)
+
+    def feed(self, x: torch.Tensor) -> torch.Tensor:
+        """The second half of the block."""
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 

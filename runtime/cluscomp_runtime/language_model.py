@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from cluscomp_formats.delta import Delta
 from cluscomp_formats.errors import InvalidRequestError, Problem
 from cluscomp_formats.ir import Model
 from cluscomp_runtime.architecture import DecoderSettings, check_tensors
@@ -36,16 +37,19 @@ class LanguageModel:
     may have, prompt included. `tokenizer` is None for a model that has none; prompts are token ids then.
     """
 
-    def __init__(self, model: Model, decoder: Decoder, context: int, kernels: Mapping[str, str]) -> None:
+    def __init__(self, model: Model, decoder: Decoder, context: int, builder: MatrixBuilder) -> None:
         self.config = model.config
         self.settings = decoder.settings
         self.decoder = decoder
         self.context = context
-        self.kernels = dict(kernels)
+        self.kernels = dict(builder.paths)
         """The kernel that runs for each matrix, by tensor name."""
         self.tokenizer = Tokenizer.from_files(model.files)
         self.chat_template = find_chat_template(model.files)
         self.end_tokens = end_tokens(model.config, model.files, self.tokenizer)
+        self._base = model
+        self._builder = builder
+        self._changed: frozenset[str] = frozenset()
 
     @classmethod
     def from_model(
@@ -76,7 +80,20 @@ class LanguageModel:
         with memory_faults():
             decoder = Decoder(model, settings, builder)
         builder.warn_without_kernel()
-        return cls(model, decoder, positions, builder.paths)
+        return cls(model, decoder, positions, builder)
+
+    def apply_delta(self, delta: Delta | None) -> None:
+        """Swap in the codebooks, row scales and norms of a delta; None brings back those of the model as it was loaded.
+
+        Deltas do not add up: each takes the place of the one before, and what it does not hold is that of the model. Codes and
+        caches stay as they are; a cache filled before is of the model before. Raises InvalidFileError, with nothing changed, if
+        the delta belongs to another model.
+        """
+        model = self._base if delta is None else delta.apply(self._base)
+        new = frozenset(() if delta is None else delta.arrays)
+        with memory_faults():
+            self._builder.update(model, self._changed | new)
+        self._changed = new
 
     @property
     def device(self) -> torch.device:

@@ -22,10 +22,10 @@ from cluscomp_formats.packed import write_packed
 
 def small_model() -> Model:
     """Everything the formats can say, in a few kilobytes: all kinds of weights, dtypes, shapes and side files."""
-    own, shared = codebook("own", 20, 4, 1), codebook("shared", 5, 3, 2, "float32")
+    own, shared, steps = codebook("own", 20, 4, 1), codebook("shared", 5, 3, 2, "float32"), codebook("steps", 9, 2, 3, "int8")
     tensors: dict[str, Tensor] = {
         "a.weight": clustered("a.weight", (6, 5), [own], 3),
-        "b.weight": clustered("b.weight", (7, 4), [shared, own], 4, row_scale=Array.of(np.linspace(0.5, 2, 7))),
+        "b.weight": clustered("b.weight", (7, 4), [shared, own, steps], 4, row_scale=Array.of(np.linspace(0.5, 2, 7))),
         "c": clustered(
             "c",
             (4, 9),

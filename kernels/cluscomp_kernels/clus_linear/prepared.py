@@ -20,12 +20,16 @@ __all__ = ["DenseWeight", "EmbeddingBagWeight", "Operands", "PreparedCodebook", 
 
 @dataclass(frozen=True, eq=False)
 class PreparedCodebook:
-    """A codebook laid out for one path: `values [rows, row_length]` on the device, rows and columns possibly padded."""
+    """A codebook laid out for one path: `values [rows, row_length]` on the device, rows and columns possibly padded.
+
+    Centroids are `values * unit`; the row scales of the weights take in the unit.
+    """
 
     path: str
     values: Tensor
     num_clusters: int
     cluster_dim: int
+    unit: float = 1.0
 
     @property
     def nbytes(self) -> int:
