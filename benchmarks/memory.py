@@ -169,10 +169,9 @@ def predictions(stand: Stand) -> dict[str, Peak]:
     """The model's peaks by phase, both ways to choose codes among them."""
     prepared, common = stand.prepared, {"output_bytes": stand.prepared.sizes.payload_bytes, "calibrated": True}
     peaks: dict[str, Peak] = {}
-    for effort in ("fast", "best"):
-        found = conversion_memory(
-            prepared.source, prepared.model, prepared.plan, effort=effort, windows=stand.windows, **common
-        )
+    trained: dict[str, Any] = {"feedback": True, "blockwise": BlockwiseOptions(), "end_to_end": RecoveryOptions()}
+    for levels in ({}, trained):
+        found = conversion_memory(prepared.source, prepared.model, prepared.plan, windows=stand.windows, **common, **levels)
         peaks |= {peak.phase: peak for peak in found}
     return peaks
 

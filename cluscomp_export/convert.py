@@ -177,13 +177,16 @@ def prepare(source_path: Path, options: ConversionOptions, *, to_plan: bool = Fa
     sizes = model_sizes(model)
     only_config = source.provenance.get("format") == CONFIG_ONLY
     file_bytes = model_sizes(source).payload_bytes if only_config else source_bytes(source_path)
+    effort = options.chosen_effort()
     memory = conversion_memory(
         source,
         model,
         plan,
         output_bytes=sizes.payload_bytes,
-        effort=options.chosen_effort(),
         calibrated=options.calibration_text() is not None,
+        feedback=effort != "fast",
+        blockwise=None if effort == "fast" else BlockwiseOptions(),
+        end_to_end=RecoveryOptions() if effort == "best" else None,
         cuda=options.device.startswith("cuda"),
     )
     warnings = [*_warnings(source, sizes, file_bytes), *memory_warnings(memory)]

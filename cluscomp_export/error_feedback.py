@@ -275,7 +275,7 @@ class ErrorFeedback:
         moments = InputMoments(given_moments)
         lacks = {}
         for name in names:
-            weight = torch.from_numpy(self._source.tensors[name].decode()).double()
+            weight = torch.from_numpy(self._source.tensors[name].decode().astype(np.float64))
             lacks[name] = input_lacks @ weight.t()
             if stream_lacks is not None:
                 lacks[name] += stream_lacks

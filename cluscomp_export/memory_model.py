@@ -69,15 +69,18 @@ def conversion_memory(
     plan: Plan | None,
     *,
     output_bytes: int,
-    effort: str = "fast",
     calibrated: bool = False,
+    feedback: bool = False,
+    blockwise: BlockwiseOptions | None = None,
+    end_to_end: RecoveryOptions | None = None,
     windows: int = MAX_FEEDBACK_WINDOWS,
     cuda: bool = False,
 ) -> tuple[Peak, ...]:
     """The phases of a conversion in their order.
 
     `model` is what `cluster_model(source, plan)` describes, or the source itself where it is only repacked (`plan=None`);
-    `output_bytes` the size of what is written; `windows` those of error feedback.
+    `output_bytes` the size of what is written. `calibrated`, `feedback`, `blockwise` and `end_to_end` say which levels of
+    effort are gone through, `windows` on how much text.
     """
     if plan is None:
         return tuple(_with_heap([("writing", 0, writing(source, model), output_bytes), *_self_test(model, output_bytes)]))
@@ -91,17 +94,18 @@ def conversion_memory(
     disk += sizes["codebooks"]
     rows.append(("fitting codebooks", *fitting(source, plan, calibrated=calibrated, cuda=cuda), disk))
     disk += sizes["tensors"]
-    if effort == "fast" or settings is None:
+    if not feedback or settings is None:
         rows.append(("choosing codes", *encoding(source, plan, cuda=cuda), disk + output_bytes))
     else:
         host = error_feedback(source, model, plan, settings, windows)
         rows.append(("error feedback", _search_bytes(plan) if cuda else 0, host, disk))
-        shared = [book.name for book in plan.codebooks if len({block_index(name) for name in book.members}) > 1]
-        # The values of a tuned block are kept beside those it started with.
-        disk += sizes["codebooks"] + sizes["scales"]
-        rows.append(("block-wise tuning", 0, tuning(model, settings, windows, shared), disk))
-    if effort == "best" and settings is not None:
-        rows.append(("recovery", 0, recovery(source, model, settings), disk))
+        if blockwise is not None:
+            # The values of a tuned block are kept beside those it started with.
+            disk += sizes["codebooks"] + sizes["scales"]
+            shared = [book.name for book in plan.codebooks if len({block_index(name) for name in book.members}) > 1]
+            rows.append(("block-wise tuning", 0, tuning(model, settings, blockwise, windows, shared), disk))
+    if end_to_end is not None and settings is not None:
+        rows.append(("recovery", 0, recovery(source, model, settings, end_to_end), disk))
     rows.append(("writing", 0, writing(source, model), disk + output_bytes))
     rows += _self_test(model, disk + output_bytes)
     return tuple(_with_heap(rows))
@@ -338,14 +342,13 @@ def _encoding(source: Model, plan: Plan, width: int, names: list[str]) -> int:
     return corrections + most
 
 
-def tuning(model: Model, settings: DecoderSettings, windows: int, shared: Collection[str]) -> int:
+def tuning(model: Model, settings: DecoderSettings, options: BlockwiseOptions, windows: int, shared: Collection[str]) -> int:
     """Six streams of all windows: three of the block before and after, what is trained on, and one being put together.
 
     The block that needs most: its codes at 16 bits; its parameters (24 bytes each as value, gradient, two moments, best state
     and the one it replaces; 4 bytes of a codebook that other blocks use, which stays as it is); activations of a batch that are
     kept for their gradients, and a matrix being decoded for them (`_training_block`).
     """
-    options = BlockwiseOptions()
     tokens = min(options.batch, windows) * CONTEXT
     most = 0
     for names in _blocks(model).values():
@@ -410,13 +413,12 @@ def writing(source: Model, model: Model) -> int:
     return max(most, *(array.nbytes for array in model.files.values()), 0)
 
 
-def recovery(source: Model, model: Model, settings: DecoderSettings) -> int:
+def recovery(source: Model, model: Model, settings: DecoderSettings, options: RecoveryOptions) -> int:
     """Beside what is trained (4 bytes each as value, gradient, two moments, best state and the one it replaces), the codes,
     and embedding and head as float32: the original, as float32 or matrix by matrix; the streams between blocks; and either one
     block done again for its gradients or the logits of one window eight times (of both models, their logarithms, the
     divergences and three gradients).
     """
-    options = RecoveryOptions()
     tokens = options.batch * options.context
     books = sum(book.values.size for book in model.codebooks.values())
     scales = sum(weight.row_scale.size for weight in model.clustered.values() if weight.row_scale is not None)
