@@ -22,6 +22,7 @@ from cluscomp_export.calibration import (
     calibration_tokens,
     calibration_windows,
     channel_energies,
+    most_windows,
     read_text,
     shipped_text,
 )
@@ -177,16 +178,17 @@ def prepare(source_path: Path, options: ConversionOptions, *, to_plan: bool = Fa
     sizes = model_sizes(model)
     only_config = source.provenance.get("format") == CONFIG_ONLY
     file_bytes = model_sizes(source).payload_bytes if only_config else source_bytes(source_path)
-    effort = options.chosen_effort()
+    text, effort = options.calibration_text(), options.chosen_effort()
     memory = conversion_memory(
         source,
         model,
         plan,
         output_bytes=sizes.payload_bytes,
-        calibrated=options.calibration_text() is not None,
+        calibrated=text is not None,
         feedback=effort != "fast",
         blockwise=None if effort == "fast" else BlockwiseOptions(),
         end_to_end=RecoveryOptions() if effort == "best" else None,
+        windows=most_windows(text or "", MAX_FEEDBACK_WINDOWS),
         cuda=options.device.startswith("cuda"),
     )
     warnings = [*_warnings(source, sizes, file_bytes), *memory_warnings(memory)]

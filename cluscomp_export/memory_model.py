@@ -89,7 +89,7 @@ def conversion_memory(
     disk = 0
     if calibrated and settings is not None:
         disk = sum(4 * tensor.shape[1] for tensor in source.tensors.values() if len(tensor.shape) == 2)
-        rows.append(("calibration", 0, calibration(source, settings), disk))
+        rows.append(("calibration", 0, calibration(source, settings, windows), disk))
     sizes = unit_bytes(model)
     disk += sizes["codebooks"]
     rows.append(("fitting codebooks", *fitting(source, plan, calibrated=calibrated, cuda=cuda), disk))
@@ -190,11 +190,15 @@ def _layer_activations(settings: DecoderSettings, tokens: int, width: int) -> in
     return width * tokens * (2 * hidden + max(4 * (queries + keys) + keys, 3 * inner))
 
 
-def calibration(source: Model, settings: DecoderSettings) -> int:
+def calibration(source: Model, settings: DecoderSettings, windows: int) -> int:
     """`channel_energies`: a matrix as float64, the activations of `BATCH` windows as float64, the sums of all channels."""
     matrices = [tensor for tensor in source.tensors.values() if len(tensor.shape) == 2]
     sums = sum(8 * tensor.shape[1] for tensor in matrices)
-    return max(_float64(source, tensor) for tensor in matrices) + _layer_activations(settings, BATCH * CONTEXT, 8) + sums
+    return (
+        max(_float64(source, tensor) for tensor in matrices)
+        + _layer_activations(settings, min(windows, BATCH) * CONTEXT, 8)
+        + sums
+    )
 
 
 def _vectors(source: Model, name: str, treatment: Treatment) -> tuple[int, int]:
