@@ -30,6 +30,7 @@ from synthetic_model import llama_config, write_model
 from cluscomp_export.calibration import calibration_tokens, calibration_windows, channel_energies, shipped_text
 from cluscomp_export.clustering import cluster_model
 from cluscomp_export.convert import ConversionOptions, Prepared, convert, prepare, scan_source
+from cluscomp_export.effort import Effort, levels_of
 from cluscomp_export.error_feedback import ErrorFeedback
 from cluscomp_export.memory_model import Peak, conversion_memory
 from cluscomp_export.terminal import print_table, say
@@ -43,6 +44,7 @@ from cluscomp_runtime.memory import return_freed_arrays
 from cluscomp_runtime.selftest import make_self_test
 
 STORIES = Path(__file__).parent.parent / "tests" / "data" / "stories260K"
+EFFORTS: tuple[Effort, ...] = ("fast", "best")
 CONVERSION = "0" * 16
 """Fingerprint of the work, of which each process does a part."""
 
@@ -167,11 +169,18 @@ PHASES: dict[str, Callable[[Stand], None]] = {
 
 def predictions(stand: Stand) -> dict[str, Peak]:
     """The model's peaks by phase, both ways to choose codes among them."""
-    prepared, common = stand.prepared, {"output_bytes": stand.prepared.sizes.payload_bytes, "calibrated": True}
+    prepared = stand.prepared
     peaks: dict[str, Peak] = {}
-    trained: dict[str, Any] = {"feedback": True, "blockwise": BlockwiseOptions(), "end_to_end": RecoveryOptions()}
-    for levels in ({}, trained):
-        found = conversion_memory(prepared.source, prepared.model, prepared.plan, windows=stand.windows, **common, **levels)
+    for effort in EFFORTS:
+        found = conversion_memory(
+            prepared.source,
+            prepared.model,
+            prepared.plan,
+            output_bytes=prepared.sizes.payload_bytes,
+            calibrated=True,
+            levels=levels_of(effort),
+            windows=stand.windows,
+        )
         peaks |= {peak.phase: peak for peak in found}
     return peaks
 

@@ -8,17 +8,16 @@ matrix adds to the residual stream, what that stream lacks by then. Over a text 
 
 so the matrix is first corrected by ridge regression, which damping keeps near W, and then encoded under H. Codes are chosen as
 GPTQ does (Frantar et al., arXiv 2210.17323); that H is of the compressed model and t of the original one is in the
-spirit of GPTAQ (Li et al., arXiv 2504.02692). In the reference layout a vector lies in one input channel, so GPTQ's update, which
-goes from channel to channel, serves vectors as it serves numbers.
+spirit of GPTAQ (Li et al., arXiv 2504.02692). In the reference layout a vector lies in one input channel, so GPTQ's update,
+which goes from channel to channel, serves vectors as it serves numbers.
 
-Blocks are done in order. Memory: the matrices of half a block as float32, the activations of the text in both models (8 bytes x
-tokens x hidden_size), and for the input of one matrix 8 bytes x in_features x (in_features + out_features), a few times that
-while matrices are encoded.
+Blocks are done in order. Memory: the matrices of half a block as float32, the activations of the text between blocks in both
+models and those within half a block in one (4 bytes x tokens x features), and for the input of one matrix
+8 bytes x in_features x (in_features + out_features), a few times that while matrices are encoded.
 """
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from cluscomp_export.tuning.blockwise import BlockwiseOptions, tune_block
 from cluscomp_export.tuning.training import Trained
 from cluscomp_formats.ir import Model, Tensor
 from cluscomp_kernels.kmeans import assign_with_feedback, feedback_factor
-from cluscomp_runtime.blocks import BlockRunner
+from cluscomp_runtime.blocks import HALVES, BlockRunner, Half
 
 __all__ = ["BlockWork", "ErrorFeedback", "Goal", "InputMoments", "block_index"]
 
@@ -48,7 +47,6 @@ ROWS = 512
 """Rows of moments added at a time."""
 
 _BLOCK = re.compile(r"model\.layers\.(\d+)\..*")
-_ADDS_TO_STREAM = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 
 
 def block_index(name: str) -> int | None:
@@ -60,8 +58,8 @@ def block_index(name: str) -> int | None:
 class InputMoments:
     """Second moments of what flows into a matrix: the mean over tokens of `x x^T`, float64 `[in_features, in_features]`.
 
-    Tokens are scaled to unit mean square, so that all count alike: the first of a text can have a thousand times the energy of
-    the others. The tensor given is taken over, and damped.
+    Tokens are scaled to one energy, of what flows in or of what is to flow out, so that all count alike: the first of a text
+    can have a thousand times the energy of the others. The tensor given is taken over, and damped.
     """
 
     def __init__(self, moments: torch.Tensor) -> None:
@@ -80,11 +78,14 @@ class InputMoments:
             self._factor = np.ascontiguousarray(factor.numpy().astype(np.float32))
         return self._factor
 
-    def solver(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """What multiplies float64 `[in_features, any]` with the damped inverse: ridge regression on the inputs."""
-        # Not kept longer than it is used: it is as large as the moments.
+    def corrections(self, lacks: Mapping[str, torch.Tensor]) -> dict[str, Floats]:
+        """What to add to transposed matrices for their output to lack least, float32 `[in_features, out_features]` each.
+
+        `lacks` float64, of that shape, is the mean of `x e^T`, with e what the output lacks: ridge regression of e on x.
+        """
+        # Not kept longer than this: it is as large as the moments.
         lower = torch.linalg.cholesky(self.damped)
-        return lambda products: torch.cholesky_solve(products, lower)
+        return {name: torch.cholesky_solve(lacking, lower).float().numpy() for name, lacking in lacks.items()}
 
     def encode(
         self, weights: Floats, centroids: Floats, out_features: int, *, threads: int | None, device: str
@@ -109,7 +110,7 @@ class InputMoments:
 
 @dataclass(frozen=True)
 class Goal:
-    """What the codes of a matrix aim at: its transpose with `correction` `[in_features, out_features]` added, under `moments`."""
+    """What codes aim at: a transposed matrix with `correction` `[in_features, out_features]` added, under `moments`."""
 
     moments: InputMoments
     correction: Floats
@@ -128,8 +129,8 @@ class BlockWork(Protocol):
     def is_encoded(self, name: str) -> bool:
         """Whether a matrix of that block has its codes. True for what is not clustered."""
 
-    def encode(self, goals: Mapping[str, Goal]) -> None:
-        """Choose the codes of matrices none of which depends on another."""
+    def encode(self, goals: Mapping[str, Goal | None]) -> None:
+        """Choose the codes of matrices none of which depends on another; without a goal the nearest centroids."""
 
     def is_tuned(self, index: int) -> bool:
         """Whether a block has been tuned."""
@@ -141,15 +142,12 @@ class BlockWork(Protocol):
         """The codebooks that other blocks use as well."""
 
 
-class _Reached(Exception):
-    """The input that was looked for is there; the rest of the pass is not needed."""
-
-
 class ErrorFeedback:
     """Takes a model's blocks in order, has their matrices encoded and then their parameters tuned, and goes on with the result.
 
-    `windows` int64 `[windows, tokens]` are the calibration text; `tuning=None` leaves out the tuning. Raises UnsupportedError
-    for an architecture the runtime does not know, InvalidRequestError for ids the model does not have.
+    `windows` int64 `[windows, tokens]` are the calibration text; `tuning=None` leaves out the tuning, `feedback=False` has every
+    vector take its nearest centroid. Raises UnsupportedError for an architecture the runtime does not know, InvalidRequestError
+    for ids the model does not have.
     """
 
     def __init__(
@@ -158,6 +156,7 @@ class ErrorFeedback:
         windows: torch.Tensor,
         tuning: BlockwiseOptions | None = None,
         *,
+        feedback: bool = True,
         device: str = "cpu",
         on_progress: Progress = silent,
     ) -> None:
@@ -167,6 +166,7 @@ class ErrorFeedback:
         """What flows into the next block in the original model, and in the compressed one."""
         self._given = self._wanted
         self._tuning = tuning
+        self._feedback = feedback
         self._device = device
         self._next = 0
         self._on_progress = on_progress
@@ -191,14 +191,8 @@ class ErrorFeedback:
             work.take_up(index)
             before = self._given
             to_tune = self._tuning is not None and not work.is_tuned(index)
-            for half in (0, 1):
-                wanted = self._advance(index, half, self._source.tensors, self._wanted)
-                for group in self._groups(index, half):
-                    missing = [name for name in group if not work.is_encoded(name)]
-                    if missing:
-                        work.encode(self._goals(index, half, missing, wanted, work))
-                self._given = self._advance(index, half, work.tensors, self._given)
-                self._wanted = wanted
+            for half in HALVES:
+                self._compress(index, half, work)
             if self._tuning is not None and to_tune:
                 tuned = tune_block(
                     self._runner,
@@ -214,109 +208,84 @@ class ErrorFeedback:
                 )
                 work.keep_tuned(index, tuned)
                 self._given = before
-                for half in (0, 1):
-                    self._given = self._advance(index, half, work.tensors, self._given)
+                for half in HALVES:
+                    tuned_half = self._runner.half(index, half, work.tensors, self._device)
+                    self._given = [tuned_half(batch.to(self._device)).cpu() for batch in self._given]
         self._on_progress("block by block", self._next, self._runner.num_blocks)
 
-    def _advance(
-        self, index: int, half: int, tensors: Mapping[str, Tensor], hidden: Sequence[torch.Tensor]
-    ) -> list[torch.Tensor]:
-        run = self._runner.half(index, half, tensors)
-        return [run(batch) for batch in hidden]
+    def _compress(self, index: int, half: str, work: BlockWork) -> None:
+        """Encode half a block, and take the activations of both models past it."""
+        original = self._runner.half(index, half, self._source.tensors, self._device)
+        behind = [original(batch.to(self._device)).cpu() for batch in self._wanted]
+        self._encode(original.readers, lambda: self._reader_goals(original), work)
+        # The writer has no codes yet: it is the original's.
+        tensors = {**work.tensors, original.writer: self._source.tensors[original.writer]}
+        compressed = self._runner.half(index, half, tensors, self._device)
+        mixed = [compressed.mixed(compressed.normed(batch.to(self._device))).cpu() for batch in self._given]
+        del compressed
+        self._encode((original.writer,), lambda: self._writer_goal(original, mixed, behind), work)
+        compressed = self._runner.half(index, half, work.tensors, self._device)
+        pairs = zip(self._given, mixed, strict=True)
+        self._given = [compressed.written(batch.to(self._device), inputs.to(self._device)).cpu() for batch, inputs in pairs]
+        self._wanted = behind
 
-    def _groups(self, index: int, half: int) -> list[list[str]]:
-        """The matrices of half a block in the order of their use, those with the same input together."""
-        groups: list[list[str]] = []
-        last: torch.Tensor | None = None
+    def _encode(self, names: Sequence[str], goals: Callable[[], Mapping[str, Goal]], work: BlockWork) -> None:
+        missing = [name for name in names if not work.is_encoded(name)]
+        if missing:
+            found = goals() if self._feedback else {}
+            work.encode({name: found.get(name) for name in missing})
 
-        def observe(name: str, inputs: torch.Tensor) -> None:
-            nonlocal last
-            if inputs is last:
-                groups[-1].append(name)
-            else:
-                groups.append([name])
-            last = inputs
-
-        self._runner.half(index, half, self._source.tensors, observe)(self._given[0][:1, :1])
-        return groups
-
-    def _goals(
-        self, index: int, half: int, names: Sequence[str], results: Sequence[torch.Tensor], work: BlockWork
-    ) -> dict[str, Goal]:
-        """What the codes of the matrices `names`, which have one input, aim at; `results` is what shall flow out of the half."""
-        # What has no codes yet is the original's.
-        tensors = {
-            name: work.tensors[name] if work.is_encoded(name) else tensor
-            for name, tensor in self._source.tensors.items()
-            if block_index(name) == index
-        }
-        inputs: list[torch.Tensor] = []
-
-        def observe(name: str, values: torch.Tensor) -> None:
-            if name == names[0]:
-                inputs.append(values.flatten(0, -2))
-                raise _Reached
-
-        runs = self._runner.half(index, half, tensors, observe), self._runner.half(index, half, self._source.tensors, observe)
-        to_stream = names[0].endswith(_ADDS_TO_STREAM)
+    def _reader_goals(self, original: Half) -> dict[str, Goal]:
+        """Readers are to give for the compressed model's input what the original ones give for the original's."""
         sums = _Sums()
-        for given, wanted, result in zip(self._given, self._wanted, results, strict=True):
-            for run, hidden in zip(runs, (given, wanted), strict=True):
-                with contextlib.suppress(_Reached):
-                    run(hidden)
-            found, expected = inputs
-            inputs.clear()
-            if to_stream:
-                sums.add(found, expected, result.flatten(0, -2), (wanted - given).flatten(0, -2))
-            else:
-                sums.add(found, expected, found)
-        del runs, run
-        given_moments, input_lacks, stream_lacks = sums.means()
-        moments = InputMoments(given_moments)
-        lacks = {}
-        for name in names:
-            weight = torch.from_numpy(self._source.tensors[name].decode().astype(np.float64))
-            lacks[name] = input_lacks @ weight.t()
-            if stream_lacks is not None:
-                lacks[name] += stream_lacks
-        # The solver needs the space.
-        del sums, input_lacks, stream_lacks, weight
-        solve = moments.solver()
-        return {name: Goal(moments, solve(lacks.pop(name)).float().numpy()) for name in names}
+        for given, wanted in zip(self._given, self._wanted, strict=True):
+            inputs = original.normed(given.to(self._device))
+            sums.add(inputs, original.normed(wanted.to(self._device)) - inputs, inputs)
+        moments, input_lacks = sums.results()
+        lacks = {
+            name: input_lacks @ torch.from_numpy(self._source.tensors[name].decode().astype(np.float64)).t()
+            for name in original.readers
+        }
+        # What follows needs the space.
+        del sums, input_lacks
+        return {name: Goal(moments, correction) for name, correction in moments.corrections(lacks).items()}
+
+    def _writer_goal(self, original: Half, mixed: Sequence[torch.Tensor], behind: Sequence[torch.Tensor]) -> dict[str, Goal]:
+        """The writer is to bring the compressed model's residual stream to the original's, `behind`."""
+        sums = _Sums()
+        for given, inputs, wanted in zip(self._given, mixed, behind, strict=True):
+            stream, features, target = (values.to(self._device) for values in (given, inputs, wanted))
+            sums.add(features, target - original.written(stream, features), target)
+        moments, lacks = sums.results()
+        del sums
+        return {name: Goal(moments, correction) for name, correction in moments.corrections({original.writer: lacks}).items()}
 
 
 class _Sums:
-    """Sums over tokens of products with the inputs x of a matrix.
-
-    `inputs` of `x x^T`; `lacks` of `x (x' - x)^T`, with x' the inputs in the original model; `stream` of `x (h' - h)^T`, with h the
-    residual streams of both.
-    """
+    """Sums over tokens of `x x^T` and `x e^T`, with x the inputs of a matrix and e what is lacking."""
 
     def __init__(self) -> None:
-        self.inputs: torch.Tensor | None = None
-        self.lacks: torch.Tensor | None = None
-        self.stream: torch.Tensor | None = None
-        self.tokens = 0
+        self._inputs: torch.Tensor | None = None
+        self._lacks: torch.Tensor | None = None
+        self._tokens = 0
 
-    def add(self, given: torch.Tensor, wanted: torch.Tensor, measure: torch.Tensor, lack: torch.Tensor | None = None) -> None:
-        """Inputs of some tokens `[tokens, in_features]` in both models, and what the stream lacks `[tokens, hidden_size]`.
+    def add(self, inputs: torch.Tensor, lacks: torch.Tensor, measure: torch.Tensor) -> None:
+        """Some windows' `inputs` `[windows, tokens, in_features]` and `lacks` `[windows, tokens, any]`.
 
-        A token counts by the inverse of the mean square of its row of `measure`.
+        Each token counts by the inverse of the mean square of `measure` `[windows, tokens, any]`.
         """
-        scale = measure.square().mean(1, keepdim=True).sqrt().clamp(min=torch.finfo(given.dtype).tiny)
-        scaled = (given / scale).t()
-        self.inputs = _added(self.inputs, scaled @ (given / scale))
-        self.lacks = _added(self.lacks, scaled @ ((wanted - given) / scale))
-        if lack is not None:
-            self.stream = _added(self.stream, scaled @ (lack / scale))
-        self.tokens += len(given)
+        scale = measure.square().mean(-1, keepdim=True).sqrt().clamp(min=torch.finfo(measure.dtype).tiny)
+        scaled, lacking = ((values / scale).flatten(0, -2) for values in (inputs, lacks))
+        self._inputs = _added(self._inputs, scaled.t() @ scaled)
+        self._lacks = _added(self._lacks, scaled.t() @ lacking)
+        self._tokens += len(scaled)
 
-    def means(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """The means over tokens of `inputs`, `lacks` and `stream`, in place of the sums."""
-        if self.inputs is None or self.lacks is None:
+    def results(self) -> tuple[InputMoments, torch.Tensor]:
+        """The moments of the inputs, and the mean of `x e^T`, float64 `[in_features, any]`, in place of the sums."""
+        if self._inputs is None or self._lacks is None:
             raise ValueError("there is nothing to take the mean of")
-        stream = None if self.stream is None else self.stream.div_(self.tokens)
-        return self.inputs.div_(self.tokens), self.lacks.div_(self.tokens), stream
+        inputs, lacks = (sums.cpu().div_(self._tokens) for sums in (self._inputs, self._lacks))
+        return InputMoments(inputs), lacks
 
 
 def _added(sums: torch.Tensor | None, products: torch.Tensor) -> torch.Tensor:

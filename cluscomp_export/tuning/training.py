@@ -80,8 +80,8 @@ def rate_factor(options: TrainingOptions, step: int) -> float:
 class Trained:
     """A trained model, and how it came about.
 
-    `values` are the parameters as they are stored, by the names of `cluscomp_formats.parameters`. `curve` has one entry per check: the step,
-    the mean loss of the steps before it, the loss on the held-out batches. `stopped` says why the training
+    `values` are the parameters as they are stored, by the names of `cluscomp_formats.parameters`. `curve` has one entry per
+    check: the step, the mean loss of the steps before it, the loss on the held-out batches. `stopped` says why the training
     ended before its last step, if it did.
     """
 
