@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from test_sources_config_only import KNOWN
 
-from cluscomp_export import memory_model
 from cluscomp_export.convert import ConversionOptions, Prepared, convert, prepare
 from cluscomp_export.memory_model import PROCESS_BYTES, Peak, memory_warnings
 from cluscomp_formats.errors import StorageError
@@ -111,11 +110,11 @@ def test_without_an_accelerator_none_is_used(tmp_path: Path) -> None:
 
 def test_a_machine_with_too_little_memory_is_warned_about(monkeypatch: pytest.MonkeyPatch) -> None:
     found = [Peak("calibration", 0, 5 * 10**9, 0), Peak("writing", 0, 10**9, 0)]
-    monkeypatch.setattr(memory_model, "physical_bytes", lambda: 5 * 10**9 + PROCESS_BYTES)
+    monkeypatch.setattr("cluscomp_export.memory_model.conversion.physical_bytes", lambda: 5 * 10**9 + PROCESS_BYTES)
     assert memory_warnings(found) == []
-    monkeypatch.setattr(memory_model, "physical_bytes", lambda: 5 * 10**9)
+    monkeypatch.setattr("cluscomp_export.memory_model.conversion.physical_bytes", lambda: 5 * 10**9)
     assert memory_warnings(found) == ["calibration may need 5.3 GB of memory; this machine has 5.0 GB"]
-    monkeypatch.setattr(memory_model, "physical_bytes", lambda: None)
+    monkeypatch.setattr("cluscomp_export.memory_model.conversion.physical_bytes", lambda: None)
     assert memory_warnings(found) == []
 
 
