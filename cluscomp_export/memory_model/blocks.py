@@ -40,14 +40,14 @@ def _layer_activations(settings: DecoderSettings, tokens: int, width: int) -> in
 
 
 def calibration(source: Model, settings: DecoderSettings, windows: int) -> int:
-    """`channel_energies`: a matrix as float64, the activations of `BATCH` windows as float64, the sums of all channels."""
+    """`channel_energies`: a matrix as float64, the sums of all channels, and the activations of `BATCH` windows as float64; with
+    embedding and head, of which the latter sees one token, two streams of them."""
     matrices = [tensor for tensor in source.tensors.values() if len(tensor.shape) == 2]
     sums = sum(8 * tensor.shape[1] for tensor in matrices)
-    return (
-        max(to_float64(source, tensor) for tensor in matrices)
-        + _layer_activations(settings, min(windows, BATCH) * CONTEXT, 8)
-        + sums
-    )
+    tokens = min(windows, BATCH) * CONTEXT
+    running, streams = _layer_activations(settings, tokens, 8), 16 * tokens * settings.hidden_size
+    beside = [running if block_index(tensor.name) is not None else streams for tensor in matrices]
+    return sums + max(to_float64(source, tensor) + held for tensor, held in zip(matrices, beside, strict=True))
 
 
 def error_feedback(
