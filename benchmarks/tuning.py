@@ -1,10 +1,10 @@
 """What finetuning a compressed model gives on a text, how small its delta is, and that it is the same in every format.
 
-    .venv/bin/python benchmarks/tuning.py MODEL --train stories-train.txt --text stories-valid.txt
+    .venv/bin/python benchmarks/tuning.py model.clus --train train.txt --text valid.txt
 
-MODEL is a codebook model. Its perplexity on the second text is measured before, with the delta swapped in, and from the merged model in
-every format; all of these must be the same model by digest, pass their self-tests (in onnxruntime, too) and give the same perplexity.
-Texts are other people's: they are arguments, and must not overlap.
+MODEL is a codebook model. Its perplexity on the second text is measured before, with the delta swapped in, and from the merged
+model in every format; all of these must be the same model by digest, pass their self-tests (in onnxruntime, too) and give the
+same perplexity. Texts are other people's: they are arguments, and must not overlap.
 """
 
 from __future__ import annotations

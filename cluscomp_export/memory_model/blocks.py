@@ -40,8 +40,8 @@ def _layer_activations(settings: DecoderSettings, tokens: int, width: int) -> in
 
 
 def calibration(source: Model, settings: DecoderSettings, windows: int) -> int:
-    """`channel_energies`: a matrix as float64, the sums of all channels, and the activations of `BATCH` windows as float64; with
-    embedding and head, of which the latter sees one token, two streams of them."""
+    """`channel_energies`: a matrix as float64, the sums of all channels, and the activations of `BATCH` windows as float64;
+    with embedding and head, of which the latter sees one token, two streams of them."""
     matrices = [tensor for tensor in source.tensors.values() if len(tensor.shape) == 2]
     sums = sum(8 * tensor.shape[1] for tensor in matrices)
     tokens = min(windows, BATCH) * CONTEXT

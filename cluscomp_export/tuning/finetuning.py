@@ -183,7 +183,7 @@ def tune(
         held_out=(held_out[0], min(held_out)),
         curve=result.curve,
         stopped=result.stopped,
-        changed=Counter(kind_of(name) for name in arrays),
+        changed=dict(Counter(kind_of(name) for name in arrays)),
         resumed_at=training.resumed_at,
         seconds=time.perf_counter() - started,
         warnings=tuple(warnings),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import contextlib
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -112,6 +113,21 @@ class Trainable:
         """The parameters rounded to the dtypes they are stored in, by name."""
         known = parameters(self.model)
         return {name: _rounded(values.detach().cpu().numpy(), known[name].dtype) for name, values in self.parameters.items()}
+
+    @contextlib.contextmanager
+    def as_stored(self) -> Iterator[None]:
+        """Inside, the parameters have the values that they would be stored as."""
+        masters = {name: values.detach().clone() for name, values in self.parameters.items()}
+        known = parameters(self.model)
+        rounded = {name: Array.of(array, known[name].dtype).to_float32() for name, array in self.stored().items()}
+        with torch.no_grad():
+            for name, values in self.parameters.items():
+                values.copy_(torch.from_numpy(rounded[name]))
+            try:
+                yield
+            finally:
+                for name, values in self.parameters.items():
+                    values.copy_(masters[name])
 
 
 class TrainableModel(Trainable):

@@ -194,8 +194,8 @@ class Training(Generic[Batch]):
         return loss.item()
 
     def evaluate(self) -> float:
-        """Mean loss on the held-out batches, nats per token."""
-        with torch.no_grad():
+        """Mean loss on the held-out batches with the parameters as they would be stored, nats per token."""
+        with torch.no_grad(), self.student.as_stored():
             total = sum(self.loss(batch).item() * batch.count for batch in self.held_out)
         return total / sum(batch.count for batch in self.held_out)
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from cluscomp_formats.atomic import atomic_write
 from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem
 from cluscomp_formats.hf.mapped_shards import MappedShard, open_shard
-from cluscomp_formats.hf.safetensors import LENGTH_BYTES, MAX_HEADER_BYTES, header_bytes, lay_out
+from cluscomp_formats.hf.safetensors import LENGTH_BYTES, header_bytes, lay_out
 from cluscomp_formats.ir import (
     CODEBOOK_DTYPES,
     DTYPES,
@@ -45,6 +45,8 @@ METADATA = ("base", "format", "record", "result", "sha256", "version")
 """Members of `__metadata__`, in the order in which they are stored."""
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_BEGINNING = re.compile(rb'\{"__metadata__":\{"base":"[^"]{,80}","format":"cluscomp-delta",')
+_BEGINNING_BYTES = 200
 _FETCH_AGAIN = "copy or download it again"
 
 
@@ -107,9 +109,10 @@ def changes(base: Model, changed: Model) -> dict[str, Array]:
 def combine(model: Model, deltas: Sequence[Delta], weights: Sequence[float], digest: str) -> Model:
     """`model` plus the weighted sum of the differences of several deltas from it (task arithmetic, arXiv 2212.04089).
 
-    `base + sum_i weight_i * (new_i - base)` is computed in float64, in the order given, and rounded to the dtype of storage, to
-    bfloat16 by way of float32. One delta of weight 1 is applied as it is. `digest` is that of `model`. Raises InvalidFileError
-    as `Delta.apply` does, InvalidRequestError for other than one finite weight per delta or a result that is not finite.
+    `base + sum_i weight_i * (new_i - base)` is computed in float64, in the order given, and rounded to the nearest value of
+    the dtype of storage, to bfloat16 by way of float32. One delta of weight 1 is applied as it is. `digest` is that of `model`.
+    Raises InvalidFileError as `Delta.apply` does, InvalidRequestError for other than one finite weight per delta or a result
+    out of range.
     """
     if len(weights) != len(deltas) or not deltas or not all(np.isfinite(weights)):
         found, expected = f"{len(weights)} for {len(deltas)} deltas", "one finite number for each delta"
@@ -134,14 +137,17 @@ def _to_float64(array: Array) -> npt.NDArray[np.float64]:
 
 
 def _rounded(values: npt.NDArray[np.float64], dtype: str, name: str) -> AnyArray:
-    with np.errstate(over="ignore"):
-        stored = (
-            float32_to_bfloat16(values.astype(np.float32)) if dtype == "bfloat16" else values.astype(DTYPES[dtype], copy=False)
-        )
-    if not is_finite(stored, dtype).all():
+    stored = DTYPES[dtype]
+    with np.errstate(all="ignore"):
+        if dtype == "bfloat16":
+            rounded: AnyArray = float32_to_bfloat16(values.astype(np.float32))
+        else:
+            rounded = (np.rint(values) if stored.kind == "i" else values).astype(stored)
+        in_range = np.rint(values) == rounded if stored.kind == "i" else is_finite(rounded, dtype)
+    if not in_range.all():
         message, remedy = f"the weighted sum leaves the range of {dtype}", "give smaller weights"
-        raise InvalidRequestError(Problem("not_finite", message, None, name, remedy=remedy))
-    return stored
+        raise InvalidRequestError(Problem("out_of_range", message, None, name, remedy=remedy))
+    return rounded
 
 
 def write_delta(delta: Delta, path: Path, *, force: bool = False) -> int:
@@ -177,13 +183,10 @@ def is_delta(path: Path) -> bool:
         if not path.is_file():
             return False
         with path.open("rb") as stream:
-            head = stream.read(256)
+            head = stream.read(LENGTH_BYTES + _BEGINNING_BYTES)
     except OSError:
         return False
-    plausible = int.from_bytes(head[:LENGTH_BYTES], "little") <= MAX_HEADER_BYTES
-    return (
-        plausible and head[LENGTH_BYTES:].startswith(b'{"__metadata__":{"base":"') and f'"format":"{FORMAT}"'.encode() in head
-    )
+    return _BEGINNING.match(head, LENGTH_BYTES) is not None
 
 
 def open_delta(path: Path) -> Delta:
@@ -218,12 +221,14 @@ def _values(shard: MappedShard, name: str) -> AnyArray:
 def _read_metadata(shard: MappedShard) -> tuple[str, str, Mapping[str, Any]]:
     """Digests of base and result, and the record. Raises InvalidFileError."""
     metadata = shard.metadata
+    beginning = shard.file.copy(LENGTH_BYTES, _BEGINNING_BYTES)
 
     def fail(kind: str, message: str, found: object, expected: str, remedy: str | None = None) -> InvalidFileError:
         return InvalidFileError(Problem(kind, message, shard.name, "__metadata__", str(found)[:200], expected, remedy))
 
-    if metadata.get("format") != FORMAT:
-        raise fail("not_a_delta", "this is no delta", metadata.get("format"), FORMAT, "tune a model to make one")
+    if metadata.get("format") != FORMAT or _BEGINNING.match(beginning) is None:
+        expected = f"format {FORMAT}, second in __metadata__, which comes first"
+        raise fail("not_a_delta", "this is no delta", beginning, expected, "tune a model to make one")
     version = metadata.get("version", "")
     if re.fullmatch(r"[1-9][0-9]{0,8}", version) is None:
         raise fail("bad_version", "there is no such version", version, str(VERSION))

@@ -216,8 +216,7 @@ class MatrixBuilder:
                 matrix.weight.copy_(decoded(tensor))
         elif rescaled and tensor.row_scale is not None:
             for stage in matrix.stages:
-                if stage.row_scale is not None:
-                    stage.row_scale.copy_(tensor_of(tensor.row_scale))
+                stage.take_row_scale(tensor_of(tensor.row_scale))
 
     def _build(self, tensor: Tensor, bias: Tensor | None) -> Matrix:
         if self.kernel == "reference":

@@ -14,10 +14,12 @@ from clustered_models import clustered, codebook
 from fuzzing.containers import GgufParts, join_members, safetensors_of
 from model_builders import tiny_llama
 
+from cluscomp_formats.delta import Delta, write_delta
 from cluscomp_formats.gguf import write_dense_gguf, write_gguf
 from cluscomp_formats.hf import write_hf
 from cluscomp_formats.ir import Array, DenseTensor, Model, Outliers, Tensor
 from cluscomp_formats.packed import write_packed
+from cluscomp_formats.parameters import parameters, with_parameters
 
 
 def small_model() -> Model:
@@ -120,6 +122,23 @@ def folder_members(folder: Path) -> dict[str, bytes]:
 def packed_seeds(folder: Path) -> Iterator[bytes]:
     yield _written(write_packed, small_model(), folder)
     yield _written(write_packed, Model({}, {}), folder)
+
+
+def delta_seeds(folder: Path) -> Iterator[bytes]:
+    """Deltas of the small model: of everything that can change in it, and of nothing."""
+    base = small_model()
+    changed = {
+        name: Array.of((array.read() / 2).astype(array.read().dtype), array.dtype)
+        for name, array in parameters(base).items()
+        if array.dtype != "bfloat16"
+    }
+    for arrays in (changed, {}):
+        delta = Delta(
+            base.digest(), with_parameters(base, arrays).digest(), arrays, {"tool": "seed", "training": {"curve": []}}
+        )
+        write_delta(delta, folder / "seed")
+        yield (folder / "seed").read_bytes()
+        (folder / "seed").unlink()
 
 
 def gguf_seeds(folder: Path) -> Iterator[bytes]:

@@ -78,6 +78,15 @@ class PreparedWeight(abc.ABC):
             raise RuntimeError("a prepared weight has no backward pass; use clus_linear.linear, or torch.no_grad()")
         return self._linear(x)
 
+    def take_row_scale(self, row_scale: Tensor) -> None:
+        """Take another row scale `[out_features]` in place of the one it was prepared with, where that lies in memory.
+
+        Raises ValueError if it was prepared without one.
+        """
+        if self.row_scale is None:
+            raise ValueError("the weight was prepared without a row scale")
+        self.row_scale.copy_(row_scale).mul_(self.codebook.unit)
+
     @abc.abstractmethod
     def _linear(self, x: Tensor) -> Tensor: ...
 
