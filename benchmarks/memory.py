@@ -51,7 +51,6 @@ CONVERSION = "0" * 16
 SYNTHETIC = {
     "1B": llama_config(2048, 5632, 2, 32, 4, 8192),
     "narrow, wide inside": llama_config(768, 4096, 1, 12, 12, 2048),
-    "wide vocabulary": llama_config(1024, 2816, 2, 16, 8, 65536),
     "untied": llama_config(3072, 4096, 1, 24, 8, 16384, tie_word_embeddings=False),
 }
 """The first has the blocks of TinyLlama-1.1B; the tokenizer is that of a small model."""
