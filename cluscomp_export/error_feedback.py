@@ -145,9 +145,9 @@ class BlockWork(Protocol):
 class ErrorFeedback:
     """Takes a model's blocks in order, has their matrices encoded and then their parameters tuned, and goes on with the result.
 
-    `windows` int64 `[windows, tokens]` are the calibration text; `tuning=None` leaves out the tuning, with `feedback=False` every
-    vector takes its nearest centroid. Raises UnsupportedError for an architecture the runtime does not know, InvalidRequestError
-    for ids the model does not have.
+    `windows` int64 `[windows, tokens]` are the calibration text; `tuning=None` leaves out the tuning, and with `feedback=False`
+    every vector takes its nearest centroid. Raises UnsupportedError for an architecture the runtime does not know,
+    InvalidRequestError for ids the model does not have.
     """
 
     def __init__(
