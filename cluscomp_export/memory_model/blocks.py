@@ -9,9 +9,11 @@ from cluscomp_export.calibration import BATCH, CONTEXT
 from cluscomp_export.error_feedback import block_index
 from cluscomp_export.memory_model.matrices import (
     clustered_decoding,
+    encoding,
     feedback_search,
     making_vectors,
     num_vectors,
+    quantised,
     reading,
     to_float64,
 )
@@ -24,7 +26,7 @@ from cluscomp_kernels.clus_linear.trainable import BLOCK_BYTES
 from cluscomp_runtime.architecture import DecoderSettings
 from cluscomp_runtime.selftest import MAX_SENTENCE_TOKENS, RANDOM_SEQUENCES
 
-__all__ = ["calibration", "error_feedback", "recovery", "self_test", "tuning"]
+__all__ = ["calibration", "embedding", "error_feedback", "recovery", "self_test", "tuning"]
 
 HALVES = (("self_attn", ("q_proj", "k_proj", "v_proj"), "o_proj"), ("mlp", ("gate_proj", "up_proj"), "down_proj"))
 """Module, readers and writer of the halves of a block (`cluscomp_runtime.blocks.Half`)."""
@@ -61,7 +63,8 @@ def error_feedback(
     product that is added to them (4 n²), and the same for what is lacking, of readers n², of the writer n x hidden_size.
 
     On the host: the streams of all windows of both models, before and behind the half (five at a time, 4 bytes x tokens x
-    hidden_size), for the writer also all its inputs; the codes of the block; and what `_correcting` and `_encoding` say.
+    hidden_size), for the writer also all its inputs; the codes of the block; and what `_correcting` and `_encoding` say. Or, in
+    between, an embedding or head outside the blocks that is encoded without feedback.
     """
     names = max(_blocks(source).values(), key=lambda block: sum(source.tensors[name].num_weights for name in block))
     index = block_index(names[0])
@@ -92,7 +95,20 @@ def error_feedback(
         else:
             beside = (half + goals[0], half + mixed + goals[1], 2 * half + mixed + placing)
             host = max(host, computing[0], mixed + computing[1], mixed + computing[2], *beside)
-    return device, 5 * stream + codes + host
+    outside = Plan({name: treatment for name, treatment in plan.treatments.items() if block_index(name) is None})
+    device_outside, host_outside = encoding(source, outside, cuda=cuda)
+    host = max(5 * stream + codes + host, 2 * stream + host_outside, embedding(source, settings, windows))
+    return max(device, device_outside), host
+
+
+def embedding(source: Model, settings: DecoderSettings, windows: int) -> int:
+    """What flows into the first block: the embedding copied off the map, or decoded, and the streams of all windows."""
+    tensor = source.tensors["model.embed_tokens.weight"]
+    if quantised(source, tensor.name) or isinstance(tensor, ClusteredWeight):
+        held = reading(source, tensor)[0]
+    else:
+        held = 2 * tensor.values.nbytes
+    return held + 4 * windows * CONTEXT * settings.hidden_size
 
 
 def _to_float32(tensor: Tensor) -> int:

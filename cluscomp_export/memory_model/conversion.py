@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from cluscomp_export.clustering import unit_bytes
 from cluscomp_export.effort import Levels
 from cluscomp_export.error_feedback import block_index
-from cluscomp_export.memory_model.blocks import calibration, error_feedback, recovery, self_test, tuning
+from cluscomp_export.memory_model.blocks import calibration, embedding, error_feedback, recovery, self_test, tuning
 from cluscomp_export.memory_model.matrices import checking, encoding, fitting, writing
 from cluscomp_export.planning import Plan
 from cluscomp_formats.errors import ClusCompError
@@ -78,7 +78,8 @@ def conversion_memory(
             disk += sizes["codebooks"] + sizes["scales"]
             shared = [book.name for book in plan.codebooks if len({block_index(name) for name in book.members}) > 1]
             block, streams = tuning(model, settings, levels.blockwise, windows, shared)
-            rows.append(("block-wise tuning", *((block, streams) if cuda else (0, block + streams)), disk))
+            device, host = (block, streams) if cuda else (0, block + streams)
+            rows.append(("block-wise tuning", device, max(host, embedding(source, settings, windows)), disk))
     if levels.recovery is not None and settings is not None:
         rows.append(("recovery", 0, recovery(source, model, settings, levels.recovery), disk))
     rows.append(("writing", 0, writing(source, model), disk + output_bytes))
