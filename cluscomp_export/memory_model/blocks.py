@@ -184,10 +184,10 @@ def _training_block(settings: DecoderSettings, tokens: int, weights: Sequence[Cl
 
 
 def recovery(source: Model, model: Model, settings: DecoderSettings, options: RecoveryOptions) -> int:
-    """Beside what is trained (4 bytes each as value, gradient, two moments, best state and the one it replaces), the codes,
-    and embedding and head as float32: the original, as float32 or matrix by matrix; the streams between blocks; and either one
-    block done again for its gradients or the logits of one window eight times (of both models, their logarithms, the
-    divergences and three gradients).
+    """Beside what is trained (4 bytes each as value, gradient, two moments, best state and the one it replaces), the codes, and
+    embedding and head as float32: the original, as float32 or matrix by matrix; the streams between blocks; and either one
+    block done again for its gradients (`_training_block`) or the logits of one window ten times: of both models, their
+    logarithms, the divergences and their gradients with what torch needs in between, which is counted from a measured peak.
     """
     tokens = options.batch * options.context
     books = sum(book.values.size for book in model.codebooks.values())
@@ -202,7 +202,7 @@ def recovery(source: Model, model: Model, settings: DecoderSettings, options: Re
         teacher = max(reading(source, tensor)[0] for tensor in matrices)
     streams = 4 * tokens * settings.hidden_size * (settings.num_layers + 4)
     block = _training_block(settings, tokens, list(model.clustered.values()))
-    logits = 8 * 4 * options.context * settings.vocab_size
+    logits = 10 * 4 * options.context * settings.vocab_size
     return 24 * (books + scales + norms) + 2 * sum(codes) + frozen + teacher + streams + max(block, logits)
 
 
