@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-__all__ = ["copy_and_sync", "peak_resident_bytes", "spread", "summary", "timed"]
+__all__ = ["copy_and_sync", "forget_peak", "peak_resident_bytes", "resident_bytes", "spread", "summary", "timed"]
 
 
 def timed(action: Callable[[], object]) -> float:
@@ -50,3 +50,14 @@ def peak_resident_bytes() -> int:
     # Not getrusage: its ru_maxrss starts at what the parent process had.
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+def resident_bytes() -> int:
+    """Memory this process has resident now, mapped files included. Linux only."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.split("VmRSS:")[1].split()[0]) * 1024
+
+
+def forget_peak() -> None:
+    """Start `peak_resident_bytes` anew, from what is resident now. Linux only."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

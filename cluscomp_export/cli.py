@@ -109,7 +109,11 @@ def cli() -> None:
     "[default: in this process]",
 )
 @DEVICE
-@click.option("--dry-run", is_flag=True, help="Show the plan and the predicted size; write nothing.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Show the plan, its size and the memory it takes; write nothing.",
+)
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
 @JSON
 def convert(source: Path, output: Path, *, dry_run: bool, force: bool, as_json: bool, **options: Any) -> None:
@@ -125,17 +129,20 @@ def convert(source: Path, output: Path, *, dry_run: bool, force: bool, as_json: 
       cluscomp-export convert packed.clus out.gguf --to gguf --gguf-type q8_0   for stock llama.cpp
       cluscomp-export convert llama/ llama.clus --workers ray://head:10001      on a Ray cluster
 
-    Memory stays near the largest tensor (--effort balanced: near one block of the model; best: above the model as float32).
+    Memory stays near the largest tensor (--effort balanced: near one block of the model; best: also its codes);
+    --dry-run tells what each phase needs, and is content with a folder that holds a config.json as SOURCE.
     OUTPUT is complete or not there; SOURCE is never changed. A clustering that fails or is interrupted keeps what it has
     finished in a folder .OUTPUT.work beside OUTPUT: run the same command again to go on.
     """
     from cluscomp_export.convert import ConversionOptions, prepare
     from cluscomp_export.convert import convert as run
     from cluscomp_export.work_folder import work_path
+    from cluscomp_runtime.memory import return_freed_arrays
 
+    return_freed_arrays()
     chosen = ConversionOptions(**options)
     if dry_run:
-        _show_plan(prepare(source, chosen), as_json=as_json)
+        _show_plan(prepare(source, chosen, to_plan=True), as_json=as_json)
         return
     try:
         with ProgressDisplay() as progress:
@@ -163,8 +170,9 @@ def convert(source: Path, output: Path, *, dry_run: bool, force: bool, as_json: 
 
 
 def _show_plan(prepared: Prepared, *, as_json: bool) -> None:
+    from cluscomp_export.memory_model import PROCESS_BYTES
     from cluscomp_export.sizes import tensor_rows
-    from cluscomp_export.tables import print_tensors
+    from cluscomp_export.tables import print_memory, print_tensors
 
     sizes = prepared.sizes
     rows = tensor_rows(prepared.model)
@@ -174,6 +182,8 @@ def _show_plan(prepared: Prepared, *, as_json: bool) -> None:
                 "bits_per_weight": sizes.bits_per_weight(),
                 "payload_bytes": sizes.payload_bytes,
                 "source_file_bytes": prepared.source_file_bytes,
+                "memory": [vars(peak) for peak in prepared.memory],
+                "process_bytes": PROCESS_BYTES,
                 "warnings": prepared.warnings,
                 "codebooks": [{**vars(book), "members": len(book.members)} for book in prepared.plan.codebooks]
                 if prepared.plan
@@ -183,6 +193,10 @@ def _show_plan(prepared: Prepared, *, as_json: bool) -> None:
         )
         return
     print_tensors(rows)
+    click.echo()
+    print_memory(prepared.memory)
+    click.echo(f"MB at most; on the host beside the process itself (about {PROCESS_BYTES / 1e6:.0f} MB)")
+    click.echo()
     bits = sizes.bits_per_weight()
     click.echo(f"bits per weight: {bits['linears']:.2f} (linear layers), {bits['all']:.2f} (everything)")
     click.echo(f"predicted size: {sizes.payload_bytes / 1e6:.1f} MB; source: {prepared.source_file_bytes / 1e6:.1f} MB")

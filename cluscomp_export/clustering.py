@@ -27,7 +27,7 @@ from cluscomp_formats.errors import InvalidFileError, Problem
 from cluscomp_formats.ir import AnyArray, Array, ClusteredWeight, Codebook, DenseTensor, Model, Stage, Tensor
 from cluscomp_formats.parameters import codebook_name, norm_name, parameters, row_scale_name
 
-__all__ = ["cluster_model", "work_bytes"]
+__all__ = ["FIT_VECTORS_PER_CLUSTER", "cluster_model", "unit_bytes"]
 
 Floats = npt.NDArray[np.float32]
 
@@ -80,12 +80,17 @@ def cluster_model(
     return Model(source.config, tensors, source.files, provenance or {})
 
 
-def work_bytes(model: Model) -> int:
-    """What all units of work of a model from `cluster_model` take on the disk, in bytes, headers not counted."""
-    arrays = [book.values for book in model.codebooks.values()]
-    for weight in model.clustered.values():
-        arrays += [*(stage.codes for stage in weight.stages), *(array for _, array in weight.extra_arrays)]
-    return sum(array.nbytes for array in arrays)
+def unit_bytes(model: Model) -> dict[str, int]:
+    """What the units of work of a model from `cluster_model` take on the disk, headers not counted: `codebooks`, `tensors`, and
+    of these the `scales`."""
+    weights = model.clustered.values()
+    codes = sum(stage.codes.nbytes for weight in weights for stage in weight.stages)
+    extras = sum(array.nbytes for weight in weights for _, array in weight.extra_arrays)
+    return {
+        "codebooks": sum(book.values.nbytes for book in model.codebooks.values()),
+        "tensors": codes + extras,
+        "scales": extras,
+    }
 
 
 def _dense(tensor: DenseTensor) -> DenseTensor:

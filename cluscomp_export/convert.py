@@ -21,17 +21,19 @@ from cluscomp_export.calibration import (
     calibration_tokens,
     calibration_windows,
     channel_energies,
+    most_windows,
     read_text,
     shipped_text,
 )
-from cluscomp_export.clustering import cluster_model, work_bytes
+from cluscomp_export.clustering import cluster_model
 from cluscomp_export.effort import Effort, Levels, levels_of
 from cluscomp_export.error_feedback import ErrorFeedback
 from cluscomp_export.jobs import Computing, Method
+from cluscomp_export.memory_model import Peak, conversion_memory, memory_warnings
 from cluscomp_export.planning import CODEBOOK_DTYPES, Plan, Share, embedding_tensors, plan_bits, plan_fixed
 from cluscomp_export.progress import Progress, silent
 from cluscomp_export.sizes import Sizes, model_sizes
-from cluscomp_export.sources import open_source, source_bytes
+from cluscomp_export.sources import CONFIG_ONLY, open_source, source_bytes
 from cluscomp_export.tuning import RecoveryOptions, TrainableModel, recover
 from cluscomp_export.work_folder import WorkFolder, fingerprint, remove_work, work_folder, work_path
 from cluscomp_export.workers import Workers, open_workers, parse_workers
@@ -136,13 +138,17 @@ class ConversionOptions:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A conversion that has been planned: `model` tells sizes, `plan` is None when a clustered source is only repacked."""
+    """A conversion that has been planned.
+
+    `model` tells sizes, `plan` is None when a clustered source is only repacked, `memory` is what each phase needs at most.
+    """
 
     source: Model
     plan: Plan | None
     model: Model
     sizes: Sizes
     source_file_bytes: int
+    memory: tuple[Peak, ...]
     warnings: tuple[str, ...]
 
 
@@ -166,14 +172,19 @@ class ConversionReport:
     warnings: tuple[str, ...]
 
 
-def prepare(source_path: Path, options: ConversionOptions) -> Prepared:
+def prepare(source_path: Path, options: ConversionOptions, *, to_plan: bool = False) -> Prepared:
     """Open and plan; reads shapes only. What `--dry-run` shows.
+
+    `to_plan` asks for nothing but the plan: the source may be a folder with a `config.json` and no weights, the device another
+    machine's.
 
     Raises InvalidRequestError for options that contradict each other or a budget that cannot be met, InvalidFileError,
     UnsupportedError.
     """
     _check_options(options)
-    source = open_source(source_path)
+    if not to_plan:
+        check_device(options.device)
+    source = open_source(source_path, to_plan=to_plan)
     plan = None
     if source.clustered:
         if options.asks_clustering:
@@ -186,8 +197,21 @@ def prepare(source_path: Path, options: ConversionOptions) -> Prepared:
         plan = _make_plan(source, options)
         model = cluster_model(source, plan)
     sizes = model_sizes(model)
-    file_bytes = source_bytes(source_path)
-    return Prepared(source, plan, model, sizes, file_bytes, tuple(_warnings(source, sizes, file_bytes)))
+    only_config = source.provenance.get("format") == CONFIG_ONLY
+    file_bytes = model_sizes(source).payload_bytes if only_config else source_bytes(source_path)
+    text = options.calibration_text()
+    memory = conversion_memory(
+        source,
+        model,
+        plan,
+        output_bytes=sizes.payload_bytes,
+        calibrated=text is not None,
+        levels=levels_of("fast") if text is None else options.levels(),
+        windows=most_windows(text or "", options.levels().windows),
+        cuda=options.device.startswith("cuda"),
+    )
+    warnings = [*_warnings(source, sizes, file_bytes), *memory_warnings(memory)]
+    return Prepared(source, plan, model, sizes, file_bytes, memory, tuple(warnings))
 
 
 def convert(
@@ -422,7 +446,6 @@ def _check_options(options: ConversionOptions) -> None:
     options.levels()
     if options.workers is not None:
         parse_workers(options.workers)
-    check_device(options.device)
 
 
 def _make_plan(source: Model, options: ConversionOptions) -> Plan:
@@ -450,7 +473,7 @@ def _make_plan(source: Model, options: ConversionOptions) -> Plan:
 
 def _warnings(source: Model, sizes: Sizes, source_file_bytes: int) -> list[str]:
     warnings = []
-    if "tokenizer.json" not in source.files:
+    if "tokenizer.json" not in source.files and source.provenance.get("format") != CONFIG_ONLY:
         warnings.append("the source has no tokenizer.json; the artefact will take and give token ids only")
     if sizes.payload_bytes > source_file_bytes:
         dense = (
@@ -465,9 +488,9 @@ def _warnings(source: Model, sizes: Sizes, source_file_bytes: int) -> list[str]:
 
 def _check_space(output: Path, prepared: Prepared, work: WorkFolder | None) -> None:
     """Refuse early what would run out of space at the end: the artefact and, until it is there, the unfinished work."""
-    needed = prepared.sizes.payload_bytes
+    needed = max(peak.disk for peak in prepared.memory)
     if work is not None:
-        needed += max(0, work_bytes(prepared.model) - work.stored_bytes())
+        needed = max(prepared.sizes.payload_bytes, needed - work.stored_bytes())
     free = shutil.disk_usage(output.parent).free
     if free < needed:
         found, expected = f"{free / 1e6:.1f} MB free", f"{needed / 1e6:.1f} MB for the artefact and the work on it"

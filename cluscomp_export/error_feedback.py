@@ -43,6 +43,8 @@ DAMPING = 0.1
 
 BATCH = 4
 """Windows run at a time."""
+ROWS = 512
+"""Rows of moments added at a time."""
 
 _BLOCK = re.compile(r"model\.layers\.(\d+)\..*")
 
@@ -57,44 +59,43 @@ class InputMoments:
     """Second moments of what flows into a matrix: the mean over tokens of `x x^T`, float64 `[in_features, in_features]`.
 
     Tokens are scaled to one energy, of what flows in or of what is to flow out, so that all count alike: the first of a text
-    can have a thousand times the energy of the others.
+    can have a thousand times the energy of the others. The tensor given is taken over, and damped.
     """
 
     def __init__(self, moments: torch.Tensor) -> None:
-        damped = moments.clone()
+        # In place: of the widest input of a 70B model one copy takes 6.6 GB.
         mean = float(moments.diagonal().mean())
-        damping = DAMPING * mean if mean > 0 else 1.0
-        damped.diagonal().add_(damping)
-        self.damped = damped
+        moments.diagonal().add_(DAMPING * mean if mean > 0 else 1.0)
+        self.damped = moments
         # Strongest first: what they err, the many weak ones after them can still make up for.
-        self._order = np.argsort(-damped.diagonal().numpy(), kind="stable")
+        self._order = np.argsort(-moments.diagonal().numpy(), kind="stable")
         self._factor: Floats | None = None
-        self._lower: torch.Tensor | None = None
 
     def factor(self) -> Floats:
         """What `assign_with_feedback` needs for the channels in descending order of their energy."""
         if self._factor is None:
-            ordered = self.damped[self._order][:, self._order]
-            self._factor = np.ascontiguousarray(feedback_factor(ordered).numpy().astype(np.float32))
+            factor = feedback_factor(self.damped, torch.from_numpy(self._order))
+            self._factor = np.ascontiguousarray(factor.numpy().astype(np.float32))
         return self._factor
 
-    def correction(self, lacks: torch.Tensor) -> Floats:
-        """What to add to the transposed matrix for its output to lack least, float32 `[in_features, out_features]`.
+    def corrections(self, lacks: Mapping[str, torch.Tensor]) -> dict[str, Floats]:
+        """What to add to transposed matrices for their output to lack least, float32 `[in_features, out_features]` each.
 
         `lacks` float64, of that shape, is the mean of `x e^T`, with e what the output lacks: ridge regression of e on x.
         """
-        if self._lower is None:
-            self._lower = torch.linalg.cholesky(self.damped)
-        correction: Floats = torch.cholesky_solve(lacks, self._lower).float().numpy()
-        return correction
+        # Not kept longer than this: it is as large as the moments.
+        lower = torch.linalg.cholesky(self.damped)
+        return {name: torch.cholesky_solve(lacking, lower).float().numpy() for name, lacking in lacks.items()}
 
     def encode(
         self, weights: Floats, centroids: Floats, out_features: int, *, threads: int | None, device: str
     ) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.float64]]:
         """Codes uint16 `[in_features, groups]` for `weights` `[in_features, groups * cluster_dim]`, the first `out_features`
         columns of which are rows of the matrix, and the factors `[out_features]` by which each row then errs least."""
+        # Before the weights are copied: to factor takes most.
+        factor = self.factor()
         ordered = assign_with_feedback(
-            weights[self._order], centroids, self.factor(), out_features=out_features, threads=threads, device=device
+            weights[self._order], centroids, factor, out_features=out_features, threads=threads, device=device
         )
         codes = np.empty_like(ordered)
         codes[self._order] = ordered
@@ -144,9 +145,9 @@ class BlockWork(Protocol):
 class ErrorFeedback:
     """Takes a model's blocks in order, has their matrices encoded and then their parameters tuned, and goes on with the result.
 
-    `windows` int64 `[windows, tokens]` are the calibration text; `tuning=None` leaves out the tuning, `feedback=False` has
-    every vector take its nearest centroid. Raises UnsupportedError for an architecture the runtime does not know, InvalidRequestError
-    for ids the model does not have.
+    `windows` int64 `[windows, tokens]` are the calibration text; `tuning=None` leaves out the tuning, and with `feedback=False`
+    every vector takes its nearest centroid. Raises UnsupportedError for an architecture the runtime does not know,
+    InvalidRequestError for ids the model does not have.
     """
 
     def __init__(
@@ -221,6 +222,7 @@ class ErrorFeedback:
         tensors = {**work.tensors, original.writer: self._source.tensors[original.writer]}
         compressed = self._runner.half(index, half, tensors, self._device)
         mixed = [compressed.mixed(compressed.normed(batch.to(self._device))).cpu() for batch in self._given]
+        del compressed
         self._encode((original.writer,), lambda: self._writer_goal(original, mixed, behind), work)
         compressed = self._runner.half(index, half, work.tensors, self._device)
         pairs = zip(self._given, mixed, strict=True)
@@ -239,9 +241,14 @@ class ErrorFeedback:
         for given, wanted in zip(self._given, self._wanted, strict=True):
             inputs = original.normed(given.to(self._device))
             sums.add(inputs, original.normed(wanted.to(self._device)) - inputs, inputs)
-        moments, lacks = sums.results()
-        weights = {name: torch.from_numpy(self._source.tensors[name].decode()).double() for name in original.readers}
-        return {name: Goal(moments, moments.correction(lacks @ weight.t())) for name, weight in weights.items()}
+        moments, input_lacks = sums.results()
+        lacks = {
+            name: input_lacks @ torch.from_numpy(self._source.tensors[name].decode().astype(np.float64)).t()
+            for name in original.readers
+        }
+        # What follows needs the space.
+        del sums, input_lacks
+        return {name: Goal(moments, correction) for name, correction in moments.corrections(lacks).items()}
 
     def _writer_goal(self, original: Half, mixed: Sequence[torch.Tensor], behind: Sequence[torch.Tensor]) -> dict[str, Goal]:
         """The writer is to bring the compressed model's residual stream to the original's, `behind`."""
@@ -250,15 +257,16 @@ class ErrorFeedback:
             stream, features, target = (values.to(self._device) for values in (given, inputs, wanted))
             sums.add(features, target - original.written(stream, features), target)
         moments, lacks = sums.results()
-        return {original.writer: Goal(moments, moments.correction(lacks))}
+        del sums
+        return {name: Goal(moments, correction) for name, correction in moments.corrections({original.writer: lacks}).items()}
 
 
 class _Sums:
     """Sums over tokens of `x x^T` and `x e^T`, with x the inputs of a matrix and e what is lacking."""
 
     def __init__(self) -> None:
-        self._inputs: torch.Tensor | float = 0.0
-        self._lacks: torch.Tensor | float = 0.0
+        self._inputs: torch.Tensor | None = None
+        self._lacks: torch.Tensor | None = None
         self._tokens = 0
 
     def add(self, inputs: torch.Tensor, lacks: torch.Tensor, measure: torch.Tensor) -> None:
@@ -268,11 +276,23 @@ class _Sums:
         """
         scale = measure.square().mean(-1, keepdim=True).sqrt().clamp(min=torch.finfo(measure.dtype).tiny)
         scaled, lacking = ((values / scale).flatten(0, -2) for values in (inputs, lacks))
-        self._inputs = self._inputs + (scaled.t() @ scaled).double()
-        self._lacks = self._lacks + (scaled.t() @ lacking).double()
+        self._inputs = _added(self._inputs, scaled.t() @ scaled)
+        self._lacks = _added(self._lacks, scaled.t() @ lacking)
         self._tokens += len(scaled)
 
     def results(self) -> tuple[InputMoments, torch.Tensor]:
-        """The moments of the inputs, and the mean of `x e^T`, float64 `[in_features, any]`."""
-        inputs, lacks = (torch.as_tensor(sums).cpu() / self._tokens for sums in (self._inputs, self._lacks))
+        """The moments of the inputs, and the mean of `x e^T`, float64 `[in_features, any]`, in place of the sums."""
+        if self._inputs is None or self._lacks is None:
+            raise ValueError("there is nothing to take the mean of")
+        inputs, lacks = (sums.cpu().div_(self._tokens) for sums in (self._inputs, self._lacks))
         return InputMoments(inputs), lacks
+
+
+def _added(sums: torch.Tensor | None, products: torch.Tensor) -> torch.Tensor:
+    """float64 sums with float32 products added, in place."""
+    if sums is None:
+        return products.double()
+    # Rows at a time: torch makes a float64 copy of what is added.
+    for start in range(0, len(products), ROWS):
+        sums[start : start + ROWS] += products[start : start + ROWS]
+    return sums

@@ -11,10 +11,11 @@ from cluscomp_export.sources.linears import kind
 from cluscomp_export.terminal import print_table, say
 from cluscomp_formats.errors import Problem, printable
 
-__all__ = ["print_delta", "print_inspection", "print_scores", "print_task_results", "print_tensors"]
-
 if TYPE_CHECKING:
     from cluscomp_export.evaluate import Evaluation
+    from cluscomp_export.memory_model import Peak
+
+__all__ = ["print_delta", "print_inspection", "print_memory", "print_scores", "print_task_results", "print_tensors"]
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -33,6 +34,12 @@ def print_tensors(rows: Rows) -> None:
             for (name, shape, how, codebook), group in merged.items()
         ],
     )
+
+
+def print_memory(peaks: Sequence[Peak]) -> None:
+    """One line per phase of a conversion, in MB = 10^6 bytes."""
+    rows = [(peak.phase, *(f"{value / 1e6:.0f}" for value in (peak.device, peak.host, peak.disk))) for peak in peaks]
+    print_table(("phase", "device", "host", "disk"), rows)
 
 
 def print_inspection(report: Mapping[str, Any]) -> None:

@@ -70,6 +70,17 @@ def test_every_parameter_gets_a_gradient(clustered: Model) -> None:
     assert all(values.grad is not None and values.grad.abs().sum() > 0 for values in trainable.parameters.values())
 
 
+def test_an_original_too_large_to_keep_teaches_the_same(
+    clustered: Model, source: Model, token_ids: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = replace(FEW, steps=2, checks=1)
+    kept = recover(TrainableModel(clustered), source, token_ids, options)
+    monkeypatch.setattr("cluscomp_export.tuning.recovery.KEPT_TEACHER_BYTES", 0)
+    read = recover(TrainableModel(clustered), source, token_ids, options)
+    assert read.curve == kept.curve
+    assert all(np.array_equal(read.values[name], values) for name, values in kept.values.items())
+
+
 def test_recovery_brings_unseen_text_closer(clustered: Model, source: Model, token_ids: list[int]) -> None:
     half = len(token_ids) // 2
     windows = [token_ids[start : start + 128] for start in range(half, len(token_ids) - 128, 128)]

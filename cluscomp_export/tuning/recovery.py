@@ -4,8 +4,9 @@ The last level of ClusComp (Liao et al., arXiv 2503.13089, recovery training): e
 the original's predictions on a calibration text as loss, codes fixed. A tenth of the text is held out; what it is divergent by
 decides which state is kept.
 
-Memory: the original as float32, the compressed model's codes, the activations between blocks (gradient checkpointing: each
-block is computed again in the backward pass) and one window's logits a few times over.
+Memory: the original as float32 (a large one is read matrix by matrix at every pass), the compressed model's codes, the
+activations between blocks (gradient checkpointing: each block is computed again in the backward pass) and one window's logits a
+few times over.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ from cluscomp_formats.errors import InvalidRequestError, Problem
 from cluscomp_formats.ir import Model
 from cluscomp_runtime.language_model import LanguageModel
 
-__all__ = ["RecoveryOptions", "recover"]
+__all__ = ["RecoveryOptions", "recover", "teacher_kernel"]
 
 HELD_OUT = 0.1
 """Share of the text that is not trained on."""
 MAX_HELD_OUT_WINDOWS = 4
+KEPT_TEACHER_BYTES = 4 << 30
+"""An original of no more than this as float32 is kept in memory."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +68,19 @@ def recover(
         starts = np.random.default_rng((options.seed, step)).integers(0, len(text) - length + 1, options.batch)
         return _every_prediction(torch.stack([text[start : start + length] for start in starts.tolist()]))
 
-    teacher = LanguageModel.from_model(source, kernel="dense").decoder
+    teacher = LanguageModel.from_model(source, kernel=teacher_kernel(source)).decoder
     loss = PredictionLoss(trainable.decoder, teacher, task=0.0, kl=1.0)
     windows = [_every_prediction(window[None]) for window in held_out]
     return Training(trainable, loss, batch, windows, options, name="recovery", on_progress=on_progress).run()
+
+
+def teacher_kernel(source: Model) -> str:
+    """How the runtime is to hold the original: decoded once, if it is small enough, or anew at every pass.
+
+    The latter costs little: a pass multiplies every weight with thousands of tokens. The results are the same bit for bit.
+    """
+    decoded = sum(4 * tensor.num_weights for tensor in source.tensors.values())
+    return "dense" if decoded <= KEPT_TEACHER_BYTES else "reference"
 
 
 def _every_prediction(ids: torch.Tensor) -> Batch:

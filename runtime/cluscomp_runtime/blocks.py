@@ -106,7 +106,9 @@ class BlockRunner:
 
     def positions(self, hidden: torch.Tensor) -> Positions:
         """What a block needs to know about `hidden` `[windows, tokens, features]`, on its device and in its dtype."""
-        positions = self._decoder.positions(0, hidden.shape[1])
+        # The decoder keeps the tables it makes, and a training cannot use any that were made in inference mode.
+        with torch.inference_mode(False):
+            positions = self._decoder.positions(0, hidden.shape[1])
         masks = {window: None if mask is None else mask.to(hidden.device) for window, mask in positions.masks.items()}
         # Copies: the tables may have been made in inference mode, and this may be for a training.
         return Positions(positions.cosines.to(hidden).clone(), positions.sines.to(hidden).clone(), 0, masks)
