@@ -9,6 +9,7 @@ channels go in descending order of their energy (`act_order`), so which group a 
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
 import tempfile
@@ -92,8 +93,9 @@ def gptq(source: Model, names: Sequence[str], grid: Grid, windows: torch.Tensor)
 
 
 def _library() -> Any:
-    import neural_compressor.torch.quantization as library
-
+    # Or the library does not look for transformers when it is imported, and misses it later.
+    importlib.import_module("transformers")
+    library = importlib.import_module("neural_compressor.torch.quantization")
     logging.getLogger("neural_compressor").setLevel(logging.ERROR)
     return library
 

@@ -43,7 +43,6 @@ from cluscomp_formats.errors import InvalidRequestError
 Floats = npt.NDArray[np.float32]
 Matrices = Mapping[str, Floats]
 
-LEVELS = [4.0, 3.0, 2.5, 2.0]
 GRIDS = [(4, 128), (4, 64), (4, 32), (3, 128), (3, 64), (3, 32), (2, 64), (2, 32), (2, 16)]
 TYPES = ["Q4_K", "IQ4_XS", "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M"]
 SENTENCES = 64
@@ -136,6 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--sentences", type=Path, help="a text whose lines are embedded")
+    parser.add_argument("--bits", type=float, nargs="*", default=[4.0, 3.0, 2.5, 2.0], help="levels of ours beside no peer")
     parser.add_argument("--only", nargs="+", default=[""], help="parts of names of peers [default: all]")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="print the figures for machines")
@@ -157,7 +157,7 @@ def main() -> None:
 
     rows = []
     compared = chain(grids(matrices, wanted), nominal(matrices, Ggml(), wanted))
-    for bits, peer in chain(((level, None) for level in LEVELS), ((peer.bits, peer) for peer in compared)):
+    for bits, peer in chain(((level, None) for level in arguments.bits), ((peer.bits, peer) for peer in compared)):
         ours = clustered(arguments.model, bits, arguments.threads)
         rows.append({"bits": bits, "ours": measured(ours), "peer": measured(peer)})
         say(json.dumps(rows[-1]))
