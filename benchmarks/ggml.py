@@ -15,7 +15,7 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["LIBRARIES", "Ggml"]
+__all__ = ["LIBRARIES", "Ggml", "check_blocks"]
 
 LIBRARIES = Path(__file__).parent.parent / "tests/programs/node_modules/@node-llama-cpp/linux-x64/bins/linux-x64"
 
@@ -80,7 +80,6 @@ class Ggml:
         self._llama = ctypes.CDLL(str(path))
         self._base.ggml_quantize_chunk.restype = ctypes.c_size_t
         self._base.ggml_quantize_chunk.argtypes = [ctypes.c_int, _FLOATS, ctypes.c_void_p, *[ctypes.c_int64] * 3, _FLOATS]
-        self._base.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
         self._base.ggml_get_type_traits.restype = ctypes.POINTER(_Traits)
         self._llama.llama_model_quantize_default_params.restype = _Parameters
         self._llama.llama_model_quantize.restype = ctypes.c_uint32
@@ -101,10 +100,6 @@ class Ggml:
             sound &= (traits.blck_size, traits.type_size) == gguf.GGML_QUANT_SIZES[type_]
         if not sound:
             raise SystemExit(f"llama.cpp {self.release} has other structures than benchmarks/ggml.py knows")
-
-    def requires_importance(self, type_: Type) -> bool:
-        """Whether the type cannot be made without an importance matrix."""
-        return bool(self._base.ggml_quantize_requires_imatrix(int(type_)))
 
     def quantize(self, values: Floats, type_: Type, importance: Floats | None = None) -> npt.NDArray[np.uint8]:
         """The blocks of `values` float32 `[count]`, taken for one row. `importance` weights each value's squared error."""
@@ -146,3 +141,9 @@ class Ggml:
         failed = self._llama.llama_model_quantize(os.fsencode(source), os.fsencode(output), ctypes.byref(parameters))
         if failed:
             raise SystemExit(f"llama.cpp does not make {file_type.name} of {source}")
+
+
+def check_blocks(blocks: npt.NDArray[np.uint8], decoded: Floats, type_: Type) -> None:
+    """Raises AssertionError unless gguf-py decodes the blocks to the same bits."""
+    other = gguf.quants.dequantize(blocks, type_).reshape(decoded.shape)
+    assert np.array_equal(other, decoded), f"gguf-py and ggml decode {type_.name} differently"

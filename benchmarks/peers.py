@@ -19,7 +19,6 @@ ggml's blocks as gguf-py decodes them against ggml's own decoder.
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import json
 import os
@@ -28,7 +27,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -37,11 +36,13 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 import torch
-from ggml import Ggml, Type
+from ggml import Ggml, Type, check_blocks
 from grids import Grid, check_gptq, check_rtn, gptq, grid_bits, huggingface_model, round_to_nearest
+from measuring import quality_cells, quality_parser
 
 from cluscomp_export.calibration import MAX_FEEDBACK_WINDOWS, calibration_windows, read_text, shipped_text
-from cluscomp_export.evaluate import evaluate
+from cluscomp_export.evaluate import evaluate, tokenize, tokenizer_of
+from cluscomp_export.protocols import choose_protocol
 from cluscomp_export.sources import open_source
 from cluscomp_export.sources.linears import linear_tensors
 from cluscomp_export.terminal import print_table, say
@@ -58,7 +59,6 @@ STOCK = ["Q8_0", "Q4_K_M", "IQ4_XS", "IQ3_XXS", "Q2_K", "IQ2_XXS", "IQ1_S"]
 NOMINAL = ["IQ4_XS", "Q3_K", "IQ3_XXS", "Q2_K", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M"]
 WITHOUT_IMPORTANCE = {"Q8_0", "Q4_K_M"}
 CALIBRATION_BATCH = 4
-CONTEXT = 512
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,14 @@ class Subject:
         others = [tensor for name, tensor in self.source.tensors.items() if name not in set(self.linears)]
         bits = sum(t.num_weights * stored[t.name] if t.name in stored else t.own_bits for t in others)
         return bits / 8 + sum(file.nbytes for file in self.source.files.values())
+
+    @cached_property
+    def first_inputs(self) -> torch.Tensor:
+        """What flows into the first block's query matrix on the calibration text, `[tokens, in_features]`."""
+        model = huggingface_model(self.source).model
+        with torch.no_grad():
+            inputs: torch.Tensor = model.layers[0].input_layernorm(model.embed_tokens(self.windows)).flatten(0, 1)
+        return inputs
 
     def importance(self) -> dict[str, Floats]:
         """Mean square of every input channel by name of the matrix, `[in_features]`: what `llama-imatrix` gathers."""
@@ -141,16 +149,9 @@ def grid_peers(subject: Subject, wanted: Callable[[str], bool]) -> Iterator[Quan
                 weights = gptq(subject.source, subject.linears, grid, subject.windows)
             seconds = time.perf_counter() - start
             if grid is not rtn:
-                check_gptq(matrices[first], weights[first], nearest, first_inputs(subject))
+                check_gptq(matrices[first], weights[first], nearest, subject.first_inputs)
             size = sum(grid_bits(grid, weights[name].shape) for name in subject.linears)
             yield subject.replaced(grid.name, weights, size, seconds)
-
-
-@torch.no_grad()
-def first_inputs(subject: Subject) -> torch.Tensor:
-    """What flows into the first block's query matrix on the calibration text, `[tokens, in_features]`."""
-    model = huggingface_model(subject.source).model
-    return model.layers[0].input_layernorm(model.embed_tokens(subject.windows)).flatten(0, 1)
 
 
 def nominal_peers(subject: Subject, ggml: Ggml, wanted: Callable[[str], bool]) -> Iterator[Quantised]:
@@ -179,12 +180,6 @@ def flattened(subject: Subject, ggml: Ggml, type_: Type, name: str, importance: 
     """The blocks of a matrix as one long row, every channel's importance repeated for each of its rows."""
     weight = subject.source.tensors[name].decode()
     return ggml.quantize(weight.reshape(-1), type_, np.tile(importance, weight.shape[0]))
-
-
-def check_blocks(blocks: npt.NDArray[np.uint8], decoded: Floats, type_: Type) -> None:
-    """Raises AssertionError unless gguf-py decodes the blocks to the same bits."""
-    other = gguf.quants.dequantize(blocks, type_).reshape(decoded.shape)
-    assert np.array_equal(other, decoded), f"gguf-py and ggml decode {type_.name} differently"
 
 
 def stock_peers(subject: Subject, ggml: Ggml, folder: Path, wanted: Callable[[str], bool]) -> Iterator[Quantised]:
@@ -241,24 +236,9 @@ class Recorded:
         return torch.from_numpy(np.load(self._files[key], mmap_mode="c"))
 
 
-def evaluation_windows(model: LanguageModel, text: str, most: int) -> list[list[int]]:
-    """The first windows of 512 tokens, as `cluscomp-export eval` cuts them: a begin token replaces the first of each."""
-    assert model.tokenizer is not None, "the model has no tokenizer"
-    ids = model.tokenizer.encode(text)
-    begins = ids[:1] == [model.tokenizer.bos_id]
-    cut = [ids[start : start + CONTEXT] for start in range(0, min(most, len(ids) // CONTEXT) * CONTEXT, CONTEXT)]
-    return [[ids[0], *window[1:]] for window in cut] if begins else cut
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--text", type=Path, required=True, help="to evaluate with")
-    parser.add_argument("--windows", type=int, default=20, help="windows of 512 tokens")
-    parser.add_argument("--calibration", type=Path, help="[default: the text the package ships]")
+    parser = quality_parser(__doc__)
     parser.add_argument("--only", nargs="+", default=[""], help="parts of names of peers [default: all]")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--json", action="store_true", help="print the figures for machines")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     subject = Subject(arguments.model, arguments.calibration, arguments.threads)
@@ -270,7 +250,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         original = LanguageModel.from_model(subject.source)
-        windows = evaluation_windows(original, read_text(arguments.text), arguments.windows)
+        token_ids, bos_id = tokenize(tokenizer_of(original, arguments.model), read_text(arguments.text))
+        windows = choose_protocol().windows(token_ids, count=arguments.windows, bos_id=bos_id)
         reference: Any = Recorded(original, folder)
         ggml = Ggml()
         grids = grid_peers(subject, wanted)
@@ -300,9 +281,7 @@ def main() -> None:
                 row["name"],
                 f"{row['bits_per_weight']['linears']:.2f}",
                 f"{row['file_bytes'] / 1e6:.1f}",
-                f"{row['quality']['perplexity']:.2f}",
-                f"{row['quality']['kl']:.4f}",
-                f"{100 * row['quality']['top1']:.1f}",
+                *quality_cells(row["quality"]),
                 f"{row['seconds']:.0f}",
             )
             for row in rows
