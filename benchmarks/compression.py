@@ -9,7 +9,6 @@ not be the calibration text.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
@@ -19,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from measuring import quality_cells, quality_parser
 
 from cluscomp_export.evaluate import evaluate_files
 from cluscomp_export.terminal import print_table, say
@@ -50,17 +51,11 @@ def convert(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--text", type=Path, required=True, help="to evaluate with")
-    parser.add_argument("--windows", type=int, default=20, help="windows of 512 tokens")
-    parser.add_argument("--calibration", type=Path, help="[default: the text the package ships]")
+    parser = quality_parser(__doc__)
     parser.add_argument("--bits", type=float, nargs="+", default=[4.0, 3.0, 2.5, 2.0])
     parser.add_argument("--effort", nargs="+", default=["fast", "balanced", "best"])
     widths = {"planned": None, "8": 8, "16": 16}
     parser.add_argument("--codebook-bits", choices=widths, nargs="+", default=["planned"])
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--json", action="store_true", help="print the figures for machines")
     arguments = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -94,9 +89,7 @@ def main() -> None:
                 row["codebook_bits"],
                 f"{row['bits_per_weight']['linears']:.2f}",
                 f"{row['file_bytes'] / 1e6:.1f}",
-                f"{row['quality']['perplexity']:.2f}",
-                f"{row['quality']['kl']:.4f}",
-                f"{100 * row['quality']['top1']:.1f}",
+                *quality_cells(row["quality"]),
                 f"{row['seconds']:.0f}",
                 f"{row['cpu_seconds']:.0f}",
                 f"{row['peak_megabytes']:.0f}",

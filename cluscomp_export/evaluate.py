@@ -35,7 +35,18 @@ from cluscomp_runtime.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from cluscomp_export.transformers_model import TransformersModel
 
-__all__ = ["Evaluation", "Runner", "Scorer", "evaluate", "evaluate_files", "load_runner", "max_tokens", "run_record"]
+__all__ = [
+    "Evaluation",
+    "Runner",
+    "Scorer",
+    "evaluate",
+    "evaluate_files",
+    "load_runner",
+    "max_tokens",
+    "run_record",
+    "tokenize",
+    "tokenizer_of",
+]
 
 BATCH_TOKENS = 1024
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -112,7 +123,8 @@ def evaluate_files(
     models must have the same tokenizer. Raises InvalidFileError, InvalidRequestError, UnsupportedError.
     """
     started = time.perf_counter()
-    words = read_text(text)
+    # At once: the text may be changed while the models run.
+    words, text_digest = read_text(text), hashlib.sha256(text.read_bytes()).hexdigest()
     stored = {"model": (model_path, open_source(model_path, delta))}
     if reference is not None:
         stored["reference"] = (reference, open_source(reference))
@@ -124,8 +136,8 @@ def evaluate_files(
     limit = min(max_tokens(runner) for runner in loaded.values())
     chosen = choose_protocol(protocol, context=context, stride=stride, join=join, limit=limit)
     prepared = chosen.prepare(words)
-    token_ids, bos_id = _tokenize(loaded["model"].tokenizer, prepared, model_path)
-    if reference is not None and _tokenize(loaded["reference"].tokenizer, prepared, reference)[0] != token_ids:
+    token_ids, bos_id = tokenize(tokenizer_of(loaded["model"], model_path), prepared)
+    if reference is not None and tokenize(tokenizer_of(loaded["reference"], reference), prepared)[0] != token_ids:
         problem = Problem("other_tokenizer", "the reference cuts the text into other tokens", str(reference))
         raise InvalidRequestError(problem)
     cut = chosen.windows(token_ids, count=windows, bos_id=bos_id)
@@ -135,7 +147,7 @@ def evaluate_files(
 
     result = evaluate(loaded["model"], cut, protocol=chosen, reference=loaded.get("reference"), on_progress=progress)
     record = {
-        "text": {"path": str(text), "sha256": hashlib.sha256(text.read_bytes()).hexdigest()},
+        "text": {"path": str(text), "sha256": text_digest},
         "tokens": {"count": len(token_ids), "sha256": hashlib.sha256(np.array(token_ids, "<u4").tobytes()).hexdigest()},
         "protocol": {**asdict(chosen), "begin_token": bos_id, "windows": result.windows, "scored_tokens": result.scored_tokens},
         **run_record(stored, loaded["model"], on_progress),
@@ -194,11 +206,16 @@ def _versions() -> dict[str, str]:
     return {"cluscomp-export": __version__, "python": platform.python_version(), **libraries}
 
 
-def _tokenize(tokenizer: Tokenizer | None, text: str, path: Path) -> tuple[list[int], int | None]:
-    """The text's tokens, and the id of the token that begins every text, None if there is none."""
-    if tokenizer is None:
+def tokenizer_of(runner: Runner, path: Path) -> Tokenizer:
+    """The tokenizer of a model that was read from `path`. Raises InvalidRequestError if it has none."""
+    if runner.tokenizer is None:
         remedy = "convert from a source with tokenizer.json"
         raise InvalidRequestError(Problem("no_tokenizer", "this model has no tokenizer", str(path), remedy=remedy))
+    return runner.tokenizer
+
+
+def tokenize(tokenizer: Tokenizer, text: str) -> tuple[list[int], int | None]:
+    """The text's tokens, and the id of the token that begins every text, None if there is none."""
     token_ids = tokenizer.encode(text)
     begins = tokenizer.bos_id is not None and token_ids[:1] == [tokenizer.bos_id]
     return token_ids, tokenizer.bos_id if begins else None

@@ -36,7 +36,7 @@ except ImportError as error:
 import torch
 from tqdm import tqdm
 
-from cluscomp_export.evaluate import BATCH_TOKENS, load_runner, max_tokens, run_record
+from cluscomp_export.evaluate import BATCH_TOKENS, load_runner, max_tokens, run_record, tokenizer_of
 from cluscomp_export.sources import open_source
 from cluscomp_formats.ir import Model
 from cluscomp_runtime import LanguageModel
@@ -73,10 +73,7 @@ class ClusCompLM(TemplateLM):  # type: ignore[misc]
         self.stored: Model = open_source(self.path)
         self.model = load_runner(self.stored, device=device or "cpu", dtype=dtype, kernel=kernel)
         self.max_length = max_length or max_tokens(self.model)
-        if self.model.tokenizer is None:
-            remedy = "convert from a source with tokenizer.json"
-            raise InvalidRequestError(Problem("no_tokenizer", "this model has no tokenizer", str(path), remedy=remedy))
-        self._tokenizer = self.model.tokenizer
+        self._tokenizer = tokenizer_of(self.model, self.path)
         self._most = max_batch_size if batch_size in (None, "auto") else int(str(batch_size).removeprefix("auto:"))
         ends = [self._tokenizer.eos_id, *sorted(end_tokens(self.stored.config, self.stored.files, self._tokenizer))]
         self._end = next((token for token in ends if token is not None), None)

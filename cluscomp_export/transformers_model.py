@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from cluscomp_export.onnx_graph.skeleton import build_skeleton, tensors_by_key
+from cluscomp_export.onnx_graph.skeleton import build_skeleton, compute_buffers, tensors_by_key
 from cluscomp_formats.errors import InvalidFileError, Problem, UnsupportedError
 from cluscomp_formats.ir import DenseTensor, Model, Tensor
 from cluscomp_runtime.hf.modules import MatrixStore
 from cluscomp_runtime.hf.replacement import replace_modules
-from cluscomp_runtime.language_model import DTYPES, check_device
+from cluscomp_runtime.language_model import check_device, compute_dtype
 from cluscomp_runtime.linear import tensor_of
 from cluscomp_runtime.tokenizer import Tokenizer
 
@@ -33,7 +33,7 @@ class TransformersModel:
 
     def __init__(self, model: Model, *, device: str = "cpu", dtype: str | None = None) -> None:
         self.device = check_device(device)
-        self.dtype = DTYPES[dtype or ("float32" if self.device.type == "cpu" else "bfloat16")]
+        self.dtype = compute_dtype(dtype, self.device)
         self.tokenizer = Tokenizer.from_files(model.files)
         skeleton = build_skeleton(model.config)
         self._module = skeleton.module
@@ -57,28 +57,19 @@ class TransformersModel:
                 holder._parameters[leaf] = nn.Parameter(placed[tensor.name], requires_grad=False)
             else:
                 holder._buffers[leaf] = placed[tensor.name]
-        state = self._module.state_dict(keep_vars=True)
+        state: dict[str, Any] = self._module.state_dict(keep_vars=True)
         missing = [key for key, value in state.items() if value.is_meta]
         if missing:
             message = "the model lacks a tensor its configuration calls for"
             raise InvalidFileError([Problem("missing_tensor", message, None, key) for key in missing])
-        self._compute_buffers(state)
+        for value in state.values():
+            value._is_hf_initialized = True
+        compute_buffers(self._module, self.device)
 
     def _read(self, tensor: Tensor) -> torch.Tensor:
         """A dense tensor, or the decoded weight of a module of a class of its own."""
         values = tensor_of(tensor.values) if isinstance(tensor, DenseTensor) else torch.from_numpy(tensor.decode())
         return values.to(self.device, self.dtype if values.is_floating_point() else values.dtype)
-
-    def _compute_buffers(self, state: dict[str, torch.Tensor]) -> None:
-        """The way transformers itself gives values to buffers that no checkpoint stores."""
-        marked: list[Any] = list(state.values())
-        for value in marked:
-            value._is_hf_initialized = True
-        for key, value in list(self._module.named_non_persistent_buffers()):
-            if value.is_meta:
-                owner, _, leaf = key.rpartition(".")
-                self._module.get_submodule(owner)._buffers[leaf] = torch.empty_like(value, device=self.device)
-        self._module.initialize_weights()
 
     @property
     def max_positions(self) -> int:

@@ -20,7 +20,7 @@ from cluscomp_runtime.memory import check_memory, memory_faults
 from cluscomp_runtime.sampling import Sampler
 from cluscomp_runtime.tokenizer import Tokenizer, end_tokens
 
-__all__ = ["DEFAULT_CONTEXT", "LanguageModel", "check_device", "observe_inputs"]
+__all__ = ["DEFAULT_CONTEXT", "LanguageModel", "check_device", "compute_dtype", "observe_inputs"]
 
 DEFAULT_CONTEXT = 2048
 """Positions of the key-value cache unless asked otherwise or the model knows fewer."""
@@ -74,7 +74,7 @@ class LanguageModel:
         settings = DecoderSettings.from_config(model.config)
         check_tensors(model, settings)
         target = check_device(device)
-        builder = MatrixBuilder(check_kernel(kernel, target), _dtype(dtype, target), target)
+        builder = MatrixBuilder(check_kernel(kernel, target), compute_dtype(dtype, target), target)
         positions = _context(context, settings.max_position_embeddings)
         check_memory(model, builder.kernel, builder.dtype, target)
         with memory_faults():
@@ -218,7 +218,8 @@ def check_device(device: str | torch.device) -> torch.device:
     return target
 
 
-def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+def compute_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """What to compute in, None for the device's default. Raises InvalidRequestError for a dtype that none computes in."""
     if dtype is None:
         if device.type == "cpu":
             return torch.float32
