@@ -27,8 +27,6 @@ __all__ = ["calibration_tokens", "calibration_windows", "channel_energies", "rea
 
 CONTEXT = 512
 MAX_WINDOWS = 16
-MAX_FEEDBACK_WINDOWS = 32
-"""Moments of second order need more of a text than energies do."""
 BATCH = 4
 """Windows run at a time: every batch decodes every matrix once more, and activations take memory by the batch."""
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from cluscomp_export.command_options import DEVICE, GGUF_TYPE, JSON, PATH, OutputFormat
-from cluscomp_export.terminal import ProgressDisplay, print_json, print_table, say
+from cluscomp_export.terminal import ProgressDisplay, json_document, print_json, print_table, say
 from cluscomp_export.tuning_commands import merge, tune
 from cluscomp_formats.errors import ClusCompError, printable
 from cluscomp_formats.version import __version__
@@ -264,49 +264,95 @@ def verify(a: Path, b: Path, *, delta: Path | None, device: str, as_json: bool) 
 
 @cli.command(name="eval")
 @click.argument("model", type=PATH)
-@click.option("--text", type=PATH, required=True, help="A UTF-8 text file.")
-@click.option("--reference", type=PATH, help="The original: adds KL divergence and top-1 agreement against it.")
+@click.option("--text", type=PATH, help="A UTF-8 text file.")
+@click.option("--reference", type=PATH, help="The original: adds KL divergence, top-1 agreement and the ratio of perplexities.")
+@click.option(
+    "--protocol",
+    type=click.Choice(["llama.cpp", "gptq"]),
+    default="llama.cpp",
+    show_default=True,
+    help="llama.cpp: the text as it is, the second half of each window scored. gptq, as in the papers: lines joined as rows of "
+    "the data set, all of a window scored.",
+)
 @click.option("--windows", type=click.IntRange(min=1), help="How many windows of the text to use. [default: all]")
-@click.option("--context", type=int, default=512, show_default=True, help="Tokens per window; the second half is scored.")
 @click.option("--delta", type=PATH, help="Swap this delta in (see tune) first.")
+@click.option("--context", type=int, help="Tokens per window. [default: 512, gptq 2048; no more than the model takes]")
+@click.option("--stride", type=int, help="Let windows overlap: tokens from one to the next. Only new ones are scored.")
+@click.option("--join", type=click.Choice(["rows", "none"]), help="How to join the text's lines. [default: none, gptq rows]")
+@click.option("--tasks", help="Instead of --text: tasks of lm-evaluation-harness, names or YAML files, separated by commas.")
+@click.option("--limit", type=click.IntRange(min=1), help="With --tasks: how many examples of each to use. [default: all]")
+@click.option("--num-fewshot", type=click.IntRange(min=0), help="With --tasks: examples in the prompt. [default: the task's]")
 @DEVICE
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Compute in. [default: by device]")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads to use. [default: all cores]")
+@click.option("--output", type=PATH, help="Also write the JSON document to this file.")
+@click.option("--force", is_flag=True, help="Replace the output file if it exists.")
 @JSON
 def evaluate(
     model: Path,
     *,
-    text: Path,
-    reference: Path | None,
-    windows: int | None,
-    context: int,
-    delta: Path | None,
-    device: str,
+    text: Path | None,
+    tasks: str | None,
+    limit: int | None,
+    num_fewshot: int | None,
+    threads: int | None,
+    output: Path | None,
+    force: bool,
     as_json: bool,
+    device: str,
+    dtype: str | None,
+    **options: Any,
 ) -> None:
-    """Perplexity of MODEL on a text, in llama.cpp's protocol (windows of 512 tokens, second half scored)."""
-    from dataclasses import asdict
+    """How well MODEL predicts a text, how far it is from the original, or how it does on tasks.
 
-    from cluscomp_export.evaluate import evaluate_files
+    \b
+    Examples:
+      cluscomp-export eval model.clus --text wiki.test.raw                       perplexity as llama.cpp reports it
+      cluscomp-export eval model.clus --text wiki.test.raw --protocol gptq       ... as papers do
+      cluscomp-export eval model.clus --text some.txt --reference original/ --output eval.json
+      cluscomp-export eval model.clus --tasks arc_easy,my-task.yaml --limit 100
 
-    with ProgressDisplay() as progress:
-        result = evaluate_files(
-            model,
-            text=text,
-            reference=reference,
-            windows=windows,
-            context=context,
-            delta=delta,
-            device=device,
-            on_progress=progress,
+    The JSON document also holds what is needed to repeat it: digests, versions, parameters, the command. Tasks need the extra
+    lm-eval and their data sets on this machine; nothing is downloaded unless HF_HUB_OFFLINE=0 is in the environment.
+    """
+    from cluscomp_export.tables import print_scores, print_task_results
+    from cluscomp_formats.atomic import atomic_write, check_output
+
+    if (text is None) == (tasks is None):
+        raise click.UsageError("Give either --text or --tasks.")
+    given = [f"--{name}" for name, value in options.items() if value is not None and name != "protocol"]
+    if tasks is not None and given:
+        raise click.UsageError(f"{', '.join(given)}: only with --text.")
+    if text is not None and (limit is not None or num_fewshot is not None):
+        raise click.UsageError("--limit, --num-fewshot: only with --tasks.")
+    if output is not None:
+        check_output(output, force=force)
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    if text is not None:
+        from cluscomp_export.evaluate import evaluate_files
+
+        with ProgressDisplay() as progress:
+            scores = evaluate_files(model, text=text, device=device, dtype=dtype, on_progress=progress, **options)
+        document = dict(vars(scores))
+    else:
+        from cluscomp_export.harness import evaluate_tasks
+
+        document = evaluate_tasks(
+            model, str(tasks).split(","), limit=limit, num_fewshot=num_fewshot, device=device, dtype=dtype
         )
+    document["record"] = {**document["record"], "command": ["cluscomp-export", *sys.argv[1:]]}
+    if output is not None:
+        with atomic_write(output, force=force) as stream:
+            stream.write(json_document(document).encode() + b"\n")
     if as_json:
-        print_json(asdict(result))
-        return
-    click.echo(
-        f"perplexity {result.perplexity:.4f} +/- {result.perplexity_error:.4f} ({result.windows} windows of {result.context})"
-    )
-    if result.kl is not None and result.top1 is not None:
-        click.echo(f"reference perplexity {result.reference_perplexity:.4f}")
-        click.echo(f"KL divergence {result.kl:.4f} nats per token, top-1 agreement {100 * result.top1:.1f} %")
+        print_json(document)
+    elif text is not None:
+        print_scores(scores)
+    else:
+        print_task_results(document["results"])
 
 
 @cli.command()

@@ -316,7 +316,7 @@ class _Clustering:
         """Whether a matrix of the block has its codes."""
         return name not in self.plan.treatments or _tensor_unit(name) in self.held
 
-    def encode(self, goals: Mapping[str, Goal]) -> None:
+    def encode(self, goals: Mapping[str, Goal | None]) -> None:
         """Choose the codes of matrices none of which depends on another."""
         names = {_tensor_unit(name): name for name in goals}
         prepare = lambda unit, how: self._encoding_job(names[unit], goals[names[unit]], how)  # noqa: E731

@@ -11,14 +11,13 @@ import itertools
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from cluscomp_export.calibration import (
-    MAX_FEEDBACK_WINDOWS,
     calibration_tokens,
     calibration_windows,
     channel_energies,
@@ -26,6 +25,7 @@ from cluscomp_export.calibration import (
     shipped_text,
 )
 from cluscomp_export.clustering import cluster_model, work_bytes
+from cluscomp_export.effort import Effort, Levels, levels_of
 from cluscomp_export.error_feedback import ErrorFeedback
 from cluscomp_export.jobs import Computing, Method
 from cluscomp_export.planning import CODEBOOK_DTYPES, Plan, Share, embedding_tensors, plan_bits, plan_fixed
@@ -33,7 +33,6 @@ from cluscomp_export.progress import Progress, silent
 from cluscomp_export.sizes import Sizes, model_sizes
 from cluscomp_export.sources import open_source, source_bytes
 from cluscomp_export.tuning import RecoveryOptions, TrainableModel, recover
-from cluscomp_export.tuning.blockwise import BlockwiseOptions
 from cluscomp_export.work_folder import WorkFolder, fingerprint, remove_work, work_folder, work_path
 from cluscomp_export.workers import Workers, open_workers, parse_workers
 from cluscomp_export.writers import find_writer
@@ -53,8 +52,6 @@ from cluscomp_runtime.language_model import check_device
 
 __all__ = ["ConversionOptions", "ConversionReport", "Prepared", "convert", "prepare", "record_self_test", "scan_source"]
 
-Effort = Literal["fast", "balanced", "best"]
-
 DEFAULT_BITS = 4.0
 
 
@@ -68,7 +65,8 @@ class ConversionOptions:
     where that is below 16. `codebook_bits` is 8 or 16 per value of a codebook whose weights have row scales, None for whichever
     is expected to be best. `calibration` is a text file whose activations weight the clustering, "none", or None: the text the
     package ships with `bits`, none with the paper's setting. `effort="fast"` only clusters; "balanced", the default where there
-    is a calibration text, also chooses codes with error feedback; "best" then trains codebooks, scales and norms on the text.
+    is a calibration text, also chooses codes with error feedback and tunes block by block; "best" then trains codebooks, scales
+    and norms end to end. `feedback`, `calibration_windows`, `blockwise` and `recovery` change the effort: see `levels_of`.
     `gguf_type` decodes for stock llama.cpp. `workers`, what `parse_workers` takes, cluster in parallel, else this process
     does. `workers`, `threads` (of each worker) and `device` do not change the result, except that of a training.
     """
@@ -81,6 +79,10 @@ class ConversionOptions:
     codebook_bits: int | None = None
     calibration: str | None = None
     effort: Effort | None = None
+    feedback: bool | None = None
+    calibration_windows: int | None = None
+    blockwise: Mapping[str, Any] = field(default_factory=dict)
+    recovery: Mapping[str, Any] = field(default_factory=dict)
     method: Method = "fast"
     seed: int = 0
     to: str = "packed"
@@ -93,19 +95,42 @@ class ConversionOptions:
     def asks_clustering(self) -> bool:
         """Whether any option says how to cluster."""
         how = (self.bits, self.cluster_dim, self.num_clusters, self.share, self.embedding_bits, self.codebook_bits)
-        given = (*how, self.calibration, self.effort)
+        levels = (self.effort, self.feedback, self.calibration_windows, *self.blockwise.values(), *self.recovery.values())
+        given = (*how, self.calibration, *levels)
         return any(value is not None for value in given)
+
+    def levels(self) -> Levels:
+        """What to go through if there is a calibration text. Raises InvalidRequestError."""
+        bare = self.calibration == "none" or self.cluster_dim is not None
+        return levels_of(
+            self.effort or ("fast" if bare else "balanced"),
+            feedback=self.feedback,
+            windows=self.calibration_windows,
+            blockwise=self.blockwise,
+            recovery=self.recovery,
+            seed=self.seed,
+        )
 
     def calibration_text(self) -> str | None:
         """The text to calibrate on, if any. Raises InvalidFileError."""
-        bare = self.cluster_dim is not None and self.effort in (None, "fast")
+        bare = self.cluster_dim is not None and not self.levels().needs_text
         if self.calibration == "none" or (self.calibration is None and bare):
             return None
         return shipped_text() if self.calibration is None else read_text(Path(self.calibration))
 
     def recorded(self) -> dict[str, Any]:
         """The options that determine the result, for the provenance."""
-        without_effect = ("threads", "device", "workers", "to")
+        without_effect = (
+            "threads",
+            "device",
+            "workers",
+            "to",
+            "effort",
+            "feedback",
+            "calibration_windows",
+            "blockwise",
+            "recovery",
+        )
         return {key: value for key, value in asdict(self).items() if value is not None and key not in without_effect}
 
 
@@ -254,8 +279,8 @@ def _clustered(
     recorded = options.recorded()
     if text is not None:
         recorded["calibration"] = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
-    effort = options.effort or ("fast" if text is None else "balanced")
-    recorded["effort"] = effort
+    levels = levels_of("fast") if text is None else options.levels()
+    recorded |= levels.recorded()
     provenance = {
         "tool": "cluscomp-export",
         "version": __version__,
@@ -271,16 +296,22 @@ def _clustered(
     if text is not None:
         try:
             energies = _energies(source, text, work, on_progress)
-            if effort != "fast":
-                windows = calibration_windows(source, text, MAX_FEEDBACK_WINDOWS)
-                feedback = ErrorFeedback(source, windows, BlockwiseOptions(seed=options.seed), on_progress=on_progress)
+            if levels.block_by_block:
+                feedback = ErrorFeedback(
+                    source,
+                    calibration_windows(source, text, levels.windows),
+                    levels.blockwise,
+                    feedback=levels.feedback,
+                    device=options.device,
+                    on_progress=on_progress,
+                )
         except (InvalidRequestError, UnsupportedError) as error:
-            if options.calibration is not None:
+            if options.calibration is not None or options.effort is not None:
                 raise
-            del recorded["calibration"]
-            recorded["effort"] = "fast"
-            what = "calibration" if effort == "fast" else "calibration and error feedback"
-            warnings.append(f"clustered without {what}: {error.problems[0].message}")
+            levels = levels_of("fast")
+            recorded.pop("calibration")
+            recorded |= levels.recorded()
+            warnings.append(f"clustered without a calibration text: {error.problems[0].message}")
     model = cluster_model(
         source,
         plan,
@@ -295,13 +326,13 @@ def _clustered(
         workers=workers,
         on_progress=on_progress,
     )
-    if effort == "best" and feedback is not None and text is not None:
-        return _recovered(model, source, text, options, work, on_progress)
+    if levels.recovery is not None and text is not None:
+        return _recovered(model, source, text, levels.recovery, work, on_progress)
     return model, None
 
 
 def _recovered(
-    model: Model, source: Model, text: str, options: ConversionOptions, work: WorkFolder, on_progress: Progress
+    model: Model, source: Model, text: str, options: RecoveryOptions, work: WorkFolder, on_progress: Progress
 ) -> tuple[Model, Mapping[str, Any] | None]:
     """The model after recovery training and how that went; unless an earlier attempt has done it."""
     trainable = TrainableModel(model)
@@ -309,7 +340,7 @@ def _recovered(
     if values is not None:
         return trainable.with_values(values), None
     token_ids = calibration_tokens(source, text)
-    result = recover(trainable, source, token_ids, RecoveryOptions(seed=options.seed), on_progress)
+    result = recover(trainable, source, token_ids, options, on_progress)
     work.save("recovery", result.values)
     return result.model, result.record()
 
@@ -383,11 +414,12 @@ def _check_options(options: ConversionOptions) -> None:
     elif options.codebook_bits not in (None, *CODEBOOK_DTYPES):
         found, expected = str(options.codebook_bits), " or ".join(map(str, CODEBOOK_DTYPES))
         problem = Problem("bad_option", "--codebook-bits is out of range", found=found, expected=expected)
-    elif options.effort not in (None, "fast") and options.calibration == "none":
-        found, remedy = f"--effort {options.effort} --calibration none", "give a text, or --effort fast"
-        problem = Problem("bad_option", "error feedback needs a calibration text", found=found, remedy=remedy)
+    elif options.calibration == "none" and options.levels().needs_text:
+        found, remedy = "--calibration none", "give a text, or --effort fast and none of the options of other levels"
+        problem = Problem("bad_option", "this effort needs a calibration text", found=found, remedy=remedy)
     if problem:
         raise InvalidRequestError(problem)
+    options.levels()
     if options.workers is not None:
         parse_workers(options.workers)
     check_device(options.device)

@@ -8,19 +8,18 @@ matrix adds to the residual stream, what that stream lacks by then. Over a text 
 
 so the matrix is first corrected by ridge regression, which damping keeps near W, and then encoded under H. Codes are chosen as
 GPTQ does (Frantar et al., arXiv 2210.17323); that H is of the compressed model and t of the original one is in the
-spirit of GPTAQ (Li et al., arXiv 2504.02692). In the reference layout a vector lies in one input channel, so GPTQ's update, which
-goes from channel to channel, serves vectors as it serves numbers.
+spirit of GPTAQ (Li et al., arXiv 2504.02692). In the reference layout a vector lies in one input channel, so GPTQ's update,
+which goes from channel to channel, serves vectors as it serves numbers.
 
-Blocks are done in order. Memory: the matrices of half a block as float32, the activations of the text in both models (8 bytes x
-tokens x hidden_size), and for the input of one matrix 8 bytes x in_features x (in_features + out_features), a few times that
-while matrices are encoded.
+Blocks are done in order. Memory: the matrices of half a block as float32, the activations of the text between blocks in both
+models and those within half a block in one (4 bytes x tokens x features), and for the input of one matrix
+8 bytes x in_features x (in_features + out_features), a few times that while matrices are encoded.
 """
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,7 +32,7 @@ from cluscomp_export.tuning.blockwise import BlockwiseOptions, tune_block
 from cluscomp_export.tuning.training import Trained
 from cluscomp_formats.ir import Model, Tensor
 from cluscomp_kernels.kmeans import assign_with_feedback, feedback_factor
-from cluscomp_runtime.blocks import BlockRunner
+from cluscomp_runtime.blocks import HALVES, BlockRunner, Half
 
 __all__ = ["BlockWork", "ErrorFeedback", "Goal", "InputMoments", "block_index"]
 
@@ -46,7 +45,6 @@ BATCH = 4
 """Windows run at a time."""
 
 _BLOCK = re.compile(r"model\.layers\.(\d+)\..*")
-_ADDS_TO_STREAM = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 
 
 def block_index(name: str) -> int | None:
@@ -58,8 +56,8 @@ def block_index(name: str) -> int | None:
 class InputMoments:
     """Second moments of what flows into a matrix: the mean over tokens of `x x^T`, float64 `[in_features, in_features]`.
 
-    Tokens are scaled to unit mean square, so that all count alike: the first of a text can have a thousand times the energy of
-    the others.
+    Tokens are scaled to one energy, of what flows in or of what is to flow out, so that all count alike: the first of a text
+    can have a thousand times the energy of the others.
     """
 
     def __init__(self, moments: torch.Tensor) -> None:
@@ -80,11 +78,15 @@ class InputMoments:
             self._factor = np.ascontiguousarray(feedback_factor(ordered).numpy().astype(np.float32))
         return self._factor
 
-    def solve(self, products: torch.Tensor) -> torch.Tensor:
-        """The damped inverse times `products`, float64 `[in_features, any]`: ridge regression on the inputs."""
+    def correction(self, lacks: torch.Tensor) -> Floats:
+        """What to add to the transposed matrix for its output to lack least, float32 `[in_features, out_features]`.
+
+        `lacks` float64, of that shape, is the mean of `x e^T`, with e what the output lacks: ridge regression of e on x.
+        """
         if self._lower is None:
             self._lower = torch.linalg.cholesky(self.damped)
-        return torch.cholesky_solve(products, self._lower)
+        correction: Floats = torch.cholesky_solve(lacks, self._lower).float().numpy()
+        return correction
 
     def encode(
         self, weights: Floats, centroids: Floats, out_features: int, *, threads: int | None, device: str
@@ -107,7 +109,7 @@ class InputMoments:
 
 @dataclass(frozen=True)
 class Goal:
-    """What the codes of a matrix aim at: its transpose with `correction` `[in_features, out_features]` added, under `moments`."""
+    """What codes aim at: a transposed matrix with `correction` `[in_features, out_features]` added, under `moments`."""
 
     moments: InputMoments
     correction: Floats
@@ -126,8 +128,8 @@ class BlockWork(Protocol):
     def is_encoded(self, name: str) -> bool:
         """Whether a matrix of that block has its codes. True for what is not clustered."""
 
-    def encode(self, goals: Mapping[str, Goal]) -> None:
-        """Choose the codes of matrices none of which depends on another."""
+    def encode(self, goals: Mapping[str, Goal | None]) -> None:
+        """Choose the codes of matrices none of which depends on another; without a goal the nearest centroids."""
 
     def is_tuned(self, index: int) -> bool:
         """Whether a block has been tuned."""
@@ -139,15 +141,12 @@ class BlockWork(Protocol):
         """The codebooks that other blocks use as well."""
 
 
-class _Reached(Exception):
-    """The input that was looked for is there; the rest of the pass is not needed."""
-
-
 class ErrorFeedback:
     """Takes a model's blocks in order, has their matrices encoded and then their parameters tuned, and goes on with the result.
 
-    `windows` int64 `[windows, tokens]` are the calibration text; `tuning=None` leaves out the tuning. Raises UnsupportedError
-    for an architecture the runtime does not know, InvalidRequestError for ids the model does not have.
+    `windows` int64 `[windows, tokens]` are the calibration text; `tuning=None` leaves out the tuning, `feedback=False` has every
+    vector take its nearest centroid. Raises UnsupportedError for an architecture the runtime does not know, InvalidRequestError
+    for ids the model does not have.
     """
 
     def __init__(
@@ -156,6 +155,7 @@ class ErrorFeedback:
         windows: torch.Tensor,
         tuning: BlockwiseOptions | None = None,
         *,
+        feedback: bool = True,
         device: str = "cpu",
         on_progress: Progress = silent,
     ) -> None:
@@ -165,6 +165,7 @@ class ErrorFeedback:
         """What flows into the next block in the original model, and in the compressed one."""
         self._given = self._wanted
         self._tuning = tuning
+        self._feedback = feedback
         self._device = device
         self._next = 0
         self._on_progress = on_progress
@@ -189,14 +190,8 @@ class ErrorFeedback:
             work.take_up(index)
             before = self._given
             to_tune = self._tuning is not None and not work.is_tuned(index)
-            for half in (0, 1):
-                wanted = self._advance(index, half, self._source.tensors, self._wanted)
-                for group in self._groups(index, half):
-                    missing = [name for name in group if not work.is_encoded(name)]
-                    if missing:
-                        work.encode(self._goals(index, half, missing, wanted, work))
-                self._given = self._advance(index, half, work.tensors, self._given)
-                self._wanted = wanted
+            for half in HALVES:
+                self._compress(index, half, work)
             if self._tuning is not None and to_tune:
                 tuned = tune_block(
                     self._runner,
@@ -212,99 +207,72 @@ class ErrorFeedback:
                 )
                 work.keep_tuned(index, tuned)
                 self._given = before
-                for half in (0, 1):
-                    self._given = self._advance(index, half, work.tensors, self._given)
+                for half in HALVES:
+                    tuned_half = self._runner.half(index, half, work.tensors, self._device)
+                    self._given = [tuned_half(batch.to(self._device)).cpu() for batch in self._given]
         self._on_progress("block by block", self._next, self._runner.num_blocks)
 
-    def _advance(
-        self, index: int, half: int, tensors: Mapping[str, Tensor], hidden: Sequence[torch.Tensor]
-    ) -> list[torch.Tensor]:
-        run = self._runner.half(index, half, tensors)
-        return [run(batch) for batch in hidden]
+    def _compress(self, index: int, half: str, work: BlockWork) -> None:
+        """Encode half a block, and take the activations of both models past it."""
+        original = self._runner.half(index, half, self._source.tensors, self._device)
+        behind = [original(batch.to(self._device)).cpu() for batch in self._wanted]
+        self._encode(original.readers, lambda: self._reader_goals(original), work)
+        # The writer has no codes yet: it is the original's.
+        tensors = {**work.tensors, original.writer: self._source.tensors[original.writer]}
+        compressed = self._runner.half(index, half, tensors, self._device)
+        mixed = [compressed.mixed(compressed.normed(batch.to(self._device))).cpu() for batch in self._given]
+        self._encode((original.writer,), lambda: self._writer_goal(original, mixed, behind), work)
+        compressed = self._runner.half(index, half, work.tensors, self._device)
+        pairs = zip(self._given, mixed, strict=True)
+        self._given = [compressed.written(batch.to(self._device), inputs.to(self._device)).cpu() for batch, inputs in pairs]
+        self._wanted = behind
 
-    def _groups(self, index: int, half: int) -> list[list[str]]:
-        """The matrices of half a block in the order of their use, those with the same input together."""
-        groups: list[list[str]] = []
-        last: torch.Tensor | None = None
+    def _encode(self, names: Sequence[str], goals: Callable[[], Mapping[str, Goal]], work: BlockWork) -> None:
+        missing = [name for name in names if not work.is_encoded(name)]
+        if missing:
+            found = goals() if self._feedback else {}
+            work.encode({name: found.get(name) for name in missing})
 
-        def observe(name: str, inputs: torch.Tensor) -> None:
-            nonlocal last
-            if inputs is last:
-                groups[-1].append(name)
-            else:
-                groups.append([name])
-            last = inputs
-
-        self._runner.half(index, half, self._source.tensors, observe)(self._given[0][:1, :1])
-        return groups
-
-    def _goals(
-        self, index: int, half: int, names: Sequence[str], results: Sequence[torch.Tensor], work: BlockWork
-    ) -> dict[str, Goal]:
-        """What the codes of the matrices `names`, which have one input, aim at; `results` is what shall flow out of the half."""
-        # What has no codes yet is the original's.
-        tensors = {
-            name: work.tensors[name] if work.is_encoded(name) else tensor
-            for name, tensor in self._source.tensors.items()
-            if block_index(name) == index
-        }
-        inputs: list[torch.Tensor] = []
-
-        def observe(name: str, values: torch.Tensor) -> None:
-            if name == names[0]:
-                inputs.append(values.flatten(0, -2))
-                raise _Reached
-
-        runs = self._runner.half(index, half, tensors, observe), self._runner.half(index, half, self._source.tensors, observe)
-        to_stream = names[0].endswith(_ADDS_TO_STREAM)
+    def _reader_goals(self, original: Half) -> dict[str, Goal]:
+        """Readers are to give for the compressed model's input what the original ones give for the original's."""
         sums = _Sums()
-        for given, wanted, result in zip(self._given, self._wanted, results, strict=True):
-            for run, hidden in zip(runs, (given, wanted), strict=True):
-                with contextlib.suppress(_Reached):
-                    run(hidden)
-            found, expected = inputs
-            inputs.clear()
-            if to_stream:
-                sums.add(found, expected, result.flatten(0, -2), (wanted - given).flatten(0, -2))
-            else:
-                sums.add(found, expected, found)
-        moments = InputMoments(sums.mean(sums.inputs))
-        goals = {}
-        for name in names:
-            weight = torch.from_numpy(self._source.tensors[name].decode()).double()
-            lacks = sums.mean(sums.lacks) @ weight.t()
-            if to_stream:
-                lacks += sums.mean(sums.stream)
-            goals[name] = Goal(moments, moments.solve(lacks).float().numpy())
-        return goals
+        for given, wanted in zip(self._given, self._wanted, strict=True):
+            inputs = original.normed(given.to(self._device))
+            sums.add(inputs, original.normed(wanted.to(self._device)) - inputs, inputs)
+        moments, lacks = sums.results()
+        weights = {name: torch.from_numpy(self._source.tensors[name].decode()).double() for name in original.readers}
+        return {name: Goal(moments, moments.correction(lacks @ weight.t())) for name, weight in weights.items()}
+
+    def _writer_goal(self, original: Half, mixed: Sequence[torch.Tensor], behind: Sequence[torch.Tensor]) -> dict[str, Goal]:
+        """The writer is to bring the compressed model's residual stream to the original's, `behind`."""
+        sums = _Sums()
+        for given, inputs, wanted in zip(self._given, mixed, behind, strict=True):
+            stream, features, target = (values.to(self._device) for values in (given, inputs, wanted))
+            sums.add(features, target - original.written(stream, features), target)
+        moments, lacks = sums.results()
+        return {original.writer: Goal(moments, moments.correction(lacks))}
 
 
 class _Sums:
-    """Sums over tokens of products with the inputs x of a matrix.
-
-    `inputs` of `x x^T`; `lacks` of `x (x' - x)^T`, with x' the inputs in the original model; `stream` of `x (h' - h)^T`, with h the
-    residual streams of both.
-    """
+    """Sums over tokens of `x x^T` and `x e^T`, with x the inputs of a matrix and e what is lacking."""
 
     def __init__(self) -> None:
-        self.inputs: torch.Tensor | float = 0.0
-        self.lacks: torch.Tensor | float = 0.0
-        self.stream: torch.Tensor | float = 0.0
-        self.tokens = 0
+        self._inputs: torch.Tensor | float = 0.0
+        self._lacks: torch.Tensor | float = 0.0
+        self._tokens = 0
 
-    def add(self, given: torch.Tensor, wanted: torch.Tensor, measure: torch.Tensor, lack: torch.Tensor | None = None) -> None:
-        """Inputs of some tokens `[tokens, in_features]` in both models, and what the stream lacks `[tokens, hidden_size]`.
+    def add(self, inputs: torch.Tensor, lacks: torch.Tensor, measure: torch.Tensor) -> None:
+        """Some windows' `inputs` `[windows, tokens, in_features]` and `lacks` `[windows, tokens, any]`.
 
-        A token counts by the inverse of the mean square of its row of `measure`.
+        Each token counts by the inverse of the mean square of `measure` `[windows, tokens, any]`.
         """
-        scale = measure.square().mean(1, keepdim=True).sqrt().clamp(min=torch.finfo(given.dtype).tiny)
-        scaled = (given / scale).t()
-        self.inputs = self.inputs + (scaled @ (given / scale)).double()
-        self.lacks = self.lacks + (scaled @ ((wanted - given) / scale)).double()
-        if lack is not None:
-            self.stream = self.stream + (scaled @ (lack / scale)).double()
-        self.tokens += len(given)
+        scale = measure.square().mean(-1, keepdim=True).sqrt().clamp(min=torch.finfo(measure.dtype).tiny)
+        scaled, lacking = ((values / scale).flatten(0, -2) for values in (inputs, lacks))
+        self._inputs = self._inputs + (scaled.t() @ scaled).double()
+        self._lacks = self._lacks + (scaled.t() @ lacking).double()
+        self._tokens += len(scaled)
 
-    def mean(self, sums: torch.Tensor | float) -> torch.Tensor:
-        """The mean over tokens of one of the sums."""
-        return torch.as_tensor(sums) / self.tokens
+    def results(self) -> tuple[InputMoments, torch.Tensor]:
+        """The moments of the inputs, and the mean of `x e^T`, float64 `[in_features, any]`."""
+        inputs, lacks = (torch.as_tensor(sums).cpu() / self._tokens for sums in (self._inputs, self._lacks))
+        return InputMoments(inputs), lacks

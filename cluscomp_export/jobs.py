@@ -88,9 +88,9 @@ class Encoding:
     """Encodes a matrix of `out_features` rows.
 
     `vectors` `[in_features * groups, cluster_dim]` are those of the transposed, padded matrix, its rows divided by `scale`
-    `[out_features]` if that is given; `fitted` is what the `Fit` of its codebook gave. With a `goal` codes are chosen with error
-    feedback, else each vector gets its nearest centroid, and `energy` `[in_features]` says how much the input channels count
-    when scales are refitted.
+    `[out_features]` if that is given; `fitted` is what the `Fit` of its codebook gave. With a `goal` codes are chosen with
+    error feedback, else each vector gets its nearest centroid, and `energy` `[in_features]` says how much the input channels
+    count when scales are refitted.
     """
 
     vectors: Floats

@@ -139,16 +139,17 @@ def plan_bits(
     """The choice with the least expected error at no more than `bits` per weight of the linear layers, all they need counted.
 
     `share=None` tries a codebook per matrix, per kind of matrix and one for the whole model, and takes the best.
-    `codebook_bits`, 8 or 16 per value of a codebook, is left to the planner if None; without row scales it is always 16. Raises
+    `codebook_bits`, 8 or 16 per value of a codebook, both if None; without row scales it is always 16. Raises
     InvalidRequestError if nothing fits the budget, UnsupportedError if there is nothing to cluster.
     """
     candidates: list[tuple[float, dict[str, Treatment]]] = []
     for mode in (share,) if share else ("none", "kind", "model"):
         groups = _groups(model, mode)
-        solved = _allocate(model, groups, bits, mode, codebook_bits)
-        if solved is not None:
-            error, choices = solved
-            candidates.append((error, _treatments(model, groups, choices, mode)))
+        for value_bits in _value_bits(codebook_bits, row_scale=mode != "none"):
+            solved = _allocate(model, groups, bits, mode, value_bits)
+            if solved is not None:
+                error, choices = solved
+                candidates.append((error, _treatments(model, groups, choices, mode)))
     if not candidates:
         remedy = "allow more bits, or share codebooks: --share kind, --share model"
         found = f"--bits {bits:g}" + (f" --share {share}" if share else "")

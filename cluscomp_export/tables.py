@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,7 +11,10 @@ from cluscomp_export.sources.linears import kind
 from cluscomp_export.terminal import print_table, say
 from cluscomp_formats.errors import Problem, printable
 
-__all__ = ["print_delta", "print_inspection", "print_tensors"]
+__all__ = ["print_delta", "print_inspection", "print_scores", "print_task_results", "print_tensors"]
+
+if TYPE_CHECKING:
+    from cluscomp_export.evaluate import Evaluation
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -134,3 +137,35 @@ def _print_worst(report: Mapping[str, Any]) -> None:
         return
     cells = [(row["name"], f"{row['unused_bits_per_weight']:.2f}", f"{row['bits_per_weight']:.2f}") for row in worst]
     print_table(("worst tensors", "bits beyond entropy", "bits"), cells)
+
+
+def print_scores(scores: Evaluation) -> None:
+    """The statistics of an evaluation."""
+
+    def shown(value: float | None, error: float | None, scale: float = 1, digits: int = 4) -> str:
+        tail = "" if error is None else f" +/- {scale * error:.{digits}f}"
+        return f"{scale * (value or 0):.{digits}f}{tail}"
+
+    protocol = scores.record["protocol"]
+    overlap = f", {protocol['stride']} apart" if protocol["stride"] < protocol["context"] else ""
+    click.echo(f"protocol {protocol['name']}: {scores.windows} windows of {scores.context} tokens{overlap}")
+    click.echo(f"perplexity {shown(scores.perplexity, scores.perplexity_error)} ({scores.scored_tokens} tokens scored)")
+    if scores.kl is None:
+        return
+    click.echo(f"reference perplexity {shown(scores.reference_perplexity, scores.reference_perplexity_error)}")
+    click.echo(f"perplexity ratio {shown(scores.perplexity_ratio, scores.perplexity_ratio_error)}")
+    spread = f"median {scores.kl_median:.4f}, 90 % {scores.kl_p90:.4f}, 99 % {scores.kl_p99:.4f}, largest {scores.kl_max:.4f}"
+    click.echo(f"KL divergence {shown(scores.kl, scores.kl_error)} nats per token ({spread})")
+    click.echo(f"top-1 agreement {shown(scores.top1, scores.top1_error, 100, 2)} %")
+
+
+def print_task_results(results: Mapping[str, Mapping[str, Any]]) -> None:
+    """One line for each figure of each task, as the harness names them."""
+    rows = []
+    for task, figures in results.items():
+        for name, value in figures.items():
+            figure, _, how = name.partition(",")
+            if isinstance(value, int | float) and how and not figure.endswith("_stderr"):
+                error = figures.get(f"{figure}_stderr,{how}")
+                rows.append((task, figure, f"{value:.4f}", f"{error:.4f}" if isinstance(error, float) else ""))
+    print_table(("task", "figure", "value", "+/-"), rows)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from cluscomp_export import cli
 from cluscomp_export.terminal import ProgressDisplay
@@ -197,8 +198,62 @@ def test_eval(run: Run, stories_folder: Path, stories_text: Path, packed: Path) 
     assert result["windows"] == 2
     assert 1 < result["reference_perplexity"] < 6
     assert result["perplexity"] < 2 * result["reference_perplexity"]
-    assert 0 < result["kl"] < 1
+    assert 0 < result["kl_median"] < result["kl"] < result["kl_p99"] <= result["kl_max"]
+    assert result["kl"] < 1
     assert 0.5 < result["top1"] <= 1
+    assert result["record"]["command"] == ["cluscomp-export", "eval", *map(str, (packed, *arguments))]
+    code, out, _ = run("eval", packed, *arguments[:-1])
+    assert code == 0
+    assert f"{result['perplexity']:.4f} +/- {result['perplexity_error']:.4f}" in out
+    assert f"{result['perplexity_ratio']:.4f}" in out
+    assert f"{result['kl_p99']:.4f}" in out
+
+
+def test_eval_in_the_papers_protocol_to_a_file(run: Run, stories_text: Path, packed: Path, tmp_path: Path) -> None:
+    output = tmp_path / "eval.json"
+    threads = torch.get_num_threads()
+    arguments = ("eval", packed, "--text", stories_text, "--protocol", "gptq", "--context", 64, "--windows", 2)
+    try:
+        code, out, _ = run(*arguments, "--threads", 1, "--output", output)
+    finally:
+        torch.set_num_threads(threads)
+    result = json.loads(output.read_text())
+    assert code == 0
+    assert "protocol gptq: 2 windows of 64 tokens" in out
+    assert f"{result['perplexity']:.4f}" in out
+    assert result["record"]["protocol"]["join"] == "rows"
+    assert result["record"]["threads"] == 1
+    content = output.read_bytes()
+    assert run(*arguments, "--output", output)[0] == 5
+    assert output.read_bytes() == content
+    assert run(*arguments, "--output", output, "--force")[0] == 0
+    assert [file.name for file in tmp_path.iterdir()] == ["eval.json"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--text", "a.txt", "--tasks", "arc_easy"),
+        ("--tasks", "arc_easy", "--windows", 3, "--reference", "original"),
+        ("--text", "a.txt", "--limit", 3),
+        ("--text", "a.txt", "--protocol", "wikitext"),
+    ],
+)
+def test_eval_refuses_options_that_do_not_go_together(run: Run, packed: Path, options: tuple[object, ...]) -> None:
+    assert run("eval", packed, *options)[0] == 2
+
+
+def test_eval_of_tasks_without_the_harness_says_what_to_install(
+    run: Run, packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "cluscomp_export.harness", raising=False)
+    for name in ("HF_HUB_OFFLINE", "HF_EVALUATE_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    code, _, err = run("eval", packed, "--tasks", "arc_easy")
+    assert code == 4
+    assert "pip install cluscomp-export[lm-eval]" in err
 
 
 def test_generate_streams_what_json_reports(run: Run, packed: Path) -> None:

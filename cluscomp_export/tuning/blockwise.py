@@ -3,7 +3,8 @@
 The second level of ClusComp (Liao et al., arXiv 2503.13089): codes stay as they are; codebooks, and here row scales and norms
 too, are trained. The loss is the squared error of what flows out of the block in the compressed model, for what flows into it
 there, against what flows out of the block in the original model; the paper's second loss is against what the original block
-makes of the same input. A codebook that other blocks use as well stays as it is.
+makes of the same input. A block whose codebooks other blocks use as well is left alone: scales and norms by themselves gain
+nothing after error feedback.
 
 Errors count relative to each token's energy: the first token of a text can have a thousand times that of the others. Some
 windows are held out, and decide which state is kept, the one before the training included.
@@ -25,7 +26,8 @@ from cluscomp_export.progress import Progress, silent
 from cluscomp_export.tuning.parameters import TrainableBlock
 from cluscomp_export.tuning.training import Schedule, Trained, Training, TrainingOptions
 from cluscomp_formats.ir import Tensor
-from cluscomp_runtime.blocks import BlockRunner
+from cluscomp_formats.parameters import kind_of
+from cluscomp_runtime.blocks import HALVES, BlockRunner
 
 __all__ = ["BlockwiseOptions", "Precision", "tune_block"]
 
@@ -38,8 +40,8 @@ class BlockwiseOptions:
     """`epochs` over the windows that are not held out, in batches of `batch`; `rate` is relative to a parameter's size.
 
     `same_input` weighs the second loss; 0 leaves it out. `held_out` is a share of the windows; `patience` epochs in a row
-    without progress on them end the training of a block. `precision` is that of the activations; parameters and their updates are
-    float32.
+    without progress on them end the training of a block. `precision` is that of the activations; parameters and their updates
+    are float32.
     """
 
     epochs: int = 2
@@ -86,7 +88,7 @@ def tune_block(
     device: str = "cpu",
     on_progress: Progress = silent,
 ) -> Trained | None:
-    """Train block `index` of a model with these `tensors`; None if there is nothing to train or too little to train on.
+    """Train block `index` of a model with these `tensors`; None if no codebook is its own, or there is too little to train on.
 
     `given` is what flows into it and `wanted` what shall flow out, batches `[windows, tokens, hidden_size]`; `fixed` names the
     codebooks to leave alone. `original` holds the tensors of the original model, for `same_input`. A loss that is not finite
@@ -98,14 +100,14 @@ def tune_block(
         return None
     wanteds = [wanted]
     if options.same_input > 0 and original is not None:
-        attend, feed = (runner.half(index, half, original) for half in (0, 1))
-        wanteds.append([feed(attend(batch)) for batch in given])
+        attention, feed_forward = (runner.half(index, half, original, device) for half in HALVES)
+        wanteds.append([feed_forward(attention(batch.to(device))).cpu() for batch in given])
     with torch.inference_mode(False):
         # Tensors made in inference mode cannot take part in a training: copies can.
         windows = _Windows(torch.cat(list(given)).clone(), tuple(torch.cat(list(batches)).clone() for batches in wanteds))
         place = torch.device(device)
         block = TrainableBlock(runner, index, tensors, fixed, device=place, dtype=PRECISIONS[options.precision])
-        if not block.parameters:
+        if not any(kind_of(name) == "codebook" for name in block.parameters):
             return None
         per_epoch = -(-(count - held_out) // options.batch)
 

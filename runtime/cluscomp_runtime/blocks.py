@@ -1,22 +1,71 @@
-"""A decoder taken apart into its blocks, so that no more than half a block's matrices need be in memory, as float32."""
+"""A decoder taken apart: into blocks, and each block into two halves, so that few matrices need be in memory at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 
-from cluscomp_formats.ir import Array, DenseTensor, Model, Tensor
+from cluscomp_formats.ir import Model, Tensor
 from cluscomp_runtime.architecture import DecoderSettings, check_tensors
-from cluscomp_runtime.decoder import Decoder, DecoderLayer, Positions
+from cluscomp_runtime.decoder import Attention, Decoder, DecoderLayer, FeedForward, Positions, RMSNorm
 from cluscomp_runtime.generate import check_prompt
 from cluscomp_runtime.linear import MatrixBuilder
 
-__all__ = ["BlockRunner"]
+__all__ = ["HALVES", "BlockRunner", "Half"]
+
+HALVES = ("attention", "feed_forward")
+
+_MATRICES = {
+    "attention": ("self_attn", ("q_proj", "k_proj", "v_proj"), "o_proj"),
+    "feed_forward": ("mlp", ("gate_proj", "up_proj"), "down_proj"),
+}
+
+
+class Half:
+    """The attention or the feed-forward network of a block, in float32 and without gradients.
+
+    `readers` names the matrices whose input is the normed residual stream, `writer` the one whose output is added to that
+    stream. All activations are `[windows, tokens, features]`, on the device of the half.
+    """
+
+    def __init__(self, runner: BlockRunner, index: int, half: str, model: Model, device: torch.device) -> None:
+        prefix = f"model.layers.{index}"
+        module, readers, writer = _MATRICES[half]
+        self.readers = tuple(f"{prefix}.{module}.{name}.weight" for name in readers)
+        self.writer = f"{prefix}.{module}.{writer}.weight"
+        self._runner = runner
+        builder, settings = MatrixBuilder("dense", torch.float32, device), runner.settings
+        norm = {"attention": "input_layernorm", "feed_forward": "post_attention_layernorm"}[half]
+        self._norm = RMSNorm(builder.norm(model.tensors[f"{prefix}.{norm}.weight"]), settings.rms_norm_eps)
+        self._part: Attention | FeedForward = (
+            Attention(model, settings, index, builder) if half == "attention" else FeedForward(model, settings, index, builder)
+        )
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The residual stream behind the half."""
+        return self.written(hidden, self.mixed(self.normed(hidden)))
+
+    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What flows into the readers."""
+        with torch.inference_mode():
+            return self._norm(hidden)
+
+    def mixed(self, normed: torch.Tensor) -> torch.Tensor:
+        """What flows into the writer."""
+        with torch.inference_mode():
+            if isinstance(self._part, Attention):
+                return self._part.mix(normed, self._runner.positions(normed), None)
+            return self._part.mix(normed)
+
+    def written(self, hidden: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+        """The residual stream `hidden` with the writer's output added."""
+        with torch.inference_mode():
+            return hidden + (self._part.output if isinstance(self._part, Attention) else self._part.down)(mixed)
 
 
 class BlockRunner:
-    """The blocks of a model of a known architecture, in float32 on the CPU.
+    """The blocks of a model of a known architecture.
 
     Raises UnsupportedError for any other architecture, InvalidFileError where tensors do not fit the configuration.
     """
@@ -26,8 +75,7 @@ class BlockRunner:
         check_tensors(model, self.settings)
         self._config = model.config
         # This builder reads no matrix before it is used.
-        builder = MatrixBuilder("reference", torch.float32, torch.device("cpu"))
-        self._decoder = Decoder(model, self.settings, builder)
+        self._decoder = Decoder(model, self.settings, MatrixBuilder("reference", torch.float32, torch.device("cpu")))
 
     @property
     def num_blocks(self) -> int:
@@ -43,36 +91,9 @@ class BlockRunner:
         with torch.inference_mode():
             return self._decoder.embedding.embedding(windows)
 
-    def half(
-        self,
-        index: int,
-        half: int,
-        tensors: Mapping[str, Tensor],
-        observe: Callable[[str, torch.Tensor], None] | None = None,
-    ) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The attention (`half` 0) or the feed-forward network (1) of block `index` with its weights from `tensors`.
-
-        Takes what flows in, `[windows, tokens, hidden_size]`, and gives what flows out: that plus what the half adds.
-        `observe` is shown each matrix's name and its input `[windows, tokens, in_features]`; matrices with the same input are
-        shown the same object, one after the other.
-        """
-        block = self.block(index, tensors)
-        attention = f"model.layers.{index}.self_attn."
-        decoded = {
-            # Norms are small and in both halves.
-            name: DenseTensor(name, Array.of(tensor.decode()))
-            if len(tensor.shape) < 2 or name.startswith(attention) == (half == 0)
-            else tensor
-            for name, tensor in block.tensors.items()
-        }
-        builder = MatrixBuilder("reference", torch.float32, torch.device("cpu"), observe)
-        layer = self.layer(index, Model(block.config, decoded), builder)
-
-        def run(hidden: torch.Tensor) -> torch.Tensor:
-            with torch.inference_mode():
-                return layer.attend(hidden, self.positions(hidden), None) if half == 0 else layer.feed(hidden)
-
-        return run
+    def half(self, index: int, half: str, tensors: Mapping[str, Tensor], device: torch.device | str = "cpu") -> Half:
+        """A half, one of `HALVES`, of block `index` with its weights from `tensors`, all decoded at once."""
+        return Half(self, index, half, self.block(index, tensors), torch.device(device))
 
     def block(self, index: int, tensors: Mapping[str, Tensor]) -> Model:
         """The part of a model with these `tensors` that block `index` is."""
@@ -84,7 +105,7 @@ class BlockRunner:
         return DecoderLayer(model, self.settings, index, builder)
 
     def positions(self, hidden: torch.Tensor) -> Positions:
-        """What a block needs to know about `hidden` `[windows, tokens, hidden_size]`, on its device and in its dtype."""
+        """What a block needs to know about `hidden` `[windows, tokens, features]`, on its device and in its dtype."""
         positions = self._decoder.positions(0, hidden.shape[1])
         masks = {window: None if mask is None else mask.to(hidden.device) for window, mask in positions.masks.items()}
         return Positions(positions.cosines.to(hidden), positions.sines.to(hidden), 0, masks)
