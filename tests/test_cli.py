@@ -91,7 +91,7 @@ def test_inspect(run: Run, packed: Path, stories_folder: Path) -> None:
 
 def test_tune_try_inspect_and_merge(run: Run, packed: Path, stories_text: Path, tmp_path: Path) -> None:
     delta, merged = tmp_path / "some.delta", tmp_path / "merged.gguf"
-    tune = ("tune", packed, delta, "--text", stories_text, "--context", 32, "--steps", 2, "--batch", 2, "--lr", 3e-3)
+    tune = ("tune", packed, delta, "--text", stories_text, "--context", 32, "--steps", 2, "--batch", 2, "--lr", 3e-2)
     code, out, _ = run(*tune, "--dry-run")
     assert code == 0
     assert "2 steps of 2" in out

@@ -66,7 +66,7 @@ def problems(path: Path) -> list[str]:
 
 def test_parameters_are_codebooks_row_scales_and_norms(model: Model) -> None:
     kinds = [name.split(".")[0] for name in parameters(model)]
-    assert {kind: kinds.count(kind) for kind in kinds} == {"codebook": 3, "row_scale": 1, "norm": 5}
+    assert {kind: kinds.count(kind) for kind in kinds} == {"codebook": 4, "row_scale": 2, "norm": 5}
 
 
 def test_applying_gives_the_very_model(model: Model, file: Path) -> None:
