@@ -127,14 +127,21 @@ class Workers(abc.ABC):
             # Kept from run to run: to start a worker takes seconds.
             self._parallel = self._pool.enter_context(self.new_pool())
         self._arriving = self._parallel(calls)
-        yield from self._arriving
+        try:
+            for result in self._arriving:  # noqa: UP028 - what is delegated to is closed before we are
+                yield result
+        finally:
+            self._stop()
 
-    def close(self) -> None:
-        """Let the workers go, whatever they are at."""
+    def _stop(self) -> None:
         with warnings.catch_warnings():
             # joblib tells those who do not wait for all results that they could; here an error is the reason.
             warnings.simplefilter("ignore", UserWarning)
             self._arriving.close()
+
+    def close(self) -> None:
+        """Let the workers go, whatever they are at."""
+        self._stop()
         self._parallel = None
         self._pool.close()
 
