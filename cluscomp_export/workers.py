@@ -89,7 +89,7 @@ class Workers(abc.ABC):
         self._on_progress = on_progress
         self._pool = contextlib.ExitStack()
         self._parallel: joblib.Parallel | None = None
-        self._arriving: Generator[Any, None, None] = (nothing for nothing in ())
+        self._arriving: Generator[Any, None, None] | None = None
 
     @abc.abstractmethod
     def threads(self, jobs: int) -> int:
@@ -137,7 +137,8 @@ class Workers(abc.ABC):
         with warnings.catch_warnings():
             # joblib tells those who do not wait for all results that they could; here an error is the reason.
             warnings.simplefilter("ignore", UserWarning)
-            self._arriving.close()
+            if self._arriving is not None:
+                self._arriving.close()
 
     def close(self) -> None:
         """Let the workers go, whatever they are at."""

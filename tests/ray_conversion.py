@@ -1,7 +1,7 @@
 """Converts a model on a Ray cluster of two nodes; a worker is killed in the middle: `ray_conversion.py SOURCE OUTPUT`.
 
-The nodes are on this machine, each with the processes it would have on its own. Prints the stages of the conversion and the
-workers there were at the time as JSON; `test_workers.py` judges it.
+The nodes are on this machine, each with the processes it would have on its own; the conversion, a process that is on none, is
+their client. Prints the stages of the conversion and the workers there were at the time as JSON; `test_workers.py` judges it.
 """
 
 from __future__ import annotations
@@ -9,12 +9,10 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
 import sys
-from pathlib import Path
 
 import psutil
-
-from cluscomp_export.convert import ConversionOptions, convert
 
 # A busy machine is no failure.
 os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "600"}
@@ -22,6 +20,15 @@ os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_CLIENT_SERVER_CHECK_CHANNEL_
 from ray.cluster_utils import Cluster
 
 NODE = {"num_cpus": 1, "object_store_memory": 80_000_000}
+
+CONVERSION = """
+import sys
+from pathlib import Path
+from cluscomp_export.convert import ConversionOptions, convert
+source, output, workers = sys.argv[1:]
+options = ConversionOptions(bits=4, share="none", workers=workers)
+convert(Path(source), Path(output), options, on_progress=lambda stage, done, total: print(f"{stage}|{done}", flush=True))
+"""
 
 
 def free_port() -> int:
@@ -37,27 +44,26 @@ def workers(cluster: Cluster) -> list[psutil.Process]:
     return [child for child in children if child.cmdline()[0].startswith("ray::PoolActor")]
 
 
-def main(source: Path, output: Path) -> None:
+def main(source: str, output: str) -> int:
     port = free_port()
     cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False, "ray_client_server_port": port})
-    report: dict[str, list[str] | int] = {"workers": 0}
-    stages: list[str] = []
-
-    def kill_one(stage: str, done: int, total: int) -> None:
-        stages.append(stage)
-        if (stage, done) == ("fitting codebooks", 3):
-            found = workers(cluster)
-            report["workers"] = len(found)
-            found[0].kill()
-
+    stages: dict[str, None] = {}
+    found: list[psutil.Process] = []
     try:
         cluster.add_node(**NODE)
-        options = ConversionOptions(bits=4, share="none", workers=f"ray://127.0.0.1:{port}")
-        convert(source, output, options, on_progress=kill_one)
+        command = [sys.executable, "-c", CONVERSION, source, output, f"ray://127.0.0.1:{port}"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as conversion:
+            for line in conversion.stdout or ():
+                stage, done = line.strip().split("|")
+                stages[stage] = None
+                if not found and stage == "fitting codebooks" and int(done) >= 3:
+                    found = workers(cluster)
+                    found[0].kill()
     finally:
         cluster.shutdown()
-    print(json.dumps({**report, "stages": list(dict.fromkeys(stages))}))
+    print(json.dumps({"workers": len(found), "stages": list(stages)}))
+    return conversion.returncode
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    sys.exit(main(*sys.argv[1:]))
