@@ -2,7 +2,7 @@
 
 Results go to standard output, progress and messages to standard error. Exit codes: 0 success, 1 `verify` found a difference,
 2 a usage error or `verify` could not tell, 3 an invalid file, 4 something this version does not support, 5 the output exists,
-6 a storage problem, 7 a failed self-test, 130 interrupted.
+6 a storage problem, 7 a failed self-test, 8 workers that died, 130 interrupted.
 """
 
 from __future__ import annotations

@@ -6,16 +6,18 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import joblib
 import ray
-from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, WorkerCrashedError
+from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError, WorkerCrashedError
 from ray.util.joblib.ray_backend import RayBackend
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluscomp_export.workers import STREAMING, Workers
 from cluscomp_formats.errors import InvalidRequestError, Problem
+from cluscomp_formats.ir import AnyArray
 
 __all__ = ["RayWorkers", "connect"]
 
@@ -38,7 +40,7 @@ def connect(address: str | None) -> Iterator[None]:
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     except (OSError, RuntimeError, ValueError, ImportError) as error:
-        found = f"{address or os.environ.get('RAY_ADDRESS') or 'ray'}: {str(error).strip().splitlines()[0]}"
+        found = f"{address or os.environ.get('RAY_ADDRESS') or 'ray'}: {_last_line(error)}"
         remedy = "check that the cluster runs (`ray status` on its head) with the same versions of ray and Python"
         raise InvalidRequestError(Problem("no_cluster", "cannot connect to Ray", None, None, found, remedy=remedy)) from error
     try:
@@ -54,6 +56,16 @@ class RayWorkers(Workers):
 
     def threads(self, jobs: int) -> int:
         return self.computing.threads or 1
+
+    def _results(self, calls: Iterator[Any]) -> Iterator[tuple[str, dict[str, AnyArray]]]:
+        try:
+            yield from super()._results(calls)
+        except RayTaskError as error:
+            # What a job itself raises comes as it is.
+            remedy = "install the same versions of cluscomp-export and its dependencies on every node"
+            found = _last_line(error)
+            problem = Problem("bad_workers", "the workers on Ray cannot run our jobs", found=found, remedy=remedy)
+            raise InvalidRequestError(problem) from error
 
     @contextlib.contextmanager
     def new_pool(self) -> Iterator[joblib.Parallel]:
@@ -106,3 +118,8 @@ class _StreamingBackend(RayBackend):  # type: ignore[misc]
     def abort_everything(self, ensure_ready: bool = True) -> None:
         """End the pool. A new one is made by need: the cluster may have become smaller."""
         super().abort_everything(ensure_ready=False)
+
+
+def _last_line(error: Exception) -> str:
+    """Of a traceback from elsewhere, what it comes to."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]

@@ -13,7 +13,7 @@ import abc
 import contextlib
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -89,6 +89,7 @@ class Workers(abc.ABC):
         self._on_progress = on_progress
         self._pool = contextlib.ExitStack()
         self._parallel: joblib.Parallel | None = None
+        self._arriving: Generator[Any, None, None] | None = None
 
     @abc.abstractmethod
     def threads(self, jobs: int) -> int:
@@ -125,17 +126,23 @@ class Workers(abc.ABC):
         if self._parallel is None:
             # Kept from run to run: to start a worker takes seconds.
             self._parallel = self._pool.enter_context(self.new_pool())
-        results = self._parallel(calls)
+        self._arriving = self._parallel(calls)
         try:
-            yield from results
+            for result in self._arriving:  # noqa: UP028 - what is delegated to is closed before we are
+                yield result
         finally:
-            with warnings.catch_warnings():
-                # joblib tells those who do not wait for all results that they could; here an error is the reason.
-                warnings.simplefilter("ignore", UserWarning)
-                results.close()
+            self._stop()
+
+    def _stop(self) -> None:
+        with warnings.catch_warnings():
+            # joblib tells those who do not wait for all results that they could; here an error is the reason.
+            warnings.simplefilter("ignore", UserWarning)
+            if self._arriving is not None:
+                self._arriving.close()
 
     def close(self) -> None:
-        """Let the workers go."""
+        """Let the workers go, whatever they are at."""
+        self._stop()
         self._parallel = None
         self._pool.close()
 
@@ -161,9 +168,10 @@ class _LocalWorkers(Workers):
             return joblib.Parallel(**STREAMING)
 
     def close(self) -> None:
-        if self._choice.kind == "processes" and self._parallel is not None:
-            get_reusable_executor().shutdown(wait=True)
+        used = self._parallel is not None
         super().close()
+        if used and self._choice.kind == "processes":
+            get_reusable_executor().shutdown(wait=True)
 
 
 @contextlib.contextmanager
@@ -205,5 +213,5 @@ def _engine(device: str) -> str:
 def _lost(error: Exception, unit: str) -> WorkersLostError:
     message = f"workers died {FRUITLESS_ATTEMPTS} times in a row without finishing anything"
     remedy = "the system may have killed them for want of memory: try fewer workers; what is finished is kept"
-    found = str(error).strip().splitlines()[0]
+    found = (str(error).strip() or type(error).__name__).splitlines()[0]
     return WorkersLostError(Problem("workers_lost", message, None, unit, found, remedy=remedy))
