@@ -101,11 +101,12 @@ def level_options(command: _Command) -> _Command:
 
 def levels_from(options: dict[str, Any]) -> dict[str, Any]:
     """The options of a command with those of one level, `blockwise_epochs` and so on, gathered in a mapping for each."""
-    gathered: dict[str, Any] = {"blockwise": {}, "recovery": {}}
+    levels: dict[str, dict[str, Any]] = {"blockwise": {}, "recovery": {}}
+    others = {}
     for name, value in options.items():
         level, _, setting = name.partition("_")
-        if level in gathered:
-            gathered[level][setting] = value
+        if level in levels:
+            levels[level][setting] = value
         else:
-            gathered[name] = value
-    return gathered
+            others[name] = value
+    return others | levels

@@ -117,6 +117,8 @@ def test_a_row_of_zeros_stays_zero_and_a_tiny_row_is_refused_by_name() -> None:
     weight[3] = 1e-6
     assert np.abs(only_weight(cluster_model(source, plan))[3]).max() < 3e-6
     weight[3] = 1e-12
+    assert np.abs(only_weight(cluster_model(source, plan))[3]).max() < 3e-6
+    plan = plan_fixed(source, cluster_dim=1, num_clusters=64, share="model", embedding_bits=16, codebook_bits=16)
     with pytest.raises(InvalidFileError) as caught:
         only_weight(cluster_model(source, plan))
     problem = caught.value.problems[0]
