@@ -1,0 +1,169 @@
+"""How much the model's predictions suffer from errors of each tensor, measured on a calibration text.
+
+For small, independent, zero-mean errors of a matrix's weights the divergence of the model from itself grows by
+
+    KL ~ 1/2 * sum over weights of (mean squared gradient of the log-likelihood of labels the model draws) * (variance)
+
+nats per token: the diagonal of the Fisher information. Instead of drawing labels, the gradient with respect to a token's logits
+is `sqrt(p) * z - p * (sqrt(p) . z)` with random signs `z`, which has the same covariance `diag(p) - p p^T`, varies less, and
+does not jump when a probability changes in its last bit. The gradients of a window's tokens add up before they are squared,
+as they meet in the same weight. Every token's prediction counts alike.
+
+Memory: one block's matrices as float32 and their gradients, what flows between blocks for a few windows, twice the largest
+matrix; each block is computed again in the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cluscomp_export.progress import Progress, silent
+from cluscomp_formats.ir import Array, DenseTensor, Model, Tensor
+from cluscomp_runtime.architecture import DecoderSettings, check_tensors
+from cluscomp_runtime.decoder import Decoder, DecoderLayer
+from cluscomp_runtime.generate import check_prompt
+from cluscomp_runtime.linear import DenseLinear, MatrixBuilder, decoded
+
+__all__ = ["Sensitivity", "measure_sensitivities"]
+
+GROUP = 4
+"""Windows that go through a block together: every group decodes every matrix twice."""
+HEAD_TOKENS = 128
+"""Tokens whose logits are in memory at a time."""
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What errors of one matrix `[out_features, in_features]` cost.
+
+    `rows` float32 `[out_features]`: nats per token by which the divergence grows for each unit of variance of a row's weights.
+    `relative`: nats per token for a relative squared error of 1 in every row, `sum over rows of rows * (mean square of the row)`.
+    """
+
+    rows: npt.NDArray[np.float32]
+    relative: float
+
+
+class _Leaves(MatrixBuilder):
+    """Builds dense matrices whose weights take gradients."""
+
+    def __init__(self) -> None:
+        super().__init__("dense", torch.float32, torch.device("cpu"))
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def build(self, tensor: Tensor, bias: Tensor | None = None) -> DenseLinear:
+        weight = decoded(tensor).float().requires_grad_()
+        self.weights[tensor.name] = weight
+        return DenseLinear(weight, None if bias is None else self.vector(bias))
+
+
+class _Measurement:
+    def __init__(self, source: Model, seed: int) -> None:
+        self.source = source
+        self.settings = DecoderSettings.from_config(source.config)
+        check_tensors(source, self.settings)
+        # This builder reads no matrix before it is used.
+        self.decoder = Decoder(source, self.settings, MatrixBuilder("reference", torch.float32, torch.device("cpu")))
+        self.seed = seed
+        names = [name for name, tensor in source.tensors.items() if len(tensor.shape) == 2]
+        self.rows = {name: torch.zeros(source.tensors[name].shape[0], dtype=torch.float64) for name in names}
+        self.embedding = "model.embed_tokens.weight"
+        self.head = "lm_head.weight" if "lm_head.weight" in source.tensors else self.embedding
+
+    def layer(self, index: int) -> tuple[DecoderLayer, dict[str, torch.Tensor]]:
+        """Block `index` and its matrices by name."""
+        prefix = f"model.layers.{index}."
+        block = {
+            name: DenseTensor(name, Array.of(tensor.decode()))
+            for name, tensor in self.source.tensors.items()
+            if name.startswith(prefix)
+        }
+        leaves = _Leaves()
+        return DecoderLayer(Model(self.source.config, block), self.settings, index, leaves), leaves.weights
+
+    def group(self, windows: torch.Tensor, first: int, on_block: Progress) -> None:
+        """Add what ids int64 `[windows, tokens]` tell; the first is number `first` of all."""
+        positions = self.decoder.positions(0, windows.shape[1])
+        blocks = self.settings.num_layers
+        with torch.no_grad():
+            inputs = [self.decoder.embedding.embedding(windows).float()]
+            for index in range(blocks):
+                layer, _ = self.layer(index)
+                inputs.append(torch.stack([layer(window[None], positions, None)[0] for window in inputs[-1]]))
+                on_block("sensitivity", index + 1, 2 * blocks)
+        gradients = self._head_gradients(inputs.pop(), first)
+        for index in reversed(range(blocks)):
+            layer, weights = self.layer(index)
+            before = inputs.pop()
+            for number, gradient in enumerate(gradients):
+                window = before[number, None].requires_grad_()
+                found = torch.autograd.grad(layer(window, positions, None), [window, *weights.values()], gradient[None])
+                for name, of_weight in zip(weights, found[1:], strict=True):
+                    self.rows[name] += of_weight.square().sum(1, dtype=torch.float64)
+                gradients[number] = found[0][0]
+            on_block("sensitivity", 2 * blocks - index, 2 * blocks)
+        self._embedding_gradients(windows, gradients)
+
+    def _head_gradients(self, hidden: torch.Tensor, first: int) -> torch.Tensor:
+        """Adds the head's share; gradients with respect to what flows into the last norm, `[windows, tokens, hidden_size]`."""
+        weight = decoded(self.source.tensors[self.head]).float()
+        gradients = torch.empty_like(hidden)
+        for number, window in enumerate(hidden):
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + first + number)
+            leaf = window.clone().requires_grad_()
+            normed = self.decoder.norm(leaf)
+            of_weight = torch.zeros_like(weight)
+            of_normed = torch.empty_like(window)
+            with torch.no_grad():
+                for begin in range(0, len(window), HEAD_TOKENS):
+                    some = normed[begin : begin + HEAD_TOKENS]
+                    probabilities = torch.softmax(some @ weight.t(), dim=-1)
+                    signs = torch.randint(0, 2, probabilities.shape, generator=generator, dtype=torch.int8)
+                    noise = probabilities.sqrt() * (2 * signs - 1)
+                    noise -= probabilities * (noise * probabilities.sqrt()).sum(-1, keepdim=True)
+                    of_weight += noise.t() @ some
+                    of_normed[begin : begin + HEAD_TOKENS] = noise @ weight
+            self.rows[self.head] += of_weight.square().sum(1, dtype=torch.float64)
+            gradients[number] = torch.autograd.grad(normed, leaf, of_normed)[0]
+        return gradients
+
+    def _embedding_gradients(self, windows: torch.Tensor, gradients: torch.Tensor) -> None:
+        """Adds the share of the look-up; for a tied head its product with the head's share, which has either sign, is left out."""
+        for ids, gradient in zip(windows, gradients, strict=True):
+            distinct, places = ids.unique(return_inverse=True)
+            of_rows = torch.zeros(len(distinct), gradient.shape[1]).index_add_(0, places, gradient)
+            self.rows[self.embedding][distinct] += of_rows.square().sum(1, dtype=torch.float64)
+
+
+def measure_sensitivities(
+    source: Model, windows: torch.Tensor, *, seed: int = 0, on_progress: Progress = silent
+) -> Mapping[str, Sensitivity]:
+    """Sensitivity of every matrix of a decoder block, the embedding and the head, by name, on ids int64 `[windows, tokens]`.
+
+    A tied embedding counts as look-up and as head. Raises UnsupportedError for an architecture the runtime does not know,
+    InvalidFileError where tensors do not fit the configuration, InvalidRequestError for ids the model does not have.
+    """
+    measurement = _Measurement(source, seed)
+    for row in windows.tolist():
+        check_prompt(row, measurement.settings.vocab_size, measurement.settings.max_position_embeddings)
+    groups = torch.split(windows, GROUP)
+    for number, group in enumerate(groups):
+
+        def on_block(stage: str, done: int, total: int, number: int = number) -> None:
+            on_progress(stage, number * total + done, len(groups) * total)
+
+        measurement.group(group, number * GROUP, on_block)
+    result = {}
+    for name, sums in measurement.rows.items():
+        if name not in (measurement.embedding, measurement.head) and not name.startswith("model.layers."):
+            continue
+        rows = sums / (2 * windows.numel())
+        energies = decoded(source.tensors[name]).float().square().mean(1, dtype=torch.float64)
+        # Three digits: what is beyond them is noise, and may depend on the machine.
+        result[name] = Sensitivity(rows.numpy().astype(np.float32), float(f"{float(rows @ energies):.3g}"))
+    return result
