@@ -41,8 +41,9 @@ HEAD_TOKENS = 128
 class Sensitivity:
     """What errors of one matrix `[out_features, in_features]` cost.
 
-    `rows` float32 `[out_features]`: nats per token by which the divergence grows for each unit of variance of a row's weights.
-    `relative`: nats per token for a relative squared error of 1 in every row, `sum over rows of rows * (mean square of the row)`.
+    `rows` float32 `[out_features]`: nats per token for each unit of variance of the errors of a row's weights.
+    `relative`: nats per token for a relative squared error of 1 in every row: `rows` times the mean squares of the rows' weights,
+    summed up.
     """
 
     rows: npt.NDArray[np.float32]
@@ -60,6 +61,12 @@ class _Leaves(MatrixBuilder):
         weight = decoded(tensor).float().requires_grad_()
         self.weights[tensor.name] = weight
         return DenseLinear(weight, None if bias is None else self.vector(bias))
+
+
+def _square_sums(matrix: torch.Tensor) -> torch.Tensor:
+    """Sum of the squares of each row, float64."""
+    # Piece by piece: one norm of all at once takes the matrix again as float64.
+    return torch.cat([piece.double().square().sum(1) for piece in torch.split(matrix, 1024)])
 
 
 class _Measurement:
@@ -104,7 +111,7 @@ class _Measurement:
                 window = before[number, None].requires_grad_()
                 found = torch.autograd.grad(layer(window, positions, None), [window, *weights.values()], gradient[None])
                 for name, of_weight in zip(weights, found[1:], strict=True):
-                    self.rows[name] += of_weight.square().sum(1, dtype=torch.float64)
+                    self.rows[name] += _square_sums(of_weight)
                 gradients[number] = found[0][0]
             on_block("sensitivity", 2 * blocks - index, 2 * blocks)
         self._embedding_gradients(windows, gradients)
@@ -126,18 +133,18 @@ class _Measurement:
                     signs = torch.randint(0, 2, probabilities.shape, generator=generator, dtype=torch.int8)
                     noise = probabilities.sqrt() * (2 * signs - 1)
                     noise -= probabilities * (noise * probabilities.sqrt()).sum(-1, keepdim=True)
-                    of_weight += noise.t() @ some
+                    of_weight.addmm_(noise.t(), some)
                     of_normed[begin : begin + HEAD_TOKENS] = noise @ weight
-            self.rows[self.head] += of_weight.square().sum(1, dtype=torch.float64)
+            self.rows[self.head] += _square_sums(of_weight)
             gradients[number] = torch.autograd.grad(normed, leaf, of_normed)[0]
         return gradients
 
     def _embedding_gradients(self, windows: torch.Tensor, gradients: torch.Tensor) -> None:
-        """Adds the share of the look-up; for a tied head its product with the head's share, which has either sign, is left out."""
+        """Adds the share of the look-up; its product with the share of a tied head, which has either sign, is left out."""
         for ids, gradient in zip(windows, gradients, strict=True):
             distinct, places = ids.unique(return_inverse=True)
             of_rows = torch.zeros(len(distinct), gradient.shape[1]).index_add_(0, places, gradient)
-            self.rows[self.embedding][distinct] += of_rows.square().sum(1, dtype=torch.float64)
+            self.rows[self.embedding][distinct] += _square_sums(of_rows)
 
 
 def measure_sensitivities(
@@ -163,7 +170,7 @@ def measure_sensitivities(
         if name not in (measurement.embedding, measurement.head) and not name.startswith("model.layers."):
             continue
         rows = sums / (2 * windows.numel())
-        energies = decoded(source.tensors[name]).float().square().mean(1, dtype=torch.float64)
+        energies = _square_sums(decoded(source.tensors[name]).float()) / source.tensors[name].shape[1]
         # Three digits: what is beyond them is noise, and may depend on the machine.
         result[name] = Sensitivity(rows.numpy().astype(np.float32), float(f"{float(rows @ energies):.3g}"))
     return result

@@ -1,0 +1,129 @@
+"""What a codebook takes, in bits, and how much it is expected to err.
+
+The error comes from the asymptotic theory of vector quantisation (`expected_error`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from cluscomp_formats.ir import code_bits
+
+__all__ = [
+    "CLUSTER_DIMS",
+    "CODEBOOK_VALUE_BITS",
+    "DENSE",
+    "ROW_SCALE_BITS",
+    "SIZES",
+    "Group",
+    "Member",
+    "Table",
+    "expected_error",
+    "num_vectors",
+]
+
+Floats = npt.NDArray[np.float64]
+
+CLUSTER_DIMS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16)
+CLUSTER_COUNTS = tuple(sorted({count for bits in range(2, 17) for count in (2**bits, 3 * 2 ** (bits - 2))}))
+CODEBOOK_VALUE_BITS = 16
+ROW_SCALE_BITS = 16
+
+DENSE = (0, 0)
+"""Stands among the sizes for a tensor that is not clustered."""
+
+SIZES = (*((dim, count) for dim in CLUSTER_DIMS for count in CLUSTER_COUNTS), DENSE)
+"""All candidates, `(cluster_dim, num_clusters)`."""
+
+# Normalised second moments of the best known lattice quantisers: Conway & Sloane, Sphere Packings, Lattices and Groups,
+# table 2.3; dimensions 9 and 10 from Agrell & Allen 2023.
+LATTICE_SECOND_MOMENT = {
+    1: 0.083333,
+    2: 0.080188,
+    3: 0.078543,
+    4: 0.076603,
+    5: 0.075625,
+    6: 0.074244,
+    7: 0.073116,
+    8: 0.071682,
+    9: 0.071622,
+    10: 0.070814,
+    12: 0.070100,
+    16: 0.068299,
+}
+
+
+def expected_error(cluster_dim: int, num_clusters: int, num_vectors: int) -> float:
+    """Mean squared error per weight of a codebook for Gaussian weights of variance 1.
+
+    Zador's asymptotic formula `G_d * ||f||_{d/(d+2)} * n^(-2/d)` with the Gaussian's norm `2 pi ((d+2)/d)^((d+2)/2)`, times
+    the share of vectors that are not centroids themselves: as many clusters as vectors lose nothing. Other dimensions than
+    `CLUSTER_DIMS` take the constant of the next lower one.
+    """
+    d = cluster_dim
+    constant = LATTICE_SECOND_MOMENT[max(known for known in LATTICE_SECOND_MOMENT if known <= d)]
+    gaussian = 2 * math.pi * math.pow((d + 2) / d, (d + 2) / 2)
+    asymptotic = constant * gaussian * math.pow(num_clusters, -2 / d)
+    return min(1.0, asymptotic) * max(0.0, 1 - num_clusters / num_vectors)
+
+
+def num_vectors(shape: tuple[int, int], cluster_dim: int) -> int:
+    """Vectors of a matrix `(out_features, in_features)` in the reference layout, where they run along the out axis."""
+    return shape[1] * -(-shape[0] // cluster_dim)
+
+
+@dataclass(frozen=True)
+class Member:
+    """A matrix to be stored: its name and shape, and the loss a relative squared error of 1 would cost."""
+
+    name: str
+    shape: tuple[int, int]
+    loss: float
+
+    @property
+    def num_weights(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Matrices that use one codebook, called `name`; `dense_bits` is what they take unclustered, None if that is not wanted."""
+
+    name: str
+    members: tuple[Member, ...]
+    row_scale: bool
+    dense_bits: int | None = None
+
+
+class Table:
+    """Bits and expected loss of every candidate for every group, float64 `[groups, len(SIZES)]`.
+
+    Infinitely many bits stand for what cannot be: more clusters than vectors, or dense where that is not wanted.
+    """
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self.groups = tuple(groups)
+        # Vectors by group and dimension, once: a table may have hundreds of groups of hundreds of members.
+        vectors = {
+            dim: np.array(
+                [sum(num_vectors(member.shape, dim) for member in group.members) for group in groups], dtype=np.float64
+            )
+            for dim in CLUSTER_DIMS
+        }
+        loss = np.array([sum(member.loss for member in group.members) for group in groups])
+        scales = np.array([ROW_SCALE_BITS * sum(m.shape[0] for m in group.members) * group.row_scale for group in groups])
+        self.bits: Floats = np.full((len(groups), len(SIZES)), np.inf)
+        self.loss: Floats = np.zeros((len(groups), len(SIZES)))
+        for column, (dim, count) in enumerate(SIZES[:-1]):
+            needed = vectors[dim] * code_bits(count) + count * dim * CODEBOOK_VALUE_BITS + scales
+            self.bits[:, column] = np.where(count <= vectors[dim], needed, np.inf)
+            asymptotic = expected_error(dim, count, 1 << 62)
+            self.loss[:, column] = loss * asymptotic * np.maximum(0.0, 1 - count / vectors[dim])
+        for row, group in enumerate(groups):
+            if group.dense_bits is not None:
+                self.bits[row, -1] = group.dense_bits

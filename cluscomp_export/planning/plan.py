@@ -1,0 +1,47 @@
+"""A plan: which tensors are clustered, with which codebooks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["CodebookPlan", "Plan", "Share", "Treatment"]
+
+Share = Literal["none", "kind", "model"]
+
+
+@dataclass(frozen=True)
+class CodebookPlan:
+    """A codebook to be made: `num_clusters` centroids of `cluster_dim` for the tensors named in `members`."""
+
+    name: str
+    cluster_dim: int
+    num_clusters: int
+    members: tuple[str, ...]
+
+    @property
+    def shared(self) -> bool:
+        """Whether several tensors use it; their rows are then scaled to unit variance."""
+        return len(self.members) > 1
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """How one clustered tensor is stored. `shape` is `(out_features, in_features)`."""
+
+    shape: tuple[int, int]
+    codebook: CodebookPlan
+    row_scale: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Treatments of the tensors to be clustered; every other tensor stays dense."""
+
+    treatments: Mapping[str, Treatment]
+
+    @property
+    def codebooks(self) -> tuple[CodebookPlan, ...]:
+        """Every codebook once, in order of first use."""
+        return tuple({treatment.codebook.name: treatment.codebook for treatment in self.treatments.values()}.values())

@@ -1,0 +1,210 @@
+"""From what is asked for (a codebook size, bits per weight, a size, a loss) to a plan.
+
+`sensitivities` give the loss that a relative squared error of 1 of a tensor costs (`Sensitivity.relative`); without them every
+weight counts alike, and what is minimised is the squared error.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+
+from cluscomp_export.planning.allocation import Chain, Either, Pick, Scope, Separate, allocate
+from cluscomp_export.planning.candidates import DENSE, Group, Member, num_vectors
+from cluscomp_export.planning.plan import CodebookPlan, Plan, Share, Treatment
+from cluscomp_export.sources.linears import embedding_tensor, head_tensor, kind, linear_tensors
+from cluscomp_formats.errors import InvalidRequestError, Problem, UnsupportedError
+from cluscomp_formats.ir import MAX_CLUSTERS, ClusteredWeight, DenseTensor, Model
+
+__all__ = ["embedding_tensors", "plan_bits", "plan_budget", "plan_fixed", "plan_loss"]
+
+Losses = Mapping[str, float]
+
+
+def plan_fixed(model: Model, *, cluster_dim: int, num_clusters: int, share: Share, embedding_bits: float) -> Plan:
+    """The same (cluster_dim, num_clusters) for every linear layer; `share="none"` is the paper's setting.
+
+    Raises InvalidRequestError, UnsupportedError.
+    """
+    if not (1 <= num_clusters <= MAX_CLUSTERS and cluster_dim >= 1):
+        found = f"--dim {cluster_dim} --clusters {num_clusters}"
+        expected = f"--dim of at least 1, --clusters from 1 to {MAX_CLUSTERS}"
+        raise InvalidRequestError(Problem("bad_option", "impossible codebook size", found=found, expected=expected))
+    treatments = {}
+    for group in _shared_groups(_linears(model, None), share):
+        treatments.update(_treatments(group, cluster_dim, num_clusters))
+    return Plan({**_in_order(model, treatments), **_plan_embeddings(model, embedding_bits, None)})
+
+
+def plan_bits(
+    model: Model, *, bits: float, share: Share | None, embedding_bits: float, sensitivities: Losses | None = None
+) -> Plan:
+    """The choice with the least expected loss at no more than `bits` per weight of the linear layers, all they need counted.
+
+    `share=None` lets the planner say which matrices share a codebook. Raises InvalidRequestError if nothing fits the budget,
+    UnsupportedError if there is nothing to cluster.
+    """
+    members = _linears(model, sensitivities)
+    picks, _ = allocate([_linear_scope(members, share)], budget=bits * sum(member.num_weights for member in members))
+    if picks is None:
+        remedy = "allow more bits, or share codebooks: --share kind, --share model"
+        found = f"--bits {bits:g}" + (f" --share {share}" if share else "")
+        raise InvalidRequestError(Problem("budget_too_small", "no codebook fits this budget", found=found, remedy=remedy))
+    return Plan({**_in_order(model, _picked(picks)), **_plan_embeddings(model, embedding_bits, sensitivities)})
+
+
+def plan_budget(
+    model: Model,
+    *,
+    budget: int,
+    size_of: Callable[[Plan], int],
+    share: Share | None,
+    sensitivities: Losses | None = None,
+) -> Plan:
+    """The choice with the least expected loss whose artefact is at most `budget` bytes; embedding and head take part.
+
+    `size_of` gives the bytes of a plan's artefact, at most. Raises InvalidRequestError, which tells the smallest size there
+    is, UnsupportedError if there is nothing to cluster.
+    """
+    scopes = _all_scopes(model, share, sensitivities)
+    _, smallest = allocate(scopes, budget=0.0)
+    least = size_of(_plan_of(model, smallest))
+    if least > budget:
+        remedy = "allow more, or convert a smaller model"
+        found, expected = f"{budget} bytes", f"at least {least} bytes"
+        message = "not even the smallest codebooks fit this budget"
+        raise InvalidRequestError(Problem("budget_too_small", message, None, None, found, expected, remedy))
+    # All that codebooks do not account for, such as headers and padding, depends on the plan, a little: go down by the excess.
+    bits = sum(pick.bits for pick in smallest) + 8.0 * (budget - least)
+    while True:
+        picks, _ = allocate(scopes, budget=bits)
+        plan = _plan_of(model, picks if picks is not None else smallest)
+        excess = size_of(plan) - budget
+        if excess <= 0:
+            return plan
+        bits -= 8.0 * excess
+
+
+def plan_loss(model: Model, *, loss: float, share: Share | None, sensitivities: Losses) -> Plan:
+    """The fewest bits whose expected loss is at most `loss`; embedding and head take part.
+
+    Raises InvalidRequestError, which tells the least loss there is, UnsupportedError if there is nothing to cluster.
+    """
+    picks, finest = allocate(_all_scopes(model, share, sensitivities), loss=loss)
+    if picks is None:
+        least = sum(pick.loss for pick in finest)
+        found, expected = f"--match-loss {loss:g}", f"at least {least:.3g}"
+        raise InvalidRequestError(
+            Problem("loss_too_small", "no codebooks lose as little", None, None, found, expected, "allow more loss")
+        )
+    return _plan_of(model, picks)
+
+
+def embedding_tensors(model: Model) -> list[str]:
+    """Names of the embedding and of the head, where it is not tied to the embedding."""
+    return [name for name in (embedding_tensor(model), head_tensor(model)) if name is not None]
+
+
+def _member(model: Model, name: str, losses: Losses | None) -> Member:
+    out_features, in_features = model.tensors[name].shape
+    weights = out_features * in_features
+    return Member(name, (out_features, in_features), float(weights) if losses is None else losses[name])
+
+
+def _linears(model: Model, losses: Losses | None) -> list[Member]:
+    """The linear layers, in the order of the model."""
+    names = linear_tensors(model)
+    if not names:
+        remedy = "check that the source is a language model with 2-D weights"
+        raise UnsupportedError(Problem("no_linears", "no linear layer was found to cluster", remedy=remedy))
+    clustered = [name for name in names if isinstance(model.tensors[name], ClusteredWeight)]
+    if clustered:
+        remedy = "convert the original model; an artefact that is already clustered is only repacked, without --bits or --dim"
+        problem = Problem("already_clustered", "the source is already clustered", tensor=clustered[0], remedy=remedy)
+        raise InvalidRequestError(problem)
+    return [_member(model, name, losses) for name in names]
+
+
+def _module(name: str) -> str:
+    return name.removesuffix(".weight")
+
+
+def _by_kind(members: Sequence[Member]) -> dict[str, list[Member]]:
+    kinds: dict[str, list[Member]] = defaultdict(list)
+    for member in members:
+        kinds[_module(kind(member.name))].append(member)
+    return dict(kinds)
+
+
+def _shared_groups(members: Sequence[Member], share: Share) -> list[Group]:
+    """The matrices by the codebook they would use."""
+    if share == "none":
+        return [Group(_module(member.name), (member,), row_scale=False) for member in members]
+    if share == "model":
+        return [Group("linears", tuple(members), row_scale=True)]
+    return [Group(name, tuple(same), row_scale=True) for name, same in _by_kind(members).items()]
+
+
+def _linear_scope(members: Sequence[Member], share: Share | None) -> Scope:
+    if share is not None:
+        return Separate(_shared_groups(members, share))
+    kinds = [Chain(name, same) for name, same in _by_kind(members).items()]
+    return Either([[Separate(_shared_groups(members, "none"))], kinds, [Chain("linears", members)]])
+
+
+def _embedding_groups(model: Model, losses: Losses | None) -> list[Group]:
+    """Embedding and untied head, a codebook and row scales each, or dense as `convert` stores them."""
+    groups = []
+    for name in embedding_tensors(model):
+        tensor = model.tensors[name]
+        if isinstance(tensor, DenseTensor) and len(tensor.shape) == 2:
+            member = _member(model, name, losses)
+            groups.append(Group(_module(name), (member,), row_scale=True, dense_bits=16 * member.num_weights))
+    return groups
+
+
+def _all_scopes(model: Model, share: Share | None, losses: Losses | None) -> list[Scope]:
+    return [_linear_scope(_linears(model, losses), share), Separate(_embedding_groups(model, losses))]
+
+
+def _treatments(group: Group, cluster_dim: int, num_clusters: int) -> dict[str, Treatment]:
+    vectors = sum(num_vectors(member.shape, cluster_dim) for member in group.members)
+    names = tuple(member.name for member in group.members)
+    codebook = CodebookPlan(group.name, cluster_dim, min(num_clusters, vectors), names)
+    return {member.name: Treatment(member.shape, codebook, group.row_scale) for member in group.members}
+
+
+def _picked(picks: Sequence[Pick]) -> dict[str, Treatment]:
+    treatments: dict[str, Treatment] = {}
+    for pick in picks:
+        if pick.size != DENSE:
+            treatments.update(_treatments(pick.group, *pick.size))
+    return treatments
+
+
+def _in_order(model: Model, treatments: Mapping[str, Treatment]) -> dict[str, Treatment]:
+    """In the order of the model's tensors."""
+    return {name: treatments[name] for name in model.tensors if name in treatments}
+
+
+def _plan_of(model: Model, picks: Sequence[Pick]) -> Plan:
+    return Plan(_in_order(model, _picked(picks)))
+
+
+def _plan_embeddings(model: Model, bits: float, losses: Losses | None) -> dict[str, Treatment]:
+    """Embedding and untied head at no more than `bits` per weight; 16 keeps them dense."""
+    treatments: dict[str, Treatment] = {}
+    if bits >= 16:
+        return treatments
+    for group in _embedding_groups(model, losses):
+        picks, _ = allocate([Separate([group])], budget=bits * group.members[0].num_weights)
+        if picks is None:
+            problem = Problem(
+                "budget_too_small",
+                "no codebook fits this budget",
+                tensor=group.members[0].name,
+                found=f"--embedding-bits {bits:g}",
+            )
+            raise InvalidRequestError(problem)
+        treatments.update(_picked(picks))
+    return treatments
