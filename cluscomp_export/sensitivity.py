@@ -42,8 +42,7 @@ class Sensitivity:
     """What errors of one matrix `[out_features, in_features]` cost.
 
     `rows` float32 `[out_features]`: nats per token for each unit of variance of the errors of a row's weights.
-    `relative`: nats per token for a relative squared error of 1 in every row: `rows` times the mean squares of the rows' weights,
-    summed up.
+    `relative`: nats per token for a relative squared error of 1 in every row, the sum of `rows` times the rows' mean squares.
     """
 
     rows: npt.NDArray[np.float32]

@@ -24,7 +24,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem, SelfTestError
+from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem, SelfTestError, UnsupportedError
 from cluscomp_formats.ir import Model
 from cluscomp_runtime.language_model import LanguageModel
 
@@ -33,6 +33,7 @@ __all__ = [
     "SequenceReport",
     "check_record",
     "compare_with_record",
+    "longest_record",
     "make_self_test",
     "run_self_test",
 ]
@@ -41,12 +42,17 @@ RECORD_VERSION = 1
 SAFETY = 8.0
 SENTENCE = "The quick brown fox jumps over the lazy dog. In 1912, two small boats crossed the cold river before dawn."
 RANDOM_SEQUENCES = 2
+DEFAULT_TOKENS = 24
+DEFAULT_TOP_K = 8
 MAX_SENTENCE_TOKENS = 32
 
 MAX_SEQUENCES = 64
 MAX_TOKENS = 1024
 MAX_TOP_K = 256
 """Limits on a record read from a file, whatever it says."""
+
+_LONGEST_LOGIT = -1.23456789e-300
+_LONGEST_TOLERANCE = 1.234e-300
 
 PREFILL_BEFORE_DECODE = 4
 TOLERANCE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -94,7 +100,7 @@ class SelfTestReport:
 
 
 def make_self_test(
-    model: Model, *, sequences: Sequence[Sequence[int]] | None = None, tokens: int = 24, top_k: int = 8
+    model: Model, *, sequences: Sequence[Sequence[int]] | None = None, tokens: int = DEFAULT_TOKENS, top_k: int = DEFAULT_TOP_K
 ) -> dict[str, Any]:
     """Compute a record for a model; a JSON value.
 
@@ -126,6 +132,25 @@ def make_self_test(
         name: max(float(f"{SAFETY * amplification * torch.finfo(dtype).eps:.4g}"), torch.finfo(torch.float32).tiny)
         for name, dtype in TOLERANCE_DTYPES.items()
     }
+    return {"version": RECORD_VERSION, "sequences": recorded, "tolerance": tolerance}
+
+
+def longest_record(model: Model) -> dict[str, Any] | None:
+    """What `make_self_test(model)` gives, with the longest text its numbers can have; None for an unknown architecture.
+
+    Tells the room a record will take. Computes nothing and reads nothing but norms and the tokenizer.
+    """
+    try:
+        exact = LanguageModel.from_model(model, dtype=torch.float64, kernel="reference")
+    except UnsupportedError:
+        return None
+    top_k = min(DEFAULT_TOP_K, exact.settings.vocab_size)
+    row_ids, row_logits = [exact.settings.vocab_size - 1] * top_k, [_LONGEST_LOGIT] * top_k
+    recorded = [
+        {"input_ids": ids, "top_ids": [row_ids] * len(ids), "top_logits": [row_logits] * len(ids)}
+        for ids in _default_sequences(exact, DEFAULT_TOKENS)
+    ]
+    tolerance = dict.fromkeys(TOLERANCE_DTYPES, _LONGEST_TOLERANCE)
     return {"version": RECORD_VERSION, "sequences": recorded, "tolerance": tolerance}
 
 
