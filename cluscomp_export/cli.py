@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -61,7 +62,7 @@ def cli() -> None:
 
     \b
     A typical session:
-      cluscomp-export convert MODEL model.clus --bits 3 --dry-run    what would it come to?
+      cluscomp-export plan MODEL --bits 3                            what would it come to?
       cluscomp-export convert MODEL model.clus --bits 3              make it
       cluscomp-export verify MODEL model.clus                        did it come out right?
       cluscomp-export generate model.clus "The capital of France is"
@@ -73,56 +74,102 @@ def cli() -> None:
     """
 
 
+class _Size(click.types.StringParamType):
+    """A number of bytes, with or without a unit."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from cluscomp_export.sizes import parse_bytes
+
+        try:
+            return parse_bytes(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+def _planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What `convert` and `plan` take both."""
+    options = (
+        click.option(
+            "--to",
+            type=_OutputFormat(),
+            default="packed",
+            show_default=True,
+            help="The format to write: one .clus file, a Hugging Face folder, a GGUF file, an ONNX folder, or a plug-in's.",
+        ),
+        click.option(
+            "--gguf-type",
+            type=click.Choice(["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]),
+            help="With --to gguf: decode and store as this type, for stock llama.cpp. [default: codebooks and codes]",
+        ),
+        click.option(
+            "--bits", type=float, help="Most bits per weight of the linear layers, codebooks and scales counted. [default: 4]"
+        ),
+        click.option(
+            "--budget",
+            type=_Size(),
+            metavar="SIZE",
+            help="Most bytes of the whole artefact, embedding and head included: 16MB, 1.5GiB, ... Excludes --bits.",
+        ),
+        click.option(
+            "--match-loss",
+            type=float,
+            metavar="NATS",
+            help="The smallest artefact whose predicted divergence from the source is at most this, in nats per token: predicted "
+            "on the calibration text, before error feedback and training. Excludes --bits.",
+        ),
+        click.option("--plan", type=PATH, help="A plan that `plan --save` has written, edited or not. Excludes --bits."),
+        click.option(
+            "--dim", "cluster_dim", type=int, help="Weights per code, as in the paper; needs --clusters, excludes --bits."
+        ),
+        click.option("--clusters", "num_clusters", type=int, help="Centroids per codebook, at most 65536; needs --dim."),
+        click.option(
+            "--share",
+            type=click.Choice(["none", "kind", "model"]),
+            help="A codebook per matrix, per kind of matrix over all layers, or one for all. "
+            "[default: none with --dim, else whichever is expected to be best]",
+        ),
+        click.option(
+            "--embedding-bits",
+            type=float,
+            help="Most bits per weight of embedding and head; 16 keeps them dense. [default: the width in the source]",
+        ),
+        click.option(
+            "--sensitivity",
+            type=click.Choice(["measured", "equal"]),
+            help="Measure how much predictions suffer from errors of each tensor and give bits to those that matter, or take all "
+            "weights for equal. [default: measured, given a calibration text and an architecture the runtime knows]",
+        ),
+        click.option(
+            "--calibration",
+            metavar="FILE|none",
+            help="A text that tells which weights and input channels matter. [default: a text of this package; none with --dim]",
+        ),
+        click.option(
+            "--effort",
+            type=click.Choice(["fast", "balanced", "best"]),
+            help="fast only clusters; balanced chooses codes that make up for each other's errors on the calibration text; best "
+            "then trains codebooks and scales on it, which takes much longer. [default: balanced; fast with --dim]",
+        ),
+        click.option(
+            "--method",
+            type=click.Choice(["fast", "lloyd"]),
+            default="fast",
+            show_default=True,
+            help="How to cluster: fast is at least as good in a fraction of the time; lloyd is plain k-means, as in the paper.",
+        ),
+        click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same bytes."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @cli.command()
 @click.argument("source", type=PATH)
 @click.argument("output", type=PATH)
-@click.option(
-    "--to",
-    type=_OutputFormat(),
-    default="packed",
-    show_default=True,
-    help="The format to write: one .clus file, a Hugging Face folder, a GGUF file, an ONNX folder, or what a plug-in brings.",
-)
-@click.option(
-    "--gguf-type",
-    type=click.Choice(["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]),
-    help="With --to gguf: decode and store as this type, for stock llama.cpp. [default: codebooks and codes]",
-)
-@click.option(
-    "--bits", type=float, help="Most bits per weight of the linear layers, codebooks and scales counted. [default: 4]"
-)
-@click.option("--dim", "cluster_dim", type=int, help="Weights per code, as in the paper; needs --clusters, excludes --bits.")
-@click.option("--clusters", "num_clusters", type=int, help="Centroids per codebook, at most 65536; needs --dim.")
-@click.option(
-    "--share",
-    type=click.Choice(["none", "kind", "model"]),
-    help="A codebook per matrix, per kind of matrix over all layers, or one for all. "
-    "[default: none with --dim, else whichever is expected to be best]",
-)
-@click.option(
-    "--embedding-bits",
-    type=float,
-    help="Most bits per weight of embedding and head; 16 keeps them dense. [default: the width they have in the source]",
-)
-@click.option(
-    "--calibration",
-    metavar="FILE|none",
-    help="A text whose activations tell which input channels matter. [default: a text of this package; none with --dim]",
-)
-@click.option(
-    "--effort",
-    type=click.Choice(["fast", "balanced", "best"]),
-    help="fast only clusters; balanced chooses codes that make up for each other's errors on the calibration text; best then "
-    "trains codebooks and scales on it, which takes much longer. [default: balanced; fast with --dim]",
-)
-@click.option(
-    "--method",
-    type=click.Choice(["fast", "lloyd"]),
-    default="fast",
-    show_default=True,
-    help="How to cluster: fast is at least as good in a fraction of the time; lloyd is plain k-means, as in the paper.",
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same bytes.")
+@_planning_options
 @click.option("--threads", type=click.IntRange(min=1), help="Threads to use. [default: all cores]")
 @DEVICE
 @click.option("--dry-run", is_flag=True, help="Show the plan and the predicted size; write nothing.")
@@ -135,6 +182,8 @@ def convert(source: Path, output: Path, *, dry_run: bool, force: bool, as_json: 
     Examples:
       cluscomp-export convert llama/ llama.clus --bits 3
       cluscomp-export convert model.gguf model.clus --bits 2.5 --embedding-bits 4 --dry-run
+      cluscomp-export convert model.gguf model.clus --budget 55MB               the whole file, never more
+      cluscomp-export convert llama/ llama.clus --plan plan.json                as `plan --save plan.json` said
       cluscomp-export convert llama/ paper.clus --dim 6 --clusters 65500        the paper's setting
       cluscomp-export convert clustered-checkpoint/ packed.clus                 repack without loss
       cluscomp-export convert packed.clus folder/ --to hf                       for transformers
@@ -150,7 +199,9 @@ def convert(source: Path, output: Path, *, dry_run: bool, force: bool, as_json: 
 
     chosen = ConversionOptions(**options)
     if dry_run:
-        _show_plan(prepare(source, chosen), as_json=as_json)
+        with ProgressDisplay() as progress:
+            prepared = prepare(source, chosen, progress)
+        _show_plan(prepared, as_json=as_json)
         return
     try:
         with ProgressDisplay() as progress:
@@ -178,31 +229,51 @@ def convert(source: Path, output: Path, *, dry_run: bool, force: bool, as_json: 
 
 
 def _show_plan(prepared: Prepared, *, as_json: bool) -> None:
-    from cluscomp_export.sizes import tensor_rows
-    from cluscomp_export.tables import print_tensors
+    from cluscomp_export.plan_report import explain
+    from cluscomp_export.tables import print_plan
 
-    sizes = prepared.sizes
-    rows = tensor_rows(prepared.model)
+    report = explain(prepared)
     if as_json:
-        print_json(
-            {
-                "bits_per_weight": sizes.bits_per_weight(),
-                "payload_bytes": sizes.payload_bytes,
-                "source_file_bytes": prepared.source_file_bytes,
-                "warnings": prepared.warnings,
-                "codebooks": [{**vars(book), "members": len(book.members)} for book in prepared.plan.codebooks]
-                if prepared.plan
-                else [],
-                "tensors": rows,
-            }
-        )
+        print_json(report)
         return
-    print_tensors(rows)
-    bits = sizes.bits_per_weight()
-    click.echo(f"bits per weight: {bits['linears']:.2f} (linear layers), {bits['all']:.2f} (everything)")
-    click.echo(f"predicted size: {sizes.payload_bytes / 1e6:.1f} MB; source: {prepared.source_file_bytes / 1e6:.1f} MB")
+    print_plan(report)
     for text in prepared.warnings:
         say(f"warning: {text}")
+
+
+@cli.command()
+@click.argument("source", type=PATH)
+@_planning_options
+@click.option("--save", type=PATH, metavar="FILE", help="Write the plan as JSON, for `convert --plan`.")
+@click.option("--force", is_flag=True, help="Replace FILE if it exists.")
+@JSON
+def plan(source: Path, *, save: Path | None, force: bool, as_json: bool, **options: Any) -> None:
+    """Show how SOURCE would be stored and why, without converting it.
+
+    \b
+    Examples:
+      cluscomp-export plan llama/ --bits 3
+      cluscomp-export plan llama/ --budget 55MB --to gguf
+      cluscomp-export plan llama/ --match-loss 0.1 --json
+      cluscomp-export plan llama/ --bits 3 --save plan.json    then edit it, and: convert llama/ llama.clus --plan plan.json
+
+    The sensitivity of a tensor is the loss, in nats per token, that a squared error as large as its weights' squares would
+    cost, as measured with gradients on the calibration text; the loss of a plan is the sum of sensitivity times expected error.
+    The size is that of the whole artefact, at most: exact but for the digits of checksums and of the self-test record.
+    """
+    from cluscomp_export.convert import ConversionOptions, prepare
+    from cluscomp_export.planning.plan_file import write_plan
+    from cluscomp_formats.atomic import check_output
+
+    if save is not None:
+        check_output(save, force=force)
+    with ProgressDisplay() as progress:
+        prepared = prepare(source, ConversionOptions(**options), progress)
+    if save is not None:
+        if prepared.plan is None:
+            raise click.UsageError("there is no plan to save: SOURCE is clustered already")
+        write_plan(prepared.plan, save, force=force)
+    _show_plan(prepared, as_json=as_json)
 
 
 @cli.command()

@@ -6,12 +6,11 @@ What a clustering has finished is kept beside the output until that is there: se
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,13 +26,15 @@ from cluscomp_export.calibration import (
 )
 from cluscomp_export.clustering import Method, cluster_model, work_bytes
 from cluscomp_export.error_feedback import ErrorFeedback
-from cluscomp_export.planning import Plan, Share, embedding_tensors, plan_bits, plan_fixed
+from cluscomp_export.planning import Plan, Share
+from cluscomp_export.preparing import check_targets, make_plan, provenance_of, sensitivities_of
 from cluscomp_export.progress import Progress, silent
+from cluscomp_export.sensitivity import Sensitivity
 from cluscomp_export.sizes import Sizes, model_sizes
 from cluscomp_export.sources import open_source, source_bytes
 from cluscomp_export.tuning import RecoveryOptions, TrainableModel, recover
 from cluscomp_export.work_folder import WorkFolder, fingerprint, remove_work, work_folder, work_path
-from cluscomp_export.writers import find_writer
+from cluscomp_export.writers import Writer, find_writer
 from cluscomp_formats.errors import (
     ClusCompError,
     InvalidFileError,
@@ -45,22 +46,24 @@ from cluscomp_formats.errors import (
 )
 from cluscomp_formats.ir import FLOAT_DTYPES, AnyArray, Array, Model
 from cluscomp_formats.packed.payloads import is_finite
-from cluscomp_formats.version import __version__
+from cluscomp_formats.packed.writer import NO_DIGEST
 from cluscomp_runtime.language_model import check_device
+from cluscomp_runtime.selftest import longest_record, make_self_test
 
 __all__ = ["ConversionOptions", "ConversionReport", "Prepared", "convert", "prepare", "scan_source"]
 
 Effort = Literal["fast", "balanced", "best"]
-
-DEFAULT_BITS = 4.0
 
 
 @dataclass(frozen=True)
 class ConversionOptions:
     """What to make of the source.
 
-    Either `bits` (a budget per weight of the linear layers, codebooks and scales counted) or `cluster_dim` and `num_clusters`
-    (the paper's setting, the same for every matrix); neither means 4 bits. `share=None` lets the planner choose.
+    One of `bits` (a budget per weight of the linear layers, codebooks and scales counted), `cluster_dim` with `num_clusters`
+    (the paper's setting, the same for every matrix), `budget` (bytes of the whole artefact), `match_loss` (the divergence from
+    the source, nats per token, as predicted) and `plan` (a file); none means 4 bits. `share=None` lets the planner choose.
+    `sensitivity` says whether the planner measures how much every tensor matters, or takes all weights for equal; None
+    measures where there is a calibration text and the runtime knows the architecture.
     `embedding_bits` is a budget per weight of embedding and head; 16 keeps them dense, None keeps the width of the source
     where that is below 16. `calibration` is a text file whose activations weight the clustering, "none", or None: the text the
     package ships with `bits`, none with the paper's setting. `effort="fast"` only clusters; "balanced", the default where there
@@ -69,6 +72,10 @@ class ConversionOptions:
     """
 
     bits: float | None = None
+    budget: int | None = None
+    match_loss: float | None = None
+    plan: Path | None = None
+    sensitivity: Literal["measured", "equal"] | None = None
     cluster_dim: int | None = None
     num_clusters: int | None = None
     share: Share | None = None
@@ -85,9 +92,18 @@ class ConversionOptions:
     @property
     def asks_clustering(self) -> bool:
         """Whether any option says how to cluster."""
-        how = (self.bits, self.cluster_dim, self.num_clusters, self.share, self.embedding_bits)
-        given = (*how, self.calibration, self.effort)
+        how = (*self.targets().values(), self.cluster_dim, self.num_clusters, self.share, self.embedding_bits)
+        given = (*how, self.sensitivity, self.calibration, self.effort)
         return any(value is not None for value in given)
+
+    @property
+    def allocates(self) -> bool:
+        """Whether the planner chooses the sizes of codebooks."""
+        return self.cluster_dim is None and self.plan is None
+
+    def targets(self) -> dict[str, Any]:
+        """What can be asked for, by option."""
+        return {"--bits": self.bits, "--budget": self.budget, "--match-loss": self.match_loss, "--plan": self.plan}
 
     def calibration_text(self) -> str | None:
         """The text to calibrate on, if any. Raises InvalidFileError."""
@@ -98,20 +114,25 @@ class ConversionOptions:
 
     def recorded(self) -> dict[str, Any]:
         """The options that determine the result, for the provenance."""
-        return {
-            key: value for key, value in asdict(self).items() if value is not None and key not in ("threads", "device", "to")
-        }
+        unrecorded = ("threads", "device", "plan", *(() if self.budget is not None else ("to",)))
+        return {key: value for key, value in asdict(self).items() if value is not None and key not in unrecorded}
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A conversion that has been planned: `model` tells sizes, `plan` is None when a clustered source is only repacked."""
+    """A conversion that has been planned: `model` tells sizes, `plan` is None when a clustered source is only repacked.
+
+    `file_bytes` is the size of the artefact, at most; None where the format cannot tell. `sensitivities` are what the plan was
+    made with, None if every weight counted alike.
+    """
 
     source: Model
     plan: Plan | None
     model: Model
     sizes: Sizes
+    file_bytes: int | None
     source_file_bytes: int
+    sensitivities: Mapping[str, Sensitivity] | None
     warnings: tuple[str, ...]
 
 
@@ -135,15 +156,17 @@ class ConversionReport:
     warnings: tuple[str, ...]
 
 
-def prepare(source_path: Path, options: ConversionOptions) -> Prepared:
-    """Open and plan; reads shapes only. What `--dry-run` shows.
+def prepare(source_path: Path, options: ConversionOptions, on_progress: Progress = silent, *, measure: bool = True) -> Prepared:
+    """Open, measure what the plan needs, and plan. What `--dry-run` shows.
 
-    Raises InvalidRequestError for options that contradict each other or a budget that cannot be met, InvalidFileError,
-    UnsupportedError.
+    Without `measure` only shapes are read, and every weight counts alike. Raises InvalidRequestError for options that
+    contradict each other or a budget that cannot be met, InvalidFileError, UnsupportedError.
     """
-    _check_options(options)
+    writer = find_writer(options.to, options.gguf_type)
+    _check_options(options, writer)
     source = open_source(source_path)
-    plan = None
+    plan = sensitivities = None
+    warnings: list[str] = []
     if source.clustered:
         if options.asks_clustering:
             remedy = "convert the original model instead, or drop the clustering options to repack it as it is"
@@ -152,11 +175,17 @@ def prepare(source_path: Path, options: ConversionOptions) -> Prepared:
             )
         model = source
     else:
-        plan = _make_plan(source, options)
-        model = cluster_model(source, plan)
+        text = options.calibration_text()
+        provenance = provenance_of(source, options, text, NO_DIGEST)
+        if measure:
+            sensitivities = sensitivities_of(source, options, text, None, warnings, on_progress)
+        plan = make_plan(source, options, writer, provenance, sensitivities)
+        model = cluster_model(source, plan, provenance=provenance)
     sizes = model_sizes(model)
-    file_bytes = source_bytes(source_path)
-    return Prepared(source, plan, model, sizes, file_bytes, tuple(_warnings(source, sizes, file_bytes)))
+    artefact = None if writer.size is None else writer.size(replace(model, self_test=model.self_test or longest_record(source)))
+    in_file = source_bytes(source_path)
+    warnings += _warnings(source, sizes, in_file)
+    return Prepared(source, plan, model, sizes, artefact, in_file, sensitivities, tuple(warnings))
 
 
 def convert(
@@ -184,7 +213,8 @@ def convert(
         raise InvalidRequestError(
             Problem("output_is_source", "the output is the source itself", str(output), remedy="name another output")
         )
-    prepared = prepare(source_path, options)
+    # Tells early what cannot be done; the plan that counts is made when the source has been checked and measured.
+    prepared = prepare(source_path, options, measure=False)
     writer.check_model(prepared.model)
     warnings = list(prepared.warnings)
     model = prepared.model
@@ -200,7 +230,7 @@ def convert(
         work = unfinished.enter_context(work_folder(output)) if prepared.plan is not None else None
         _check_space(output, prepared, work)
         if prepared.plan is not None and work is not None:
-            model, recovery = _clustered(prepared.source, prepared.plan, source_path, options, work, warnings, on_progress)
+            model, recovery = _clustered(prepared, source_path, options, writer, work, warnings, on_progress)
         written = writer.write(
             model,
             output,
@@ -213,7 +243,7 @@ def convert(
         file_bytes=written.file_bytes,
         source_file_bytes=prepared.source_file_bytes,
         digest=written.digest,
-        bits_per_weight=prepared.sizes.bits_per_weight(),
+        bits_per_weight=model_sizes(model).bits_per_weight(),
         self_test=record is not None,
         recovery=recovery,
         reused=work.reused if work is not None else 0,
@@ -223,32 +253,28 @@ def convert(
 
 
 def _clustered(
-    source: Model,
-    plan: Plan,
+    prepared: Prepared,
     source_path: Path,
     options: ConversionOptions,
+    writer: Writer,
     work: WorkFolder,
     warnings: list[str],
     on_progress: Progress,
 ) -> tuple[Model, Mapping[str, Any] | None]:
     """The model to write, with its provenance (what it was made from, and how), and the record of its training, if any."""
-    text = options.calibration_text()
-    recorded = options.recorded()
-    if text is not None:
-        recorded["calibration"] = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
-    effort = options.effort or ("fast" if text is None else "balanced")
-    recorded["effort"] = effort
-    provenance = {
-        "tool": "cluscomp-export",
-        "version": __version__,
-        "source": {**source.provenance, "digest": scan_source(source, source_path, on_progress)},
-        "options": recorded,
-    }
+    source, text = prepared.source, options.calibration_text()
+    provenance = provenance_of(source, options, text, scan_source(source, source_path, on_progress))
+    recorded = provenance["options"]
+    effort = recorded["effort"]
     kept, deleted = work.begin(fingerprint(provenance))
     if kept:
         on_progress(f"resuming with {kept} finished parts", kept, kept)
     if deleted:
         warnings.append("the unfinished work of a conversion of another source or with other options was discarded")
+    plan = prepared.plan
+    sensitivities = sensitivities_of(source, options, text, work, warnings, on_progress)
+    if sensitivities is not None or plan is None:
+        plan = make_plan(source, options, writer, provenance, sensitivities)
     energies = feedback = None
     if text is not None:
         try:
@@ -345,12 +371,11 @@ def _first_not_finite(array: Array, values: AnyArray) -> tuple[int, ...] | None:
     return tuple(int(index) for index in np.unravel_index(int(np.argmin(finite)), values.shape))
 
 
-def _check_options(options: ConversionOptions) -> None:
+def _check_options(options: ConversionOptions, writer: Writer) -> None:
+    check_targets(options, writer)
     problem = None
     if (options.cluster_dim is None) != (options.num_clusters is None):
         problem = Problem("bad_option", "--dim and --clusters go together", remedy="give both, or --bits")
-    elif options.bits is not None and options.cluster_dim is not None:
-        problem = Problem("bad_option", "--bits and --dim/--clusters exclude each other", remedy="give one of them")
     elif options.bits is not None and not 0 < options.bits <= 16:
         problem = Problem("bad_option", "--bits is out of range", found=f"{options.bits:g}", expected="more than 0, at most 16")
     elif options.embedding_bits is not None and not 0 < options.embedding_bits <= 16:
@@ -366,22 +391,6 @@ def _check_options(options: ConversionOptions) -> None:
     if problem:
         raise InvalidRequestError(problem)
     check_device(options.device)
-
-
-def _make_plan(source: Model, options: ConversionOptions) -> Plan:
-    stored = source.provenance.get("stored_bits", {})
-    embedding_bits = options.embedding_bits
-    if embedding_bits is None:
-        embedding_bits = max((stored.get(name, 16.0) for name in embedding_tensors(source)), default=16.0)
-    if options.cluster_dim is not None and options.num_clusters is not None:
-        return plan_fixed(
-            source,
-            cluster_dim=options.cluster_dim,
-            num_clusters=options.num_clusters,
-            share=options.share or "none",
-            embedding_bits=embedding_bits,
-        )
-    return plan_bits(source, bits=options.bits or DEFAULT_BITS, share=options.share, embedding_bits=embedding_bits)
 
 
 def _warnings(source: Model, sizes: Sizes, source_file_bytes: int) -> list[str]:
@@ -414,8 +423,6 @@ def _check_space(output: Path, prepared: Prepared, work: WorkFolder | None) -> N
 
 def _self_test(written: Model, warnings: list[str], on_progress: Progress) -> Mapping[str, Any] | None:
     """The self-test record of the model just written, or None where the runtime cannot run its architecture."""
-    from cluscomp_runtime.selftest import make_self_test
-
     on_progress("recording the self-test", 0, 1)
     try:
         record = make_self_test(written)

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from cluscomp_export.calibration import MAX_WINDOWS, calibration_windows
 from cluscomp_export.progress import Progress, silent
 from cluscomp_formats.ir import Array, DenseTensor, Model, Tensor
 from cluscomp_runtime.architecture import DecoderSettings, check_tensors
@@ -29,8 +30,12 @@ from cluscomp_runtime.decoder import Decoder, DecoderLayer
 from cluscomp_runtime.generate import check_prompt
 from cluscomp_runtime.linear import DenseLinear, MatrixBuilder, decoded
 
-__all__ = ["Sensitivity", "measure_sensitivities"]
+__all__ = ["Sensitivity", "measure_sensitivities", "sensitive_tensors", "sensitivity_windows"]
 
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+WINDOWS = 4
 GROUP = 4
 """Windows that go through a block together: every group decodes every matrix twice."""
 HEAD_TOKENS = 128
@@ -76,10 +81,10 @@ class _Measurement:
         # This builder reads no matrix before it is used.
         self.decoder = Decoder(source, self.settings, MatrixBuilder("reference", torch.float32, torch.device("cpu")))
         self.seed = seed
-        names = [name for name, tensor in source.tensors.items() if len(tensor.shape) == 2]
-        self.rows = {name: torch.zeros(source.tensors[name].shape[0], dtype=torch.float64) for name in names}
-        self.embedding = "model.embed_tokens.weight"
-        self.head = "lm_head.weight" if "lm_head.weight" in source.tensors else self.embedding
+        self.rows = {
+            name: torch.zeros(source.tensors[name].shape[0], dtype=torch.float64) for name in sensitive_tensors(source)
+        }
+        self.head = HEAD if HEAD in source.tensors else EMBEDDING
 
     def layer(self, index: int) -> tuple[DecoderLayer, dict[str, torch.Tensor]]:
         """Block `index` and its matrices by name."""
@@ -143,7 +148,26 @@ class _Measurement:
         for ids, gradient in zip(windows, gradients, strict=True):
             distinct, places = ids.unique(return_inverse=True)
             of_rows = torch.zeros(len(distinct), gradient.shape[1]).index_add_(0, places, gradient)
-            self.rows[self.embedding][distinct] += _square_sums(of_rows)
+            self.rows[EMBEDDING][distinct] += _square_sums(of_rows)
+
+
+def sensitive_tensors(model: Model) -> list[str]:
+    """Names of the tensors that are measured: the matrices of the decoder blocks, the embedding and the head."""
+    return [
+        name
+        for name, tensor in model.tensors.items()
+        if len(tensor.shape) == 2 and (name in (EMBEDDING, HEAD) or name.startswith("model.layers."))
+    ]
+
+
+def sensitivity_windows(model: Model, text: str) -> torch.Tensor:
+    """The windows of a calibration text to measure on, int64 `[windows, tokens]`, spread over the text.
+
+    Raises what `calibration_windows` does.
+    """
+    windows = calibration_windows(model, text, MAX_WINDOWS)
+    count = min(WINDOWS, len(windows))
+    return windows[[(2 * number + 1) * len(windows) // (2 * count) for number in range(count)]]
 
 
 def measure_sensitivities(
@@ -166,8 +190,6 @@ def measure_sensitivities(
         measurement.group(group, number * GROUP, on_block)
     result = {}
     for name, sums in measurement.rows.items():
-        if name not in (measurement.embedding, measurement.head) and not name.startswith("model.layers."):
-            continue
         rows = sums / (2 * windows.numel())
         energies = _square_sums(decoded(source.tensors[name]).float()) / source.tensors[name].shape[1]
         # Three digits: what is beyond them is noise, and may depend on the machine.

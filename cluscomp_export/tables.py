@@ -11,7 +11,7 @@ from cluscomp_export.sources.linears import kind
 from cluscomp_export.terminal import print_table, say
 from cluscomp_formats.errors import Problem, printable
 
-__all__ = ["print_inspection", "print_tensors"]
+__all__ = ["print_inspection", "print_plan", "print_tensors"]
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -30,6 +30,48 @@ def print_tensors(rows: Rows) -> None:
             for (name, shape, how, codebook), group in merged.items()
         ],
     )
+
+
+def print_plan(report: Mapping[str, Any]) -> None:
+    """The report of `explain`: the tensors by kind and setting, then the totals."""
+    merged: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in report["tensors"]:
+        how = f"dim {row['dim']} x {row['clusters']}" if row["kind"] == "clustered" else row["dtype"]
+        merged.setdefault((kind(row["name"]), how, kind(row.get("codebook", ""))), []).append(row)
+    print_table(
+        ("tensors", "count", "stored as", "codebook", "bits", "sensitivity", "error", "loss %"),
+        [
+            (
+                name,
+                len(group),
+                how,
+                codebook,
+                f"{group[0]['bits_per_weight']:.2f}",
+                _range([row["sensitivity"] for row in group if "sensitivity" in row]),
+                f"{group[0]['expected_error']:.2g}" if "expected_error" in group[0] else "",
+                f"{100 * sum(row['loss_share'] for row in group):.1f}" if "loss_share" in group[0] else "",
+            )
+            for (name, how, codebook), group in sorted(merged.items())
+        ],
+    )
+    bits = report["bits_per_weight"]
+    click.echo(f"bits per weight: {bits['linears']:.2f} (linear layers), {bits['all']:.2f} (everything)")
+    size, bound = report["file_bytes"], " at most"
+    if size is None:
+        size, bound = report["payload_bytes"], ", headers not counted"
+    click.echo(f"predicted size: {size / 1e6:.3f} MB{bound}; source: {report['source_file_bytes'] / 1e6:.1f} MB")
+    if report["predicted_loss"] is not None:
+        click.echo(
+            f"predicted loss: {report['predicted_loss']:.3g} nats per token on text like the calibration text, before error "
+            "feedback and training"
+        )
+
+
+def _range(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    low, high = min(values), max(values)
+    return f"{low:.2g}" if low == high else f"{low:.2g} to {high:.2g}"
 
 
 def print_inspection(report: Mapping[str, Any]) -> None:

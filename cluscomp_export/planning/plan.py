@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from cluscomp_export.planning.candidates import expected_error, num_vectors
+
 __all__ = ["CodebookPlan", "Plan", "Share", "Treatment"]
 
 Share = Literal["none", "kind", "model"]
@@ -40,6 +42,12 @@ class Plan:
     """Treatments of the tensors to be clustered; every other tensor stays dense."""
 
     treatments: Mapping[str, Treatment]
+
+    def expected_error(self, name: str) -> float:
+        """Squared error that is expected of a clustered tensor, relative to its weights'."""
+        book = self.treatments[name].codebook
+        vectors = sum(num_vectors(self.treatments[member].shape, book.cluster_dim) for member in book.members)
+        return expected_error(book.cluster_dim, book.num_clusters, vectors)
 
     @property
     def codebooks(self) -> tuple[CodebookPlan, ...]:

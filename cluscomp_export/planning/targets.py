@@ -20,6 +20,8 @@ __all__ = ["embedding_tensors", "plan_bits", "plan_budget", "plan_fixed", "plan_
 
 Losses = Mapping[str, float]
 
+BUDGET_STEPS = 6
+
 
 def plan_fixed(model: Model, *, cluster_dim: int, num_clusters: int, share: Share, embedding_bits: float) -> Plan:
     """The same (cluster_dim, num_clusters) for every linear layer; `share="none"` is the paper's setting.
@@ -74,15 +76,19 @@ def plan_budget(
         found, expected = f"{budget} bytes", f"at least {least} bytes"
         message = "not even the smallest codebooks fit this budget"
         raise InvalidRequestError(Problem("budget_too_small", message, None, None, found, expected, remedy))
-    # All that codebooks do not account for, such as headers and padding, depends on the plan, a little: go down by the excess.
-    bits = sum(pick.bits for pick in smallest) + 8.0 * (budget - least)
-    while True:
+    # What codebooks do not account for, such as headers and padding, depends on the plan, a little: correct by what is left over.
+    best, bits = smallest, sum(pick.bits for pick in smallest) + 8.0 * (budget - least)
+    for _ in range(BUDGET_STEPS):
         picks, _ = allocate(scopes, budget=bits)
-        plan = _plan_of(model, picks if picks is not None else smallest)
-        excess = size_of(plan) - budget
-        if excess <= 0:
-            return plan
-        bits -= 8.0 * excess
+        if picks is None:
+            break
+        left = budget - size_of(_plan_of(model, picks))
+        if left >= 0 and sum(pick.loss for pick in picks) < sum(pick.loss for pick in best):
+            best = picks
+        if left == 0:
+            break
+        bits += 8.0 * left
+    return _plan_of(model, best)
 
 
 def plan_loss(model: Model, *, loss: float, share: Share | None, sensitivities: Losses) -> Plan:
