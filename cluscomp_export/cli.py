@@ -116,8 +116,8 @@ def _planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--match-loss",
             type=float,
             metavar="NATS",
-            help="The smallest artefact whose predicted divergence from the source is at most this, in nats per token: predicted "
-            "on the calibration text, before error feedback and training. Excludes --bits.",
+            help="The smallest artefact whose divergence from the source is at most this, in nats per token, as predicted on the "
+            "calibration text, before error feedback and training. Excludes --bits.",
         ),
         click.option("--plan", type=PATH, help="A plan that `plan --save` has written, edited or not. Excludes --bits."),
         click.option(
@@ -138,19 +138,19 @@ def _planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--sensitivity",
             type=click.Choice(["measured", "equal"]),
-            help="Measure how much predictions suffer from errors of each tensor and give bits to those that matter, or take all "
+            help="Measure how much predictions suffer from errors of each tensor and give bits where they matter, or take all "
             "weights for equal. [default: measured, given a calibration text and an architecture the runtime knows]",
         ),
         click.option(
             "--calibration",
             metavar="FILE|none",
-            help="A text that tells which weights and input channels matter. [default: a text of this package; none with --dim]",
+            help="A text that tells which weights and inputs matter. [default: a text of this package; none with --dim]",
         ),
         click.option(
             "--effort",
             type=click.Choice(["fast", "balanced", "best"]),
-            help="fast only clusters; balanced chooses codes that make up for each other's errors on the calibration text; best "
-            "then trains codebooks and scales on it, which takes much longer. [default: balanced; fast with --dim]",
+            help="fast only clusters; balanced chooses codes that make up for each other's errors on the calibration text; "
+            "best then trains codebooks and scales on it, which takes much longer. [default: balanced; fast with --dim]",
         ),
         click.option(
             "--method",

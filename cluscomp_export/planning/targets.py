@@ -76,7 +76,7 @@ def plan_budget(
         found, expected = f"{budget} bytes", f"at least {least} bytes"
         message = "not even the smallest codebooks fit this budget"
         raise InvalidRequestError(Problem("budget_too_small", message, None, None, found, expected, remedy))
-    # What codebooks do not account for, such as headers and padding, depends on the plan, a little: correct by what is left over.
+    # Headers and padding, which depend on the plan a little, are not among the bits: correct these by what is left over.
     best, bits = smallest, sum(pick.bits for pick in smallest) + 8.0 * (budget - least)
     for _ in range(BUDGET_STEPS):
         picks, _ = allocate(scopes, budget=bits)
