@@ -116,7 +116,7 @@ def _planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--match-loss",
             type=float,
             metavar="NATS",
-            help="The smallest artefact whose divergence from the source is at most this, in nats per token, as predicted on the "
+            help="The smallest artefact whose divergence from the source is at most this, in nats per token, predicted on the "
             "calibration text, before error feedback and training. Excludes --bits.",
         ),
         click.option("--plan", type=PATH, help="A plan that `plan --save` has written, edited or not. Excludes --bits."),
