@@ -37,7 +37,9 @@ from cluscomp_formats.ir import Array, DenseTensor, Model
 from cluscomp_runtime import LanguageModel, load
 
 
-def plans(source: Model, path: Path, losses: Mapping[str, float], arguments: argparse.Namespace) -> Iterator[tuple[str, Plan]]:
+def plans(
+    source: Model, path: Path, losses: Mapping[str, Sensitivity], arguments: argparse.Namespace
+) -> Iterator[tuple[str, Plan]]:
     """Pairs of plans of one size, by name."""
     for bits in arguments.bits:
         for name, sensitivities in (("equal", None), ("measured", losses)):
@@ -71,7 +73,7 @@ def plans(source: Model, path: Path, losses: Mapping[str, float], arguments: arg
 
 
 def measured(
-    path: Path, plan: Plan, losses: Mapping[str, float], arguments: argparse.Namespace, reference: LanguageModel
+    path: Path, plan: Plan, losses: Mapping[str, Sensitivity], arguments: argparse.Namespace, reference: LanguageModel
 ) -> Any:
     """Convert by the plan and score the result."""
     with tempfile.TemporaryDirectory() as folder:
@@ -82,7 +84,10 @@ def measured(
         seconds = time.perf_counter() - started
         windows = cut(reference, arguments)
         quality = evaluate(load(output, selftest=True), windows, reference=reference)
-    predicted = sum(losses[name] * plan.expected_error(name) for name in plan.treatments)
+    predicted = sum(
+        losses[name].cost(row_scale=treatment.row_scale) * plan.expected_error(name)
+        for name, treatment in plan.treatments.items()
+    )
     return {
         "linears": report.bits_per_weight["linears"],
         "codebooks": len(plan.codebooks),
@@ -167,11 +172,10 @@ def main() -> None:
             f"standard deviation a factor of {spread:.2f}"
         )
         return
-    losses = {name: value.relative for name, value in sensitivities.items()}
     reference = LanguageModel.from_model(source)
     table = []
-    for name, plan in plans(source, arguments.model, losses, arguments):
-        row = measured(arguments.model, plan, losses, arguments, reference)
+    for name, plan in plans(source, arguments.model, sensitivities, arguments):
+        row = measured(arguments.model, plan, sensitivities, arguments, reference)
         say(json.dumps({"plan": name, "load": os.getloadavg()[1], **row}))
         figures = (f"{row['predicted']:.3f}", f"{row['kl']:.3f}", f"{row['perplexity']:.2f}", f"{100 * row['top1']:.1f}")
         table.append(

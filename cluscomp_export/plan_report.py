@@ -25,7 +25,8 @@ def explain(prepared: Prepared) -> dict[str, Any]:
     for row in rows:
         name = row["name"]
         if sensitivities is not None and name in sensitivities:
-            row["sensitivity"] = sensitivities[name].relative
+            scaled = plan is None or name not in plan.treatments or plan.treatments[name].row_scale
+            row["sensitivity"] = sensitivities[name].cost(row_scale=scaled)
         if plan is not None and name in plan.treatments:
             row["expected_error"] = plan.expected_error(name)
             if "sensitivity" in row:

@@ -93,12 +93,12 @@ def sensitivities_of(
     if not options.allocates or options.sensitivity == "equal" or text is None:
         return None
     names = sensitive_tensors(source)
-    forms = {"relative": ("float64", (len(names),))}
+    forms = {key: ("float64", (len(names),)) for key in ("relative", "flat")}
     forms |= {f"rows {name}": ("float32", (source.tensors[name].shape[0],)) for name in names}
     found = None if work is None else work.load("sensitivities", forms)
     if found is not None:
-        relative = found["relative"].tolist()
-        return {name: Sensitivity(found[f"rows {name}"], value) for name, value in zip(names, relative, strict=True)}
+        pairs = zip(names, found["relative"].tolist(), found["flat"].tolist(), strict=True)
+        return {name: Sensitivity(found[f"rows {name}"], relative, flat) for name, relative, flat in pairs}
     try:
         sensitivities = measure_sensitivities(
             source, sensitivity_windows(source, text), seed=options.seed, on_progress=on_progress
@@ -110,7 +110,9 @@ def sensitivities_of(
         return None
     if work is not None:
         arrays: dict[str, AnyArray] = {f"rows {name}": sensitivities[name].rows for name in names}
-        work.save("sensitivities", {**arrays, "relative": np.array([sensitivities[name].relative for name in names])})
+        arrays["relative"] = np.array([sensitivities[name].relative for name in names])
+        arrays["flat"] = np.array([sensitivities[name].flat for name in names])
+        work.save("sensitivities", arrays)
     return sensitivities
 
 
@@ -123,16 +125,15 @@ def make_plan(
 ) -> Plan:
     if options.plan is not None:
         return read_plan(options.plan, source)
-    losses = None if sensitivities is None else {name: value.relative for name, value in sensitivities.items()}
     if options.budget is not None and writer.size is not None:
         size, record = writer.size, longest_record(source)
 
         def size_of(plan: Plan) -> int:
             return size(replace(cluster_model(source, plan, provenance=provenance), self_test=record))
 
-        return plan_budget(source, budget=options.budget, size_of=size_of, share=options.share, sensitivities=losses)
-    if options.match_loss is not None and losses is not None:
-        return plan_loss(source, loss=options.match_loss, share=options.share, sensitivities=losses)
+        return plan_budget(source, budget=options.budget, size_of=size_of, share=options.share, sensitivities=sensitivities)
+    if options.match_loss is not None and sensitivities is not None:
+        return plan_loss(source, loss=options.match_loss, share=options.share, sensitivities=sensitivities)
     stored = source.provenance.get("stored_bits", {})
     embedding_bits = options.embedding_bits
     if embedding_bits is None:
@@ -146,5 +147,9 @@ def make_plan(
             embedding_bits=embedding_bits,
         )
     return plan_bits(
-        source, bits=options.bits or DEFAULT_BITS, share=options.share, embedding_bits=embedding_bits, sensitivities=losses
+        source,
+        bits=options.bits or DEFAULT_BITS,
+        share=options.share,
+        embedding_bits=embedding_bits,
+        sensitivities=sensitivities,
     )

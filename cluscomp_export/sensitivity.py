@@ -48,10 +48,16 @@ class Sensitivity:
 
     `rows` float32 `[out_features]`: nats per token for each unit of variance of the errors of a row's weights.
     `relative`: nats per token for a relative squared error of 1 in every row, the sum of `rows` times the rows' mean squares.
+    `flat`: the same for as large an error spread evenly over all rows, as a codebook without row scales makes it.
     """
 
     rows: npt.NDArray[np.float32]
     relative: float
+    flat: float
+
+    def cost(self, *, row_scale: bool) -> float:
+        """Nats per token for a relative squared error of 1 of a tensor with or without row scales."""
+        return self.relative if row_scale else self.flat
 
 
 class _Leaves(MatrixBuilder):
@@ -192,6 +198,11 @@ def measure_sensitivities(
     for name, sums in measurement.rows.items():
         rows = sums / (2 * windows.numel())
         energies = _square_sums(decoded(source.tensors[name]).float()) / source.tensors[name].shape[1]
-        # Three digits: what is beyond them is noise, and may depend on the machine.
-        result[name] = Sensitivity(rows.numpy().astype(np.float32), float(f"{float(rows @ energies):.3g}"))
+        relative, flat = float(rows @ energies), float(rows.sum() * energies.mean())
+        result[name] = Sensitivity(rows.numpy().astype(np.float32), _rounded(relative), _rounded(flat))
     return result
+
+
+def _rounded(value: float) -> float:
+    """To three digits: what is beyond them is noise, and may depend on the machine."""
+    return float(f"{value:.3g}")

@@ -63,14 +63,16 @@ class Scope(Protocol):
 
 
 class Separate:
-    """Groups that are given."""
+    """Groups that are given; with several lists of equal length, each group in one of these ways."""
 
-    def __init__(self, groups: Sequence[Group]) -> None:
-        self.table = Table(groups)
+    def __init__(self, *ways: Sequence[Group]) -> None:
+        self.tables = [Table(groups) for groups in ways]
 
     def best(self, price: float) -> list[Pick]:
-        columns = np.argmin(self.table.loss + price * self.table.bits, axis=1)
-        return [Pick(self.table, row, int(column)) for row, column in enumerate(columns)]
+        costs = [table.loss + price * table.bits for table in self.tables]
+        columns = [np.argmin(cost, axis=1) for cost in costs]
+        ways = np.argmin([cost.min(axis=1) for cost in costs], axis=0)
+        return [Pick(self.tables[way], row, int(columns[way][row])) for row, way in enumerate(ways)]
 
 
 class Chain:

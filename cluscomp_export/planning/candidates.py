@@ -79,11 +79,13 @@ def num_vectors(shape: tuple[int, int], cluster_dim: int) -> int:
 
 @dataclass(frozen=True)
 class Member:
-    """A matrix to be stored: its name and shape, and the loss a relative squared error of 1 would cost."""
+    """A matrix to be stored: its name and shape, and what a relative squared error of 1 costs: alike in every row, or spread
+    evenly, as it comes with and without row scales."""
 
     name: str
     shape: tuple[int, int]
     loss: float
+    flat_loss: float
 
     @property
     def num_weights(self) -> int:
@@ -115,7 +117,7 @@ class Table:
             )
             for dim in CLUSTER_DIMS
         }
-        loss = np.array([sum(member.loss for member in group.members) for group in groups])
+        loss = np.array([sum(m.loss if group.row_scale else m.flat_loss for m in group.members) for group in groups])
         scales = np.array([ROW_SCALE_BITS * sum(m.shape[0] for m in group.members) * group.row_scale for group in groups])
         self.bits: Floats = np.full((len(groups), len(SIZES)), np.inf)
         self.loss: Floats = np.zeros((len(groups), len(SIZES)))

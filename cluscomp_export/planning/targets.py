@@ -1,24 +1,26 @@
 """From what is asked for (a codebook size, bits per weight, a size, a loss) to a plan.
 
-`sensitivities` give the loss that a relative squared error of 1 of a tensor costs (`Sensitivity.relative`); without them every
-weight counts alike, and what is minimised is the squared error.
+`sensitivities` tell what errors of a tensor cost; without them every weight counts alike, and what is minimised is the squared
+error.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from cluscomp_export.planning.allocation import Chain, Either, Pick, Scope, Separate, allocate
 from cluscomp_export.planning.candidates import DENSE, Group, Member, num_vectors
 from cluscomp_export.planning.plan import CodebookPlan, Plan, Share, Treatment
+from cluscomp_export.sensitivity import Sensitivity
 from cluscomp_export.sources.linears import embedding_tensor, head_tensor, kind, linear_tensors
 from cluscomp_formats.errors import InvalidRequestError, Problem, UnsupportedError
 from cluscomp_formats.ir import MAX_CLUSTERS, ClusteredWeight, DenseTensor, Model
 
 __all__ = ["embedding_tensors", "plan_bits", "plan_budget", "plan_fixed", "plan_loss"]
 
-Losses = Mapping[str, float]
+Sensitivities = Mapping[str, Sensitivity]
 
 BUDGET_STEPS = 6
 
@@ -39,7 +41,7 @@ def plan_fixed(model: Model, *, cluster_dim: int, num_clusters: int, share: Shar
 
 
 def plan_bits(
-    model: Model, *, bits: float, share: Share | None, embedding_bits: float, sensitivities: Losses | None = None
+    model: Model, *, bits: float, share: Share | None, embedding_bits: float, sensitivities: Sensitivities | None = None
 ) -> Plan:
     """The choice with the least expected loss at no more than `bits` per weight of the linear layers, all they need counted.
 
@@ -61,7 +63,7 @@ def plan_budget(
     budget: int,
     size_of: Callable[[Plan], int],
     share: Share | None,
-    sensitivities: Losses | None = None,
+    sensitivities: Sensitivities | None = None,
 ) -> Plan:
     """The choice with the least expected loss whose artefact is at most `budget` bytes; embedding and head take part.
 
@@ -91,7 +93,7 @@ def plan_budget(
     return _plan_of(model, best)
 
 
-def plan_loss(model: Model, *, loss: float, share: Share | None, sensitivities: Losses) -> Plan:
+def plan_loss(model: Model, *, loss: float, share: Share | None, sensitivities: Sensitivities) -> Plan:
     """The fewest bits whose expected loss is at most `loss`; embedding and head take part.
 
     Raises InvalidRequestError, which tells the least loss there is, UnsupportedError if there is nothing to cluster.
@@ -111,13 +113,16 @@ def embedding_tensors(model: Model) -> list[str]:
     return [name for name in (embedding_tensor(model), head_tensor(model)) if name is not None]
 
 
-def _member(model: Model, name: str, losses: Losses | None) -> Member:
+def _member(model: Model, name: str, sensitivities: Sensitivities | None) -> Member:
     out_features, in_features = model.tensors[name].shape
     weights = out_features * in_features
-    return Member(name, (out_features, in_features), float(weights) if losses is None else losses[name])
+    if sensitivities is None:
+        return Member(name, (out_features, in_features), weights, weights)
+    measured = sensitivities[name]
+    return Member(name, (out_features, in_features), measured.relative, measured.flat)
 
 
-def _linears(model: Model, losses: Losses | None) -> list[Member]:
+def _linears(model: Model, sensitivities: Sensitivities | None) -> list[Member]:
     """The linear layers, in the order of the model."""
     names = linear_tensors(model)
     if not names:
@@ -128,7 +133,7 @@ def _linears(model: Model, losses: Losses | None) -> list[Member]:
         remedy = "convert the original model; an artefact that is already clustered is only repacked, without --bits or --dim"
         problem = Problem("already_clustered", "the source is already clustered", tensor=clustered[0], remedy=remedy)
         raise InvalidRequestError(problem)
-    return [_member(model, name, losses) for name in names]
+    return [_member(model, name, sensitivities) for name in names]
 
 
 def _module(name: str) -> str:
@@ -152,25 +157,29 @@ def _shared_groups(members: Sequence[Member], share: Share) -> list[Group]:
 
 
 def _linear_scope(members: Sequence[Member], share: Share | None) -> Scope:
-    if share is not None:
+    if share in ("kind", "model"):
         return Separate(_shared_groups(members, share))
+    alone = _shared_groups(members, "none")
+    separate = Separate(alone, [replace(group, row_scale=True) for group in alone])
+    if share == "none":
+        return separate
     kinds = [Chain(name, same) for name, same in _by_kind(members).items()]
-    return Either([[Separate(_shared_groups(members, "none"))], kinds, [Chain("linears", members)]])
+    return Either([[separate], kinds, [Chain("linears", members)]])
 
 
-def _embedding_groups(model: Model, losses: Losses | None) -> list[Group]:
+def _embedding_groups(model: Model, sensitivities: Sensitivities | None) -> list[Group]:
     """Embedding and untied head, a codebook and row scales each, or dense as `convert` stores them."""
     groups = []
     for name in embedding_tensors(model):
         tensor = model.tensors[name]
         if isinstance(tensor, DenseTensor) and len(tensor.shape) == 2:
-            member = _member(model, name, losses)
+            member = _member(model, name, sensitivities)
             groups.append(Group(_module(name), (member,), row_scale=True, dense_bits=16 * member.num_weights))
     return groups
 
 
-def _all_scopes(model: Model, share: Share | None, losses: Losses | None) -> list[Scope]:
-    return [_linear_scope(_linears(model, losses), share), Separate(_embedding_groups(model, losses))]
+def _all_scopes(model: Model, share: Share | None, sensitivities: Sensitivities | None) -> list[Scope]:
+    return [_linear_scope(_linears(model, sensitivities), share), Separate(_embedding_groups(model, sensitivities))]
 
 
 def _treatments(group: Group, cluster_dim: int, num_clusters: int) -> dict[str, Treatment]:
@@ -197,12 +206,12 @@ def _plan_of(model: Model, picks: Sequence[Pick]) -> Plan:
     return Plan(_in_order(model, _picked(picks)))
 
 
-def _plan_embeddings(model: Model, bits: float, losses: Losses | None) -> dict[str, Treatment]:
+def _plan_embeddings(model: Model, bits: float, sensitivities: Sensitivities | None) -> dict[str, Treatment]:
     """Embedding and untied head at no more than `bits` per weight; 16 keeps them dense."""
     treatments: dict[str, Treatment] = {}
     if bits >= 16:
         return treatments
-    for group in _embedding_groups(model, losses):
+    for group in _embedding_groups(model, sensitivities):
         picks, _ = allocate([Separate([group])], budget=bits * group.members[0].num_weights)
         if picks is None:
             problem = Problem(
