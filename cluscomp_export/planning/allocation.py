@@ -3,8 +3,8 @@
 At a price per bit everything decides by itself (Shoham & Gersho 1988): every codebook takes the candidate with the least
 `loss + price * bits`, and matrices are put together or apart so that the sum over their codebooks is least. The price rises
 until the total fits. Which matrices share a codebook is searched among runs of matrices in the order of how much a weight of
-theirs matters (`Chain`): under this model of the error nothing else about a matrix speaks for one codebook or another, so
-some division into runs is the best of all.
+theirs matters (`Chain`): among matrices of a kind nothing else about a matrix speaks for one codebook or another, so some
+division into runs is the best of all.
 """
 
 from __future__ import annotations

@@ -6,12 +6,13 @@ The error comes from the asymptotic theory of vector quantisation (`expected_err
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from cluscomp_export.sources.linears import kind
 from cluscomp_formats.ir import code_bits
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Member",
     "Table",
     "expected_error",
+    "mixing",
     "num_vectors",
 ]
 
@@ -39,6 +41,10 @@ DENSE = (0, 0)
 
 SIZES = (*((dim, count) for dim in CLUSTER_DIMS for count in CLUSTER_COUNTS), DENSE)
 """All candidates, `(cluster_dim, num_clusters)`."""
+
+MIXED_KINDS = 1.1
+"""The error of a codebook for matrices of different kinds, in units of that of a codebook for each kind: 1.05 (dim 2) to 1.15
+(dim 4) on SmolLM2 (docs/lab-notes.md). Distributions differ, though every row is scaled to unit variance."""
 
 # Normalised second moments of the best known lattice quantisers: Conway & Sloane, Sphere Packings, Lattices and Groups,
 # table 2.3; dimensions 9 and 10 from Agrell & Allen 2023.
@@ -72,9 +78,20 @@ def expected_error(cluster_dim: int, num_clusters: int, num_vectors: int) -> flo
     return min(1.0, asymptotic) * max(0.0, 1 - num_clusters / num_vectors)
 
 
+def mixing(names: Iterable[str]) -> float:
+    """By what factor the error of a codebook grows with the matrices of these names sharing it."""
+    return MIXED_KINDS if len({kind(name) for name in names}) > 1 else 1.0
+
+
 def num_vectors(shape: tuple[int, int], cluster_dim: int) -> int:
     """Vectors of a matrix `(out_features, in_features)` in the reference layout, where they run along the out axis."""
     return shape[1] * -(-shape[0] // cluster_dim)
+
+
+_COUNTS = np.array([float(count) for _, count in SIZES[:-1]])
+_CODE_BITS = np.array([code_bits(count) for _, count in SIZES[:-1]])
+_CODEBOOK_BITS = np.array([count * dim * CODEBOOK_VALUE_BITS for dim, count in SIZES[:-1]])
+_ASYMPTOTIC_ERROR = np.array([expected_error(dim, count, 1 << 62) for dim, count in SIZES[:-1]])
 
 
 @dataclass(frozen=True)
@@ -110,22 +127,16 @@ class Table:
 
     def __init__(self, groups: Sequence[Group]) -> None:
         self.groups = tuple(groups)
-        # Vectors by group and dimension, once: a table may have hundreds of groups of hundreds of members.
-        vectors = {
-            dim: np.array(
-                [sum(num_vectors(member.shape, dim) for member in group.members) for group in groups], dtype=np.float64
-            )
-            for dim in CLUSTER_DIMS
-        }
+        # By group and dimension, then by group and candidate.
+        by_dim = np.array(
+            [[float(sum(num_vectors(m.shape, dim) for m in group.members)) for dim in CLUSTER_DIMS] for group in groups]
+        )
+        vectors = by_dim.reshape(len(groups), -1).repeat(len(CLUSTER_COUNTS), axis=1)
         loss = np.array([sum(m.loss if group.row_scale else m.flat_loss for m in group.members) for group in groups])
+        mixed = np.array([mixing(member.name for member in group.members) for group in groups])
         scales = np.array([ROW_SCALE_BITS * sum(m.shape[0] for m in group.members) * group.row_scale for group in groups])
-        self.bits: Floats = np.full((len(groups), len(SIZES)), np.inf)
-        self.loss: Floats = np.zeros((len(groups), len(SIZES)))
-        for column, (dim, count) in enumerate(SIZES[:-1]):
-            needed = vectors[dim] * code_bits(count) + count * dim * CODEBOOK_VALUE_BITS + scales
-            self.bits[:, column] = np.where(count <= vectors[dim], needed, np.inf)
-            asymptotic = expected_error(dim, count, 1 << 62)
-            self.loss[:, column] = loss * asymptotic * np.maximum(0.0, 1 - count / vectors[dim])
-        for row, group in enumerate(groups):
-            if group.dense_bits is not None:
-                self.bits[row, -1] = group.dense_bits
+        needed = vectors * _CODE_BITS + _CODEBOOK_BITS + scales[:, None]
+        dense = [np.inf if group.dense_bits is None else group.dense_bits for group in groups]
+        self.bits: Floats = np.column_stack([np.where(vectors >= _COUNTS, needed, np.inf), dense])
+        errors = (mixed * loss)[:, None] * _ASYMPTOTIC_ERROR * np.maximum(0.0, 1 - _COUNTS / vectors)
+        self.loss: Floats = np.column_stack([errors, np.zeros(len(groups))])

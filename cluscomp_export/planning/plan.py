@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from cluscomp_export.planning.candidates import expected_error, num_vectors
+from cluscomp_export.planning.candidates import expected_error, mixing, num_vectors
 
 __all__ = ["CodebookPlan", "Plan", "Share", "Treatment"]
 
@@ -47,7 +47,7 @@ class Plan:
         """Squared error that is expected of a clustered tensor, relative to its weights'."""
         book = self.treatments[name].codebook
         vectors = sum(num_vectors(self.treatments[member].shape, book.cluster_dim) for member in book.members)
-        return expected_error(book.cluster_dim, book.num_clusters, vectors)
+        return mixing(book.members) * expected_error(book.cluster_dim, book.num_clusters, vectors)
 
     @property
     def codebooks(self) -> tuple[CodebookPlan, ...]:
