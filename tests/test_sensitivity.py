@@ -1,0 +1,158 @@
+"""Sensitivities: they predict what errors really cost, and conversions use them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from model_builders import tiny_llama
+
+from cluscomp_export import convert as convert_module
+from cluscomp_export import preparing
+from cluscomp_export.calibration import calibration_windows, read_text
+from cluscomp_export.convert import ConversionOptions, convert
+from cluscomp_export.sensitivity import measure_sensitivities, sensitive_tensors
+from cluscomp_export.sources import open_source
+from cluscomp_formats.errors import InvalidRequestError, UnsupportedError
+from cluscomp_formats.ir import Array, DenseTensor, Model
+from cluscomp_runtime import LanguageModel
+
+HEAD = "lm_head.weight"
+
+
+@pytest.fixture(scope="module")
+def stories(stories_folder: Path) -> Model:
+    return open_source(stories_folder)
+
+
+@pytest.fixture(scope="module")
+def windows(stories: Model, stories_text: Path) -> torch.Tensor:
+    return calibration_windows(stories, read_text(stories_text), 4)[:, :128]
+
+
+def log_probabilities(model: Model, windows: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return torch.log_softmax(LanguageModel.from_model(model, dtype=torch.float64).forward(windows), dim=-1)
+
+
+def divergence(source: Model, name: str, noise: np.ndarray, windows: torch.Tensor) -> float:
+    """Mean over tokens of the divergence of the source from itself with `noise` added to a tensor."""
+    weight = (source.tensors[name].decode() + noise).astype(np.float32)
+    noisy = replace(source, tensors={**source.tensors, name: DenseTensor(name, Array.of(weight))})
+    expected = log_probabilities(source, windows)
+    return float((expected.exp() * (expected - log_probabilities(noisy, windows))).sum(-1).mean())
+
+
+def untied(source: Model) -> Model:
+    head = DenseTensor(HEAD, Array.of(source.tensors["model.embed_tokens.weight"].decode()))
+    config = {**source.config, "tie_word_embeddings": False}
+    return replace(source, config=config, tensors={**source.tensors, HEAD: head})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.k_proj.weight",
+        "model.layers.1.self_attn.v_proj.weight",
+        "model.layers.2.mlp.down_proj.weight",
+        "model.layers.4.mlp.gate_proj.weight",
+        "model.embed_tokens.weight",
+        HEAD,
+    ],
+)
+def test_they_predict_the_divergence_that_noise_causes(name: str, stories: Model, windows: torch.Tensor) -> None:
+    source = untied(stories)
+    sensitivity = measure_sensitivities(source, windows)[name]
+    weight = source.tensors[name].decode()
+    rms = np.sqrt(np.mean(np.square(weight), axis=1, keepdims=True))
+    generator = np.random.default_rng(1)
+    relative, flat = [], []
+    for _ in range(4):
+        noise = generator.standard_normal(weight.shape)
+        relative.append(divergence(source, name, 0.03 * rms * noise, windows))
+        flat.append(divergence(source, name, 0.03 * np.sqrt(np.mean(np.square(weight))) * noise, windows))
+    # Four draws of noise and 4 x 128 tokens of random signs: a standard deviation of some ten percent; 512 windows would agree
+    # to the last few. A missing factor of 2, or of the number of tokens, is far outside.
+    assert np.mean(relative) == pytest.approx(sensitivity.relative * 0.03**2, rel=0.4)
+    assert np.mean(flat) == pytest.approx(sensitivity.flat * 0.03**2, rel=0.4)
+
+
+def test_noise_in_one_row_costs_what_its_row_says(stories: Model, windows: torch.Tensor) -> None:
+    name = "model.layers.2.self_attn.v_proj.weight"
+    rows = measure_sensitivities(stories, windows)[name].rows
+    generator = np.random.default_rng(2)
+    found = []
+    for row in (int(rows.argmin()), int(rows.argmax())):
+        noise = np.zeros(stories.tensors[name].shape)
+        noise[row] = 0.01 * generator.standard_normal(noise.shape[1])
+        found.append(divergence(stories, name, noise, windows) / np.mean(np.square(noise[row])))
+    # One row is one draw of 64 numbers.
+    np.testing.assert_allclose(found, [rows.min(), rows.max()], rtol=0.7)
+
+
+def test_all_matrices_are_measured_for_any_number_of_threads(stories: Model, windows: torch.Tensor) -> None:
+    names = sensitive_tensors(stories)
+    assert len(names) == 5 * 7 + 1
+    measured = measure_sensitivities(stories, windows)
+    assert set(measured) == set(names)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        again = measure_sensitivities(stories, windows)
+    finally:
+        torch.set_num_threads(threads)
+    for name, sensitivity in measured.items():
+        assert sensitivity.rows.shape == (stories.tensors[name].shape[0],)
+        assert (sensitivity.relative, sensitivity.flat) == (again[name].relative, again[name].flat)
+
+
+def test_an_unknown_architecture_is_refused(windows: torch.Tensor) -> None:
+    source = tiny_llama()
+    with pytest.raises(UnsupportedError):
+        measure_sensitivities(replace(source, config={**source.config, "model_type": "other"}), windows)
+
+
+def test_a_conversion_that_goes_on_does_not_measure_again(
+    stories_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ConversionOptions(bits=3, effort="fast")
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert_module, "channel_energies", stop)
+        with pytest.raises(KeyboardInterrupt):
+            convert(stories_folder, tmp_path / "out.clus", options)
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing, "measure_sensitivities", stop)
+        assert convert(stories_folder, tmp_path / "out.clus", options).reused >= 1
+    convert(stories_folder, tmp_path / "whole.clus", options)
+    assert (tmp_path / "out.clus").read_bytes() == (tmp_path / "whole.clus").read_bytes()
+
+
+def test_what_cannot_be_measured_counts_alike_and_says_so(
+    stories_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsupported(*_: object, **__: object) -> None:
+        from cluscomp_formats.errors import Problem
+
+        raise UnsupportedError(Problem("unknown_architecture", "this architecture is not known"))
+
+    monkeypatch.setattr(preparing, "measure_sensitivities", unsupported)
+    report = convert(stories_folder, tmp_path / "out.clus", ConversionOptions(bits=3, effort="fast"))
+    assert any("mattered alike: this architecture is not known" in warning for warning in report.warnings)
+    for options in (ConversionOptions(match_loss=0.5), ConversionOptions(bits=3, sensitivity="measured")):
+        with pytest.raises(UnsupportedError):
+            convert(stories_folder, tmp_path / "other.clus", options)
+
+
+def test_without_a_text_nothing_is_measured(stories_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(preparing, "measure_sensitivities")
+    convert(stories_folder, tmp_path / "out.clus", ConversionOptions(bits=3, calibration="none"))
+    convert(stories_folder, tmp_path / "equal.clus", ConversionOptions(bits=3, effort="fast", sensitivity="equal"))
+    with pytest.raises(InvalidRequestError, match="predicted on a calibration text"):
+        convert(stories_folder, tmp_path / "other.clus", ConversionOptions(bits=3, calibration="none", sensitivity="measured"))
