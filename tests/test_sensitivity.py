@@ -21,6 +21,8 @@ from cluscomp_formats.ir import Array, DenseTensor, Model
 from cluscomp_runtime import LanguageModel
 
 HEAD = "lm_head.weight"
+NOISE = 0.005
+"""Relative to a weight. Three hundredths are no longer small for the first keys: they cost half of what is predicted."""
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +74,12 @@ def test_they_predict_the_divergence_that_noise_causes(name: str, stories: Model
     relative, flat = [], []
     for _ in range(4):
         noise = generator.standard_normal(weight.shape)
-        relative.append(divergence(source, name, 0.03 * rms * noise, windows))
-        flat.append(divergence(source, name, 0.03 * np.sqrt(np.mean(np.square(weight))) * noise, windows))
-    # Four draws of noise and 4 x 128 tokens of random signs: a standard deviation of some ten percent; 512 windows would agree
-    # to the last few. A missing factor of 2, or of the number of tokens, is far outside.
-    assert np.mean(relative) == pytest.approx(sensitivity.relative * 0.03**2, rel=0.4)
-    assert np.mean(flat) == pytest.approx(sensitivity.flat * 0.03**2, rel=0.4)
+        relative.append(divergence(source, name, NOISE * rms * noise, windows))
+        flat.append(divergence(source, name, NOISE * np.sqrt(np.mean(np.square(weight))) * noise, windows))
+    # Four draws of noise and 4 windows of random signs, which scatter by up to 0.2 from seed to seed. A missing factor of 2, or of
+    # the number of tokens, is outside.
+    assert np.mean(relative) == pytest.approx(sensitivity.relative * NOISE**2, rel=0.5)
+    assert np.mean(flat) == pytest.approx(sensitivity.flat * NOISE**2, rel=0.5)
 
 
 def test_noise_in_one_row_costs_what_its_row_says(stories: Model, windows: torch.Tensor) -> None:
