@@ -142,7 +142,7 @@ class _Measurement:
                     probabilities = torch.softmax(some @ weight.t(), dim=-1)
                     signs = torch.randint(0, 2, probabilities.shape, generator=generator, dtype=torch.int8)
                     noise = probabilities.sqrt() * (2 * signs - 1)
-                    noise -= probabilities * (noise * probabilities.sqrt()).sum(-1, keepdim=True)
+                    noise -= probabilities * noise.sum(-1, keepdim=True)
                     of_weight.addmm_(noise.t(), some)
                     of_normed[begin : begin + HEAD_TOKENS] = noise @ weight
             self.rows[self.head] += _square_sums(of_weight)
