@@ -26,9 +26,9 @@ import numpy as np
 from cluscomp_export.calibration import read_text, shipped_text
 from cluscomp_export.convert import ConversionOptions, convert, prepare
 from cluscomp_export.evaluate import evaluate, text_windows
-from cluscomp_export.planning import Plan, embedding_tensors, plan_bits, plan_budget
+from cluscomp_export.planning import Plan, Sensitivity, embedding_tensors, plan_bits, plan_budget
 from cluscomp_export.planning.plan_file import write_plan
-from cluscomp_export.sensitivity import Sensitivity, measure_sensitivities, sensitivity_windows
+from cluscomp_export.sensitivity import measure_sensitivities, sensitivity_windows
 from cluscomp_export.sizes import parse_bytes
 from cluscomp_export.sources import open_source
 from cluscomp_export.sources.linears import kind

@@ -26,10 +26,9 @@ from cluscomp_export.calibration import (
 )
 from cluscomp_export.clustering import Method, cluster_model, work_bytes
 from cluscomp_export.error_feedback import ErrorFeedback
-from cluscomp_export.planning import Plan, Share
+from cluscomp_export.planning import Plan, Sensitivity, Share
 from cluscomp_export.preparing import check_targets, make_plan, provenance_of, sensitivities_of
 from cluscomp_export.progress import Progress, silent
-from cluscomp_export.sensitivity import Sensitivity
 from cluscomp_export.sizes import Sizes, model_sizes
 from cluscomp_export.sources import open_source, source_bytes
 from cluscomp_export.tuning import RecoveryOptions, TrainableModel, recover

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cluscomp_export.clustering import cluster_model
-from cluscomp_export.planning import Plan, embedding_tensors, plan_bits, plan_budget, plan_fixed, plan_loss
+from cluscomp_export.planning import Plan, Sensitivity, embedding_tensors, plan_bits, plan_budget, plan_fixed, plan_loss
 from cluscomp_export.planning.plan_file import plan_value, read_plan
 from cluscomp_export.progress import Progress
-from cluscomp_export.sensitivity import Sensitivity, measure_sensitivities, sensitive_tensors, sensitivity_windows
+from cluscomp_export.sensitivity import measure_sensitivities, sensitive_tensors, sensitivity_windows
 from cluscomp_export.work_folder import WorkFolder
 from cluscomp_export.writers import Writer
 from cluscomp_formats.errors import InvalidRequestError, Problem, UnsupportedError

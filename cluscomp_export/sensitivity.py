@@ -16,21 +16,21 @@ matrix; each block is computed again in the backward pass.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from cluscomp_export.calibration import MAX_WINDOWS, calibration_windows
+from cluscomp_export.planning import Sensitivity
 from cluscomp_export.progress import Progress, silent
+from cluscomp_export.trial_errors import trial_errors
 from cluscomp_formats.ir import Array, DenseTensor, Model, Tensor
 from cluscomp_runtime.architecture import DecoderSettings, check_tensors
 from cluscomp_runtime.decoder import Decoder, DecoderLayer
 from cluscomp_runtime.generate import check_prompt
 from cluscomp_runtime.linear import DenseLinear, MatrixBuilder, decoded
 
-__all__ = ["Sensitivity", "measure_sensitivities", "sensitive_tensors", "sensitivity_windows"]
+__all__ = ["measure_sensitivities", "sensitive_tensors", "sensitivity_windows"]
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -40,43 +40,61 @@ GROUP = 4
 """Windows that go through a block together: every group decodes every matrix twice."""
 HEAD_TOKENS = 128
 """Tokens whose logits are in memory at a time."""
+PIECE = 1024
+"""Rows of a matrix handled at a time."""
 
 
-@dataclass(frozen=True)
-class Sensitivity:
-    """What errors of one matrix `[out_features, in_features]` cost.
+class _Leaf(DenseLinear):
+    """A dense matrix whose weight takes gradients, and which sums up the energies of its inputs in the forward pass."""
 
-    `rows` float32 `[out_features]`: nats per token for each unit of variance of the errors of a row's weights.
-    `relative`: nats per token for a relative squared error of 1 in every row, the sum of `rows` times the rows' mean squares.
-    `flat`: the same for as large an error spread evenly over all rows, as a codebook without row scales makes it.
-    """
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, energy: torch.Tensor) -> None:
+        super().__init__(weight, bias)
+        self.energy = energy
 
-    rows: npt.NDArray[np.float32]
-    relative: float
-    flat: float
-
-    def cost(self, *, row_scale: bool) -> float:
-        """Nats per token for a relative squared error of 1 of a tensor with or without row scales."""
-        return self.relative if row_scale else self.flat
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            self.energy += _energies(x)
+        return super().__call__(x)
 
 
 class _Leaves(MatrixBuilder):
-    """Builds dense matrices whose weights take gradients."""
+    """Builds `_Leaf`s."""
 
-    def __init__(self) -> None:
+    def __init__(self, sums: Mapping[str, _Sums]) -> None:
         super().__init__("dense", torch.float32, torch.device("cpu"))
+        self.sums = sums
         self.weights: dict[str, torch.Tensor] = {}
 
     def build(self, tensor: Tensor, bias: Tensor | None = None) -> DenseLinear:
         weight = decoded(tensor).float().requires_grad_()
         self.weights[tensor.name] = weight
-        return DenseLinear(weight, None if bias is None else self.vector(bias))
+        return _Leaf(weight, None if bias is None else self.vector(bias), self.sums[tensor.name].energy)
 
 
-def _square_sums(matrix: torch.Tensor) -> torch.Tensor:
-    """Sum of the squares of each row, float64."""
-    # Piece by piece: one norm of all at once takes the matrix again as float64.
-    return torch.cat([piece.double().square().sum(1) for piece in torch.split(matrix, 1024)])
+def _energies(x: torch.Tensor) -> torch.Tensor:
+    """Each channel's share of a token's energy, summed over all tokens, float64 `[channels]`; see `channel_energies`."""
+    energy = x.double().square().flatten(0, -2)
+    return (energy / energy.mean(1, keepdim=True).clamp(min=torch.finfo(energy.dtype).tiny)).sum(0)
+
+
+class _Sums:
+    """What is summed up for a matrix: energies of its inputs, squared gradients by row, losses of trial errors."""
+
+    def __init__(self, out_features: int, in_features: int) -> None:
+        self.energy = torch.zeros(in_features, dtype=torch.float64)
+        self.rows = torch.zeros(out_features, dtype=torch.float64)
+        self.relative = self.flat = 0.0
+
+    def trial(self, weight: torch.Tensor, *, row_scale: bool = True) -> torch.Tensor:
+        """`trial_errors` of the matrix."""
+        energy = self.energy.numpy().astype(np.float32)
+        return torch.from_numpy(trial_errors(weight.detach().numpy(), energy, row_scale=row_scale))
+
+    def add_rows(self, gradient: torch.Tensor) -> None:
+        """Add the squares of a window's gradient `[out_features, in_features]`."""
+        # Piece by piece: all at once would take the matrix again.
+        for rows, piece in zip(torch.split(self.rows, PIECE), torch.split(gradient, PIECE), strict=True):
+            rows += piece.square().sum(1, dtype=torch.float64)
 
 
 class _Measurement:
@@ -87,9 +105,10 @@ class _Measurement:
         # This builder reads no matrix before it is used.
         self.decoder = Decoder(source, self.settings, MatrixBuilder("reference", torch.float32, torch.device("cpu")))
         self.seed = seed
-        self.rows = {
-            name: torch.zeros(source.tensors[name].shape[0], dtype=torch.float64) for name in sensitive_tensors(source)
-        }
+        self.sums = {}
+        for name in sensitive_tensors(source):
+            out_features, in_features = source.tensors[name].shape
+            self.sums[name] = _Sums(out_features, in_features)
         self.head = HEAD if HEAD in source.tensors else EMBEDDING
 
     def layer(self, index: int) -> tuple[DecoderLayer, dict[str, torch.Tensor]]:
@@ -100,7 +119,7 @@ class _Measurement:
             for name, tensor in self.source.tensors.items()
             if name.startswith(prefix)
         }
-        leaves = _Leaves()
+        leaves = _Leaves(self.sums)
         return DecoderLayer(Model(self.source.config, block), self.settings, index, leaves), leaves.weights
 
     def group(self, windows: torch.Tensor, first: int, on_block: Progress) -> None:
@@ -117,11 +136,18 @@ class _Measurement:
         for index in reversed(range(blocks)):
             layer, weights = self.layer(index)
             before = inputs.pop()
+            trials = {
+                name: [self.sums[name].trial(weight, row_scale=row_scale) for row_scale in (True, False)]
+                for name, weight in weights.items()
+            }
             for number, gradient in enumerate(gradients):
                 window = before[number, None].requires_grad_()
                 found = torch.autograd.grad(layer(window, positions, None), [window, *weights.values()], gradient[None])
                 for name, of_weight in zip(weights, found[1:], strict=True):
-                    self.rows[name] += _square_sums(of_weight)
+                    self.sums[name].add_rows(of_weight)
+                    scaled, flat = trials[name]
+                    self.sums[name].relative += _square_sum(of_weight * scaled)
+                    self.sums[name].flat += _square_sum(of_weight * flat)
                 gradients[number] = found[0][0]
             on_block("sensitivity", 2 * blocks - index, 2 * blocks)
         self._embedding_gradients(windows, gradients)
@@ -129,6 +155,10 @@ class _Measurement:
     def _head_gradients(self, hidden: torch.Tensor, first: int) -> torch.Tensor:
         """Adds the head's share; gradients with respect to what flows into the last norm, `[windows, tokens, hidden_size]`."""
         weight = decoded(self.source.tensors[self.head]).float()
+        sums = self.sums[self.head]
+        with torch.no_grad():
+            sums.energy += _energies(self.decoder.norm(hidden))
+        errors = sums.trial(weight)
         gradients = torch.empty_like(hidden)
         for number, window in enumerate(hidden):
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + first + number)
@@ -145,16 +175,29 @@ class _Measurement:
                     noise -= probabilities * noise.sum(-1, keepdim=True)
                     of_weight.addmm_(noise.t(), some)
                     of_normed[begin : begin + HEAD_TOKENS] = noise @ weight
-            self.rows[self.head] += _square_sums(of_weight)
+                    # What all logits have in common changes nothing: here the whole covariance counts.
+                    changes = some @ errors.t()
+                    means = (probabilities * changes).sum(-1, keepdim=True)
+                    sums.relative += float((probabilities * (changes - means).square_()).sum(dtype=torch.float64))
+            sums.add_rows(of_weight)
             gradients[number] = torch.autograd.grad(normed, leaf, of_normed)[0]
         return gradients
 
     def _embedding_gradients(self, windows: torch.Tensor, gradients: torch.Tensor) -> None:
         """Adds the share of the look-up; its product with the share of a tied head, which has either sign, is left out."""
+        sums = self.sums[EMBEDDING]
+        if self.head != EMBEDDING:
+            sums.energy += 1.0
+        errors = sums.trial(decoded(self.source.tensors[EMBEDDING]).float())
         for ids, gradient in zip(windows, gradients, strict=True):
             distinct, places = ids.unique(return_inverse=True)
             of_rows = torch.zeros(len(distinct), gradient.shape[1]).index_add_(0, places, gradient)
-            self.rows[EMBEDDING][distinct] += _square_sums(of_rows)
+            sums.rows[distinct] += of_rows.square().sum(1, dtype=torch.float64)
+            sums.relative += _square_sum(of_rows * errors[distinct])
+
+
+def _square_sum(values: torch.Tensor) -> float:
+    return float(values.square_().sum(dtype=torch.float64))
 
 
 def sensitive_tensors(model: Model) -> list[str]:
@@ -195,11 +238,12 @@ def measure_sensitivities(
 
         measurement.group(group, number * GROUP, on_block)
     result = {}
-    for name, sums in measurement.rows.items():
-        rows = sums / (2 * windows.numel())
-        energies = _square_sums(decoded(source.tensors[name]).float()) / source.tensors[name].shape[1]
-        relative, flat = float(rows @ energies), float(rows.sum() * energies.mean())
-        result[name] = Sensitivity(rows.numpy().astype(np.float32), _rounded(relative), _rounded(flat))
+    half = 0.5 / windows.numel()
+    for name, sums in measurement.sums.items():
+        rows = (half * sums.rows).numpy().astype(np.float32)
+        # Embedding and head are never without row scales.
+        flat = sums.relative if name in (EMBEDDING, HEAD) else sums.flat
+        result[name] = Sensitivity(rows, _rounded(half * sums.relative), _rounded(half * flat))
     return result
 
 

@@ -16,9 +16,9 @@ from model_builders import tiny_llama
 
 from cluscomp_export.clustering import cluster_model
 from cluscomp_export.convert import ConversionOptions, convert, prepare
-from cluscomp_export.planning import Plan, plan_bits, plan_budget, plan_loss
+from cluscomp_export.planning import Plan, Sensitivity, plan_bits, plan_budget, plan_loss
 from cluscomp_export.planning.plan_file import read_plan, write_plan
-from cluscomp_export.sensitivity import Sensitivity, sensitive_tensors
+from cluscomp_export.sensitivity import sensitive_tensors
 from cluscomp_export.sizes import model_sizes, parse_bytes
 from cluscomp_export.sources import open_source
 from cluscomp_export.writers import find_writer

@@ -4,7 +4,7 @@
 `targets` turns what was asked for into such a choice, `plan` is the result and `plan_file` its file.
 """
 
-from cluscomp_export.planning.candidates import CLUSTER_DIMS, expected_error
+from cluscomp_export.planning.candidates import CLUSTER_DIMS, Sensitivity, expected_error
 from cluscomp_export.planning.plan import CodebookPlan, Plan, Share, Treatment
 from cluscomp_export.planning.targets import embedding_tensors, plan_bits, plan_budget, plan_fixed, plan_loss
 
@@ -12,6 +12,7 @@ __all__ = [
     "CLUSTER_DIMS",
     "CodebookPlan",
     "Plan",
+    "Sensitivity",
     "Share",
     "Treatment",
     "embedding_tensors",

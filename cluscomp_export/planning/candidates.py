@@ -23,6 +23,7 @@ __all__ = [
     "SIZES",
     "Group",
     "Member",
+    "Sensitivity",
     "Table",
     "expected_error",
     "mixing",
@@ -92,6 +93,24 @@ _COUNTS = np.array([float(count) for _, count in SIZES[:-1]])
 _CODE_BITS = np.array([code_bits(count) for _, count in SIZES[:-1]])
 _CODEBOOK_BITS = np.array([count * dim * CODEBOOK_VALUE_BITS for dim, count in SIZES[:-1]])
 _ASYMPTOTIC_ERROR = np.array([expected_error(dim, count, 1 << 62) for dim, count in SIZES[:-1]])
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What errors of one matrix `[out_features, in_features]` cost.
+
+    `rows` float32 `[out_features]`: nats per token for each unit of variance of the errors of a row's weights.
+    `relative`: nats per token for a relative squared error of 1, spread as a codebook for scaled rows spreads it.
+    `flat`: the same for a codebook without row scales.
+    """
+
+    rows: npt.NDArray[np.float32]
+    relative: float
+    flat: float
+
+    def cost(self, *, row_scale: bool) -> float:
+        """Nats per token for a relative squared error of 1 of a tensor with or without row scales."""
+        return self.relative if row_scale else self.flat
 
 
 @dataclass(frozen=True)

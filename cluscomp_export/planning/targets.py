@@ -11,9 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from cluscomp_export.planning.allocation import Chain, Either, Pick, Scope, Separate, allocate
-from cluscomp_export.planning.candidates import DENSE, Group, Member, num_vectors
+from cluscomp_export.planning.candidates import DENSE, Group, Member, Sensitivity, num_vectors
 from cluscomp_export.planning.plan import CodebookPlan, Plan, Share, Treatment
-from cluscomp_export.sensitivity import Sensitivity
 from cluscomp_export.sources.linears import embedding_tensor, head_tensor, kind, linear_tensors
 from cluscomp_formats.errors import InvalidRequestError, Problem, UnsupportedError
 from cluscomp_formats.ir import MAX_CLUSTERS, ClusteredWeight, DenseTensor, Model
