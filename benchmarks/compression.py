@@ -1,4 +1,4 @@
-"""Quality, size, time and memory of conversions: one line for each budget and effort.
+"""Quality, size, time and memory of conversions: one line for each budget, effort and width of codebooks.
 
     .venv/bin/python benchmarks/compression.py MODEL --text wikitext2-raw-test.txt --bits 4 3 2.5 2 --effort fast balanced
 
@@ -9,7 +9,7 @@ not be the calibration text.
 
 from __future__ import annotations
 
-import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -19,15 +19,20 @@ import time
 from pathlib import Path
 from typing import Any
 
+from measuring import quality_cells, quality_parser
+
 from cluscomp_export.evaluate import evaluate_files
 from cluscomp_export.terminal import print_table, say
 from cluscomp_runtime import load
 
 
-def convert(source: Path, output: Path, bits: float, effort: str, calibration: Path | None, threads: int) -> dict[str, Any]:
+def convert(
+    source: Path, output: Path, bits: float, effort: str, codebook_bits: int | None, calibration: Path | None, threads: int
+) -> dict[str, Any]:
     """Convert in a process of its own: its report, wall-clock seconds and peak resident megabytes."""
     command = [sys.executable, "-m", "cluscomp_export.cli", "convert", str(source), str(output), "--json"]
     command += ["--bits", f"{bits:g}", "--effort", effort, "--threads", str(threads)]
+    command += ["--codebook-bits", str(codebook_bits)] if codebook_bits else []
     command += ["--calibration", str(calibration)] if calibration else []
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
@@ -46,43 +51,45 @@ def convert(source: Path, output: Path, bits: float, effort: str, calibration: P
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--text", type=Path, required=True, help="to evaluate with")
-    parser.add_argument("--windows", type=int, default=20, help="windows of 512 tokens")
-    parser.add_argument("--calibration", type=Path, help="[default: the text the package ships]")
+    parser = quality_parser(__doc__)
     parser.add_argument("--bits", type=float, nargs="+", default=[4.0, 3.0, 2.5, 2.0])
     parser.add_argument("--effort", nargs="+", default=["fast", "balanced", "best"])
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--json", action="store_true", help="print the figures for machines")
+    widths = {"planned": None, "8": 8, "16": 16}
+    parser.add_argument("--codebook-bits", choices=widths, nargs="+", default=["planned"])
     arguments = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for bits in arguments.bits:
-            for effort in arguments.effort:
-                output = Path(folder) / f"{bits:g}-{effort}.clus"
-                report = convert(arguments.model, output, bits, effort, arguments.calibration, arguments.threads)
+            for effort, width in itertools.product(arguments.effort, arguments.codebook_bits):
+                output = Path(folder) / f"{bits:g}-{effort}-{width}.clus"
+                report = convert(arguments.model, output, bits, effort, widths[width], arguments.calibration, arguments.threads)
                 load(output, selftest=True)
                 quality = evaluate_files(output, text=arguments.text, reference=arguments.model, windows=arguments.windows)
-                row = {"bits": bits, "effort": effort, "load": os.getloadavg()[1], **report, "quality": vars(quality)}
+                row = {
+                    "bits": bits,
+                    "effort": effort,
+                    "codebook_bits": width,
+                    "load": os.getloadavg()[1],
+                    **report,
+                    "quality": vars(quality),
+                }
                 say(json.dumps(row))
                 rows.append(row)
                 output.unlink()
     if arguments.json:
         print(json.dumps(rows, indent=2))
         return
-    header = ("bits", "effort", "linears", "MB", "perplexity", "KL", "top-1 %", "seconds", "CPU s", "peak MB")
+    header = ("bits", "effort", "codebooks", "linears", "MB", "perplexity", "KL", "top-1 %", "seconds", "CPU s", "peak MB")
     print_table(
         header,
         [
             (
                 f"{row['bits']:g}",
                 row["effort"],
+                row["codebook_bits"],
                 f"{row['bits_per_weight']['linears']:.2f}",
                 f"{row['file_bytes'] / 1e6:.1f}",
-                f"{row['quality']['perplexity']:.2f}",
-                f"{row['quality']['kl']:.4f}",
-                f"{100 * row['quality']['top1']:.1f}",
+                *quality_cells(row["quality"]),
                 f"{row['seconds']:.0f}",
                 f"{row['cpu_seconds']:.0f}",
                 f"{row['peak_megabytes']:.0f}",

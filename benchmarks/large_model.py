@@ -24,23 +24,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from cluscomp_formats.hf.safetensors import Entry, header_bytes
+from synthetic_model import llama_config, write_model
 
 HIDDEN, INNER, HEADS, VOCABULARY = 2048, 5632, 16, 4096
-SHAPES = {
-    "input_layernorm": (HIDDEN,),
-    "mlp.down_proj": (HIDDEN, INNER),
-    "mlp.gate_proj": (INNER, HIDDEN),
-    "mlp.up_proj": (INNER, HIDDEN),
-    "post_attention_layernorm": (HIDDEN,),
-    "self_attn.k_proj": (HIDDEN, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, HIDDEN),
-    "self_attn.q_proj": (HIDDEN, HIDDEN),
-    "self_attn.v_proj": (HIDDEN, HIDDEN),
-}
-LAYER_BYTES = sum(2 * int(np.prod(shape)) for shape in SHAPES.values())
+LAYER_BYTES = 2 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INNER + 2 * HIDDEN)
 
 CHILD = """
 import sys
@@ -52,51 +39,6 @@ try:
 finally:
     report.write_text(Path("/proc/self/status").read_text())
 """
-
-
-def make_source(folder: Path, layers: int) -> int:
-    """Write the model, a shard per layer, and give its size in bytes. All matrices are cut from one random block."""
-    generator = np.random.default_rng(0)
-    values = generator.standard_normal(HIDDEN * INNER + 4096 * layers, dtype=np.float32) * np.float32(0.02)
-    block = (values.view(np.uint32) >> 16).astype(np.uint16)
-    norm = np.full(HIDDEN, 0x3F80, dtype=np.uint16)
-    weight_map: dict[str, str] = {}
-    shards: list[dict[str, tuple[int, ...]]] = [
-        {f"model.layers.{layer}.{name}.weight": shape for name, shape in SHAPES.items()} for layer in range(layers)
-    ]
-    shards.append({"model.embed_tokens.weight": (VOCABULARY, HIDDEN), "model.norm.weight": (HIDDEN,)})
-    total = 0
-    for number, shapes in enumerate(shards, 1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        entries, position = {}, 0
-        for name, shape in shapes.items():
-            end = position + 2 * int(np.prod(shape))
-            entries[name] = Entry("bfloat16", shape, position, end)
-            position = end
-            weight_map[name] = file
-        with (folder / file).open("wb") as stream:
-            stream.write(header_bytes(entries))
-            for place, shape in enumerate(shapes.values()):
-                start = 4096 * (number - 1) + 64 * place
-                size = int(np.prod(shape))
-                stream.write((norm if len(shape) == 1 else block[start : start + size]).data)
-            total += stream.tell()
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": HIDDEN,
-        "intermediate_size": INNER,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": HEADS,
-        "num_hidden_layers": layers,
-        "vocab_size": VOCABULARY,
-        "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": True,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    return total
 
 
 def step_line(step: dict[str, Any]) -> str:
@@ -147,7 +89,7 @@ def kill_on_the_way(bounded: Bounded, work: Path, kills: int, *arguments: object
 def measure(folder: Path, layers: int, limit: int, kills: int, *, verify: bool) -> dict[str, Any]:
     source = folder / "source"
     source.mkdir()
-    source_bytes = make_source(source, layers)
+    source_bytes = write_model(source, llama_config(HIDDEN, INNER, layers, HEADS, HEADS, VOCABULARY))
     bounded = Bounded(folder, limit)
     first, hf, gguf, last = (folder / name for name in ("first.clus", "folder", "model.gguf", "last.clus"))
     cluster = ("convert", source, first, "--dim", 8, "--clusters", 256, "--share", "kind", "--embedding-bits", 16)

@@ -1,15 +1,27 @@
-"""What the benchmarks share: times, ratios with their spread, and the memory a process took."""
+"""What the benchmarks share: times, ratios with their spread, the memory a process took, and how quality is asked for."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-__all__ = ["copy_and_sync", "peak_resident_bytes", "spread", "summary", "timed"]
+__all__ = [
+    "copy_and_sync",
+    "forget_peak",
+    "peak_resident_bytes",
+    "quality_cells",
+    "quality_parser",
+    "resident_bytes",
+    "spread",
+    "summary",
+    "timed",
+]
 
 
 def timed(action: Callable[[], object]) -> float:
@@ -50,3 +62,31 @@ def peak_resident_bytes() -> int:
     # Not getrusage: its ru_maxrss starts at what the parent process had.
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+def resident_bytes() -> int:
+    """Memory this process has resident now, mapped files included. Linux only."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.split("VmRSS:")[1].split()[0]) * 1024
+
+
+def forget_peak() -> None:
+    """Start `peak_resident_bytes` anew, from what is resident now. Linux only."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def quality_parser(description: str | None) -> argparse.ArgumentParser:
+    """What every benchmark of quality takes: a model, a text to evaluate with, one to calibrate on, threads, `--json`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--text", type=Path, required=True, help="to evaluate with")
+    parser.add_argument("--windows", type=int, default=20, help="windows of 512 tokens")
+    parser.add_argument("--calibration", type=Path, help="[default: the text the package ships]")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--json", action="store_true", help="print the figures for machines")
+    return parser
+
+
+def quality_cells(quality: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Perplexity, KL divergence and top-1 agreement in percent of an evaluation, for a table."""
+    return f"{quality['perplexity']:.2f}", f"{quality['kl']:.4f}", f"{100 * quality['top1']:.1f}"

@@ -23,12 +23,10 @@ from cluscomp_formats.ir import Model
 from cluscomp_runtime.language_model import observe_inputs
 from cluscomp_runtime.tokenizer import Tokenizer
 
-__all__ = ["calibration_tokens", "calibration_windows", "channel_energies", "read_text", "shipped_text"]
+__all__ = ["calibration_tokens", "calibration_windows", "channel_energies", "most_windows", "read_text", "shipped_text"]
 
 CONTEXT = 512
 MAX_WINDOWS = 16
-MAX_FEEDBACK_WINDOWS = 32
-"""Moments of second order need more of a text than energies do."""
 BATCH = 4
 """Windows run at a time: every batch decodes every matrix once more, and activations take memory by the batch."""
 
@@ -71,6 +69,11 @@ def calibration_windows(model: Model, text: str, most: int) -> torch.Tensor:
     length = min(CONTEXT, len(token_ids))
     count = min(most, len(token_ids) // length)
     return torch.tensor(token_ids[: count * length]).reshape(count, length)
+
+
+def most_windows(text: str, most: int) -> int:
+    """As many windows as `calibration_windows` can give with any tokenizer: a token takes a byte of the text or more."""
+    return max(1, min(most, len(text.encode()) // CONTEXT))
 
 
 def channel_energies(model: Model, text: str, on_progress: Progress = silent) -> Mapping[str, npt.NDArray[np.float32]]:

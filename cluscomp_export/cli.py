@@ -2,57 +2,28 @@
 
 Results go to standard output, progress and messages to standard error. Exit codes: 0 success, 1 `verify` found a difference,
 2 a usage error or `verify` could not tell, 3 an invalid file, 4 something this version does not support, 5 the output exists,
-6 a storage problem, 7 a failed self-test, 130 interrupted.
+6 a storage problem, 7 a failed self-test, 8 workers that died, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 import click
-from click.shell_completion import CompletionItem
 
-from cluscomp_export.terminal import ProgressDisplay, print_json, print_table, say
+from cluscomp_export.command_options import DEVICE, JSON, PATH
+from cluscomp_export.planning_commands import plan, planning_options, show_plan
+from cluscomp_export.terminal import ProgressDisplay, json_document, print_json, print_table, say
+from cluscomp_export.tuning_commands import merge, tune
 from cluscomp_formats.errors import ClusCompError, printable
 from cluscomp_formats.version import __version__
 
-if TYPE_CHECKING:
-    from cluscomp_export.convert import Prepared
-
 __all__ = ["main"]
 
-PATH = click.Path(path_type=Path)
-JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
-DEVICE = click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1, ...")
 INTERRUPTED = 130
-
-
-def _output_formats() -> tuple[str, ...]:
-    from cluscomp_export.writers import output_formats
-
-    return output_formats()
-
-
-class _OutputFormat(click.types.StringParamType):
-    """The name of a format that can be written; plug-ins are not looked for before somebody asks."""
-
-    name = "format"
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if value not in _output_formats():
-            self.fail(f"{value!r} is not one of {', '.join(_output_formats())}.", param, ctx)
-        return value
-
-    # click 8.1 passes no context.
-    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
-        return f"[{'|'.join(_output_formats())}]"
-
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        return [CompletionItem(name) for name in _output_formats() if name.startswith(incomplete)]
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -66,6 +37,8 @@ def cli() -> None:
       cluscomp-export convert MODEL model.clus --bits 3              make it
       cluscomp-export verify MODEL model.clus                        did it come out right?
       cluscomp-export generate model.clus "The capital of France is"
+      cluscomp-export tune model.clus my.delta --text my.txt         train its codebooks on a text
+      cluscomp-export merge model.clus my.delta tuned.clus           a model like any other
 
     MODEL is a Hugging Face folder with safetensors, a GGUF file, an authors' ClusComp checkpoint or whatever convert made.
     Nothing is ever downloaded.
@@ -74,105 +47,23 @@ def cli() -> None:
     """
 
 
-class _Size(click.types.StringParamType):
-    """A number of bytes, with or without a unit."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        from cluscomp_export.sizes import parse_bytes
-
-        try:
-            return parse_bytes(str(value))
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-
-
-def _planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What `convert` and `plan` take both."""
-    options = (
-        click.option(
-            "--to",
-            type=_OutputFormat(),
-            default="packed",
-            show_default=True,
-            help="The format to write: one .clus file, a Hugging Face folder, a GGUF file, an ONNX folder, or a plug-in's.",
-        ),
-        click.option(
-            "--gguf-type",
-            type=click.Choice(["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]),
-            help="With --to gguf: decode and store as this type, for stock llama.cpp. [default: codebooks and codes]",
-        ),
-        click.option(
-            "--bits", type=float, help="Most bits per weight of the linear layers, codebooks and scales counted. [default: 4]"
-        ),
-        click.option(
-            "--budget",
-            type=_Size(),
-            metavar="SIZE",
-            help="Most bytes of the whole artefact, embedding and head included: 16MB, 1.5GiB, ... Excludes --bits.",
-        ),
-        click.option(
-            "--match-loss",
-            type=float,
-            metavar="NATS",
-            help="The smallest artefact whose divergence from the source is at most this, in nats per token, predicted on the "
-            "calibration text, before error feedback and training. Excludes --bits.",
-        ),
-        click.option("--plan", type=PATH, help="A plan that `plan --save` has written, edited or not. Excludes --bits."),
-        click.option(
-            "--dim", "cluster_dim", type=int, help="Weights per code, as in the paper; needs --clusters, excludes --bits."
-        ),
-        click.option("--clusters", "num_clusters", type=int, help="Centroids per codebook, at most 65536; needs --dim."),
-        click.option(
-            "--share",
-            type=click.Choice(["none", "kind", "model"]),
-            help="A codebook per matrix, per kind of matrix over all layers, or one for all. "
-            "[default: none with --dim, else whichever is expected to be best]",
-        ),
-        click.option(
-            "--embedding-bits",
-            type=float,
-            help="Most bits per weight of embedding and head; 16 keeps them dense. [default: the width in the source]",
-        ),
-        click.option(
-            "--sensitivity",
-            type=click.Choice(["measured", "equal"]),
-            help="Measure how much predictions suffer from errors of each tensor and give bits where they matter, or take all "
-            "weights for equal. [default: measured, given a calibration text and an architecture the runtime knows]",
-        ),
-        click.option(
-            "--calibration",
-            metavar="FILE|none",
-            help="A text that tells which weights and inputs matter. [default: a text of this package; none with --dim]",
-        ),
-        click.option(
-            "--effort",
-            type=click.Choice(["fast", "balanced", "best"]),
-            help="fast only clusters; balanced chooses codes that make up for each other's errors on the calibration text; "
-            "best then trains codebooks and scales on it, which takes much longer. [default: balanced; fast with --dim]",
-        ),
-        click.option(
-            "--method",
-            type=click.Choice(["fast", "lloyd"]),
-            default="fast",
-            show_default=True,
-            help="How to cluster: fast is at least as good in a fraction of the time; lloyd is plain k-means, as in the paper.",
-        ),
-        click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same bytes."),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
 @cli.command()
 @click.argument("source", type=PATH)
 @click.argument("output", type=PATH)
-@_planning_options
-@click.option("--threads", type=click.IntRange(min=1), help="Threads to use. [default: all cores]")
+@planning_options
+@click.option("--threads", type=click.IntRange(min=1), help="Threads to use, with --workers each. [default: all cores]")
+@click.option(
+    "--workers",
+    metavar="N|threads:N|ray|ray://HOST:PORT",
+    help="Cluster with N processes or threads, or on a Ray cluster (docs/workers.md): the same bytes, sooner. "
+    "[default: in this process]",
+)
 @DEVICE
-@click.option("--dry-run", is_flag=True, help="Show the plan and the predicted size; write nothing.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Show the plan, its size and the memory it takes; write nothing.",
+)
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
 @JSON
 def convert(source: Path, output: Path, *, dry_run: bool, force: bool, as_json: bool, **options: Any) -> None:
@@ -188,20 +79,24 @@ def convert(source: Path, output: Path, *, dry_run: bool, force: bool, as_json: 
       cluscomp-export convert clustered-checkpoint/ packed.clus                 repack without loss
       cluscomp-export convert packed.clus folder/ --to hf                       for transformers
       cluscomp-export convert packed.clus out.gguf --to gguf --gguf-type q8_0   for stock llama.cpp
+      cluscomp-export convert llama/ llama.clus --workers ray://head:10001      on a Ray cluster
 
-    Memory stays near the largest tensor (--effort balanced: near one block of the model; best: above the model as float32).
+    Memory stays near the largest tensor (--effort balanced: near one block of the model; best: also its codes);
+    --dry-run tells what each phase needs, and is content with a folder that holds a config.json as SOURCE.
     OUTPUT is complete or not there; SOURCE is never changed. A clustering that fails or is interrupted keeps what it has
     finished in a folder .OUTPUT.work beside OUTPUT: run the same command again to go on.
     """
     from cluscomp_export.convert import ConversionOptions, prepare
     from cluscomp_export.convert import convert as run
     from cluscomp_export.work_folder import work_path
+    from cluscomp_runtime.memory import return_freed_arrays
 
+    return_freed_arrays()
     chosen = ConversionOptions(**options)
     if dry_run:
         with ProgressDisplay() as progress:
-            prepared = prepare(source, chosen, progress)
-        _show_plan(prepared, as_json=as_json)
+            prepared = prepare(source, chosen, progress, to_plan=True)
+        show_plan(prepared, as_json=as_json)
         return
     try:
         with ProgressDisplay() as progress:
@@ -228,54 +123,6 @@ def convert(source: Path, output: Path, *, dry_run: bool, force: bool, as_json: 
     click.echo(f"wrote {report.output} in {report.seconds:.0f} s")
 
 
-def _show_plan(prepared: Prepared, *, as_json: bool) -> None:
-    from cluscomp_export.plan_report import explain
-    from cluscomp_export.tables import print_plan
-
-    report = explain(prepared)
-    if as_json:
-        print_json(report)
-        return
-    print_plan(report)
-    for text in prepared.warnings:
-        say(f"warning: {text}")
-
-
-@cli.command()
-@click.argument("source", type=PATH)
-@_planning_options
-@click.option("--save", type=PATH, metavar="FILE", help="Write the plan as JSON, for `convert --plan`.")
-@click.option("--force", is_flag=True, help="Replace FILE if it exists.")
-@JSON
-def plan(source: Path, *, save: Path | None, force: bool, as_json: bool, **options: Any) -> None:
-    """Show how SOURCE would be stored and why, without converting it.
-
-    \b
-    Examples:
-      cluscomp-export plan llama/ --bits 3
-      cluscomp-export plan llama/ --budget 55MB --to gguf
-      cluscomp-export plan llama/ --match-loss 0.1 --json
-      cluscomp-export plan llama/ --bits 3 --save plan.json    then edit it, and: convert llama/ llama.clus --plan plan.json
-
-    The sensitivity of a tensor is the loss, in nats per token, that a squared error as large as its weights' squares would
-    cost, as measured with gradients on the calibration text; the loss of a plan is the sum of sensitivity times expected error.
-    The size is that of the whole artefact, at most: exact but for the digits of checksums and of the self-test record.
-    """
-    from cluscomp_export.convert import ConversionOptions, prepare
-    from cluscomp_export.planning.plan_file import write_plan
-    from cluscomp_formats.atomic import check_output
-
-    if save is not None:
-        check_output(save, force=force)
-    with ProgressDisplay() as progress:
-        prepared = prepare(source, ConversionOptions(**options), progress)
-    if save is not None:
-        if prepared.plan is None:
-            raise click.UsageError("there is no plan to save: SOURCE is clustered already")
-        write_plan(prepared.plan, save, force=force)
-    _show_plan(prepared, as_json=as_json)
-
-
 @cli.command()
 @click.argument("model", type=PATH)
 @click.option("--quick", is_flag=True, help="Read the header only: no digest, no checksums, no use of codebooks.")
@@ -284,11 +131,17 @@ def plan(source: Path, *, save: Path | None, force: bool, as_json: bool, **optio
 def inspect(model: Path, *, quick: bool, reference: Path | None, as_json: bool) -> int:
     """Show what MODEL holds: architecture, settings per tensor, bits per weight, how its codebooks are used, worst tensors.
 
-    Everything is read, and all that is wrong with it is listed; exit code 3 then.
+    Everything is read, and all that is wrong with it is listed; exit code 3 then. MODEL may be a delta (see tune); --reference
+    is the model it belongs to then, and adds how far it is from that.
     """
-    from cluscomp_export.inspection import inspect_model
-    from cluscomp_export.tables import print_inspection
+    from cluscomp_export.inspection import inspect_delta, inspect_model
+    from cluscomp_export.tables import print_delta, print_inspection
+    from cluscomp_formats.delta import is_delta
 
+    if is_delta(model):
+        report = inspect_delta(model, reference=reference)
+        (print_json if as_json else print_delta)(report)
+        return 0
     with ProgressDisplay() as progress:
         report = inspect_model(model, reference=reference, quick=quick, on_progress=progress)
     if as_json:
@@ -301,9 +154,10 @@ def inspect(model: Path, *, quick: bool, reference: Path | None, as_json: bool) 
 @cli.command()
 @click.argument("a", type=PATH)
 @click.argument("b", type=PATH)
+@click.option("--delta", type=PATH, help="Swap this delta in (see tune) to B first.")
 @DEVICE
 @JSON
-def verify(a: Path, b: Path, *, device: str, as_json: bool) -> int:
+def verify(a: Path, b: Path, *, delta: Path | None, device: str, as_json: bool) -> int:
     """Check that A and B are the same model, or that one was made from the other.
 
     Exit code 0: equal, or derived from that source and sound. 1: different, or a self-test fails. 2: could not tell.
@@ -314,7 +168,7 @@ def verify(a: Path, b: Path, *, device: str, as_json: bool) -> int:
 
     try:
         with ProgressDisplay() as progress:
-            result = run(a, b, device=device, on_progress=progress)
+            result = run(a, b, delta=delta, device=device, on_progress=progress)
     except ClusCompError as error:
         _report(error, as_json=as_json, exit_code=2)
         return 2
@@ -343,33 +197,95 @@ def verify(a: Path, b: Path, *, device: str, as_json: bool) -> int:
 
 @cli.command(name="eval")
 @click.argument("model", type=PATH)
-@click.option("--text", type=PATH, required=True, help="A UTF-8 text file.")
-@click.option("--reference", type=PATH, help="The original: adds KL divergence and top-1 agreement against it.")
+@click.option("--text", type=PATH, help="A UTF-8 text file.")
+@click.option("--reference", type=PATH, help="The original: adds KL divergence, top-1 agreement and the ratio of perplexities.")
+@click.option(
+    "--protocol",
+    type=click.Choice(["llama.cpp", "gptq"]),
+    default="llama.cpp",
+    show_default=True,
+    help="llama.cpp: the text as it is, the second half of each window scored. gptq, as in the papers: lines joined as rows of "
+    "the data set, all of a window scored.",
+)
 @click.option("--windows", type=click.IntRange(min=1), help="How many windows of the text to use. [default: all]")
-@click.option("--context", type=int, default=512, show_default=True, help="Tokens per window; the second half is scored.")
+@click.option("--delta", type=PATH, help="Swap this delta in (see tune) first.")
+@click.option("--context", type=int, help="Tokens per window. [default: 512, gptq 2048; no more than the model takes]")
+@click.option("--stride", type=int, help="Let windows overlap: tokens from one to the next. Only new ones are scored.")
+@click.option("--join", type=click.Choice(["rows", "none"]), help="How to join the text's lines. [default: none, gptq rows]")
+@click.option("--tasks", help="Instead of --text: tasks of lm-evaluation-harness, names or YAML files, separated by commas.")
+@click.option("--limit", type=click.IntRange(min=1), help="With --tasks: how many examples of each to use. [default: all]")
+@click.option("--num-fewshot", type=click.IntRange(min=0), help="With --tasks: examples in the prompt. [default: the task's]")
 @DEVICE
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Compute in. [default: by device]")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads to use. [default: all cores]")
+@click.option("--output", type=PATH, help="Also write the JSON document to this file.")
+@click.option("--force", is_flag=True, help="Replace the output file if it exists.")
 @JSON
 def evaluate(
-    model: Path, *, text: Path, reference: Path | None, windows: int | None, context: int, device: str, as_json: bool
+    model: Path,
+    *,
+    text: Path | None,
+    tasks: str | None,
+    limit: int | None,
+    num_fewshot: int | None,
+    threads: int | None,
+    output: Path | None,
+    force: bool,
+    as_json: bool,
+    device: str,
+    dtype: str | None,
+    **options: Any,
 ) -> None:
-    """Perplexity of MODEL on a text, in llama.cpp's protocol (windows of 512 tokens, second half scored)."""
-    from dataclasses import asdict
+    """How well MODEL predicts a text, how far it is from the original, or how it does on tasks.
 
-    from cluscomp_export.evaluate import evaluate_files
+    \b
+    Examples:
+      cluscomp-export eval model.clus --text wiki.test.raw                       perplexity as llama.cpp reports it
+      cluscomp-export eval model.clus --text wiki.test.raw --protocol gptq       ... as papers do
+      cluscomp-export eval model.clus --text some.txt --reference original/ --output eval.json
+      cluscomp-export eval model.clus --tasks arc_easy,my-task.yaml --limit 100
 
-    with ProgressDisplay() as progress:
-        result = evaluate_files(
-            model, text=text, reference=reference, windows=windows, context=context, device=device, on_progress=progress
+    The JSON document also holds what is needed to repeat it: digests, versions, parameters, the command. Tasks need the extra
+    lm-eval and their data sets on this machine; nothing is downloaded unless HF_HUB_OFFLINE=0 is in the environment.
+    """
+    from cluscomp_export.tables import print_scores, print_task_results
+    from cluscomp_formats.atomic import atomic_write, check_output
+
+    if (text is None) == (tasks is None):
+        raise click.UsageError("Give either --text or --tasks.")
+    given = [f"--{name}" for name, value in options.items() if value is not None and name != "protocol"]
+    if tasks is not None and given:
+        raise click.UsageError(f"{', '.join(given)}: only with --text.")
+    if text is not None and (limit is not None or num_fewshot is not None):
+        raise click.UsageError("--limit, --num-fewshot: only with --tasks.")
+    if output is not None:
+        check_output(output, force=force)
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    if text is not None:
+        from cluscomp_export.evaluate import evaluate_files
+
+        with ProgressDisplay() as progress:
+            scores = evaluate_files(model, text=text, device=device, dtype=dtype, on_progress=progress, **options)
+        document = dict(vars(scores))
+    else:
+        from cluscomp_export.harness import evaluate_tasks
+
+        document = evaluate_tasks(
+            model, str(tasks).split(","), limit=limit, num_fewshot=num_fewshot, device=device, dtype=dtype
         )
+    document["record"] = {**document["record"], "command": ["cluscomp-export", *sys.argv[1:]]}
+    if output is not None:
+        with atomic_write(output, force=force) as stream:
+            stream.write(json_document(document).encode() + b"\n")
     if as_json:
-        print_json(asdict(result))
-        return
-    click.echo(
-        f"perplexity {result.perplexity:.4f} +/- {result.perplexity_error:.4f} ({result.windows} windows of {result.context})"
-    )
-    if result.kl is not None and result.top1 is not None:
-        click.echo(f"reference perplexity {result.reference_perplexity:.4f}")
-        click.echo(f"KL divergence {result.kl:.4f} nats per token, top-1 agreement {100 * result.top1:.1f} %")
+        print_json(document)
+    elif text is not None:
+        print_scores(scores)
+    else:
+        print_task_results(document["results"])
 
 
 @cli.command()
@@ -383,6 +299,7 @@ def evaluate(
     "--top-p", type=click.FloatRange(min=0, max=1), help="Sample among the likeliest tokens of this total probability."
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the sampling.")
+@click.option("--delta", type=PATH, help="Swap this delta in (see tune) first.")
 @DEVICE
 @click.option(
     "--kernel", default="auto", show_default=True, help="Force a kernel: native, embedding_bag, triton, dense, reference."
@@ -390,7 +307,16 @@ def evaluate(
 @click.option("--selftest", is_flag=True, help="Run the self-test first; fail if the model computes something else.")
 @JSON
 def generate(
-    model: Path, prompt: str, *, device: str, kernel: str, selftest: bool, chat: bool, as_json: bool, **options: Any
+    model: Path,
+    prompt: str,
+    *,
+    delta: Path | None,
+    device: str,
+    kernel: str,
+    selftest: bool,
+    chat: bool,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Continue PROMPT with MODEL."""
     from dataclasses import asdict
@@ -399,7 +325,7 @@ def generate(
 
     with ProgressDisplay() as progress:
         progress("loading", 0, 1)
-        loaded = load(model, device=device, kernel=kernel, selftest=selftest)
+        loaded = load(model, device=device, kernel=kernel, selftest=selftest, delta=delta)
     say(f"kernel: {loaded.kernel_summary}")
     text = loaded.chat([{"role": "user", "content": prompt}]) if chat else prompt
     stream = loaded.stream(text, add_special_tokens=not chat, **options)
@@ -416,6 +342,10 @@ def generate(
         return
     click.echo()
     say(f"{result.new_tokens} tokens, {result.tokens_per_second:.1f} tokens/s, stopped by {result.stop_reason}")
+
+
+for command in (plan, tune, merge):
+    cli.add_command(command)
 
 
 def _report(error: ClusCompError, *, as_json: bool, exit_code: int) -> None:

@@ -6,31 +6,36 @@ tensor at a time, in the order in which writers read them.
 
 from __future__ import annotations
 
+import functools
 import zlib
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from cluscomp_export.error_feedback import ErrorFeedback, InputMoments
+from cluscomp_export.codebook_rounding import LEAST_STEP
+from cluscomp_export.error_feedback import ErrorFeedback, Goal, block_index
+from cluscomp_export.jobs import SCALE_RANGE, Computing, Encoding, Fit, Method
 from cluscomp_export.planning import CodebookPlan, Plan, Treatment
 from cluscomp_export.progress import Progress, silent
+from cluscomp_export.tuning.training import Trained
 from cluscomp_export.work_folder import Forms, WorkFolder
+from cluscomp_export.workers import Job, Workers
 from cluscomp_formats.errors import InvalidFileError, Problem
 from cluscomp_formats.ir import AnyArray, Array, ClusteredWeight, Codebook, DenseTensor, Model, Stage, Tensor
-from cluscomp_kernels.kmeans import assign, kmeans
+from cluscomp_formats.parameters import codebook_name, norm_name, parameters, row_scale_name
 
-__all__ = ["Method", "cluster_model", "work_bytes"]
+__all__ = ["FIT_VECTORS_PER_CLUSTER", "cluster_model", "unit_bytes"]
 
 Floats = npt.NDArray[np.float32]
-Method = Literal["fast", "lloyd"]
 
 FIT_VECTORS_PER_CLUSTER = 64
 """A codebook with row scales is fitted on at most this many vectors per cluster."""
 
-SCALE_RANGE = (2.0**-24, 65504.0)
-"""The magnitudes float16 can hold."""
+WEAKEST_ROW = SCALE_RANGE[0] / LEAST_STEP
+"""With a codebook of int8 no row counts as weaker: its scale, times the step, would leave the range of float16."""
 
 
 def cluster_model(
@@ -45,34 +50,47 @@ def cluster_model(
     feedback: ErrorFeedback | None = None,
     provenance: Mapping[str, Any] | None = None,
     work: WorkFolder | None = None,
+    workers: Workers | None = None,
     on_progress: Progress = silent,
 ) -> Model:
-    """A lazy model with the plan's tensors clustered and all others dense; nothing is computed yet.
+    """A lazy model with the plan's tensors clustered and all others dense; without `workers` nothing is computed yet.
 
     Shapes and sizes are known at once, so the result also serves to predict sizes. Reading a codebook fits it (once); reading
     codes or scales encodes that tensor (the last one is kept), so reading in the order of `Model.payloads()` does each tensor
     once; with `feedback` it encodes all blocks up to that tensor's, and keeps them in `work` or, without that, in memory. What
     `work` holds already is not done again, and what is done is kept there. Raises InvalidFileError, on reading, for weights
     that are not finite or out of float16's range, StorageError if `work` cannot be written.
+
+    `workers`, which need a `work`, compute everything at once, with their own number of threads; reading then takes it from
+    there. The result is the same. Raises what `Workers.run` does, too.
     """
-    worker = _Worker(source, plan, energies or {}, method, seed, threads, device, feedback, work, on_progress)
-    codebooks = {book.name: worker.codebook(book) for book in plan.codebooks}
+    computing = Computing(method, seed, threads, device)
+    clustering = _Clustering(source, plan, energies or {}, computing, feedback, work, workers, on_progress)
+    codebooks = {book.name: clustering.codebook(book) for book in plan.codebooks}
     tensors: dict[str, Tensor] = {}
     for name, tensor in source.tensors.items():
         treatment = plan.treatments.get(name)
         if treatment is not None:
-            tensors[name] = worker.clustered[name] = worker.weight(name, treatment, codebooks[treatment.codebook.name])
+            tensors[name] = clustering.weight(name, treatment, codebooks[treatment.codebook.name])
         else:
-            tensors[name] = _dense(tensor) if isinstance(tensor, DenseTensor) else tensor
+            tensors[name] = clustering.dense(tensor) if isinstance(tensor, DenseTensor) else tensor
+    clustering.tensors.update(tensors)
+    if workers is not None:
+        clustering.compute_all()
     return Model(source.config, tensors, source.files, provenance or {})
 
 
-def work_bytes(model: Model) -> int:
-    """What all units of work of a model from `cluster_model` take on the disk, in bytes, headers not counted."""
-    arrays = [book.values for book in model.codebooks.values()]
-    for weight in model.clustered.values():
-        arrays += [*(stage.codes for stage in weight.stages), *(array for _, array in weight.extra_arrays)]
-    return sum(array.nbytes for array in arrays)
+def unit_bytes(model: Model) -> dict[str, int]:
+    """What the units of work of a model from `cluster_model` take on the disk, headers not counted: `codebooks`, `tensors`, and
+    of these the `scales`."""
+    weights = model.clustered.values()
+    codes = sum(stage.codes.nbytes for weight in weights for stage in weight.stages)
+    extras = sum(array.nbytes for weight in weights for _, array in weight.extra_arrays)
+    return {
+        "codebooks": sum(book.values.nbytes for book in model.codebooks.values()),
+        "tensors": codes + extras,
+        "scales": extras,
+    }
 
 
 def _dense(tensor: DenseTensor) -> DenseTensor:
@@ -92,47 +110,60 @@ def _dense(tensor: DenseTensor) -> DenseTensor:
     return DenseTensor(tensor.name, Array(tensor.shape, "float16", load))
 
 
-class _Worker:
-    """Does the work behind the lazy arrays. Keeps the shared codebooks, the last of the others and the last tensor encoded."""
+class _Clustering:
+    """Does the work behind the lazy arrays. Keeps the shared codebooks, the last of the others and the last tensor encoded,
+    with error feedback also what belongs to the block that is being done."""
 
     def __init__(
         self,
         source: Model,
         plan: Plan,
         energies: Mapping[str, Floats],
-        method: Method,
-        seed: int,
-        threads: int | None,
-        device: str,
+        computing: Computing,
         feedback: ErrorFeedback | None,
         work: WorkFolder | None,
+        workers: Workers | None,
         on_progress: Progress,
     ) -> None:
         self.source = source
         self.plan = plan
         self.energies = energies
-        self.method: Method = method
-        self.seed = seed
-        self.threads = threads
-        self.device = device
+        self.computing = computing
         self.feedback = feedback
         self.work = work
+        self.workers = workers
         self.on_progress = on_progress
-        self.clustered: dict[str, ClusteredWeight] = {}
-        self.kept: dict[str, dict[str, AnyArray]] = {}
-        self.shared: dict[str, npt.NDArray[np.float16]] = {}
-        self.fitted: tuple[str, npt.NDArray[np.float16]] | None = None
+        self.tensors: dict[str, Tensor] = {}
+        self.tuned: tuple[int, dict[str, AnyArray] | None] | None = None
+        self.held: dict[str, dict[str, AnyArray]] = {}
+        self.shared: dict[str, dict[str, AnyArray]] = {}
+        self.fitted: tuple[str, dict[str, AnyArray]] | None = None
         self.encoded: tuple[str, npt.NDArray[np.uint16], npt.NDArray[np.float16]] | None = None
 
     def codebook(self, book: CodebookPlan) -> Codebook:
-        return Codebook(book.name, Array((book.num_clusters, book.cluster_dim), "float16", lambda: self._fit(book)))
+        def load() -> AnyArray:
+            if _blocks(book) == {index}:
+                return self._tuned_value(codebook_name(book.name), book.members[0], lambda: self._fit(book)["centroids"])
+            return self._fit(book)["centroids"]
+
+        index = block_index(book.members[0])
+        return Codebook(book.name, Array((book.num_clusters, book.cluster_dim), book.dtype, load))
 
     def weight(self, name: str, treatment: Treatment, codebook: Codebook) -> ClusteredWeight:
         out_features, in_features = treatment.shape
         shape = (in_features, -(-out_features // codebook.cluster_dim))
-        codes = Array(shape, "uint16", lambda: self._encode(name)[0])
-        scale = Array((out_features,), "float16", lambda: self._encode(name)[1]) if treatment.row_scale else None
+        codes = Array(shape, "uint16", lambda: self._codes(name)[0])
+        scale = None
+        if treatment.row_scale:
+            load = lambda: self._tuned_value(row_scale_name(name), name, lambda: self._codes(name)[1])  # noqa: E731
+            scale = Array((out_features,), "float16", load)
         return ClusteredWeight(name, treatment.shape, (Stage(codebook, codes),), row_scale=scale)
+
+    def dense(self, tensor: DenseTensor) -> DenseTensor:
+        stored = _dense(tensor)
+        values = stored.values
+        load = lambda: self._tuned_value(norm_name(tensor.name), tensor.name, values.read)  # noqa: E731
+        return replace(stored, values=Array(values.shape, values.dtype, load))
 
     def _vectors(self, name: str) -> tuple[Floats, Floats | None]:
         """Vectors `[num_vectors, cluster_dim]` of the transposed, padded weight, and the row scales `[out_features]` that
@@ -143,6 +174,8 @@ class _Worker:
         if treatment.row_scale:
             rms = np.sqrt(np.mean(np.square(weight, dtype=np.float64), axis=1)).astype(np.float32)
             scale = np.where(rms == 0, np.float32(1), rms).astype(np.float32)
+            if treatment.codebook.dtype == "int8":
+                scale = np.maximum(scale, np.float32(WEAKEST_ROW))
             if scale.min() < SCALE_RANGE[0] or scale.max() > SCALE_RANGE[1]:
                 found = f"rows of root mean square {scale.min():g} to {scale.max():g}"
                 expected = f"{SCALE_RANGE[0]:g} to {SCALE_RANGE[1]:g}, the range of float16"
@@ -177,7 +210,7 @@ class _Worker:
             weight = self._weights(name, len(vectors))
             if scale is not None and share < 1:
                 # Seeded by name as well: the sample of a tensor does not depend on the order of the tensors.
-                generator = np.random.default_rng([self.seed, zlib.crc32(name.encode())])
+                generator = np.random.default_rng([self.computing.seed, zlib.crc32(name.encode())])
                 size = max(1, round(share * len(vectors)))
                 chosen = np.sort(generator.choice(len(vectors), size, replace=False, shuffle=False))
                 vectors, weight = vectors[chosen], weight[chosen]
@@ -186,60 +219,71 @@ class _Worker:
         weighted = any(name in self.energies for name in book.members)
         return np.concatenate(samples), np.concatenate(weights) if weighted else None
 
-    def _known(self, name: str, forms: Forms) -> dict[str, AnyArray] | None:
-        """The arrays of a finished unit of work."""
-        return self.kept.get(name) if self.work is None else self.work.load(name, forms)
+    def compute_all(self) -> None:
+        """Have the workers compute every unit of work that is not there yet."""
+        books = {_codebook_unit(book): book for book in self.plan.codebooks}
+        units = [unit for unit, book in books.items() if self._known(unit, _codebook_forms(book)) is None]
+        # The largest first: the last ones keep fewer workers waiting.
+        units.sort(key=lambda unit: -books[unit].num_clusters * len(books[unit].members))
+        for _ in self._arriving("fitting codebooks", units, lambda unit, how: self._fit_job(books[unit], how)):
+            pass
+        fed_back = [name for name in self.plan.treatments if self.feedback is not None and self.feedback.covers(name)]
+        names = {_tensor_unit(name): name for name in self.plan.treatments if name not in fed_back}
+        units = [unit for unit, name in names.items() if self._known(unit, self._forms(name)) is None]
+        for _ in self._arriving("encoding matrices", units, lambda unit, how: self._encoding_job(names[unit], None, how)):
+            pass
+        for name in fed_back:
+            self._reach(name)
 
-    def _finished(self, name: str, forms: Forms, compute: Callable[[], dict[str, AnyArray]]) -> dict[str, AnyArray]:
+    def _arriving(
+        self, stage: str, units: Sequence[str], prepare: Callable[[str, Computing], Job]
+    ) -> Iterator[tuple[str, dict[str, AnyArray]]]:
+        """What the workers make of these units, each kept as it arrives."""
+        if self.workers is None or self.work is None:
+            raise ValueError("workers need a work folder to keep their results in")
+        self.on_progress(stage, 0, len(units))
+        for done, (unit, arrays) in enumerate(self.workers.run(units, prepare), 1):
+            self.work.save(unit, arrays)
+            self.on_progress(stage, done, len(units))
+            yield unit, arrays
+
+    def _known(self, unit: str, forms: Forms) -> dict[str, AnyArray] | None:
+        """The arrays of a finished unit of work."""
+        found = self.held.get(unit)
+        return found if found is not None or self.work is None else self.work.load(unit, forms)
+
+    def _finished(self, unit: str, forms: Forms, prepare: Callable[[], Job]) -> dict[str, AnyArray]:
         """The arrays of a unit of work, computed unless they were before."""
-        arrays = self._known(name, forms)
+        arrays = self._known(unit, forms)
         if arrays is None:
-            arrays = compute()
+            arrays = prepare().run(self.on_progress)
             if self.work is not None:
-                self.work.save(name, arrays)
+                self.work.save(unit, arrays)
             elif self.feedback is not None:
-                self.kept[name] = arrays
+                self.held[unit] = arrays
         return arrays
 
-    def _fit(self, book: CodebookPlan) -> npt.NDArray[np.float16]:
+    def _fit(self, book: CodebookPlan) -> dict[str, AnyArray]:
+        """What a `Fit` of the codebook gives."""
         if book.name in self.shared:
             return self.shared[book.name]
         if self.fitted is None or self.fitted[0] != book.name:
-            forms = {"centroids": ("float16", (book.num_clusters, book.cluster_dim))}
-            arrays = self._finished(f"codebook {book.name}", forms, lambda: {"centroids": self._centroids(book)})
-            self.fitted = (book.name, arrays["centroids"])
+            unit, forms = _codebook_unit(book), _codebook_forms(book)
+            arrays = self._finished(unit, forms, lambda: self._fit_job(book, self.computing))
+            self.fitted = (book.name, arrays)
             if book.shared:
-                self.shared[book.name] = arrays["centroids"]
+                self.shared[book.name] = arrays
         return self.fitted[1]
 
-    def _centroids(self, book: CodebookPlan) -> npt.NDArray[np.float16]:
+    def _fit_job(self, book: CodebookPlan, computing: Computing) -> Fit:
         points, weights = self._sample(book)
-        result = kmeans(
-            points,
-            book.num_clusters,
-            weights=weights,
-            method=self.method,
-            seed=self.seed,
-            threads=self.threads,
-            device=self.device,
-            on_progress=lambda done, total: self.on_progress(f"clustering {book.name}", done, total),
-        )
-        centroids = np.zeros((book.num_clusters, book.cluster_dim), dtype=np.float16)
-        with np.errstate(over="ignore"):
-            centroids[: len(result.centroids)] = result.centroids
-        if not np.isfinite(centroids).all():
-            found = f"a centroid of {np.abs(result.centroids).max():g}"
-            expected = f"up to {SCALE_RANGE[1]:g}, the range of float16"
-            remedy = "use --share kind, which scales the rows"
-            problem = Problem("out_of_range", "centroids do not fit float16", None, book.name, found, expected, remedy)
-            raise InvalidFileError(problem)
-        return centroids
+        return Fit(book, points, weights, computing)
 
-    def _encode(self, name: str) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.float16]]:
+    def _codes(self, name: str) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.float16]]:
         if self.encoded is None or self.encoded[0] != name:
-            if self.feedback is not None and self.feedback.covers(name):
-                self.feedback.reach(name, self.clustered, self._is_encoded, self._encoded)
-            arrays = self._encoded(name)
+            self._reach(name)
+            prepare = lambda: self._encoding_job(name, None, self.computing)  # noqa: E731
+            arrays = self._finished(_tensor_unit(name), self._forms(name), prepare)
             self.encoded = (name, arrays["codes"], arrays["row_scale"])
         return self.encoded[1:]
 
@@ -251,38 +295,101 @@ class _Worker:
             "row_scale": ("float16", (out_features if treatment.row_scale else 0,)),
         }
 
-    def _is_encoded(self, name: str) -> bool:
-        return self._known(f"tensor {name}", self._forms(name)) is not None
-
-    def _encoded(self, name: str, moments: InputMoments | None = None) -> dict[str, AnyArray]:
-        return self._finished(f"tensor {name}", self._forms(name), lambda: self._codes(name, moments))
-
-    def _codes(self, name: str, moments: InputMoments | None) -> dict[str, AnyArray]:
+    def _encoding_job(self, name: str, goal: Goal | None, computing: Computing) -> Encoding:
         treatment = self.plan.treatments[name]
         out_features, in_features = treatment.shape
-        centroids = self._fit(treatment.codebook).astype(np.float32)
+        fitted = self._fit(treatment.codebook)
         vectors, scale = self._vectors(name)
-        factors = np.ones(out_features)
-        if moments is None:
-            codes = assign(vectors, centroids, threads=self.threads, device=self.device).reshape(in_features, -1)
-            if scale is not None:
-                factors = _scale_factors(vectors, centroids[codes], self._weights(name, in_features), out_features)
+        return Encoding(vectors, scale, fitted, self._weights(name, in_features), out_features, goal, computing)
+
+    def _reach(self, name: str) -> None:
+        """Block by block: have all blocks done up to that of the tensor."""
+        if self.feedback is not None and self.feedback.covers(name):
+            self.feedback.reach(name, self)
+
+    def take_up(self, index: int) -> None:
+        """Take up what is finished of a block that is about to be done."""
+        if self.work is not None:
+            self.held = {}
+        for name in self.plan.treatments:
+            if block_index(name) == index:
+                arrays = self._known(_tensor_unit(name), self._forms(name))
+                if arrays is not None:
+                    self.held[_tensor_unit(name)] = arrays
+
+    def is_encoded(self, name: str) -> bool:
+        """Whether a matrix of the block has its codes."""
+        return name not in self.plan.treatments or _tensor_unit(name) in self.held
+
+    def encode(self, goals: Mapping[str, Goal | None]) -> None:
+        """Choose the codes of matrices none of which depends on another."""
+        names = {_tensor_unit(name): name for name in goals}
+        prepare = lambda unit, how: self._encoding_job(names[unit], goals[names[unit]], how)  # noqa: E731
+        if self.workers is not None:
+            self.held.update(self._arriving("encoding matrices", list(names), prepare))
+            return
+        for unit, name in names.items():
+            self.held[unit] = self._finished(unit, self._forms(name), functools.partial(prepare, unit, self.computing))
+
+    def is_tuned(self, index: int) -> bool:
+        """Whether a block has been tuned."""
+        return self._tuned(index) is not None
+
+    def keep_tuned(self, index: int, tuned: Trained | None) -> None:
+        """Keep what the tuning of a block gave; what it did not train stays."""
+        current = {name: array.read() for name, array in self._tunable(index).items()}
+        arrays = (
+            current if tuned is None else {**current, **{name: tuned.values[name] for name in current if name in tuned.values}}
+        )
+        if self.work is not None:
+            self.work.save(_block_unit(index), arrays)
         else:
-            weights = vectors.reshape(in_features, -1)
-            codes, factors = moments.encode(weights, centroids, out_features, threads=self.threads, device=self.device)
-        row_scale = np.empty(0) if scale is None else np.clip(scale * factors, *SCALE_RANGE)
-        return {"codes": codes, "row_scale": row_scale.astype(np.float16)}
+            self.held[_block_unit(index)] = arrays
+        self.tuned = (index, arrays)
+
+    def fixed_codebooks(self, index: int) -> list[str]:
+        """The codebooks of a block that other blocks use as well."""
+        return [book.name for book in self.plan.codebooks if index in _blocks(book) and len(_blocks(book)) > 1]
+
+    def _tunable(self, index: int) -> dict[str, Array]:
+        """What of a block can be tuned, by the names of its parameters."""
+        block = {name: tensor for name, tensor in self.tensors.items() if block_index(name) == index}
+        fixed = {codebook_name(name) for name in self.fixed_codebooks(index)}
+        found = parameters(Model(self.source.config, block))
+        return {name: array for name, array in found.items() if name not in fixed}
+
+    def _tuned(self, index: int) -> dict[str, AnyArray] | None:
+        if self.tuned is None or self.tuned[0] != index or self.tuned[1] is None:
+            forms = {name: (array.dtype, array.shape) for name, array in self._tunable(index).items()}
+            self.tuned = (index, self._known(_block_unit(index), forms))
+        return self.tuned[1]
+
+    def _tuned_value(self, parameter: str, tensor: str, before: Callable[[], AnyArray]) -> AnyArray:
+        """A parameter of the block that `tensor` belongs to: as tuned if that has been done, else as `before`."""
+        index = block_index(tensor)
+        if self.feedback is None or not self.feedback.tunes or index is None:
+            return before()
+        self._reach(tensor)
+        tuned = self._tuned(index)
+        return before() if tuned is None or parameter not in tuned else tuned[parameter]
 
 
-def _scale_factors(vectors: Floats, decoded: Floats, energy: Floats, out_features: int) -> npt.NDArray[np.float64]:
-    """What to multiply each row with, `[out_features]`, for the least squared error with these codes.
+def _blocks(book: CodebookPlan) -> set[int | None]:
+    """The blocks that use a codebook; None stands for what is outside of all."""
+    return {block_index(name) for name in book.members}
 
-    `<w, q> / <q, q>` per row, the products weighted by `energy` `[in_features]`.
-    """
-    wanted, given = (values.reshape(len(energy), -1)[:, :out_features] for values in (vectors, decoded))
-    products = np.einsum("i,ir,ir->r", energy, wanted, given, dtype=np.float64)
-    energies = np.einsum("i,ir,ir->r", energy, given, given, dtype=np.float64)
-    factors: npt.NDArray[np.float64] = np.divide(
-        products, energies, out=np.ones(out_features), where=(energies > 0) & (products > 0)
-    )
-    return factors
+
+def _block_unit(index: int) -> str:
+    return f"block {index}"
+
+
+def _codebook_unit(book: CodebookPlan) -> str:
+    return f"codebook {book.name}"
+
+
+def _codebook_forms(book: CodebookPlan) -> Forms:
+    return {"centroids": (book.dtype, (book.num_clusters, book.cluster_dim)), "step": ("float32", (1,))}
+
+
+def _tensor_unit(name: str) -> str:
+    return f"tensor {name}"

@@ -1,69 +1,101 @@
 """Error feedback: the codes of a matrix chosen channel by channel, so that its output errs least on a calibration text.
 
-What errs is `(W - Q) x`. Over a text its squared length is the sum over rows of `(w - q) H (w - q)^T`, with H the second
-moments of the matrix's inputs (the Hessian of GPTQ, Frantar et al., arXiv 2210.17323). In the reference layout a vector lies in
-one input channel, so GPTQ's update, which goes from channel to channel, serves vectors as it serves numbers.
+What errs is `t - Q x`: Q the decoded matrix, x its inputs in the model as compressed so far, t what its output should be. In a
+block of a decoder t makes up for everything before: it is what the original matrix gives in the original model and, where a
+matrix adds to the residual stream, what that stream lacks by then. Over a text the squared error is, up to a constant,
 
-Blocks are done in order, and inputs are those of the model as compressed so far, so every block makes up for those before it.
-Memory: a block's matrices as float32, the activations of the text (4 bytes x tokens x hidden_size), and for the distinct inputs
-of one block 8 bytes x in_features^2 each, a few times that for the largest while its matrices are encoded.
+    sum over rows of (w' - q) H (w' - q)^T,   H = E[x x^T] + damping,   W' = W + E[(t - W x) x^T] H^-1
+
+so the matrix is first corrected by ridge regression, which damping keeps near W, and then encoded under H. Codes are chosen as
+GPTQ does (Frantar et al., arXiv 2210.17323); that H is of the compressed model and t of the original one is in the
+spirit of GPTAQ (Li et al., arXiv 2504.02692). In the reference layout a vector lies in one input channel, so GPTQ's update,
+which goes from channel to channel, serves vectors as it serves numbers.
+
+Blocks are done in order. Memory: the matrices of half a block as float32, the activations of the text between blocks in both
+models and those within half a block in one (4 bytes x tokens x features), and for the input of one matrix
+8 bytes x in_features x (in_features + out_features), a few times that while matrices are encoded.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from cluscomp_export.progress import Progress, silent
+from cluscomp_export.tuning.blockwise import BlockwiseOptions, tune_block
+from cluscomp_export.tuning.training import Trained
 from cluscomp_formats.ir import Model, Tensor
 from cluscomp_kernels.kmeans import assign_with_feedback, feedback_factor
-from cluscomp_runtime.blocks import BlockRunner
+from cluscomp_runtime.blocks import HALVES, BlockRunner, Half
 
-__all__ = ["ErrorFeedback", "InputMoments"]
+__all__ = ["BlockWork", "ErrorFeedback", "Goal", "InputMoments", "block_index"]
 
 Floats = npt.NDArray[np.float32]
 
 DAMPING = 0.1
 """Added to the diagonal, in units of its mean. GPTQ takes .01; more costs little on the calibration text and wins on others."""
 
+BATCH = 4
+"""Windows run at a time."""
+ROWS = 512
+"""Rows of moments added at a time."""
+
 _BLOCK = re.compile(r"model\.layers\.(\d+)\..*")
+
+
+def block_index(name: str) -> int | None:
+    """The block a tensor belongs to, if any."""
+    match = _BLOCK.fullmatch(name)
+    return None if match is None else int(match[1])
 
 
 class InputMoments:
     """Second moments of what flows into a matrix: the mean over tokens of `x x^T`, float64 `[in_features, in_features]`.
 
-    Tokens are scaled to unit mean square, so that all count alike: the first of a text can have a thousand times the energy of
-    the others.
+    Tokens are scaled to one energy, of what flows in or of what is to flow out, so that all count alike: the first of a text
+    can have a thousand times the energy of the others. The tensor given is taken over, and damped.
     """
 
     def __init__(self, moments: torch.Tensor) -> None:
-        damped = moments.clone()
+        # In place: of the widest input of a 70B model one copy takes 6.6 GB.
         mean = float(moments.diagonal().mean())
-        damping = DAMPING * mean if mean > 0 else 1.0
-        damped.diagonal().add_(damping)
-        self.damped = damped
+        moments.diagonal().add_(DAMPING * mean if mean > 0 else 1.0)
+        self.damped = moments
         # Strongest first: what they err, the many weak ones after them can still make up for.
-        self._order = np.argsort(-damped.diagonal().numpy(), kind="stable")
+        self._order = np.argsort(-moments.diagonal().numpy(), kind="stable")
         self._factor: Floats | None = None
 
     def factor(self) -> Floats:
         """What `assign_with_feedback` needs for the channels in descending order of their energy."""
         if self._factor is None:
-            ordered = self.damped[self._order][:, self._order]
-            self._factor = np.ascontiguousarray(feedback_factor(ordered).numpy().astype(np.float32))
+            factor = feedback_factor(self.damped, torch.from_numpy(self._order))
+            self._factor = np.ascontiguousarray(factor.numpy().astype(np.float32))
         return self._factor
+
+    def corrections(self, lacks: Mapping[str, torch.Tensor]) -> dict[str, Floats]:
+        """What to add to transposed matrices for their output to lack least, float32 `[in_features, out_features]` each.
+
+        `lacks` float64, of that shape, is the mean of `x e^T`, with e what the output lacks: ridge regression of e on x.
+        """
+        # Not kept longer than this: it is as large as the moments.
+        lower = torch.linalg.cholesky(self.damped)
+        return {name: torch.cholesky_solve(lacking, lower).float().numpy() for name, lacking in lacks.items()}
 
     def encode(
         self, weights: Floats, centroids: Floats, out_features: int, *, threads: int | None, device: str
     ) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.float64]]:
         """Codes uint16 `[in_features, groups]` for `weights` `[in_features, groups * cluster_dim]`, the first `out_features`
         columns of which are rows of the matrix, and the factors `[out_features]` by which each row then errs least."""
+        # Before the weights are copied: to factor takes most.
+        factor = self.factor()
         ordered = assign_with_feedback(
-            weights[self._order], centroids, self.factor(), out_features=out_features, threads=threads, device=device
+            weights[self._order], centroids, factor, out_features=out_features, threads=threads, device=device
         )
         codes = np.empty_like(ordered)
         codes[self._order] = ordered
@@ -76,75 +108,191 @@ class InputMoments:
         return codes, factors.numpy()
 
 
-class _Observer:
-    """Sums up the moments of every distinct input of a block."""
+@dataclass(frozen=True)
+class Goal:
+    """What codes aim at: a transposed matrix with `correction` `[in_features, out_features]` added, under `moments`."""
 
-    def __init__(self) -> None:
-        self._sums: dict[str, torch.Tensor] = {}
-        self._tokens: dict[str, int] = {}
-        self._input_of: dict[str, str] = {}
-        self._last: tuple[str, torch.Tensor] | None = None
+    moments: InputMoments
+    correction: Floats
 
-    def __call__(self, name: str, inputs: torch.Tensor) -> None:
-        if self._last is not None and self._last[1] is inputs:
-            self._input_of[name] = self._last[0]
-            return
-        self._last = (name, inputs)
-        self._input_of[name] = name
-        flat = inputs.flatten(0, -2)
-        flat = flat / flat.square().mean(1, keepdim=True).sqrt().clamp(min=torch.finfo(flat.dtype).tiny)
-        moments = (flat.t() @ flat).double()
-        self._sums[name] = self._sums[name] + moments if name in self._sums else moments
-        self._tokens[name] = self._tokens.get(name, 0) + len(flat)
 
-    def results(self) -> Mapping[str, InputMoments]:
-        """Moments by name of the matrix, one object for all matrices with the same input."""
-        self._last = None
-        distinct = {name: InputMoments(self._sums.pop(name) / count) for name, count in self._tokens.items()}
-        return {name: distinct[source] for name, source in self._input_of.items()}
+class BlockWork(Protocol):
+    """Who keeps what has been done: the tensors of the compressed model, and how to get there."""
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The compressed model as far as it is there, by name."""
+
+    def take_up(self, index: int) -> None:
+        """Take up what is finished of a block that is about to be done."""
+
+    def is_encoded(self, name: str) -> bool:
+        """Whether a matrix of that block has its codes. True for what is not clustered."""
+
+    def encode(self, goals: Mapping[str, Goal | None]) -> None:
+        """Choose the codes of matrices none of which depends on another; without a goal the nearest centroids."""
+
+    def is_tuned(self, index: int) -> bool:
+        """Whether a block has been tuned."""
+
+    def keep_tuned(self, index: int, tuned: Trained | None) -> None:
+        """Take the tuned values of a block into `tensors`; None says that there are none."""
+
+    def fixed_codebooks(self, index: int) -> Collection[str]:
+        """The codebooks that other blocks use as well."""
 
 
 class ErrorFeedback:
-    """Takes a model's blocks in order, shows how each of their matrices is to be encoded, and goes on with the result.
+    """Takes a model's blocks in order, has their matrices encoded and then their parameters tuned, and goes on with the result.
 
-    `windows` int64 `[windows, tokens]` are the calibration text. Raises UnsupportedError for an architecture the runtime does
-    not know, InvalidRequestError for ids the model does not have.
+    `windows` int64 `[windows, tokens]` are the calibration text; `tuning=None` leaves out the tuning, and with `feedback=False`
+    every vector takes its nearest centroid. Raises UnsupportedError for an architecture the runtime does not know,
+    InvalidRequestError for ids the model does not have.
     """
 
-    def __init__(self, source: Model, windows: torch.Tensor, on_progress: Progress = silent) -> None:
+    def __init__(
+        self,
+        source: Model,
+        windows: torch.Tensor,
+        tuning: BlockwiseOptions | None = None,
+        *,
+        feedback: bool = True,
+        device: str = "cpu",
+        on_progress: Progress = silent,
+    ) -> None:
         self._source = source
         self._runner = BlockRunner(source)
-        self._hidden = self._runner.embed(windows)
+        self._wanted = list(torch.split(self._runner.embed(windows), BATCH))
+        """What flows into the next block in the original model, and in the compressed one."""
+        self._given = self._wanted
+        self._tuning = tuning
+        self._feedback = feedback
+        self._device = device
         self._next = 0
         self._on_progress = on_progress
 
+    @property
+    def tunes(self) -> bool:
+        """Whether blocks are tuned."""
+        return self._tuning is not None
+
     def covers(self, name: str) -> bool:
-        """Whether the matrix belongs to a block that is yet to be done."""
-        match = _BLOCK.fullmatch(name)
-        return match is not None and int(match[1]) >= self._next
+        """Whether the tensor belongs to a block that is yet to be done."""
+        index = block_index(name)
+        return index is not None and index >= self._next
 
-    def reach(
-        self,
-        name: str,
-        clustered: Mapping[str, Tensor],
-        finished: Callable[[str], bool],
-        encode: Callable[[str, InputMoments], object],
-    ) -> None:
-        """Do all blocks up to that of matrix `name`.
-
-        `encode` is called for every matrix among `clustered` that is not yet `finished`; afterwards `clustered` decodes it.
-        """
+    def reach(self, name: str, work: BlockWork) -> None:
+        """Do all blocks up to that of the tensor `name`, unless `work` has them already."""
         while self.covers(name):
             index = self._next
-            prefix = f"model.layers.{index}."
-            self._on_progress("choosing codes with error feedback", index, self._runner.num_blocks)
-            if not all(finished(matrix) for matrix in clustered if matrix.startswith(prefix)):
-                observer = _Observer()
-                self._runner.run(index, self._source.tensors, self._hidden, observer)
-                for matrix, moments in observer.results().items():
-                    if matrix in clustered:
-                        encode(matrix, moments)
+            self._on_progress("block by block", index, self._runner.num_blocks)
+            # Before the work: what it reads of this block is what is there by then.
             self._next += 1
-            if self._next < self._runner.num_blocks:
-                self._hidden = self._runner.run(index, {**self._source.tensors, **clustered}, self._hidden)
-        self._on_progress("choosing codes with error feedback", self._next, self._runner.num_blocks)
+            work.take_up(index)
+            before = self._given
+            to_tune = self._tuning is not None and not work.is_tuned(index)
+            for half in HALVES:
+                self._compress(index, half, work)
+            if self._tuning is not None and to_tune:
+                tuned = tune_block(
+                    self._runner,
+                    index,
+                    work.tensors,
+                    before,
+                    self._wanted,
+                    self._tuning,
+                    fixed=work.fixed_codebooks(index),
+                    original=self._source.tensors,
+                    device=self._device,
+                    on_progress=self._on_progress,
+                )
+                work.keep_tuned(index, tuned)
+                self._given = before
+                for half in HALVES:
+                    tuned_half = self._runner.half(index, half, work.tensors, self._device)
+                    self._given = [tuned_half(batch.to(self._device)).cpu() for batch in self._given]
+        self._on_progress("block by block", self._next, self._runner.num_blocks)
+
+    def _compress(self, index: int, half: str, work: BlockWork) -> None:
+        """Encode half a block, and take the activations of both models past it."""
+        original = self._runner.half(index, half, self._source.tensors, self._device)
+        behind = [original(batch.to(self._device)).cpu() for batch in self._wanted]
+        self._encode(original.readers, lambda: self._reader_goals(original), work)
+        # The writer has no codes yet: it is the original's.
+        tensors = {**work.tensors, original.writer: self._source.tensors[original.writer]}
+        compressed = self._runner.half(index, half, tensors, self._device)
+        mixed = [compressed.mixed(compressed.normed(batch.to(self._device))).cpu() for batch in self._given]
+        del compressed
+        self._encode((original.writer,), lambda: self._writer_goal(original, mixed, behind), work)
+        compressed = self._runner.half(index, half, work.tensors, self._device)
+        pairs = zip(self._given, mixed, strict=True)
+        self._given = [compressed.written(batch.to(self._device), inputs.to(self._device)).cpu() for batch, inputs in pairs]
+        self._wanted = behind
+
+    def _encode(self, names: Sequence[str], goals: Callable[[], Mapping[str, Goal]], work: BlockWork) -> None:
+        missing = [name for name in names if not work.is_encoded(name)]
+        if missing:
+            found = goals() if self._feedback else {}
+            work.encode({name: found.get(name) for name in missing})
+
+    def _reader_goals(self, original: Half) -> dict[str, Goal]:
+        """Readers are to give for the compressed model's input what the original ones give for the original's."""
+        sums = _Sums()
+        for given, wanted in zip(self._given, self._wanted, strict=True):
+            inputs = original.normed(given.to(self._device))
+            sums.add(inputs, original.normed(wanted.to(self._device)) - inputs, inputs)
+        moments, input_lacks = sums.results()
+        lacks = {
+            name: input_lacks @ torch.from_numpy(self._source.tensors[name].decode().astype(np.float64)).t()
+            for name in original.readers
+        }
+        # What follows needs the space.
+        del sums, input_lacks
+        return {name: Goal(moments, correction) for name, correction in moments.corrections(lacks).items()}
+
+    def _writer_goal(self, original: Half, mixed: Sequence[torch.Tensor], behind: Sequence[torch.Tensor]) -> dict[str, Goal]:
+        """The writer is to bring the compressed model's residual stream to the original's, `behind`."""
+        sums = _Sums()
+        for given, inputs, wanted in zip(self._given, mixed, behind, strict=True):
+            stream, features, target = (values.to(self._device) for values in (given, inputs, wanted))
+            sums.add(features, target - original.written(stream, features), target)
+        moments, lacks = sums.results()
+        del sums
+        return {name: Goal(moments, correction) for name, correction in moments.corrections({original.writer: lacks}).items()}
+
+
+class _Sums:
+    """Sums over tokens of `x x^T` and `x e^T`, with x the inputs of a matrix and e what is lacking."""
+
+    def __init__(self) -> None:
+        self._inputs: torch.Tensor | None = None
+        self._lacks: torch.Tensor | None = None
+        self._tokens = 0
+
+    def add(self, inputs: torch.Tensor, lacks: torch.Tensor, measure: torch.Tensor) -> None:
+        """Some windows' `inputs` `[windows, tokens, in_features]` and `lacks` `[windows, tokens, any]`.
+
+        Each token counts by the inverse of the mean square of `measure` `[windows, tokens, any]`.
+        """
+        scale = measure.square().mean(-1, keepdim=True).sqrt().clamp(min=torch.finfo(measure.dtype).tiny)
+        scaled, lacking = ((values / scale).flatten(0, -2) for values in (inputs, lacks))
+        self._inputs = _added(self._inputs, scaled.t() @ scaled)
+        self._lacks = _added(self._lacks, scaled.t() @ lacking)
+        self._tokens += len(scaled)
+
+    def results(self) -> tuple[InputMoments, torch.Tensor]:
+        """The moments of the inputs, and the mean of `x e^T`, float64 `[in_features, any]`, in place of the sums."""
+        if self._inputs is None or self._lacks is None:
+            raise ValueError("there is nothing to take the mean of")
+        inputs, lacks = (sums.cpu().div_(self._tokens) for sums in (self._inputs, self._lacks))
+        return InputMoments(inputs), lacks
+
+
+def _added(sums: torch.Tensor | None, products: torch.Tensor) -> torch.Tensor:
+    """float64 sums with float32 products added, in place."""
+    if sums is None:
+        return products.double()
+    # Rows at a time: torch makes a float64 copy of what is added.
+    for start in range(0, len(products), ROWS):
+        sums[start : start + ROWS] += products[start : start + ROWS]
+    return sums

@@ -1,109 +1,105 @@
-"""Perplexity, and divergence from a reference, on a text.
+"""How well a model predicts a text, by a named protocol, and how far it is from a reference; `docs/evaluation.md` defines both.
 
-The protocol is llama.cpp's `perplexity`: the text is cut into windows of `context` tokens that do not overlap, each is run by
-itself, and only the predictions in its second half are scored (`context // 2` up to `context - 2` predict the next
-token). Where the tokenizer adds a begin-of-sequence token, it replaces the first token of every window.
+Both models run side by side, a few windows at a time: besides them, memory holds the logits of 1024 tokens, or of one window
+if that is longer, of each.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import hashlib
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import distributions
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
+import numpy as np
 import torch
 
 from cluscomp_export.calibration import read_text
 from cluscomp_export.progress import Progress, silent
+from cluscomp_export.protocols import Join, choose_protocol
+from cluscomp_export.protocols import Protocol as ScoringProtocol
+from cluscomp_export.score_statistics import Scores, TokenScores
 from cluscomp_export.sources import open_source
-from cluscomp_formats.errors import InvalidRequestError, Problem
+from cluscomp_formats.errors import InvalidRequestError, Problem, UnsupportedError
+from cluscomp_formats.ir import Model
+from cluscomp_formats.version import __version__
 from cluscomp_runtime import LanguageModel
+from cluscomp_runtime.architecture import DecoderSettings
+from cluscomp_runtime.tokenizer import Tokenizer
 
-__all__ = ["Evaluation", "evaluate", "evaluate_files", "text_windows"]
+if TYPE_CHECKING:
+    from cluscomp_export.transformers_model import TransformersModel
+
+__all__ = [
+    "Evaluation",
+    "Runner",
+    "Scorer",
+    "evaluate",
+    "evaluate_files",
+    "load_runner",
+    "max_tokens",
+    "run_record",
+    "tokenize",
+    "tokenizer_of",
+]
 
 BATCH_TOKENS = 1024
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+LIBRARIES = ("torch", "numpy", "tokenizers", "transformers", "lm_eval")
+
+
+class Scorer(Protocol):
+    """What is scored: gives logits `[batch, tokens, vocab_size]` for ids `[batch, tokens]`."""
+
+    def forward(self, input_ids: torch.Tensor, /) -> torch.Tensor: ...
+
+
+Runner: TypeAlias = "LanguageModel | TransformersModel"
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """Results over all scored tokens, with everything needed to repeat them.
+class Evaluation(Scores):
+    """Statistics over all scored tokens, and with `evaluate_files` a `record` of everything needed to repeat them, for JSON."""
 
-    `perplexity` with its standard error; with a reference also `reference_perplexity`, `kl` (mean Kullback-Leibler divergence
-    of the model from the reference, nats per token) and `top1` (share of tokens whose likeliest next token agrees, 0 to 1).
-    """
-
-    perplexity: float
-    perplexity_error: float
-    kl: float | None
-    top1: float | None
-    reference_perplexity: float | None
-    windows: int
-    context: int
-    scored_tokens: int
-
-
-def text_windows(token_ids: Sequence[int], *, context: int, windows: int | None, bos_id: int | None) -> list[list[int]]:
-    """Cut tokens into the first `windows` (None: all) full windows of `context` tokens.
-
-    Raises InvalidRequestError if there is not even one.
-    """
-    if context < 4:
-        raise InvalidRequestError(Problem("bad_option", "--context is too small", found=str(context), expected="at least 4"))
-    available = len(token_ids) // context
-    if available == 0:
-        found, expected = f"{len(token_ids)} tokens", f"at least {context}"
-        raise InvalidRequestError(Problem("text_too_short", "the text is too short", found=found, expected=expected))
-    count = available if windows is None else min(windows, available)
-    cut = [list(token_ids[start * context : (start + 1) * context]) for start in range(count)]
-    return cut if bos_id is None else [[bos_id, *window[1:]] for window in cut]
+    windows: int = 0
+    context: int = 0
+    record: Mapping[str, Any] = field(default_factory=dict)
 
 
 @torch.inference_mode()
 def evaluate(
-    model: LanguageModel,
+    model: Scorer,
     windows: Sequence[Sequence[int]],
     *,
-    reference: LanguageModel | None = None,
+    protocol: ScoringProtocol | None = None,
+    reference: Scorer | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
-    """Score the windows (all of one length). `reference` is the model that `kl` and `top1` compare with."""
+    """Score the windows of `protocol`, by default llama.cpp's of their length. `reference` is what is compared with."""
     context = len(windows[0])
-    first = context // 2
-    losses: list[torch.Tensor] = []
-    reference_losses: list[torch.Tensor] = []
-    divergences: list[torch.Tensor] = []
-    agreements: list[torch.Tensor] = []
+    protocol = protocol or choose_protocol(context=context)
+    scores = TokenScores()
     batch = max(1, BATCH_TOKENS // context)
     for start in range(0, len(windows), batch):
         ids = torch.tensor(windows[start : start + batch])
-        targets = ids[:, first + 1 :].reshape(-1, 1)
-        scores = _log_probabilities(model, ids, first)
-        losses.append(-scores.gather(1, targets).double())
-        if reference is not None:
-            expected = _log_probabilities(reference, ids, first)
-            reference_losses.append(-expected.gather(1, targets).double())
-            divergences.append((expected.exp() * (expected - scores)).sum(1).double())
-            agreements.append((expected.argmax(1) == scores.argmax(1)).double())
+        logits = model.forward(ids)
+        expected = None if reference is None else reference.forward(ids)
+        if expected is not None and expected.shape != logits.shape:
+            found, wanted = f"{logits.shape[-1]} tokens", f"{expected.shape[-1]} tokens"
+            raise InvalidRequestError(
+                Problem("other_vocabulary", "the reference has another vocabulary", None, None, found, wanted)
+            )
+        for row in range(len(ids)):
+            first = protocol.first_scored(start + row)
+            predicting = slice(first - 1, context - 1)
+            scores.add(logits[row, predicting], None if expected is None else expected[row, predicting], ids[row, first:])
         on_progress(min(start + batch, len(windows)), len(windows))
-    loss = torch.cat(losses)
-    perplexity = math.exp(float(loss.mean()))
-    return Evaluation(
-        perplexity=perplexity,
-        perplexity_error=perplexity * float(loss.std()) / math.sqrt(loss.numel()) if loss.numel() > 1 else math.nan,
-        kl=float(torch.cat(divergences).mean()) if divergences else None,
-        top1=float(torch.cat(agreements).mean()) if agreements else None,
-        reference_perplexity=math.exp(float(torch.cat(reference_losses).mean())) if reference_losses else None,
-        windows=len(windows),
-        context=context,
-        scored_tokens=loss.numel(),
-    )
-
-
-def _log_probabilities(model: LanguageModel, ids: torch.Tensor, first: int) -> torch.Tensor:
-    """Log probabilities float32 `[batch * scored, vocabulary]` of the positions that predict the second half."""
-    logits = model.forward(ids)[:, first:-1].float().cpu()
-    return torch.log_softmax(logits.reshape(-1, logits.shape[-1]), dim=-1)
+    return Evaluation(**vars(scores.statistics()), windows=len(windows), context=context)
 
 
 def evaluate_files(
@@ -111,33 +107,115 @@ def evaluate_files(
     *,
     text: Path,
     reference: Path | None = None,
+    protocol: str = "llama.cpp",
     windows: int | None = None,
-    context: int = 512,
+    context: int | None = None,
+    stride: int | None = None,
+    join: Join | None = None,
+    delta: Path | None = None,
     device: str = "cpu",
+    dtype: str | None = None,
     on_progress: Progress = silent,
 ) -> Evaluation:
-    """`evaluate` on files: any artefact or source, a UTF-8 text, and the original to compare with.
+    """`evaluate` on files: any artefact or source, perhaps with a delta, a UTF-8 text, and the original to compare with.
 
-    Both models must have the same tokenizer; the text is cut with the first one's. Raises InvalidFileError,
-    InvalidRequestError, UnsupportedError.
+    `windows` is the most windows to use, the other options are those of `choose_protocol` and `LanguageModel.from_model`. Both
+    models must have the same tokenizer. Raises InvalidFileError, InvalidRequestError, UnsupportedError.
     """
-    words = read_text(text)
-    on_progress("loading", 0, 1)
-    model = LanguageModel.from_model(open_source(model_path), device=device)
-    original = LanguageModel.from_model(open_source(reference), device=device) if reference else None
-    on_progress("loading", 1, 1)
-    token_ids = _tokenize(model, words, model_path)
-    if original is not None and reference is not None and _tokenize(original, words, reference) != token_ids:
+    started = time.perf_counter()
+    # At once: the text may be changed while the models run.
+    words, text_digest = read_text(text), hashlib.sha256(text.read_bytes()).hexdigest()
+    stored = {"model": (model_path, open_source(model_path, delta))}
+    if reference is not None:
+        stored["reference"] = (reference, open_source(reference))
+    on_progress("loading", 0, len(stored))
+    loaded = {}
+    for role, (_, opened) in stored.items():
+        loaded[role] = load_runner(opened, device=device, dtype=dtype)
+        on_progress("loading", len(loaded), len(stored))
+    limit = min(max_tokens(runner) for runner in loaded.values())
+    chosen = choose_protocol(protocol, context=context, stride=stride, join=join, limit=limit)
+    prepared = chosen.prepare(words)
+    token_ids, bos_id = tokenize(tokenizer_of(loaded["model"], model_path), prepared)
+    if reference is not None and tokenize(tokenizer_of(loaded["reference"], reference), prepared)[0] != token_ids:
         problem = Problem("other_tokenizer", "the reference cuts the text into other tokens", str(reference))
         raise InvalidRequestError(problem)
-    begins = model.tokenizer is not None and token_ids[:1] == [model.tokenizer.bos_id]
-    bos_id = token_ids[0] if begins else None
-    cut = text_windows(token_ids, context=context, windows=windows, bos_id=bos_id)
-    return evaluate(model, cut, reference=original, on_progress=lambda done, total: on_progress("scoring", done, total))
+    cut = chosen.windows(token_ids, count=windows, bos_id=bos_id)
+
+    def progress(done: int, total: int) -> None:
+        on_progress("scoring", done, total)
+
+    result = evaluate(loaded["model"], cut, protocol=chosen, reference=loaded.get("reference"), on_progress=progress)
+    record = {
+        "text": {"path": str(text), "sha256": text_digest},
+        "tokens": {"count": len(token_ids), "sha256": hashlib.sha256(np.array(token_ids, "<u4").tobytes()).hexdigest()},
+        "protocol": {**asdict(chosen), "begin_token": bos_id, "windows": result.windows, "scored_tokens": result.scored_tokens},
+        **run_record(stored, loaded["model"], on_progress),
+        "seconds": time.perf_counter() - started,
+    }
+    return Evaluation(**{**vars(result), "record": record})
 
 
-def _tokenize(model: LanguageModel, text: str, path: Path) -> list[int]:
-    if model.tokenizer is None:
+def load_runner(model: Model, *, device: str, dtype: str | None, kernel: str = "auto") -> Runner:
+    """The model in our runtime, or where that does not know the architecture and transformers is installed, in transformers.
+
+    Raises UnsupportedError, InvalidFileError, InvalidRequestError.
+    """
+    try:
+        context = DecoderSettings.from_config(model.config).max_position_embeddings
+    except UnsupportedError:
+        if find_spec("transformers") is None:
+            raise
+        from cluscomp_export.transformers_model import TransformersModel
+
+        return TransformersModel(model, device=device, dtype=dtype)
+    return LanguageModel.from_model(model, device=device, dtype=dtype, kernel=kernel, context=context)
+
+
+def max_tokens(runner: Runner) -> int:
+    """The most tokens the model was made for."""
+    return runner.settings.max_position_embeddings if isinstance(runner, LanguageModel) else runner.max_positions
+
+
+def run_record(stored: Mapping[str, tuple[Path, Model]], runner: Runner, on_progress: Progress = silent) -> dict[str, Any]:
+    """What ran, by role: paths and digests of the models, the tokenizer's files, versions, device, dtype, threads.
+
+    Reads every model once for its digest.
+    """
+    models: dict[str, Any] = {}
+    for role, (path, model) in stored.items():
+        on_progress("computing digests", len(models), len(stored))
+        models[role] = {"path": str(path), "digest": model.digest()}
+        files = {name: model.files[name].read().tobytes() for name in TOKENIZER_FILES if name in model.files}
+        models[role]["tokenizer"] = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    on_progress("computing digests", len(models), len(stored))
+    return {
+        **models,
+        "versions": _versions(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "device": str(runner.device),
+        "dtype": str(runner.dtype).removeprefix("torch."),
+        "kernel": runner.kernel_summary,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    installed = {each.name.lower(): each.version for each in distributions() if each.name}
+    libraries = {library: installed[library] for library in LIBRARIES if library in installed}
+    return {"cluscomp-export": __version__, "python": platform.python_version(), **libraries}
+
+
+def tokenizer_of(runner: Runner, path: Path) -> Tokenizer:
+    """The tokenizer of a model that was read from `path`. Raises InvalidRequestError if it has none."""
+    if runner.tokenizer is None:
         remedy = "convert from a source with tokenizer.json"
         raise InvalidRequestError(Problem("no_tokenizer", "this model has no tokenizer", str(path), remedy=remedy))
-    return model.tokenizer.encode(text)
+    return runner.tokenizer
+
+
+def tokenize(tokenizer: Tokenizer, text: str) -> tuple[list[int], int | None]:
+    """The text's tokens, and the id of the token that begins every text, None if there is none."""
+    token_ids = tokenizer.encode(text)
+    begins = tokenizer.bos_id is not None and token_ids[:1] == [tokenizer.bos_id]
+    return token_ids, tokenizer.bos_id if begins else None

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from cluscomp_export.health import CodebookHealth, Health, check_health, codebook_users
 from cluscomp_export.progress import Progress, silent
 from cluscomp_export.sizes import model_sizes, tensor_rows
 from cluscomp_export.sources import open_source, source_bytes
 from cluscomp_export.verify import compare_tensors
+from cluscomp_formats.delta import open_delta
 from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem
-from cluscomp_formats.ir import Model
+from cluscomp_formats.ir import Array, Model
+from cluscomp_formats.parameters import KINDS, kind_of, parameters
 from cluscomp_formats.registry import detect
 from cluscomp_kernels.clus_linear import choose_path, paths
 
-__all__ = ["inspect_model"]
+__all__ = ["inspect_delta", "inspect_model"]
 
 WORST = 5
 """Tensors listed as the worst."""
@@ -71,6 +76,51 @@ def inspect_model(
         "problems": [problem.as_dict() for problem in health.problems],
         "exit_code": InvalidFileError.exit_code if health.problems else 0,
     }
+
+
+def inspect_delta(path: Path, *, reference: Path | None = None) -> dict[str, Any]:
+    """A JSON-ready description of a delta: its model, what it changes, its record.
+
+    With `reference`, the model it belongs to, also how far the new values are from the old ones: per kind of parameter, the
+    root mean square of the differences over that of the old values. Raises InvalidFileError, also if the model is another one.
+    """
+    delta = open_delta(path)
+    old = None
+    if reference is not None:
+        model = open_source(reference)
+        delta.apply(model)
+        old = parameters(model)
+    kinds = []
+    for kind in KINDS:
+        arrays = {name: array for name, array in delta.arrays.items() if kind_of(name) == kind}
+        row = {
+            "kind": kind,
+            "count": len(arrays),
+            "values": sum(array.size for array in arrays.values()),
+            "bytes": sum(array.nbytes for array in arrays.values()),
+            "dtypes": sorted({array.dtype for array in arrays.values()}),
+            "relative_change": None if old is None else _relative_change(arrays, old),
+        }
+        kinds.append(row)
+    return {
+        "file": str(path),
+        "format": "delta",
+        "file_bytes": path.stat().st_size,
+        "base": delta.base,
+        "result": delta.result,
+        "parameters": kinds,
+        "record": dict(delta.record),
+        "exit_code": 0,
+    }
+
+
+def _relative_change(new: Mapping[str, Array], old: Mapping[str, Array]) -> float | None:
+    before = changed = 0.0
+    for name, array in new.items():
+        values = old[name].to_float32()
+        before += float(np.square(values, dtype=np.float64).sum())
+        changed += float(np.square(array.to_float32() - values, dtype=np.float64).sum())
+    return math.sqrt(changed / before) if before else None
 
 
 def _codebook_rows(model: Model, health: Health) -> list[dict[str, Any]]:

@@ -93,8 +93,8 @@ class _Sums:
     def add_rows(self, gradient: torch.Tensor) -> None:
         """Add the squares of a window's gradient `[out_features, in_features]`."""
         # Piece by piece: all at once would take the matrix again.
-        for rows, piece in zip(torch.split(self.rows, PIECE), torch.split(gradient, PIECE), strict=True):
-            rows += piece.square().sum(1, dtype=torch.float64)
+        for sums, piece in zip(torch.split(self.rows, PIECE), torch.split(gradient, PIECE), strict=True):
+            sums.add_(piece.square().sum(1, dtype=torch.float64))
 
 
 class _Measurement:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,7 +11,18 @@ from cluscomp_export.sources.linears import kind
 from cluscomp_export.terminal import print_table, say
 from cluscomp_formats.errors import Problem, printable
 
-__all__ = ["print_inspection", "print_plan", "print_tensors"]
+if TYPE_CHECKING:
+    from cluscomp_export.evaluate import Evaluation
+
+__all__ = [
+    "print_delta",
+    "print_inspection",
+    "print_memory",
+    "print_plan",
+    "print_scores",
+    "print_task_results",
+    "print_tensors",
+]
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -33,27 +44,40 @@ def print_tensors(rows: Rows) -> None:
 
 
 def print_plan(report: Mapping[str, Any]) -> None:
-    """The report of `explain`: the tensors by kind and setting, then the totals."""
+    """The report of `explain`: the tensors by kind and setting, what the columns mean, memory and totals."""
     merged: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in report["tensors"]:
         how = f"dim {row['dim']} x {row['clusters']}" if row["kind"] == "clustered" else row["dtype"]
-        merged.setdefault((kind(row["name"]), how, kind(row.get("codebook", ""))), []).append(row)
+        width = row.get("codebook_bits", "")
+        merged.setdefault((kind(row["name"]), how, kind(row.get("codebook", "")), width), []).append(row)
     print_table(
-        ("tensors", "count", "stored as", "codebook", "bits", "sensitivity", "error", "loss %"),
+        ("tensors", "count", "stored as", "codebook", "its bits", "bits", "sensitivity", "error", "loss %"),
         [
             (
                 name,
                 len(group),
                 how,
                 codebook,
+                width,
                 f"{group[0]['bits_per_weight']:.2f}",
                 _range([row["sensitivity"] for row in group if "sensitivity" in row]),
-                f"{group[0]['expected_error']:.2g}" if "expected_error" in group[0] else "",
+                _range([row["expected_error"] for row in group if "expected_error" in row]),
                 f"{100 * sum(row['loss_share'] for row in group):.1f}" if "loss_share" in group[0] else "",
             )
-            for (name, how, codebook), group in sorted(merged.items())
+            for (name, how, codebook, width), group in sorted(merged.items(), key=str)
         ],
     )
+    click.echo(
+        "its bits: of a value of the codebook; bits: of a weight, codebook not counted; error: squared, of the weights' squares"
+    )
+    if report["predicted_loss"] is None:
+        click.echo("Every weight counts alike.")
+    else:
+        click.echo("sensitivity: nats per token that an error of 1 would cost; loss: sensitivity times error, as a share")
+    click.echo()
+    print_memory(report["memory"])
+    click.echo(f"MB at most; on the host beside the process itself (about {report['process_bytes'] / 1e6:.0f} MB)")
+    click.echo()
     bits = report["bits_per_weight"]
     click.echo(f"bits per weight: {bits['linears']:.2f} (linear layers), {bits['all']:.2f} (everything)")
     size, bound = report["file_bytes"], " at most"
@@ -72,6 +96,12 @@ def _range(values: Sequence[float]) -> str:
         return ""
     low, high = min(values), max(values)
     return f"{low:.2g}" if low == high else f"{low:.2g} to {high:.2g}"
+
+
+def print_memory(peaks: Rows) -> None:
+    """One line per phase of a conversion, in MB = 10^6 bytes."""
+    rows = [(peak["phase"], *(f"{peak[place] / 1e6:.0f}" for place in ("device", "host", "disk"))) for peak in peaks]
+    print_table(("phase", "device", "host", "disk"), rows)
 
 
 def print_inspection(report: Mapping[str, Any]) -> None:
@@ -104,6 +134,36 @@ def print_inspection(report: Mapping[str, Any]) -> None:
         say(f"warning: {difference}")
     for problem in report["problems"]:
         say(f"error: {Problem(**problem)}")
+
+
+def print_delta(report: Mapping[str, Any]) -> None:
+    """The report of `inspect_delta`."""
+    rows = [
+        (
+            row["kind"],
+            row["count"],
+            row["values"],
+            f"{row['bytes'] / 1e6:.3f}",
+            ", ".join(row["dtypes"]),
+            "?" if row["relative_change"] is None else f"{row['relative_change']:.4f}",
+        )
+        for row in report["parameters"]
+    ]
+    print_table(("changed", "count", "values", "MB", "dtype", "relative change"), rows)
+    click.echo()
+    record = report["record"]
+    facts = {
+        "file": f"{report['file_bytes'] / 1e6:.3f} MB",
+        "of the model": report["base"],
+        "makes": report["result"],
+        "made by": f"{record.get('tool', 'unknown')} {record.get('version', '')}",
+    }
+    training = record.get("training")
+    curve = training.get("curve") if isinstance(training, dict) else None
+    if isinstance(curve, list) and curve and all(isinstance(entry, dict) for entry in curve):
+        facts["held-out loss"] = ", ".join(f"{entry.get('held_out')} at {entry.get('step')}" for entry in (curve[0], curve[-1]))
+    for name, value in facts.items():
+        click.echo(f"{name:>17}: {printable(str(value))}")
 
 
 def _print_codebooks(rows: Rows) -> None:
@@ -146,3 +206,35 @@ def _print_worst(report: Mapping[str, Any]) -> None:
         return
     cells = [(row["name"], f"{row['unused_bits_per_weight']:.2f}", f"{row['bits_per_weight']:.2f}") for row in worst]
     print_table(("worst tensors", "bits beyond entropy", "bits"), cells)
+
+
+def print_scores(scores: Evaluation) -> None:
+    """The statistics of an evaluation."""
+
+    def shown(value: float | None, error: float | None, scale: float = 1, digits: int = 4) -> str:
+        tail = "" if error is None else f" +/- {scale * error:.{digits}f}"
+        return f"{scale * (value or 0):.{digits}f}{tail}"
+
+    protocol = scores.record["protocol"]
+    overlap = f", {protocol['stride']} apart" if protocol["stride"] < protocol["context"] else ""
+    click.echo(f"protocol {protocol['name']}: {scores.windows} windows of {scores.context} tokens{overlap}")
+    click.echo(f"perplexity {shown(scores.perplexity, scores.perplexity_error)} ({scores.scored_tokens} tokens scored)")
+    if scores.kl is None:
+        return
+    click.echo(f"reference perplexity {shown(scores.reference_perplexity, scores.reference_perplexity_error)}")
+    click.echo(f"perplexity ratio {shown(scores.perplexity_ratio, scores.perplexity_ratio_error)}")
+    spread = f"median {scores.kl_median:.4f}, 90 % {scores.kl_p90:.4f}, 99 % {scores.kl_p99:.4f}, largest {scores.kl_max:.4f}"
+    click.echo(f"KL divergence {shown(scores.kl, scores.kl_error)} nats per token ({spread})")
+    click.echo(f"top-1 agreement {shown(scores.top1, scores.top1_error, 100, 2)} %")
+
+
+def print_task_results(results: Mapping[str, Mapping[str, Any]]) -> None:
+    """One line for each figure of each task, as the harness names them."""
+    rows = []
+    for task, figures in results.items():
+        for name, value in figures.items():
+            figure, _, how = name.partition(",")
+            if isinstance(value, int | float) and how and not figure.endswith("_stderr"):
+                error = figures.get(f"{figure}_stderr,{how}")
+                rows.append((task, figure, f"{value:.4f}", f"{error:.4f}" if isinstance(error, float) else ""))
+    print_table(("task", "figure", "value", "+/-"), rows)

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from cluscomp_formats.errors import printable
 
-__all__ = ["ProgressDisplay", "print_json", "print_table", "say"]
+__all__ = ["ProgressDisplay", "json_document", "print_json", "print_table", "say"]
 
 
 class ProgressDisplay:
@@ -55,9 +55,14 @@ def say(text: str) -> None:
     click.echo(text, err=True)
 
 
+def json_document(value: Mapping[str, Any]) -> str:
+    """A JSON document for people and machines: indented, keys in order."""
+    return json.dumps(value, indent=2, sort_keys=True, default=str)
+
+
 def print_json(value: Mapping[str, Any]) -> None:
     """A JSON document on standard output, and nothing else there."""
-    click.echo(json.dumps(value, indent=2, sort_keys=True, default=str))
+    click.echo(json_document(value))
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

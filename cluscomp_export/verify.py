@@ -62,9 +62,14 @@ class Verification:
         return {"equal": 0, "derived": 0, "different": 1, "unknown": 2}[self.verdict]
 
 
-def verify(path_a: Path, path_b: Path, *, device: str = "cpu", on_progress: Progress = silent) -> Verification:
-    """Compare two models of any kind. Raises ClusCompError if one of them cannot be read: then nothing can be told."""
-    model_a, model_b = open_source(path_a), open_source(path_b)
+def verify(
+    path_a: Path, path_b: Path, *, delta: Path | None = None, device: str = "cpu", on_progress: Progress = silent
+) -> Verification:
+    """Compare two models of any kind, the second perhaps with a delta.
+
+    Raises ClusCompError if one of them cannot be read: then nothing can be told.
+    """
+    model_a, model_b = open_source(path_a), open_source(path_b, delta)
     on_progress("computing digests", 0, 2)
     digest_a = model_a.digest()
     on_progress("computing digests", 1, 2)

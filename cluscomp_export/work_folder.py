@@ -20,14 +20,11 @@ import numpy as np
 from cluscomp_formats.atomic import storage_error
 from cluscomp_formats.errors import InvalidFileError, Problem, StorageError
 from cluscomp_formats.hf.mapped_shards import open_shard
-from cluscomp_formats.hf.safetensors import Entry, header_bytes
+from cluscomp_formats.hf.safetensors import Forms, header_bytes, lay_out
 from cluscomp_formats.ir import DTYPES, AnyArray, canonical_json
 from cluscomp_formats.leftovers import try_lock
 
 __all__ = ["Forms", "WorkFolder", "fingerprint", "work_folder", "work_path"]
-
-Forms = Mapping[str, tuple[str, tuple[int, ...]]]
-"""Dtype, a key of `DTYPES`, and shape of each array of a unit, by name."""
 
 _UNIT = re.compile(r"([0-9a-f]{16})-[0-9a-f]{32}\.(safetensors|part)")
 _CHECKSUM = "sha256"
@@ -91,20 +88,14 @@ class WorkFolder:
         """Keep a finished unit. Raises StorageError."""
         stored = {_key(array): np.asarray(values, order="C") for array, values in arrays.items()}
         stored[_CHECKSUM] = np.frombuffer(self._checksum(name, stored), dtype=np.uint8)
-        # Wide items before narrow ones, which aligns all of them without a hole.
-        order = sorted(stored, key=lambda key: -stored[key].dtype.itemsize)
-        entries, position = {}, 0
-        for key in order:
-            end = position + stored[key].nbytes
-            entries[key] = Entry(stored[key].dtype.name, stored[key].shape, position, end)
-            position = end
+        entries = lay_out({key: (values.dtype.name, values.shape) for key, values in stored.items()})
         file = self._file(name)
         unfinished = file.with_suffix(".part")
         try:
             # Not synced: if the machine fails, the checksum tells what came to the disk.
             with unfinished.open("wb") as stream:
                 stream.write(header_bytes(entries))
-                for key in order:
+                for key in entries:
                     stream.write(stored[key].reshape(-1).view(np.uint8).data)
             unfinished.replace(file)
         except OSError as error:

@@ -9,7 +9,7 @@ import numpy as np
 
 from cluscomp_formats.ir import Array, ClusteredWeight, Codebook, Model, Outliers, Stage, Tensor
 
-QUERY, KEY, VALUE = (f"model.layers.0.self_attn.{kind}_proj.weight" for kind in "qkv")
+QUERY, KEY, VALUE, OUTPUT = (f"model.layers.0.self_attn.{kind}_proj.weight" for kind in "qkvo")
 
 
 def codes_of(rng: np.random.Generator, shape: tuple[int, int], codebook: Codebook) -> Array:
@@ -27,15 +27,16 @@ def clustered(
 
 
 def codebook(name: str, num_clusters: int, cluster_dim: int, seed: int, dtype: str = "float16") -> Codebook:
-    values = np.random.default_rng(seed).normal(0, 0.3, (num_clusters, cluster_dim)).astype(dtype)
-    return Codebook(name, Array.of(values))
+    """Random centroids; those of int8 fill its range, so weights that use them want a row scale."""
+    values = np.random.default_rng(seed).normal(0, 0.3, (num_clusters, cluster_dim))
+    return Codebook(name, Array.of((np.clip(100 * values, -127, 127) if dtype == "int8" else values).astype(dtype)))
 
 
 def with_clusters(model: Model) -> Model:
-    """A Llama of `model_builders.tiny_llama` whose layer 0 attention is clustered in three ways.
+    """A Llama of `model_builders.tiny_llama` whose layer 0 attention is clustered in four ways.
 
     q: one stage of 16-bit codes into a codebook of its own; k and v share a 3-bit codebook, k with a second stage of its
-    own and a row scale, v along the other axis with a column scale and outliers.
+    own and a row scale, v along the other axis with a column scale and outliers; o has a codebook of int8 and a row scale.
     """
     tensors: dict[str, Tensor] = dict(model.tensors)
     own, shared, second = codebook(QUERY, 40000, 4, 1), codebook("kv", 5, 3, 2), codebook("k second", 9, 2, 3, "float32")
@@ -47,4 +48,7 @@ def with_clusters(model: Model) -> Model:
     outliers = Outliers(Array.of(np.array([1, 7], np.uint32)), Array.of(np.array([3.0, -4.0], np.float32)))
     column_scale = Array.of(np.linspace(0.5, 2, columns).astype(np.float32))
     tensors[VALUE] = clustered(VALUE, shape_of(VALUE), [shared], 6, "in", column_scale=column_scale, outliers=outliers)
+    whole = codebook("o", 300, 6, 7, "int8")
+    steps = Array.of(np.linspace(0.005, 0.02, shape_of(OUTPUT)[0]).astype(np.float16))
+    tensors[OUTPUT] = clustered(OUTPUT, shape_of(OUTPUT), [whole], 8, row_scale=steps)
     return Model(model.config, tensors, {"notes.txt": Array.of(np.frombuffer(b"hello", np.uint8))}, {"name": "Tiny"})

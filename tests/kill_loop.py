@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from folder_contents import contents
 
-from cluscomp_export import clustering
+from cluscomp_export import jobs
 from cluscomp_export.convert import ConversionOptions, convert
 from cluscomp_formats.gguf import open_gguf
 from cluscomp_formats.hf import open_hf
@@ -62,13 +62,13 @@ def attempt(source: Path, output: Path, to: str, kill_at: tuple[str, int] | None
     child = os.fork()
     if child == 0:
         points = Points(output.parent, kill_at)
-        kmeans = clustering.kmeans
+        kmeans = jobs.kmeans
 
         def counted(*arguments: Any, **options: Any) -> Any:
             os.write(send, b"fit\n")
             return kmeans(*arguments, **options)
 
-        clustering.kmeans = counted
+        jobs.kmeans = counted
         sys.addaudithook(points.audit)
         options = ConversionOptions(cluster_dim=4, num_clusters=clusters, to=to, threads=1)
         try:

@@ -38,6 +38,8 @@ def arbitrary(rng: np.random.Generator, dtype: str, shape: tuple[int, ...]) -> A
 
 def finite(rng: np.random.Generator, dtype: str, shape: tuple[int, ...]) -> Array:
     values = rng.standard_normal(shape)
+    if dtype == "int8":
+        return Array.of(rng.integers(-128, 128, shape, dtype=np.int8))
     if dtype == "bfloat16":
         return Array.of((values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16), dtype)
     return Array.of(values.astype(dtype))

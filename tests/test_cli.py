@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from cluscomp_export import cli
 from cluscomp_export.terminal import ProgressDisplay
@@ -88,6 +89,54 @@ def test_inspect(run: Run, packed: Path, stories_folder: Path) -> None:
     assert run("inspect", packed, "--reference", stories_folder, "--quick")[0] == 2
 
 
+def test_tune_try_inspect_and_merge(run: Run, packed: Path, stories_text: Path, tmp_path: Path) -> None:
+    delta, merged = tmp_path / "some.delta", tmp_path / "merged.gguf"
+    tune = ("tune", packed, delta, "--text", stories_text, "--context", 32, "--steps", 2, "--batch", 2, "--lr", 3e-2)
+    code, out, _ = run(*tune, "--dry-run")
+    assert code == 0
+    assert "2 steps of 2" in out
+    assert list(tmp_path.iterdir()) == []
+    code, out, _ = run(*tune, "--train", "codebooks,norms", "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert set(report["changed"]) == {"codebook", "norm"}
+    assert report["file_bytes"] == delta.stat().st_size
+    code, out, _ = run("inspect", delta, "--reference", packed)
+    assert code == 0
+    assert report["base"] in out
+    assert json.loads(run("inspect", delta, "--json")[1])["result"] == report["result"]
+    code, out, _ = run("generate", packed, "Once upon", "--delta", delta, "--max-new-tokens", 3, "--selftest")
+    assert (code, out.startswith("Once upon")) == (0, True)
+    code, out, _ = run("merge", packed, delta, merged, "--to", "gguf", "--json")
+    assert (code, json.loads(out)["digest"]) == (0, report["result"])
+    assert run("verify", merged, packed, "--delta", delta)[0] == 0
+    assert run("verify", merged, packed)[0] == 1
+    perplexities = [
+        json.loads(run("eval", *model, "--text", stories_text, "--windows", 2, "--context", 64, "--json")[1])["perplexity"]
+        for model in ((packed,), (packed, "--delta", delta), (merged,))
+    ]
+    assert perplexities[0] != perplexities[1] == perplexities[2]
+    assert run(*tune)[0] == 5
+    assert run("merge", packed, delta, merged, "--to", "gguf")[0] == 5
+    assert run("merge", merged, delta, tmp_path / "twice.clus")[0] == 3
+    assert run("generate", delta, "Once")[0] == 3
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        (),
+        ("--text", "a", "--chat", "b"),
+        ("--text", "a", "--steps", 1, "--epochs", 2),
+        ("--text", "a", "--train", "codes"),
+        ("--text", "a", "--kl", 1),
+    ],
+)
+def test_tune_refuses_options_that_do_not_fit(run: Run, packed: Path, tmp_path: Path, wrong: tuple[object, ...]) -> None:
+    assert run("tune", packed, tmp_path / "x.delta", *wrong)[0] == 2
+    assert run("merge", packed, tmp_path / "x.delta", tmp_path / "y", "--weights", "a,b")[0] == 2
+
+
 def test_inspect_reports_on_a_faulty_file_to_the_end(run: Run, packed: Path, tmp_path: Path) -> None:
     flipped = corrupt(packed, tmp_path / "flipped.clus", lambda data: data.__setitem__(1000, data[1000] ^ 1))
     code, out, err = run("inspect", flipped)
@@ -149,8 +198,62 @@ def test_eval(run: Run, stories_folder: Path, stories_text: Path, packed: Path) 
     assert result["windows"] == 2
     assert 1 < result["reference_perplexity"] < 6
     assert result["perplexity"] < 2 * result["reference_perplexity"]
-    assert 0 < result["kl"] < 1
+    assert 0 < result["kl_median"] < result["kl"] < result["kl_p99"] <= result["kl_max"]
+    assert result["kl"] < 1
     assert 0.5 < result["top1"] <= 1
+    assert result["record"]["command"] == ["cluscomp-export", "eval", *map(str, (packed, *arguments))]
+    code, out, _ = run("eval", packed, *arguments[:-1])
+    assert code == 0
+    assert f"{result['perplexity']:.4f} +/- {result['perplexity_error']:.4f}" in out
+    assert f"{result['perplexity_ratio']:.4f}" in out
+    assert f"{result['kl_p99']:.4f}" in out
+
+
+def test_eval_in_the_papers_protocol_to_a_file(run: Run, stories_text: Path, packed: Path, tmp_path: Path) -> None:
+    output = tmp_path / "eval.json"
+    threads = torch.get_num_threads()
+    arguments = ("eval", packed, "--text", stories_text, "--protocol", "gptq", "--context", 64, "--windows", 2)
+    try:
+        code, out, _ = run(*arguments, "--threads", 1, "--output", output)
+    finally:
+        torch.set_num_threads(threads)
+    result = json.loads(output.read_text())
+    assert code == 0
+    assert "protocol gptq: 2 windows of 64 tokens" in out
+    assert f"{result['perplexity']:.4f}" in out
+    assert result["record"]["protocol"]["join"] == "rows"
+    assert result["record"]["threads"] == 1
+    content = output.read_bytes()
+    assert run(*arguments, "--output", output)[0] == 5
+    assert output.read_bytes() == content
+    assert run(*arguments, "--output", output, "--force")[0] == 0
+    assert [file.name for file in tmp_path.iterdir()] == ["eval.json"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--text", "a.txt", "--tasks", "arc_easy"),
+        ("--tasks", "arc_easy", "--windows", 3, "--reference", "original"),
+        ("--text", "a.txt", "--limit", 3),
+        ("--text", "a.txt", "--protocol", "wikitext"),
+    ],
+)
+def test_eval_refuses_options_that_do_not_go_together(run: Run, packed: Path, options: tuple[object, ...]) -> None:
+    assert run("eval", packed, *options)[0] == 2
+
+
+def test_eval_of_tasks_without_the_harness_says_what_to_install(
+    run: Run, packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "cluscomp_export.harness", raising=False)
+    for name in ("HF_HUB_OFFLINE", "HF_EVALUATE_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    code, _, err = run("eval", packed, "--tasks", "arc_easy")
+    assert code == 4
+    assert "pip install cluscomp-export[lm-eval]" in err
 
 
 def test_generate_streams_what_json_reports(run: Run, packed: Path) -> None:
@@ -237,8 +340,8 @@ def test_an_unknown_architecture_is_clustered_but_not_run(run: Run, tmp_path: Pa
 def test_ctrl_c_before_anything_is_finished_leaves_nothing_behind(stories_folder: Path, tmp_path: Path) -> None:
     # A clustering that lasts until it is interrupted, in the middle of the writing.
     code = (
-        "import time; from cluscomp_export import clustering; "
-        "clustering.kmeans = lambda *_, **__: (print('clustering', flush=True), time.sleep(60)); "
+        "import time; from cluscomp_export import jobs; "
+        "jobs.kmeans = lambda *_, **__: (print('clustering', flush=True), time.sleep(60)); "
         "from cluscomp_export.cli import main; main()"
     )
     arguments = ["convert", str(stories_folder), str(tmp_path / "out.clus"), "--dim", "2", "--clusters", "16"]
@@ -268,7 +371,7 @@ def test_what_is_finished_is_kept_and_the_command_says_so(
 
     arguments = ("convert", stories_folder, tmp_path / "out.clus", "--dim", 2, "--clusters", 16)
     with monkeypatch.context() as patch:
-        patch.setattr("cluscomp_export.clustering.assign", interrupt)
+        patch.setattr("cluscomp_export.jobs.assign", interrupt)
         code, _, err = run(*arguments)
     assert code == 130
     assert f"{tmp_path / '.out.clus.work'}: run the same command again to go on" in err

@@ -21,8 +21,9 @@ DIMS = (1, 2, 3, 4, 6, 7, 8, 9, 16, 24, 40, 64)
 def problem(seed: int, in_features: int, out_features: int, dim: int, clusters: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Codebook, codes, row scale, bias."""
     generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(clusters, dim, generator=generator)
     return (
-        torch.randn(clusters, dim, generator=generator).to(dtype),
+        (values * 40).clamp(-128, 127).to(dtype) if dtype == torch.int8 else values.to(dtype),
         torch.randint(0, clusters, (in_features, -(-out_features // dim)), generator=generator).to(torch.uint16),
         torch.rand(out_features, generator=generator) + 0.5,
         torch.randn(out_features, generator=generator),
@@ -61,7 +62,7 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("poisoned_empty")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.int8])
 @pytest.mark.parametrize("dim", DIMS)
 def test_agrees_with_the_reference(variant: str, dim: int, dtype: torch.dtype) -> None:
     for clusters, in_features, out_features in ((1, 1, 1), (256, 77, 131), (257, 40, 64 * dim), (3000, 33, 200)):

@@ -58,6 +58,28 @@ def test_dtypes(path: str, dtype: torch.dtype) -> None:
 
 
 @every_path
+def test_codebooks_of_int8(path: str) -> None:
+    codebook = torch.tensor([[1, 2], [3, 127], [-128, 0]], dtype=torch.int8)
+    weight = torch.tensor([[1.0, -128.0], [2.0, 0.0], [3.0, 1.0]])
+    scale = torch.tensor([1.0, 2.0, 2.0**-10])
+    shared = prepare_codebook(codebook, path=path)
+    for row_scale, wanted in ((None, weight), (scale, weight * scale[:, None])):
+        prepared = prepare(shared, CODES, 3, row_scale=row_scale)
+        assert torch.equal(prepared.decode(), wanted)
+        assert torch.equal(prepared.embedding(torch.tensor([2, 0])), wanted[[2, 0]])
+        assert torch.equal(prepared(torch.tensor([2.0, 3.0])), wanted @ torch.tensor([2.0, 3.0]))
+
+
+@every_path
+def test_products_of_int8_stay_in_the_range_of_float16(path: str) -> None:
+    # 2000 * 127 is beyond float16, the scaled result is not.
+    codebook = torch.tensor([[127]], dtype=torch.int8)
+    prepared = prepare(codebook, torch.zeros(1, 1, dtype=torch.uint16), 1, row_scale=torch.tensor([2.0**-7]), path=path)
+    y = prepared(torch.full((40, 1), 2000.0, dtype=torch.float16))
+    assert torch.equal(y, torch.full((40, 1), 127 / 128 * 2000, dtype=torch.float16))
+
+
+@every_path
 def test_codes_past_the_codebook_are_refused(path: str) -> None:
     codes = torch.tensor([[0, 1], [2, 3]]).to(torch.uint16)
     with pytest.raises(ValueError, match="codes go up to 3, but the codebook has only 3 clusters"):

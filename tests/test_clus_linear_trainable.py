@@ -36,6 +36,15 @@ def test_forward_agrees_with_the_reference(dim: int, dtype: torch.dtype) -> None
     assert ((y - expected).abs() <= 11 * torch.finfo(dtype).eps / 2 * magnitude).all()
 
 
+def test_codebooks_of_int8_are_constants() -> None:
+    x, codebook, codes, scale, _ = operands(torch.float32)
+    whole = (codebook * 40).to(torch.int8)
+    scale.requires_grad_()
+    y, expected = linear(x, whole, codes, OUT, scale), linear(x, whole.float(), codes, OUT, scale)
+    assert torch.equal(y, expected)
+    assert torch.equal(torch.autograd.grad(y.sum(), scale)[0], torch.autograd.grad(expected.sum(), scale)[0])
+
+
 @pytest.mark.parametrize("dim", [1, 4, 16])
 def test_gradients_against_finite_differences(dim: int) -> None:
     x, codebook, codes, scale, bias = operands(torch.float64, dim)

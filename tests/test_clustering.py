@@ -7,6 +7,7 @@ import pytest
 from model_builders import tiny_llama
 
 from cluscomp_export.clustering import cluster_model
+from cluscomp_export.codebook_rounding import round_centroids
 from cluscomp_export.planning import expected_error, plan_fixed
 from cluscomp_formats.errors import InvalidFileError
 from cluscomp_formats.ir import Array, DenseTensor, Model
@@ -71,12 +72,50 @@ def test_row_scales_absorb_rows_of_different_size() -> None:
     assert relative.max() < 3 * expected_error(4, 256, weight.size // 4)
 
 
+@pytest.mark.parametrize("tails", [np.inf, 4.0])
+def test_codebooks_of_int8_lose_no_more_than_their_step(tails: float) -> None:
+    generator = np.random.default_rng(5)
+    rows = generator.normal(size=(256, 512)) if np.isinf(tails) else generator.standard_t(tails, (256, 512))
+    source = model_of((0.02 * rows).astype(np.float32))
+    wanted = source.tensors["model.layers.0.mlp.up_proj.weight"].decode()
+    energy = np.square(wanted).mean(1)
+    errors = {}
+    for bits in (8, 16):
+        plan = plan_fixed(source, cluster_dim=2, num_clusters=1024, share="kind", embedding_bits=16, codebook_bits=bits)
+        model = cluster_model(source, plan)
+        errors[bits] = float(np.mean(np.square(only_weight(model) - wanted).mean(1) / energy))
+        weight = next(iter(model.clustered.values()))
+        assert weight.stages[0].codebook.values.dtype == {8: "int8", 16: "float16"}[bits]
+        if bits == 8:
+            assert weight.row_scale is not None
+            step = float(np.median(weight.row_scale.to_float32() / np.sqrt(energy)))
+    # Rounding adds a twelfth of the squared step; the few that are clipped add less than that again.
+    assert errors[16] < errors[8] < errors[16] + 2 * step**2 / 12
+
+
+def test_the_step_of_a_codebook_is_that_of_least_weighted_error() -> None:
+    # 1000 vectors near 1, one at 100: clipping the one costs more than rounding the others coarsely, unless it weighs nothing.
+    centroids = np.append(np.linspace(0.9, 1.1, 40), 100).astype(np.float32)[:, None]
+    for size, largest in ((1, 100), (1e-9, 20)):
+        numbers, step = round_centroids(centroids, np.append(np.full(40, 25.0), size))
+        assert numbers.dtype == np.int8
+        assert int(numbers.max()) == 127
+        assert float(numbers[-1, 0] * step) <= largest
+        assert np.abs(numbers[:-1] * step - centroids[:-1]).max() <= step / 2 + 1e-6
+    numbers, step = round_centroids(np.zeros((3, 2), np.float32), np.ones(3))
+    assert not numbers.any()
+    assert step > 0
+
+
 def test_a_row_of_zeros_stays_zero_and_a_tiny_row_is_refused_by_name() -> None:
     weight = np.random.default_rng(3).normal(size=(16, 64)).astype(np.float32)
     weight[3] = 0
     source = model_of(weight)
     plan = plan_fixed(source, cluster_dim=1, num_clusters=64, share="model", embedding_bits=16)
     assert np.abs(only_weight(cluster_model(source, plan))[3]).max() < 0.1
+    # With a step folded in, its scale would leave float16: it counts as stronger than it is, and errs by itself at most.
+    weight[3] = 1e-6
+    assert np.abs(only_weight(cluster_model(source, plan))[3]).max() < 3e-6
     weight[3] = 1e-12
     with pytest.raises(InvalidFileError) as caught:
         only_weight(cluster_model(source, plan))
@@ -97,18 +136,18 @@ def test_nothing_is_computed_before_it_is_read(monkeypatch: pytest.MonkeyPatch) 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("clustering ran")
 
-    monkeypatch.setattr("cluscomp_export.clustering.kmeans", refuse)
+    monkeypatch.setattr("cluscomp_export.jobs.kmeans", refuse)
     source = tiny_llama()
     model = cluster_model(source, plan_fixed(source, cluster_dim=4, num_clusters=16, share="kind", embedding_bits=16))
     assert model.clustered[NAME].stages[0].codes.shape == (24, 10)
 
 
 def test_reading_in_payload_order_encodes_each_tensor_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cluscomp_export import clustering
+    from cluscomp_export import jobs
 
     calls: list[int] = []
-    assign = clustering.assign
-    monkeypatch.setattr(clustering, "assign", lambda *a, **k: (calls.append(1), assign(*a, **k))[1])
+    assign = jobs.assign
+    monkeypatch.setattr(jobs, "assign", lambda *a, **k: (calls.append(1), assign(*a, **k))[1])
     source = tiny_llama()
     model = cluster_model(source, plan_fixed(source, cluster_dim=4, num_clusters=16, share="kind", embedding_bits=16))
     model.digest()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from cluscomp_export import clustering
+from cluscomp_export import jobs
 from cluscomp_export.convert import ConversionOptions, convert, prepare, scan_source
 from cluscomp_export.sources import open_source
 from cluscomp_export.work_folder import work_folder, work_path
@@ -159,7 +159,7 @@ def test_too_little_space_is_seen_before_any_work(
     stories_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))  # type: ignore[attr-defined]
-    monkeypatch.setattr("cluscomp_export.clustering.kmeans", lambda *_, **__: pytest.fail("work was started"))
+    monkeypatch.setattr("cluscomp_export.jobs.kmeans", lambda *_, **__: pytest.fail("work was started"))
     with pytest.raises(StorageError) as caught:
         convert(stories_folder, tmp_path / "out.clus", ConversionOptions(bits=4))
     assert caught.value.problems[0].kind == "no_space"
@@ -179,7 +179,7 @@ def test_whatever_stops_it_leaves_at_most_finished_work(
             convert(stories_folder, output, options)
     assert list(tmp_path.iterdir()) == []
     with monkeypatch.context() as patch:
-        patch.setattr("cluscomp_export.clustering.assign", stop)
+        patch.setattr("cluscomp_export.jobs.assign", stop)
         with pytest.raises((type(error), ClusCompError)):
             convert(stories_folder, output, options)
     assert list(tmp_path.iterdir()) == [work_path(output)]
@@ -193,7 +193,7 @@ def test_whatever_stops_it_leaves_at_most_finished_work(
 
 def interrupted(source: Path, output: Path, options: ConversionOptions, monkeypatch: pytest.MonkeyPatch) -> int:
     """Stop a conversion at its tenth matrix; how many units of work it leaves."""
-    assign, calls = clustering.assign, itertools.count(1)
+    assign, calls = jobs.assign, itertools.count(1)
 
     def stop(*arguments: Any, **keywords: Any) -> Any:
         if next(calls) == 10:
@@ -201,7 +201,7 @@ def interrupted(source: Path, output: Path, options: ConversionOptions, monkeypa
         return assign(*arguments, **keywords)
 
     with monkeypatch.context() as patch:
-        patch.setattr(clustering, "assign", stop)
+        patch.setattr(jobs, "assign", stop)
         with pytest.raises(KeyboardInterrupt):
             convert(source, output, options, force=True)
     return len(list(work_path(output).iterdir()))

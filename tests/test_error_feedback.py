@@ -180,11 +180,11 @@ def test_channels_are_coded_in_descending_order_of_energy() -> None:
     weights = generator.standard_normal((12, 10), dtype=np.float32)
     centroids = generator.standard_normal((30, 2), dtype=np.float32)
     order = np.argsort(-moments.diagonal().numpy(), kind="stable")
-    damped = InputMoments(moments).damped[order][:, order]
+    damped = InputMoments(moments.clone()).damped[order][:, order]
     factor = np.ascontiguousarray(feedback_factor(damped).numpy().astype(np.float32))
     expected = np.empty((12, 5), np.uint16)
     expected[order] = feedback_codes(weights[order], centroids, factor, 10)
-    found, _ = InputMoments(moments).encode(weights, centroids, 10, threads=1, device="cpu")
+    found, _ = InputMoments(moments.clone()).encode(weights, centroids, 10, threads=1, device="cpu")
     np.testing.assert_array_equal(found, expected)
     # The order in which the channels come says nothing.
     moved = generator.permutation(12)

@@ -90,6 +90,16 @@ def test_what_float32_cannot_hold_becomes_infinite_without_a_warning() -> None:
     assert weight.decode().tolist() == [[np.inf], [np.inf]]
 
 
+def test_int8_codebook_holds_whole_numbers() -> None:
+    codebook = Codebook("steps", Array.of(np.array([[127, -128], [3, -1]], dtype=np.int8)))
+    stages = (Stage(codebook, codes([[1, 0], [0, 1]])),)
+    assert ClusteredWeight("w", (4, 2), stages).decode().tolist() == [[3, 127], [-1, -128], [127, 3], [-128, -1]]
+    scale = Array.of(np.array([1, 0.5, 2, 0.25], dtype=np.float16))
+    scaled = ClusteredWeight("w", (4, 2), stages, row_scale=scale).decode()
+    assert scaled.tolist() == [[3, 127], [-0.5, -64], [254, 6], [-32, -0.25]]
+    assert codebook.values.nbytes == 4
+
+
 def test_bfloat16_codebook() -> None:
     values = float32_to_bfloat16(np.array([[1.5, -2]], dtype=np.float32))
     codebook = Codebook("b", Array.of(values, "bfloat16"))

@@ -74,7 +74,7 @@ def test_row_scales_are_left_out_only_where_that_costs_little() -> None:
     source = tiny_llama(hidden=48, intermediate=96, layers=2)
     for flat, expected in ((1.0, False), (30.0, True)):
         sensitivities = {name: replace(value, flat=flat * value.relative) for name, value in invented(source, spread=0).items()}
-        plan = plan_bits(source, bits=4, share="none", embedding_bits=16, sensitivities=sensitivities)
+        plan = plan_bits(source, bits=4, share="none", embedding_bits=16, codebook_bits=16, sensitivities=sensitivities)
         assert {treatment.row_scale for treatment in plan.treatments.values()} == {expected}
 
 
@@ -174,12 +174,15 @@ def test_the_predicted_size_of_a_dense_gguf_file_is_exact(stories_folder: Path, 
         (ConversionOptions(match_loss=0.1, budget=10**6), "exclude each other"),
         (ConversionOptions(budget=10**6, cluster_dim=4, num_clusters=16), "exclude each other"),
         (ConversionOptions(budget=10**6, embedding_bits=4), "the embedding, too"),
-        (ConversionOptions(match_loss=0.1, calibration="none"), "predicted on a calibration text"),
-        (ConversionOptions(match_loss=-1), "cannot be predicted"),
-        (ConversionOptions(match_loss=0.1, sensitivity="equal"), "cannot be predicted"),
+        (ConversionOptions(match_loss=0.1, calibration="none"), "measured on a text"),
+        (ConversionOptions(match_loss=-1), "out of range"),
+        (ConversionOptions(match_loss=0.1, sensitivity="equal"), "needs measured"),
         (ConversionOptions(budget=10**6, to="gguf", gguf_type="f16"), "does not follow from codebooks"),
         (ConversionOptions(cluster_dim=4, num_clusters=16, sensitivity="measured"), "nothing to allocate"),
         (ConversionOptions(plan=Path("plan.json"), share="kind"), "--plan says"),
+        (ConversionOptions(plan=Path("plan.json"), codebook_bits=8), "--plan says"),
+        (ConversionOptions(plan=Path("plan.json"), embedding_bits=8), "the embedding, too"),
+        (ConversionOptions(plan=Path("plan.json"), bits=3), "exclude each other"),
     ],
 )
 def test_what_contradicts_itself_is_refused_with_a_remedy(options: ConversionOptions, words: str, stories_folder: Path) -> None:
@@ -206,7 +209,7 @@ NAME = "model.layers.0.mlp.up_proj.weight"
 def edited(change: Callable[[dict[str, Any]], object]) -> str:
     value: dict[str, Any] = {
         "version": 1,
-        "codebooks": {"a": {"dim": 2, "clusters": 16}},
+        "codebooks": {"a": {"dim": 2, "clusters": 16, "value_bits": 8}},
         "tensors": {NAME: {"codebook": "a", "row_scale": True}},
     }
     change(value)
@@ -229,7 +232,10 @@ def edited(change: Callable[[dict[str, Any]], object]) -> str:
         (edited(lambda plan: plan["codebooks"]["a"].update(clusters=65537)), "an impossible clusters"),
         (edited(lambda plan: plan["codebooks"]["a"].update(clusters=65536)), "more clusters than vectors"),
         (edited(lambda plan: plan["codebooks"]["a"].pop("dim")), "codebook's entry"),
-        (edited(lambda plan: plan["codebooks"].update(b={"dim": 2, "clusters": 4})), "no tensor uses"),
+        (edited(lambda plan: plan["codebooks"]["a"].update(value_bits=4)), "an impossible value_bits"),
+        (edited(lambda plan: plan["codebooks"]["a"].update(value_bits=8.0)), "an impossible value_bits"),
+        (edited(lambda plan: plan["tensors"][NAME].update(row_scale=False)), "int8 needs row scales"),
+        (edited(lambda plan: plan["codebooks"].update(b={"dim": 2, "clusters": 4, "value_bits": 16})), "no tensor uses"),
         (edited(lambda plan: plan["tensors"][NAME].update(codebook="b")), "not among the codebooks"),
         (edited(lambda plan: plan["tensors"][NAME].update(codebook=[])), "not among the codebooks"),
         (edited(lambda plan: plan["tensors"][NAME].update(row_scale=1)), "not true or false"),

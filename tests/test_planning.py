@@ -30,23 +30,38 @@ def test_a_budget_is_never_exceeded(bits: float, share: str | None) -> None:
     assert model_sizes(cluster_model(source, plan)).bits_per_weight()["linears"] <= bits
 
 
-def test_sizes_count_codes_codebooks_scales_and_what_stays_dense() -> None:
+@pytest.mark.parametrize("codebook_bits", [8, 16])
+def test_sizes_count_codes_codebooks_scales_and_what_stays_dense(codebook_bits: int) -> None:
     source = tiny_llama(hidden=24, intermediate=40, layers=1, vocabulary=50)
-    plan = plan_fixed(source, cluster_dim=4, num_clusters=32, share="kind", embedding_bits=16)
+    plan = plan_fixed(source, cluster_dim=4, num_clusters=32, share="kind", embedding_bits=16, codebook_bits=codebook_bits)
     sizes = model_sizes(cluster_model(source, plan))
-    # q, k, v, o, gate, up, down: [out, in]; 5-bit codes, a codebook of 32 x 4 float16 and float16 row scales for each.
+    # q, k, v, o, gate, up, down: [out, in]; 5-bit codes, a codebook of 32 x 4 and float16 row scales for each.
     shapes = [(24, 24), (8, 24), (8, 24), (24, 24), (40, 24), (40, 24), (24, 40)]
     weights = sum(out * into for out, into in shapes)
-    bits = sum(out // 4 * into * 5 + 32 * 4 * 16 + out * 16 for out, into in shapes)
+    bits = sum(out // 4 * into * 5 + 32 * 4 * codebook_bits + out * 16 for out, into in shapes)
     assert (sizes.linear_weights, sizes.linear_bits) == (weights, bits)
     assert sizes.all_bits == bits + 50 * 24 * 16 + 3 * 24 * 32
 
 
-def test_the_paper_setting_has_a_codebook_per_matrix_and_no_scales() -> None:
+def test_the_paper_setting_has_a_float16_codebook_per_matrix_and_no_scales() -> None:
     source = tiny_llama()
-    plan = plan_fixed(source, cluster_dim=4, num_clusters=16, share="none", embedding_bits=16)
+    plan = plan_fixed(source, cluster_dim=4, num_clusters=16, share="none", embedding_bits=16, codebook_bits=8)
+    assert {book.dtype for book in plan.codebooks} == {"float16"}
     assert len(plan.codebooks) == len(plan.treatments) == 14
     assert not any(treatment.row_scale for treatment in plan.treatments.values())
+
+
+def test_codebooks_are_int8_where_that_buys_more_than_it_costs() -> None:
+    source = tiny_llama(hidden=96, intermediate=192, layers=2)
+
+    def dtypes(bits: float, codebook_bits: int | None = None) -> set[str]:
+        plan = plan_bits(source, bits=bits, share="kind", embedding_bits=16, codebook_bits=codebook_bits)
+        return {book.dtype for book in plan.codebooks}
+
+    assert "int8" in dtypes(3)
+    # So near to the original, a step of the codebook is what errs most.
+    assert dtypes(12) == {"float16"}
+    assert (dtypes(3, 16), dtypes(12, 8)) == ({"float16"}, {"int8"})
 
 
 def test_sharing_by_kind_joins_the_layers() -> None:

@@ -42,11 +42,11 @@ def test_matrices_larger_than_memory_are_refused_unread(kernel: str) -> None:
 def test_the_reference_kernel_needs_room_for_one_matrix_only(monkeypatch: pytest.MonkeyPatch) -> None:
     model = clustered_model(small_config())
     largest = max(tensor.num_weights for tensor in model.tensors.values()) * 4
-    monkeypatch.setattr(memory, "_physical_bytes", lambda: largest)
+    monkeypatch.setattr(memory, "physical_bytes", lambda: largest)
     LanguageModel.from_model(model, kernel="reference")
     with pytest.raises(UnsupportedError, match="more memory"):
         LanguageModel.from_model(model, kernel="dense")
-    monkeypatch.setattr(memory, "_physical_bytes", lambda: None)
+    monkeypatch.setattr(memory, "physical_bytes", lambda: None)
     LanguageModel.from_model(model, kernel="dense")
 
 

@@ -76,8 +76,8 @@ def test_they_predict_the_divergence_that_noise_causes(name: str, stories: Model
         noise = generator.standard_normal(weight.shape)
         relative.append(divergence(source, name, NOISE * rms * noise, windows))
         flat.append(divergence(source, name, NOISE * np.sqrt(np.mean(np.square(weight))) * noise, windows))
-    # Four draws of noise and 4 windows of random signs, which scatter by up to 0.2 from seed to seed. A missing factor of 2, or of
-    # the number of tokens, is outside.
+    # Four draws of noise and 4 windows of random signs, which scatter by up to 0.2 from seed to seed. A missing factor of 2, or
+    # of the number of tokens, is outside.
     assert np.mean(relative) == pytest.approx(sensitivity.relative * NOISE**2, rel=0.5)
     assert np.mean(flat) == pytest.approx(sensitivity.flat * NOISE**2, rel=0.5)
 
@@ -120,7 +120,7 @@ def test_an_unknown_architecture_is_refused(windows: torch.Tensor) -> None:
 def test_a_conversion_that_goes_on_does_not_measure_again(
     stories_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = ConversionOptions(bits=3, effort="fast")
+    options = ConversionOptions(bits=3, effort="fast", sensitivity="measured")
 
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -136,25 +136,17 @@ def test_a_conversion_that_goes_on_does_not_measure_again(
     assert (tmp_path / "out.clus").read_bytes() == (tmp_path / "whole.clus").read_bytes()
 
 
-def test_what_cannot_be_measured_counts_alike_and_says_so(
-    stories_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def unsupported(*_: object, **__: object) -> None:
-        from cluscomp_formats.errors import Problem
-
-        raise UnsupportedError(Problem("unknown_architecture", "this architecture is not known"))
-
-    monkeypatch.setattr(preparing, "measure_sensitivities", unsupported)
-    report = convert(stories_folder, tmp_path / "out.clus", ConversionOptions(bits=3, effort="fast"))
-    assert any("mattered alike: this architecture is not known" in warning for warning in report.warnings)
+def test_what_cannot_be_measured_is_refused(stories_folder: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((stories_folder / name).read_bytes())
     for options in (ConversionOptions(match_loss=0.5), ConversionOptions(bits=3, sensitivity="measured")):
-        with pytest.raises(UnsupportedError):
-            convert(stories_folder, tmp_path / "other.clus", options)
+        with pytest.raises(InvalidRequestError, match="no tokenizer"):
+            convert(tmp_path, tmp_path / "out.clus", options)
 
 
-def test_without_a_text_nothing_is_measured(stories_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_measured_unless_asked_for(stories_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(preparing, "measure_sensitivities")
     convert(stories_folder, tmp_path / "out.clus", ConversionOptions(bits=3, calibration="none"))
-    convert(stories_folder, tmp_path / "equal.clus", ConversionOptions(bits=3, effort="fast", sensitivity="equal"))
-    with pytest.raises(InvalidRequestError, match="predicted on a calibration text"):
+    convert(stories_folder, tmp_path / "equal.clus", ConversionOptions(bits=3, effort="fast"))
+    with pytest.raises(InvalidRequestError, match="measured on a text"):
         convert(stories_folder, tmp_path / "other.clus", ConversionOptions(bits=3, calibration="none", sensitivity="measured"))

@@ -18,7 +18,7 @@ from cluscomp_export.planning import plan_bits
 from cluscomp_export.sources import open_source
 from cluscomp_export.tuning import RecoveryOptions, recover
 from cluscomp_export.tuning.parameters import TrainableModel
-from cluscomp_export.tuning.recovery import _Training
+from cluscomp_export.tuning.training import Training
 from cluscomp_formats.errors import InvalidRequestError
 from cluscomp_formats.ir import Array, ClusteredWeight, DenseTensor, Model
 from cluscomp_formats.packed import open_packed
@@ -65,9 +65,20 @@ def test_the_trainable_model_computes_the_model(clustered: Model) -> None:
 def test_every_parameter_gets_a_gradient(clustered: Model) -> None:
     trainable = TrainableModel(clustered)
     trainable.decoder(torch.arange(1, 41).reshape(2, 20)).square().sum().backward()
-    kinds = {name.split()[0] for name in trainable.parameters}
-    assert kinds == {"codebook", "scale", "norm"}
+    kinds = {name.split(".")[0] for name in trainable.parameters}
+    assert kinds == {"codebook", "row_scale", "norm"}
     assert all(values.grad is not None and values.grad.abs().sum() > 0 for values in trainable.parameters.values())
+
+
+def test_an_original_too_large_to_keep_teaches_the_same(
+    clustered: Model, source: Model, token_ids: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = replace(FEW, steps=2, checks=1)
+    kept = recover(TrainableModel(clustered), source, token_ids, options)
+    monkeypatch.setattr("cluscomp_export.tuning.recovery.KEPT_TEACHER_BYTES", 0)
+    read = recover(TrainableModel(clustered), source, token_ids, options)
+    assert read.curve == kept.curve
+    assert all(np.array_equal(read.values[name], values) for name, values in kept.values.items())
 
 
 def test_recovery_brings_unseen_text_closer(clustered: Model, source: Model, token_ids: list[int]) -> None:
@@ -97,16 +108,15 @@ def test_the_same_training_gives_the_same_digest(clustered: Model, source: Model
 def test_a_loss_that_is_not_finite_keeps_the_best_state(
     clustered: Model, source: Model, token_ids: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step, calls = _Training.step, []
+    take_step = Training.step
 
-    def breaking(self: _Training) -> float:
-        calls.append(1)
-        if len(calls) == 10:
+    def breaking(self: Training, step: int) -> float:
+        if step == 9:
             with torch.no_grad():
                 next(iter(self.student.parameters.values())).fill_(math.nan)
-        return step(self)
+        return take_step(self, step)
 
-    monkeypatch.setattr(_Training, "step", breaking)
+    monkeypatch.setattr(Training, "step", breaking)
     result = recover(TrainableModel(clustered), source, token_ids, FEW)
     assert result.stopped is not None
     assert "step 10" in result.stopped
@@ -137,7 +147,7 @@ def test_norms_in_half_precision_are_stored_as_such(clustered: Model) -> None:
     narrow = clustered.tensors[name].decode().astype(np.float16)
     model = Model(clustered.config, {**clustered.tensors, name: DenseTensor(name, Array.of(narrow))})
     trainable = TrainableModel(model)
-    assert trainable.stored()[f"norm {name}"].dtype == np.float16
+    assert trainable.stored()[f"norm.{name}"].dtype == np.float16
     assert trainable.with_values(trainable.stored()).digest() == model.digest()
 
 
@@ -152,7 +162,7 @@ def test_convert_with_all_effort(
     assert report.recovery["curve"][-1]["held_out"] < report.recovery["curve"][0]["held_out"]
     # Killed while writing, after the training: the second attempt does not train again, and writes the same.
     with monkeypatch.context() as patch:
-        patch.setattr("cluscomp_export.convert._self_test", interrupt)
+        patch.setattr("cluscomp_export.convert.record_self_test", interrupt)
         with pytest.raises(KeyboardInterrupt):
             convert(stories_folder, outputs[1], options)
     again = convert(stories_folder, outputs[1], options)

@@ -124,7 +124,24 @@ def full_model() -> Model:
     )
 
 
-MODELS: dict[str, Callable[[], Model]] = {"empty": empty_model, "plain": plain_model, "full": full_model}
+def int8_model() -> Model:
+    """Two matrices that share a codebook of int8, with float16 row scales."""
+    shared = Codebook("shared", Array.of(noise("int8 codebook", 20 * 6).view(np.int8).reshape(20, 6)))
+    tensors: dict[str, ClusteredWeight | DenseTensor] = {
+        name: ClusteredWeight(
+            name, (9, 5), (Stage(shared, codes(name, 20, 5, 2)),), row_scale=floats(f"{name} row", "float16", 9)
+        )
+        for name in ("a.weight", "b.weight")
+    }
+    return Model({"model_type": "none"}, tensors)
+
+
+MODELS: dict[str, Callable[[], Model]] = {
+    "empty": empty_model,
+    "plain": plain_model,
+    "full": full_model,
+    "int8": int8_model,
+}
 
 
 def expectation(model: Model, file: bytes) -> dict[str, Any]:

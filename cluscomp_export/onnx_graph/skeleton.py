@@ -25,7 +25,16 @@ from cluscomp_formats.errors import InvalidFileError, Problem, UnsupportedError
 from cluscomp_formats.ir import Model, Tensor
 from cluscomp_runtime.hf.replacement import WEIGHT, candidates, module_kind
 
-__all__ = ["PLACEHOLDER_DOMAIN", "REMEDY", "Skeleton", "build_skeleton", "make_traceable", "refusing", "tensors_by_key"]
+__all__ = [
+    "PLACEHOLDER_DOMAIN",
+    "REMEDY",
+    "Skeleton",
+    "build_skeleton",
+    "compute_buffers",
+    "make_traceable",
+    "refusing",
+    "tensors_by_key",
+]
 
 PLACEHOLDER_DOMAIN = "cluscomp_trace"
 REMEDY = "run it with transformers instead: convert --to hf"
@@ -78,15 +87,23 @@ def make_traceable(module: Any) -> None:
         placed._is_hf_initialized = True
         holder = module.get_submodule(owner)
         (holder._parameters if is_parameter else holder._buffers)[leaf] = placed
-    # The way transformers itself gives values to buffers that no checkpoint stores.
-    for key, value in list(module.named_non_persistent_buffers()):
-        owner, _, leaf = key.rpartition(".")
-        module.get_submodule(owner)._buffers[leaf] = torch.empty_like(value, device="cpu")
-    module.initialize_weights()
+    compute_buffers(module, torch.device("cpu"))
     for name, child in list(module.named_modules()):
         kind = module_kind(child)
         if kind is not None:
             module.set_submodule(name, _Placeholder(kind, name + WEIGHT, child))
+
+
+def compute_buffers(module: Any, device: torch.device) -> None:
+    """Give values to the buffers that no checkpoint stores, the way transformers itself does.
+
+    Everything else has its value and is marked with `_is_hf_initialized`, or transformers would draw it at random.
+    """
+    for key, value in list(module.named_non_persistent_buffers()):
+        if value.is_meta:
+            owner, _, leaf = key.rpartition(".")
+            module.get_submodule(owner)._buffers[leaf] = torch.empty_like(value, device=device)
+    module.initialize_weights()
 
 
 def tensors_by_key(skeleton: Skeleton, model: Model) -> dict[str, Tensor]:

@@ -4,12 +4,13 @@
 `targets` turns what was asked for into such a choice, `plan` is the result and `plan_file` its file.
 """
 
-from cluscomp_export.planning.candidates import CLUSTER_DIMS, Sensitivity, expected_error
+from cluscomp_export.planning.candidates import CLUSTER_DIMS, CODEBOOK_DTYPES, Sensitivity, expected_error
 from cluscomp_export.planning.plan import CodebookPlan, Plan, Share, Treatment
 from cluscomp_export.planning.targets import embedding_tensors, plan_bits, plan_budget, plan_fixed, plan_loss
 
 __all__ = [
     "CLUSTER_DIMS",
+    "CODEBOOK_DTYPES",
     "CodebookPlan",
     "Plan",
     "Sensitivity",

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
-from cluscomp_export.planning.candidates import SIZES, Group, Member, Table
+from cluscomp_export.planning.candidates import SIZES, Group, Member, Size, Table
 
 __all__ = ["Chain", "Either", "Pick", "Scope", "Separate", "allocate"]
 
@@ -41,8 +41,8 @@ class Pick:
         return self.table.groups[self.row]
 
     @property
-    def size(self) -> tuple[int, int]:
-        """`(cluster_dim, num_clusters)`, or `DENSE`."""
+    def size(self) -> Size:
+        """What is taken, or `DENSE`."""
         return SIZES[self.column]
 
     @property
@@ -78,7 +78,7 @@ class Separate:
 class Chain:
     """Matrices divided into groups of row-scaled matrices in whichever way is best, among runs of like sensitivity."""
 
-    def __init__(self, name: str, members: Sequence[Member]) -> None:
+    def __init__(self, name: str, members: Sequence[Member], codebook_bits: int | None = None) -> None:
         ordered = sorted(members, key=lambda member: (-member.loss / member.num_weights, member.name))
         atoms = _atoms(ordered)
         self.count = len(atoms)
@@ -88,7 +88,8 @@ class Chain:
             inside = tuple(member for atom in atoms[start:end] for member in atom)
             whole = len(inside) == len(ordered)
             single = inside[0].name.removesuffix(".weight")
-            groups.append(Group(name if whole else single if len(inside) == 1 else f"{name}.{start}", inside, row_scale=True))
+            label = name if whole else single if len(inside) == 1 else f"{name}.{start}"
+            groups.append(Group(label, inside, row_scale=True, codebook_bits=codebook_bits))
         self.table = Table(groups)
 
     def best(self, price: float) -> list[Pick]:
@@ -165,17 +166,22 @@ def allocate(
 
 
 def _filled(picks: list[Pick], budget: float) -> list[Pick]:
-    """The relaxation only knows the candidates on the convex hull; what it leaves of the budget buys others in between."""
+    """What the relaxation leaves of the budget buys what gains most per bit.
+
+    It only knows the candidates on the convex hull, and at one price all matrices that are alike take the same.
+    """
     bits = np.array([pick.table.bits[pick.row] for pick in picks])
     losses = np.array([pick.table.loss[pick.row] for pick in picks])
     columns = np.array([pick.column for pick in picks])
     rows = np.arange(len(picks))
     while True:
-        spent = bits[rows, columns]
+        spent, lost = bits[rows, columns], losses[rows, columns]
         left = budget - float(spent.sum())
-        gains = np.where(bits - spent[:, None] <= left, losses[rows, columns][:, None] - losses, -np.inf)
-        row, column = np.unravel_index(int(np.argmax(gains)), gains.shape)
+        costs, gains = bits - spent[:, None], lost[:, None] - losses
         # Below that it is rounding.
-        if gains[row, column] <= 1e-9 * losses[row, columns[row]]:
+        better = (costs <= left) & (gains > 1e-9 * lost[:, None])
+        if not better.any():
             return [Pick(pick.table, pick.row, int(column)) for pick, column in zip(picks, columns, strict=True)]
+        rates = np.where(better, gains / np.maximum(costs, 1.0), -np.inf)
+        row, column = np.unravel_index(int(np.argmax(rates)), rates.shape)
         columns[row] = column

@@ -5,6 +5,7 @@ The error comes from the asymptotic theory of vector quantisation (`expected_err
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,31 +18,41 @@ from cluscomp_formats.ir import code_bits
 
 __all__ = [
     "CLUSTER_DIMS",
-    "CODEBOOK_VALUE_BITS",
+    "CODEBOOK_DTYPES",
     "DENSE",
+    "ROUNDING_ERROR",
     "ROW_SCALE_BITS",
     "SIZES",
     "Group",
     "Member",
     "Sensitivity",
+    "Size",
     "Table",
     "expected_error",
     "mixing",
     "num_vectors",
+    "value_widths",
 ]
 
 Floats = npt.NDArray[np.float64]
 
 CLUSTER_DIMS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16)
 CLUSTER_COUNTS = tuple(sorted({count for bits in range(2, 17) for count in (2**bits, 3 * 2 ** (bits - 2))}))
-CODEBOOK_VALUE_BITS = 16
 ROW_SCALE_BITS = 16
 
-DENSE = (0, 0)
+CODEBOOK_DTYPES = {8: "int8", 16: "float16"}
+"""How codebooks are stored, by the bits of a value; int8 needs row scales, which take in what a step is worth."""
+ROUNDING_ERROR = {8: 1e-4, 16: 0.0}
+"""What rounding the centroids adds to `expected_error`: a twelfth of the squared step of int8, nothing for float16."""
+
+Size = tuple[int, int, int]
+"""Cluster_dim, num_clusters, bits per value of the codebook."""
+
+DENSE: Size = (0, 0, 0)
 """Stands among the sizes for a tensor that is not clustered."""
 
-SIZES = (*((dim, count) for dim in CLUSTER_DIMS for count in CLUSTER_COUNTS), DENSE)
-"""All candidates, `(cluster_dim, num_clusters)`."""
+SIZES: tuple[Size, ...] = (*itertools.product(CLUSTER_DIMS, CLUSTER_COUNTS, CODEBOOK_DTYPES), DENSE)
+"""All candidates."""
 
 MIXED_KINDS = 1.1
 """The error of a codebook for matrices of different kinds, in units of that of a codebook for each kind: 1.05 (dim 2) to 1.15
@@ -89,10 +100,19 @@ def num_vectors(shape: tuple[int, int], cluster_dim: int) -> int:
     return shape[1] * -(-shape[0] // cluster_dim)
 
 
-_COUNTS = np.array([float(count) for _, count in SIZES[:-1]])
-_CODE_BITS = np.array([code_bits(count) for _, count in SIZES[:-1]])
-_CODEBOOK_BITS = np.array([count * dim * CODEBOOK_VALUE_BITS for dim, count in SIZES[:-1]])
-_ASYMPTOTIC_ERROR = np.array([expected_error(dim, count, 1 << 62) for dim, count in SIZES[:-1]])
+def value_widths(codebook_bits: int | None, *, row_scale: bool) -> tuple[int, ...]:
+    """The bits per value that a codebook may have where `codebook_bits` are asked for, or any with None."""
+    if not row_scale:
+        return (16,)
+    return tuple(CODEBOOK_DTYPES) if codebook_bits is None else (codebook_bits,)
+
+
+_COUNTS = np.array([float(count) for _, count, _ in SIZES[:-1]])
+_VALUE_BITS = np.array([width for _, _, width in SIZES[:-1]])
+_CODE_BITS = np.array([code_bits(count) for _, count, _ in SIZES[:-1]])
+_CODEBOOK_BITS = np.array([count * dim * width for dim, count, width in SIZES[:-1]])
+_ASYMPTOTIC_ERROR = np.array([expected_error(dim, count, 1 << 62) for dim, count, _ in SIZES[:-1]])
+_ROUNDING_ERROR = np.array([ROUNDING_ERROR[width] for _, _, width in SIZES[:-1]])
 
 
 @dataclass(frozen=True)
@@ -130,18 +150,27 @@ class Member:
 
 @dataclass(frozen=True)
 class Group:
-    """Matrices that use one codebook, called `name`; `dense_bits` is what they take unclustered, None if that is not wanted."""
+    """Matrices that use one codebook, called `name`, of `codebook_bits` per value, or of whichever pay if that is None.
+
+    `dense_bits` is what they take unclustered, None if that is not wanted.
+    """
 
     name: str
     members: tuple[Member, ...]
     row_scale: bool
     dense_bits: int | None = None
+    codebook_bits: int | None = None
+
+    @property
+    def value_widths(self) -> tuple[int, ...]:
+        return value_widths(self.codebook_bits, row_scale=self.row_scale)
 
 
 class Table:
     """Bits and expected loss of every candidate for every group, float64 `[groups, len(SIZES)]`.
 
-    Infinitely many bits stand for what cannot be: more clusters than vectors, or dense where that is not wanted.
+    Infinitely many bits stand for what cannot be: more clusters than vectors, values of a width or dense where that is not
+    wanted.
     """
 
     def __init__(self, groups: Sequence[Group]) -> None:
@@ -150,12 +179,13 @@ class Table:
         by_dim = np.array(
             [[float(sum(num_vectors(m.shape, dim) for m in group.members)) for dim in CLUSTER_DIMS] for group in groups]
         )
-        vectors = by_dim.reshape(len(groups), -1).repeat(len(CLUSTER_COUNTS), axis=1)
+        vectors = by_dim.reshape(len(groups), -1).repeat(len(CLUSTER_COUNTS) * len(CODEBOOK_DTYPES), axis=1)
         loss = np.array([sum(m.loss if group.row_scale else m.flat_loss for m in group.members) for group in groups])
         mixed = np.array([mixing(member.name for member in group.members) for group in groups])
         scales = np.array([ROW_SCALE_BITS * sum(m.shape[0] for m in group.members) * group.row_scale for group in groups])
         needed = vectors * _CODE_BITS + _CODEBOOK_BITS + scales[:, None]
+        allowed = np.array([np.isin(_VALUE_BITS, group.value_widths) for group in groups])
         dense = [np.inf if group.dense_bits is None else group.dense_bits for group in groups]
-        self.bits: Floats = np.column_stack([np.where(vectors >= _COUNTS, needed, np.inf), dense])
-        errors = (mixed * loss)[:, None] * _ASYMPTOTIC_ERROR * np.maximum(0.0, 1 - _COUNTS / vectors)
-        self.loss: Floats = np.column_stack([errors, np.zeros(len(groups))])
+        self.bits: Floats = np.column_stack([np.where((vectors >= _COUNTS) & allowed, needed, np.inf), dense])
+        errors = mixed[:, None] * _ASYMPTOTIC_ERROR * np.maximum(0.0, 1 - _COUNTS / vectors) + _ROUNDING_ERROR
+        self.loss: Floats = np.column_stack([loss[:, None] * errors, np.zeros(len(groups))])

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from cluscomp_export.planning.candidates import expected_error, mixing, num_vectors
+from cluscomp_export.planning.candidates import CODEBOOK_DTYPES, ROUNDING_ERROR, expected_error, mixing, num_vectors
 
 __all__ = ["CodebookPlan", "Plan", "Share", "Treatment"]
 
@@ -15,12 +15,20 @@ Share = Literal["none", "kind", "model"]
 
 @dataclass(frozen=True)
 class CodebookPlan:
-    """A codebook to be made: `num_clusters` centroids of `cluster_dim` for the tensors named in `members`."""
+    """A codebook to be made: `num_clusters` centroids of `cluster_dim` for the tensors named in `members`.
+
+    `value_bits` is a key of `CODEBOOK_DTYPES`.
+    """
 
     name: str
     cluster_dim: int
     num_clusters: int
     members: tuple[str, ...]
+    value_bits: int
+
+    @property
+    def dtype(self) -> str:
+        return CODEBOOK_DTYPES[self.value_bits]
 
     @property
     def shared(self) -> bool:
@@ -47,7 +55,8 @@ class Plan:
         """Squared error that is expected of a clustered tensor, relative to its weights'."""
         book = self.treatments[name].codebook
         vectors = sum(num_vectors(self.treatments[member].shape, book.cluster_dim) for member in book.members)
-        return mixing(book.members) * expected_error(book.cluster_dim, book.num_clusters, vectors)
+        clustering = mixing(book.members) * expected_error(book.cluster_dim, book.num_clusters, vectors)
+        return clustering + ROUNDING_ERROR[book.value_bits]
 
     @property
     def codebooks(self) -> tuple[CodebookPlan, ...]:

@@ -1,10 +1,11 @@
 """A plan as a JSON file, to be read, edited and used again.
 
     {"version": 1,
-     "codebooks": {"linears": {"dim": 4, "clusters": 4096}},
+     "codebooks": {"linears": {"dim": 4, "clusters": 4096, "value_bits": 8}},
      "tensors": {"model.layers.0.mlp.down_proj.weight": {"codebook": "linears", "row_scale": true}}}
 
-Tensors that are not listed stay dense. A file is taken only if all of it is understood and fits the model.
+Tensors that are not listed stay dense. `value_bits` is 8 for a codebook of int8, whose tensors all need row scales, and 16 for
+float16. A file is taken only if all of it is understood and fits the model.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cluscomp_export.planning.candidates import num_vectors
+from cluscomp_export.planning.candidates import CODEBOOK_DTYPES, Size, num_vectors
 from cluscomp_export.planning.plan import CodebookPlan, Plan, Treatment
 from cluscomp_formats.atomic import atomic_write
 from cluscomp_formats.errors import InvalidFileError, Problem
@@ -32,7 +33,10 @@ def plan_value(plan: Plan) -> dict[str, Any]:
     """The plan as a JSON value."""
     return {
         "version": VERSION,
-        "codebooks": {book.name: {"dim": book.cluster_dim, "clusters": book.num_clusters} for book in plan.codebooks},
+        "codebooks": {
+            book.name: {"dim": book.cluster_dim, "clusters": book.num_clusters, "value_bits": book.value_bits}
+            for book in plan.codebooks
+        },
         "tensors": {
             name: {"codebook": treatment.codebook.name, "row_scale": treatment.row_scale}
             for name, treatment in plan.treatments.items()
@@ -126,8 +130,8 @@ class _Reader:
         self.fault(f"{key} is not an object", None, top[key], "an object by name")
         return []
 
-    def size(self, name: str, entry: Any) -> tuple[int, int] | None:
-        value = self.object(entry, "the codebook's entry", ("dim", "clusters"), name)
+    def size(self, name: str, entry: Any) -> Size | None:
+        value = self.object(entry, "the codebook's entry", ("dim", "clusters", "value_bits"), name)
         if value is None:
             return None
         limits = {"dim": MAX_DIM, "clusters": MAX_CLUSTERS}
@@ -135,7 +139,10 @@ class _Reader:
             if type(value[key]) is not int or not 1 <= value[key] <= most:
                 self.fault(f"an impossible {key}", name, value[key], f"a whole number from 1 to {most}")
                 return None
-        return value["dim"], value["clusters"]
+        if type(value["value_bits"]) is not int or value["value_bits"] not in CODEBOOK_DTYPES:
+            self.fault("an impossible value_bits", name, value["value_bits"], " or ".join(map(str, CODEBOOK_DTYPES)))
+            return None
+        return value["dim"], value["clusters"], value["value_bits"]
 
     def is_matrix(self, name: str) -> bool:
         tensor = self.model.tensors.get(name)
@@ -145,16 +152,21 @@ class _Reader:
         self.fault("the model has no matrix of this name to cluster", name, found, "a matrix of floats")
         return False
 
-    def treatments(self, codebook: str, size: tuple[int, int], uses: Mapping[str, bool]) -> dict[str, Treatment]:
+    def treatments(self, codebook: str, size: Size, uses: Mapping[str, bool]) -> dict[str, Treatment]:
         if not uses:
             self.fault("no tensor uses this codebook", codebook, "none", "at least one")
             return {}
+        cluster_dim, num_clusters, value_bits = size
+        if CODEBOOK_DTYPES[value_bits] == "int8" and not all(uses.values()):
+            unscaled = next(name for name, row_scale in uses.items() if not row_scale)
+            self.fault("a codebook of int8 needs row scales", unscaled, False, "row_scale true, or value_bits 16")
         shapes = {}
         for name in uses:
             out_features, in_features = self.model.tensors[name].shape
             shapes[name] = (out_features, in_features)
-        vectors = sum(num_vectors(shape, size[0]) for shape in shapes.values())
-        if size[1] > vectors:
-            self.fault("more clusters than vectors", codebook, size[1], f"at most {vectors}")
-        book = CodebookPlan(codebook, *size, tuple(name for name in self.model.tensors if name in uses))
+        vectors = sum(num_vectors(shape, cluster_dim) for shape in shapes.values())
+        if num_clusters > vectors:
+            self.fault("more clusters than vectors", codebook, num_clusters, f"at most {vectors}")
+        members = tuple(name for name in self.model.tensors if name in uses)
+        book = CodebookPlan(codebook, cluster_dim, num_clusters, members, value_bits)
         return {name: Treatment(shapes[name], book, row_scale) for name, row_scale in uses.items()}

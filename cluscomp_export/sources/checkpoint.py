@@ -31,6 +31,7 @@ __all__ = [
     "open_checkpoint",
     "pickled_problem",
     "read_config",
+    "read_side_files",
 ]
 
 CONFIG = "config.json"
@@ -112,7 +113,7 @@ def open_checkpoint(folder: Path, weights: Path | None = None) -> Checkpoint:
         raise InvalidFileError(headers.problems)
     if headers.unsupported:
         raise UnsupportedError(headers.unsupported)
-    return Checkpoint(config or {}, headers.tensors, _side_files(folder), tuple(shards))
+    return Checkpoint(config or {}, headers.tensors, read_side_files(folder), tuple(shards))
 
 
 def _or_problems(read: Callable[[Path], _T], path: Path, problems: list[Problem]) -> _T | None:
@@ -187,7 +188,11 @@ def _no_weights(folder: Path) -> Problem:
     if pickled:
         return pickled_problem(folder, pickled)
     others = sorted(path.name for path in folder.glob("*.safetensors"))
-    remedy = f"name the file itself instead of its folder: {others[0]}" if others else "download the weights"
+    remedy = (
+        f"name the file itself instead of its folder: {others[0]}"
+        if others
+        else "download the weights; to plan without them, add --dry-run"
+    )
     found = ", ".join(others[:4]) or "no weights"
     return Problem("missing", "no weights under the usual names", str(folder), None, found, f"{SINGLE} or {INDEX}", remedy)
 
@@ -260,7 +265,7 @@ def _check_index(path: Path, index: dict[str, str], headers: _Headers) -> None:
             headers.problems.append(Problem("misplaced_tensor", message, str(path), name, owner, shard))
 
 
-def _side_files(folder: Path) -> dict[str, Array]:
+def read_side_files(folder: Path) -> dict[str, Array]:
     """Tokenizer and other side files of the folder, those there are, lazily as uint8 `[bytes]`."""
     paths = [folder / name for name in SIDE_FILES]
     return {path.name: _lazy_bytes(path) for path in paths if path.is_file()}

@@ -6,35 +6,40 @@ from pathlib import Path
 from typing import Any
 
 from cluscomp_export.sources.checkpoint import CONFIG, INDEX, PICKLED_SUFFIXES, open_checkpoint, pickled_problem, read_config
+from cluscomp_export.sources.config_only import FORMAT as CONFIG_ONLY
+from cluscomp_export.sources.config_only import open_config
 from cluscomp_export.sources.gguf import gguf_parts, is_gguf, model_of, read_gguf
 from cluscomp_export.sources.huggingface import open_huggingface
 from cluscomp_export.sources.reference import is_reference_config, open_reference
 from cluscomp_formats import registry
 from cluscomp_formats.atomic import storage_error
+from cluscomp_formats.delta import is_delta, open_delta
 from cluscomp_formats.errors import InvalidFileError, Problem
 from cluscomp_formats.ir import Model
 
-__all__ = ["open_source", "source_bytes"]
+__all__ = ["CONFIG_ONLY", "open_source", "source_bytes"]
 
 _MAX_HEADER_BYTES = 100_000_000
 """The limit the safetensors library sets to itself."""
 
 
-def open_source(path: Path) -> Model:
+def open_source(path: Path, delta: Path | None = None, *, to_plan: bool = False) -> Model:
     """Open a model for conversion, lazily: shapes and dtypes cost no IO, payloads are read one tensor at a time.
 
     Reads Hugging Face folders, single safetensors files with `config.json` beside them, GGUF files, folders of the authors'
     ClusComp implementation, and every format of `cluscomp_formats.registry`. `provenance["format"]` of
     the first four is `huggingface`, `huggingface`, `gguf` and `cluscomp-reference`; `provenance["stored_bits"]` maps names of
-    tensors the source stores in less than 16 bits per weight to those bits.
+    tensors the source stores in less than 16 bits per weight to those bits. With `delta`, the model has that applied.
+    `to_plan` also takes a folder that holds no weights but a `config.json` (`config_only`); the format is then `CONFIG_ONLY`.
 
-    Raises InvalidFileError with every problem found, UnsupportedError for valid files this version does not read,
-    StorageError if the operating system refuses to read them.
+    Raises InvalidFileError with every problem found, also for a delta of another model, UnsupportedError for valid files this
+    version does not read, StorageError if the operating system refuses to read them.
     """
     try:
-        return _open_by_content(path)
+        model = open_config(path) if to_plan and _is_config_only(path) else _open_by_content(path)
     except OSError as error:
         raise storage_error(path, error) from error
+    return model if delta is None else open_delta(delta).apply(model)
 
 
 def _open_by_content(path: Path) -> Model:
@@ -45,6 +50,9 @@ def _open_by_content(path: Path) -> Model:
             return _open_checkpoint(path)
     elif is_gguf(path):
         return model_of(path, read_gguf(path))
+    elif is_delta(path):
+        message, remedy = "a delta, not a model", "name the model it belongs to, and give this as --delta, or merge them"
+        raise InvalidFileError(Problem("is_delta", message, str(path), remedy=remedy))
     elif path.is_file() and _is_safetensors(path):
         return _open_checkpoint(path.parent, path)
     raise InvalidFileError(_unrecognised(path))
@@ -82,6 +90,10 @@ def _config_or_none(folder: Path) -> dict[str, Any] | None:
 def _has_weights(folder: Path) -> bool:
     suffixes = (".safetensors", *PICKLED_SUFFIXES)
     return any(file.suffix in suffixes or file.name == INDEX for file in folder.iterdir())
+
+
+def _is_config_only(path: Path) -> bool:
+    return path.is_dir() and (path / CONFIG).exists() and not _has_weights(path) and registry.detect(path) is None
 
 
 def _is_safetensors(path: Path) -> bool:

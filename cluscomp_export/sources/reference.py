@@ -90,7 +90,9 @@ def _clustered(folder: Path, module: str, arrays: Mapping[str, Array], config: M
         return Problem("missing_tensor", "a codebook or index lacks its partner", where, missing, "nothing", "the tensor")
     if f"{module}.weight" in arrays:
         return Problem("duplicate_tensor", "the module has both a codebook and a weight", where, f"{module}.weight")
-    if len(cluster.shape) != 2 or cluster.dtype not in CODEBOOK_DTYPES or not 1 <= cluster.shape[0] <= MAX_CLUSTERS:
+    # The authors' code stores floats.
+    fit = cluster.dtype in CODEBOOK_DTYPES and cluster.dtype in FLOAT_DTYPES
+    if len(cluster.shape) != 2 or not fit or not 1 <= cluster.shape[0] <= MAX_CLUSTERS:
         found = f"{cluster.dtype} {list(cluster.shape)}"
         expected = f"float [1 to {MAX_CLUSTERS}, cluster_dim]"
         return Problem("bad_codebook", "not a codebook", where, f"{module}{_CLUSTER}", found, expected)

@@ -18,6 +18,7 @@ __all__ = [
     "SelfTestError",
     "StorageError",
     "UnsupportedError",
+    "WorkersLostError",
     "printable",
 ]
 
@@ -79,6 +80,10 @@ class ClusCompError(Exception):
         self.problems: tuple[Problem, ...] = listed
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
+    def __reduce__(self) -> tuple[type[ClusCompError], tuple[tuple[Problem, ...]]]:
+        """Errors come back whole from worker processes."""
+        return type(self), (self.problems,)
+
 
 class InvalidRequestError(ClusCompError):
     """Options that contradict each other or cannot be met. Exit code 2, as for any usage error."""
@@ -114,3 +119,9 @@ class SelfTestError(ClusCompError):
     """The model loaded, but does not compute what its self-test record says. Exit code 7."""
 
     exit_code = 7
+
+
+class WorkersLostError(ClusCompError):
+    """Worker processes died, again and again. Exit code 8."""
+
+    exit_code = 8

@@ -58,7 +58,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 
 FLOAT_DTYPES = ("float64", "float32", "float16", "bfloat16")
 POSITION_DTYPES = ("uint32", "uint64")
-CODEBOOK_DTYPES = ("float32", "float16", "bfloat16")
+CODEBOOK_DTYPES = ("float32", "float16", "bfloat16", "int8")
 
 
 def bfloat16_to_float32(bits: AnyArray) -> npt.NDArray[np.float32]:
@@ -143,14 +143,18 @@ def code_bits(num_clusters: int) -> int:
 
 @dataclass(frozen=True)
 class Codebook:
-    """Centroids `[num_clusters, cluster_dim]` under a name. Several weights may refer to one codebook."""
+    """Centroids `[num_clusters, cluster_dim]` under a name. Several weights may refer to one codebook.
+
+    Values of int8 are the whole numbers they are; what a step is worth, the row scales of the weights say.
+    """
 
     name: str
     values: Array
 
     def __post_init__(self) -> None:
         if len(self.values.shape) != 2 or self.values.dtype not in CODEBOOK_DTYPES:
-            raise ValueError(f"codebook {self.name!r} must be 2-D float, got {self.values.dtype} {self.values.shape}")
+            names = " or ".join(CODEBOOK_DTYPES)
+            raise ValueError(f"codebook {self.name!r} must be 2-D, {names}, got {self.values.dtype} {self.values.shape}")
         if not (1 <= self.num_clusters <= MAX_CLUSTERS and self.cluster_dim >= 1):
             raise ValueError(f"codebook {self.name!r} has shape {self.values.shape}; 1 to {MAX_CLUSTERS} clusters allowed")
 

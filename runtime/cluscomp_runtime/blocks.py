@@ -1,28 +1,71 @@
-"""A decoder run block by block over many windows: between two blocks only activations are kept.
-
-Memory is bounded by one block's matrices as float32, the activations of all windows, and what one batch of them needs.
-"""
+"""A decoder taken apart: into blocks, and each block into two halves, so that few matrices need be in memory at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 
-from cluscomp_formats.ir import Array, DenseTensor, Model, Tensor
+from cluscomp_formats.ir import Model, Tensor
 from cluscomp_runtime.architecture import DecoderSettings, check_tensors
-from cluscomp_runtime.decoder import Decoder, DecoderLayer
+from cluscomp_runtime.decoder import Attention, Decoder, DecoderLayer, FeedForward, Positions, RMSNorm
 from cluscomp_runtime.generate import check_prompt
 from cluscomp_runtime.linear import MatrixBuilder
 
-__all__ = ["BlockRunner"]
+__all__ = ["HALVES", "BlockRunner", "Half"]
 
-BATCH = 4
-"""Windows run at a time."""
+HALVES = ("attention", "feed_forward")
+
+_MATRICES = {
+    "attention": ("self_attn", ("q_proj", "k_proj", "v_proj"), "o_proj"),
+    "feed_forward": ("mlp", ("gate_proj", "up_proj"), "down_proj"),
+}
+
+
+class Half:
+    """The attention or the feed-forward network of a block, in float32 and without gradients.
+
+    `readers` names the matrices whose input is the normed residual stream, `writer` the one whose output is added to that
+    stream. All activations are `[windows, tokens, features]`, on the device of the half.
+    """
+
+    def __init__(self, runner: BlockRunner, index: int, half: str, model: Model, device: torch.device) -> None:
+        prefix = f"model.layers.{index}"
+        module, readers, writer = _MATRICES[half]
+        self.readers = tuple(f"{prefix}.{module}.{name}.weight" for name in readers)
+        self.writer = f"{prefix}.{module}.{writer}.weight"
+        self._runner = runner
+        builder, settings = MatrixBuilder("dense", torch.float32, device), runner.settings
+        norm = {"attention": "input_layernorm", "feed_forward": "post_attention_layernorm"}[half]
+        self._norm = RMSNorm(builder.norm(model.tensors[f"{prefix}.{norm}.weight"]), settings.rms_norm_eps)
+        self._part: Attention | FeedForward = (
+            Attention(model, settings, index, builder) if half == "attention" else FeedForward(model, settings, index, builder)
+        )
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The residual stream behind the half."""
+        return self.written(hidden, self.mixed(self.normed(hidden)))
+
+    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What flows into the readers."""
+        with torch.inference_mode():
+            return self._norm(hidden)
+
+    def mixed(self, normed: torch.Tensor) -> torch.Tensor:
+        """What flows into the writer."""
+        with torch.inference_mode():
+            if isinstance(self._part, Attention):
+                return self._part.mix(normed, self._runner.positions(normed), None)
+            return self._part.mix(normed)
+
+    def written(self, hidden: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+        """The residual stream `hidden` with the writer's output added."""
+        with torch.inference_mode():
+            return hidden + (self._part.output if isinstance(self._part, Attention) else self._part.down)(mixed)
 
 
 class BlockRunner:
-    """The blocks of a model of a known architecture, in float32 on the CPU.
+    """The blocks of a model of a known architecture.
 
     Raises UnsupportedError for any other architecture, InvalidFileError where tensors do not fit the configuration.
     """
@@ -32,7 +75,7 @@ class BlockRunner:
         check_tensors(model, self.settings)
         self._config = model.config
         # This builder reads no matrix before it is used.
-        self._decoder = Decoder(model, self.settings, self._builder(None))
+        self._decoder = Decoder(model, self.settings, MatrixBuilder("reference", torch.float32, torch.device("cpu")))
 
     @property
     def num_blocks(self) -> int:
@@ -48,26 +91,24 @@ class BlockRunner:
         with torch.inference_mode():
             return self._decoder.embedding.embedding(windows)
 
-    def run(
-        self,
-        index: int,
-        tensors: Mapping[str, Tensor],
-        hidden: torch.Tensor,
-        observe: Callable[[str, torch.Tensor], None] | None = None,
-    ) -> torch.Tensor:
-        """What flows out of block `index` for `hidden` `[windows, tokens, hidden_size]`, with its weights from `tensors`.
+    def half(self, index: int, half: str, tensors: Mapping[str, Tensor], device: torch.device | str = "cpu") -> Half:
+        """A half, one of `HALVES`, of block `index` with its weights from `tensors`, all decoded at once."""
+        return Half(self, index, half, self.block(index, tensors), torch.device(device))
 
-        `observe` is shown each matrix's name and its input `[batch, tokens, in_features]`; matrices with the same input are
-        shown the same object, one after the other.
-        """
+    def block(self, index: int, tensors: Mapping[str, Tensor]) -> Model:
+        """The part of a model with these `tensors` that block `index` is."""
         prefix = f"model.layers.{index}."
-        block = {
-            name: DenseTensor(name, Array.of(tensor.decode())) for name, tensor in tensors.items() if name.startswith(prefix)
-        }
-        with torch.inference_mode():
-            layer = DecoderLayer(Model(self._config, block), self.settings, index, self._builder(observe))
-            positions = self._decoder.positions(0, hidden.shape[1])
-            return torch.cat([layer(batch, positions, None) for batch in torch.split(hidden, BATCH)])
+        return Model(self._config, {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)})
 
-    def _builder(self, observe: Callable[[str, torch.Tensor], None] | None) -> MatrixBuilder:
-        return MatrixBuilder("reference", torch.float32, torch.device("cpu"), observe)
+    def layer(self, index: int, model: Model, builder: MatrixBuilder) -> DecoderLayer:
+        """Block `index` of `model`, its matrices as `builder` builds them."""
+        return DecoderLayer(model, self.settings, index, builder)
+
+    def positions(self, hidden: torch.Tensor) -> Positions:
+        """What a block needs to know about `hidden` `[windows, tokens, features]`, on its device and in its dtype."""
+        # The decoder keeps the tables it makes, and a training cannot use any that were made in inference mode.
+        with torch.inference_mode(False):
+            positions = self._decoder.positions(0, hidden.shape[1])
+        masks = {window: None if mask is None else mask.to(hidden.device) for window, mask in positions.masks.items()}
+        # Copies: the tables may have been made in inference mode, and this may be for a training.
+        return Positions(positions.cosines.to(hidden).clone(), positions.sines.to(hidden).clone(), 0, masks)

@@ -25,8 +25,12 @@ class _RefusedByTemplateError(Exception):
     """The template called `raise_exception`: these messages are not what the model was trained on."""
 
 
-def answer(request: dict[str, Any]) -> dict[str, str]:
-    """`text`, or `error` (`refused`, `unsafe`, `endless` or `bad`) and `message`."""
+def answers(request: dict[str, Any]) -> list[dict[str, str]]:
+    """For each of `chats`, variables of the template: `text`, or `error` (`refused`, `unsafe`, `endless`, `bad`), `message`."""
+    return [_answer(request["template"], variables, request["max_characters"]) for variables in request["chats"]]
+
+
+def _answer(template: str, variables: dict[str, Any], max_characters: int) -> dict[str, str]:
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
     )
@@ -36,11 +40,11 @@ def answer(request: dict[str, Any]) -> dict[str, str]:
     pieces: list[str] = []
     length = 0
     try:
-        for piece in environment.from_string(request["template"]).generate(**request["variables"]):
+        for piece in environment.from_string(template).generate(**variables):
             pieces.append(piece)
             length += len(piece)
-            if length > request["max_characters"]:
-                return {"error": "endless", "message": f"more than {request['max_characters']} characters"}
+            if length > max_characters:
+                return {"error": "endless", "message": f"more than {max_characters} characters"}
         text = "".join(pieces)
         # A lone surrogate, which no tokenizer takes.
         text.encode()
@@ -75,4 +79,4 @@ def _limit() -> None:
 
 if __name__ == "__main__":
     _limit()
-    sys.stdout.write(json.dumps(answer(json.load(sys.stdin))))
+    sys.stdout.write(json.dumps(answers(json.load(sys.stdin))))

@@ -89,6 +89,10 @@ class Attention:
         self.window = settings.windows[index]
 
     def __call__(self, x: torch.Tensor, positions: Positions, cache: KeyValueCache | None) -> torch.Tensor:
+        return self.output(self.mix(x, positions, cache))
+
+    def mix(self, x: torch.Tensor, positions: Positions, cache: KeyValueCache | None) -> torch.Tensor:
+        """What the heads give, before the output matrix, `[batch, tokens, heads * head_dim]`."""
         batch, tokens, _ = x.shape
         queries, keys = self.query(x), self.key(x)
         if self.query_norm is not None and self.key_norm is not None:
@@ -105,13 +109,13 @@ class Attention:
             cached_keys[:, :, positions.start : end] = keys
             cached_values[:, :, positions.start : end] = values
             if tokens == 1:
-                return self.output(self._attend_one(queries, cached_keys, cached_values, end))
+                return self._attend_one(queries, cached_keys, cached_values, end)
             keys, values = cached_keys[:, :, :end], cached_values[:, :, :end]
         mask = positions.masks[self.window]
         mixed = F.scaled_dot_product_attention(
             queries, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=self.heads != self.kv_heads
         )
-        return self.output(mixed.transpose(1, 2).reshape(batch, tokens, -1))
+        return mixed.transpose(1, 2).reshape(batch, tokens, -1)
 
     def _attend_one(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, end: int) -> torch.Tensor:
         """Attention of one token: heads that share a key act as so many queries, so that keys are not repeated."""
@@ -133,7 +137,11 @@ class FeedForward:
         self.activation = ACTIVATIONS[settings.activation]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(self.activation(self.gate(x)) * self.up(x))
+        return self.down(self.mix(x))
+
+    def mix(self, x: torch.Tensor) -> torch.Tensor:
+        """The gated features, before the matrix that takes them down, `[batch, tokens, intermediate_size]`."""
+        return self.activation(self.gate(x)) * self.up(x)
 
 
 class DecoderLayer:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from cluscomp_formats.delta import Delta
 from cluscomp_formats.errors import InvalidRequestError, Problem
 from cluscomp_formats.ir import Model
 from cluscomp_runtime.architecture import DecoderSettings, check_tensors
@@ -19,7 +20,7 @@ from cluscomp_runtime.memory import check_memory, memory_faults
 from cluscomp_runtime.sampling import Sampler
 from cluscomp_runtime.tokenizer import Tokenizer, end_tokens
 
-__all__ = ["DEFAULT_CONTEXT", "LanguageModel", "check_device", "observe_inputs"]
+__all__ = ["DEFAULT_CONTEXT", "LanguageModel", "check_device", "compute_dtype", "observe_inputs"]
 
 DEFAULT_CONTEXT = 2048
 """Positions of the key-value cache unless asked otherwise or the model knows fewer."""
@@ -36,16 +37,19 @@ class LanguageModel:
     may have, prompt included. `tokenizer` is None for a model that has none; prompts are token ids then.
     """
 
-    def __init__(self, model: Model, decoder: Decoder, context: int, kernels: Mapping[str, str]) -> None:
+    def __init__(self, model: Model, decoder: Decoder, context: int, builder: MatrixBuilder) -> None:
         self.config = model.config
         self.settings = decoder.settings
         self.decoder = decoder
         self.context = context
-        self.kernels = dict(kernels)
+        self.kernels = dict(builder.paths)
         """The kernel that runs for each matrix, by tensor name."""
         self.tokenizer = Tokenizer.from_files(model.files)
         self.chat_template = find_chat_template(model.files)
         self.end_tokens = end_tokens(model.config, model.files, self.tokenizer)
+        self._base = model
+        self._builder = builder
+        self._changed: frozenset[str] = frozenset()
 
     @classmethod
     def from_model(
@@ -70,13 +74,26 @@ class LanguageModel:
         settings = DecoderSettings.from_config(model.config)
         check_tensors(model, settings)
         target = check_device(device)
-        builder = MatrixBuilder(check_kernel(kernel, target), _dtype(dtype, target), target)
+        builder = MatrixBuilder(check_kernel(kernel, target), compute_dtype(dtype, target), target)
         positions = _context(context, settings.max_position_embeddings)
         check_memory(model, builder.kernel, builder.dtype, target)
         with memory_faults():
             decoder = Decoder(model, settings, builder)
         builder.warn_without_kernel()
-        return cls(model, decoder, positions, builder.paths)
+        return cls(model, decoder, positions, builder)
+
+    def apply_delta(self, delta: Delta | None) -> None:
+        """Swap in the codebooks, row scales and norms of a delta; None brings back those of the model as it was loaded.
+
+        Deltas do not add up: each takes the place of the one before, and what it does not hold is that of the model. Codes and
+        caches stay as they are; a cache filled before is of the model before. Raises InvalidFileError, with nothing changed, if
+        the delta belongs to another model.
+        """
+        model = self._base if delta is None else delta.apply(self._base)
+        new = frozenset(() if delta is None else delta.arrays)
+        with memory_faults():
+            self._builder.update(model, self._changed | new)
+        self._changed = new
 
     @property
     def device(self) -> torch.device:
@@ -201,7 +218,8 @@ def check_device(device: str | torch.device) -> torch.device:
     return target
 
 
-def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+def compute_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """What to compute in, None for the device's default. Raises InvalidRequestError for a dtype that none computes in."""
     if dtype is None:
         if device.type == "cpu":
             return torch.float32

@@ -8,7 +8,7 @@ head is the embedding's own object; `path` names the kernel that runs.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,7 +16,8 @@ import torch
 from torch.nn import functional as F
 
 from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem
-from cluscomp_formats.ir import Array, ClusteredWeight, Codebook, DenseTensor, Outliers, Stage, Tensor
+from cluscomp_formats.ir import Array, ClusteredWeight, Codebook, DenseTensor, Model, Outliers, Stage, Tensor
+from cluscomp_formats.parameters import codebook_name, norm_name, row_scale_name
 from cluscomp_kernels import clus_linear
 
 __all__ = ["ClusLinear", "DecodedLinear", "DenseLinear", "Matrix", "MatrixBuilder", "check_kernel", "tensor_of"]
@@ -178,12 +179,44 @@ class MatrixBuilder:
     without_kernel: list[str] = field(default_factory=list)
     """Clustered matrices that had to be decoded for want of a kernel."""
     _codebooks: dict[str, clus_linear.PreparedCodebook] = field(default_factory=dict)
+    _matrices: dict[str, Matrix] = field(default_factory=dict)
+    _norms: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def build(self, tensor: Tensor, bias: Tensor | None = None) -> Matrix:
         """One matrix `[out_features, in_features]` with its bias `[out_features]`."""
         matrix = self._build(tensor, bias)
         self.paths[tensor.name] = matrix.path
+        self._matrices[tensor.name] = matrix
         return matrix
+
+    def update(self, model: Model, names: Collection[str]) -> None:
+        """Give the matrices and norms that were built the parameters of these names (`cluscomp_formats.parameters`) of `model`.
+
+        That model is the one they were built of but for the values of these. What kernels have laid out stays where it is in
+        memory, codes are not touched; a matrix that was decoded is decoded again.
+        """
+        with torch.inference_mode():
+            for name, codebook in model.codebooks.items():
+                if name in self._codebooks and codebook_name(name) in names:
+                    self._codebooks[name].values.copy_(self._prepared(codebook).values)
+            for name, matrix in self._matrices.items():
+                tensor = model.tensors[name]
+                if isinstance(tensor, ClusteredWeight):
+                    self._update(matrix, tensor, names)
+            for name, weight in self._norms.items():
+                if norm_name(name) in names:
+                    weight.copy_(decoded(model.tensors[name]))
+
+    def _update(self, matrix: Matrix, tensor: ClusteredWeight, names: Collection[str]) -> None:
+        rescaled = tensor.row_scale is not None and row_scale_name(tensor.name) in names
+        if isinstance(matrix, DecodedLinear):
+            matrix.tensor = tensor
+        elif isinstance(matrix, DenseLinear):
+            if rescaled or any(codebook_name(stage.codebook.name) in names for stage in tensor.stages):
+                matrix.weight.copy_(decoded(tensor))
+        elif rescaled and tensor.row_scale is not None:
+            for stage in matrix.stages:
+                stage.take_row_scale(tensor_of(tensor.row_scale))
 
     def _build(self, tensor: Tensor, bias: Tensor | None) -> Matrix:
         if self.kernel == "reference":
@@ -200,7 +233,8 @@ class MatrixBuilder:
         return self._clustered(tensor, bias_values)
 
     def _clustered(self, tensor: ClusteredWeight, bias: torch.Tensor | None) -> ClusLinear:
-        row_scale = None if tensor.row_scale is None else tensor_of(tensor.row_scale)
+        # A copy: `update` writes to it, and the model may be in memory.
+        row_scale = None if tensor.row_scale is None else tensor_of(tensor.row_scale).clone()
         stages = [
             self._stage(tensor, stage, row_scale, bias if index == 0 else None) for index, stage in enumerate(tensor.stages)
         ]
@@ -223,14 +257,17 @@ class MatrixBuilder:
 
     def _codebook(self, codebook: Codebook) -> clus_linear.PreparedCodebook:
         if codebook.name not in self._codebooks:
-            values = tensor_of(codebook.values)
-            try:
-                prepared = clus_linear.prepare_codebook(values, path=self.kernel, device=self.device)
-            except ValueError as error:
-                message = f"the kernel {self.kernel!r} cannot use codebook {codebook.name!r}: {error}"
-                raise InvalidRequestError(Problem("kernel_unfit", message, remedy='use kernel="auto"')) from error
-            self._codebooks[codebook.name] = prepared
+            self._codebooks[codebook.name] = self._prepared(codebook)
         return self._codebooks[codebook.name]
+
+    def _prepared(self, codebook: Codebook) -> clus_linear.PreparedCodebook:
+        # A copy, as of row scales.
+        values = tensor_of(codebook.values).clone()
+        try:
+            return clus_linear.prepare_codebook(values, path=self.kernel, device=self.device)
+        except ValueError as error:
+            message = f"the kernel {self.kernel!r} cannot use codebook {codebook.name!r}: {error}"
+            raise InvalidRequestError(Problem("kernel_unfit", message, remedy='use kernel="auto"')) from error
 
     def _outliers(self, tensor: ClusteredWeight, outliers: Outliers) -> torch.Tensor:
         """The sparse corrections as a CSR matrix: float64 if that is the compute dtype, else float32."""
@@ -272,7 +309,8 @@ class MatrixBuilder:
     def norm(self, tensor: Tensor) -> torch.Tensor:
         """A norm's weight, never narrower than float32."""
         dtype = torch.float32 if self.dtype.itemsize < 4 else self.dtype
-        return decoded(tensor).to(device=self.device, dtype=dtype)
+        self._norms[tensor.name] = decoded(tensor).clone().to(device=self.device, dtype=dtype)
+        return self._norms[tensor.name]
 
     def _place(self, values: torch.Tensor) -> torch.Tensor:
         return values.to(device=self.device, dtype=self.dtype)

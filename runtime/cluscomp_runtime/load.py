@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from cluscomp_formats import registry
+from cluscomp_formats.delta import open_delta
 from cluscomp_formats.errors import InvalidRequestError, Problem
 from cluscomp_runtime.language_model import LanguageModel
 from cluscomp_runtime.selftest import run_self_test
@@ -23,17 +24,22 @@ def load(
     kernel: str = "auto",
     selftest: bool = False,
     context: int | None = None,
+    delta: str | PathLike[str] | None = None,
 ) -> LanguageModel:
     """Load a model in any format, ours or a plug-in's; the options are those of `LanguageModel.from_model`.
 
-    With `selftest` the loaded model must reproduce the logits recorded when it was converted. Raises InvalidFileError,
-    UnsupportedError, InvalidRequestError (also if a self-test is asked for and the file has none) and SelfTestError.
+    With `selftest` the loaded model must reproduce the logits recorded when it was converted. `delta` is the file of a delta,
+    which is swapped in after that, as by `LanguageModel.apply_delta`. Raises InvalidFileError, UnsupportedError,
+    InvalidRequestError (also if a self-test is asked for and the file has none) and SelfTestError.
     """
     model = registry.open_model(Path(path))
+    change = None if delta is None else open_delta(Path(delta))
     if selftest and model.self_test is None:
         remedy = "load it without the self-test"
         raise InvalidRequestError(Problem("no_self_test", "this file has no self-test record", str(path), remedy=remedy))
     language_model = LanguageModel.from_model(model, device=device, dtype=dtype, kernel=kernel, context=context)
     if selftest and model.self_test is not None:
         run_self_test(language_model, model.self_test).raise_if_failed()
+    if change is not None:
+        language_model.apply_delta(change)
     return language_model

@@ -26,7 +26,9 @@ import torch
 
 from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem, SelfTestError, UnsupportedError
 from cluscomp_formats.ir import Model
+from cluscomp_runtime.architecture import DecoderSettings, check_tensors
 from cluscomp_runtime.language_model import LanguageModel
+from cluscomp_runtime.tokenizer import Tokenizer
 
 __all__ = [
     "SelfTestReport",
@@ -110,7 +112,11 @@ def make_self_test(
     if the model's logits are not finite.
     """
     exact = LanguageModel.from_model(model, dtype=torch.float64, kernel="reference")
-    chosen = _default_sequences(exact, tokens) if sequences is None else [list(sequence) for sequence in sequences]
+    chosen = (
+        _default_sequences(exact.settings, exact.tokenizer, tokens)
+        if sequences is None
+        else [list(sequence) for sequence in sequences]
+    )
     if not chosen or not all(1 <= len(sequence) <= MAX_TOKENS for sequence in chosen) or len(chosen) > MAX_SEQUENCES:
         expected = f"1 to {MAX_SEQUENCES} sequences of 1 to {MAX_TOKENS} tokens"
         raise InvalidRequestError(Problem("bad_sequences", "unusable self-test sequences", expected=expected))
@@ -138,17 +144,18 @@ def make_self_test(
 def longest_record(model: Model) -> dict[str, Any] | None:
     """What `make_self_test(model)` gives, with the longest text its numbers can have; None for an unknown architecture.
 
-    Tells the room a record will take. Computes nothing and reads nothing but norms and the tokenizer.
+    Tells the room a record will take. Computes nothing and reads nothing but the configuration and the tokenizer.
     """
     try:
-        exact = LanguageModel.from_model(model, dtype=torch.float64, kernel="reference")
+        settings = DecoderSettings.from_config(model.config)
+        check_tensors(model, settings)
     except UnsupportedError:
         return None
-    top_k = min(DEFAULT_TOP_K, exact.settings.vocab_size)
-    row_ids, row_logits = [exact.settings.vocab_size - 1] * top_k, [_LONGEST_LOGIT] * top_k
+    top_k = min(DEFAULT_TOP_K, settings.vocab_size)
+    row_ids, row_logits = [settings.vocab_size - 1] * top_k, [_LONGEST_LOGIT] * top_k
     recorded = [
         {"input_ids": ids, "top_ids": [row_ids] * len(ids), "top_logits": [row_logits] * len(ids)}
-        for ids in _default_sequences(exact, DEFAULT_TOKENS)
+        for ids in _default_sequences(settings, Tokenizer.from_files(model.files), DEFAULT_TOKENS)
     ]
     tolerance = dict.fromkeys(TOLERANCE_DTYPES, _LONGEST_TOLERANCE)
     return {"version": RECORD_VERSION, "sequences": recorded, "tolerance": tolerance}
@@ -234,12 +241,12 @@ def _padded(sequences: Sequence[Sequence[int]]) -> torch.Tensor:
     return torch.tensor([[*sequence, *[0] * (longest - len(sequence))] for sequence in sequences], dtype=torch.int64)
 
 
-def _default_sequences(model: LanguageModel, tokens: int) -> list[list[int]]:
-    vocab_size, longest = model.settings.vocab_size, model.settings.max_position_embeddings
+def _default_sequences(settings: DecoderSettings, tokenizer: Tokenizer | None, tokens: int) -> list[list[int]]:
+    vocab_size, longest = settings.vocab_size, settings.max_position_embeddings
     random = np.random.default_rng(0)
     sequences: list[list[int]] = random.integers(0, vocab_size, (RANDOM_SEQUENCES, min(tokens, longest))).tolist()
-    if model.tokenizer is not None:
-        sentence = model.tokenizer.encode(SENTENCE)[: min(MAX_SENTENCE_TOKENS, longest)]
+    if tokenizer is not None:
+        sentence = tokenizer.encode(SENTENCE)[: min(MAX_SENTENCE_TOKENS, longest)]
         if sentence and max(sentence) < vocab_size:
             sequences.append(sentence)
     return sequences

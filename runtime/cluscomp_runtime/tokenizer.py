@@ -120,6 +120,17 @@ class Tokenizer:
             return ids[1:]
         return ids
 
+    def encode_with_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of a text, no special tokens added, and of each the characters it stands for, begin and end.
+
+        Raises InvalidRequestError for a text with lone surrogates, InvalidFileError if the tokenizer fails.
+        """
+        if not is_unicode(text):
+            raise InvalidRequestError(Problem("bad_prompt", "the text is not valid Unicode", found=ascii(text)[:200]))
+        with _library_faults("cannot encode a text with it"):
+            encoding = self.backend.encode(text, add_special_tokens=False)
+            return list(encoding.ids), list(encoding.offsets)
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of token ids; bytes that are no valid UTF-8 become U+FFFD. Raises InvalidRequestError, InvalidFileError."""
         if any(not 0 <= token < 2**32 for token in ids):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import struct
 import zlib
@@ -10,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
+DTYPE_NAMES |= {"I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool"}
 PACKED_PREAMBLE = struct.Struct("<8sIIQQQI16s")
 _MEMBER = struct.Struct("<HI")
 _GGUF_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<B", 10: "<Q", 11: "<q", 12: "<d"}
@@ -107,6 +110,23 @@ def safetensors_of(arrays: dict[str, tuple[str, list[int], bytes]]) -> bytes:
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(content)]}
         data += content
     return join_safetensors(header, data)
+
+
+def seal_delta(data: bytes) -> bytes:
+    """A delta with the checksum that its content has, if it can be taken apart; see `docs/delta-format.md`."""
+    try:
+        header, content = split_safetensors(data)
+        metadata = {key: value for key, value in header["__metadata__"].items() if key != "sha256"}
+        arrays = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        forms = {name: [DTYPE_NAMES[entry["dtype"]], entry["shape"]] for name, entry in arrays.items()}
+        checksum = hashlib.sha256(compact([metadata, forms]) + b"\n")
+        for name in sorted(arrays):
+            begin, end = arrays[name]["data_offsets"]
+            checksum.update(content[begin:end])
+        header["__metadata__"]["sha256"] = checksum.hexdigest()
+        return join_safetensors(header, content)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
+        return data
 
 
 @dataclass

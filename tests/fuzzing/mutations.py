@@ -19,6 +19,7 @@ from fuzzing.containers import (
     compact,
     join_members,
     join_safetensors,
+    seal_delta,
     seal_packed,
     split_members,
     split_safetensors,
@@ -226,6 +227,12 @@ def _mutate_safetensors(data: bytes, random: Random) -> bytes:
         return join_safetensors(header, mutate_content(content, random))
     except FORMATS_TAKEN_APART:
         return mutate_bytes(data, random)
+
+
+def mutate_delta(data: bytes, random: Random) -> bytes:
+    """Change header or data of a delta; the checksum is right, most of the time."""
+    changed = _mutate_safetensors(data, random)
+    return seal_delta(changed) if random.randrange(8) else changed
 
 
 def mutate_gguf(data: bytes, random: Random) -> bytes:

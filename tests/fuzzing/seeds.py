@@ -14,18 +14,20 @@ from clustered_models import clustered, codebook
 from fuzzing.containers import GgufParts, join_members, safetensors_of
 from model_builders import tiny_llama
 
+from cluscomp_formats.delta import Delta, write_delta
 from cluscomp_formats.gguf import write_dense_gguf, write_gguf
 from cluscomp_formats.hf import write_hf
 from cluscomp_formats.ir import Array, DenseTensor, Model, Outliers, Tensor
 from cluscomp_formats.packed import write_packed
+from cluscomp_formats.parameters import parameters, with_parameters
 
 
 def small_model() -> Model:
     """Everything the formats can say, in a few kilobytes: all kinds of weights, dtypes, shapes and side files."""
-    own, shared = codebook("own", 20, 4, 1), codebook("shared", 5, 3, 2, "float32")
+    own, shared, steps = codebook("own", 20, 4, 1), codebook("shared", 5, 3, 2, "float32"), codebook("steps", 9, 2, 3, "int8")
     tensors: dict[str, Tensor] = {
         "a.weight": clustered("a.weight", (6, 5), [own], 3),
-        "b.weight": clustered("b.weight", (7, 4), [shared, own], 4, row_scale=Array.of(np.linspace(0.5, 2, 7))),
+        "b.weight": clustered("b.weight", (7, 4), [shared, own, steps], 4, row_scale=Array.of(np.linspace(0.5, 2, 7))),
         "c": clustered(
             "c",
             (4, 9),
@@ -120,6 +122,23 @@ def folder_members(folder: Path) -> dict[str, bytes]:
 def packed_seeds(folder: Path) -> Iterator[bytes]:
     yield _written(write_packed, small_model(), folder)
     yield _written(write_packed, Model({}, {}), folder)
+
+
+def delta_seeds(folder: Path) -> Iterator[bytes]:
+    """Deltas of the small model: of everything that can change in it, and of nothing."""
+    base = small_model()
+    changed = {
+        name: Array.of((array.read() / 2).astype(array.read().dtype), array.dtype)
+        for name, array in parameters(base).items()
+        if array.dtype != "bfloat16"
+    }
+    for arrays in (changed, {}):
+        delta = Delta(
+            base.digest(), with_parameters(base, arrays).digest(), arrays, {"tool": "seed", "training": {"curve": []}}
+        )
+        write_delta(delta, folder / "seed")
+        yield (folder / "seed").read_bytes()
+        (folder / "seed").unlink()
 
 
 def gguf_seeds(folder: Path) -> Iterator[bytes]:

@@ -11,11 +11,12 @@ from pathlib import Path
 from fuzzing import seeds
 from fuzzing.containers import write_members
 from fuzzing.contract import hold_to_contract
-from fuzzing.mutations import Mutation, mutate_folder, mutate_gguf, mutate_packed, mutate_packed_content
+from fuzzing.mutations import Mutation, mutate_delta, mutate_folder, mutate_gguf, mutate_packed, mutate_packed_content
 from fuzzing.onnx_mutations import mutate_onnx
 
-from cluscomp_export.inspection import inspect_model
+from cluscomp_export.inspection import inspect_delta, inspect_model
 from cluscomp_export.sources import linear_tensors, open_source, source_bytes
+from cluscomp_formats.delta import is_delta, open_delta
 from cluscomp_formats.errors import ClusCompError, InvalidRequestError
 from cluscomp_formats.gguf import looks_gguf, open_gguf
 from cluscomp_formats.hf import looks_hf, open_hf
@@ -115,6 +116,15 @@ def _consume_source(path: Path) -> None:
     Tokenizer.from_files(model.files)
 
 
+def _consume_delta(path: Path) -> None:
+    """Open, show, and apply to the model that the seeds belong to."""
+    delta = open_delta(path)
+    if not is_delta(path):
+        raise AssertionError("a delta is opened that is not recognised")
+    inspect_delta(path)
+    _read_everything(delta.apply(seeds.small_model()))
+
+
 def _consume_runtime(path: Path) -> None:
     """Load, test itself, compute, chat, generate."""
     source = open_packed(path)
@@ -143,6 +153,7 @@ TARGETS = {
         Target("source-gguf", seeds.stock_gguf_seeds, _consume_source, mutate_gguf),
         Target("source-hf", seeds.stock_folder_seeds, _consume_source, mutate_folder, is_folder=True),
         Target("source-reference", seeds.reference_seeds, _consume_source, mutate_folder, is_folder=True),
+        Target("delta", seeds.delta_seeds, _consume_delta, mutate_delta),
         Target("runtime", seeds.runtime_seeds, _consume_runtime, mutate_packed_content),
     )
 }

@@ -28,7 +28,7 @@ import node_programs
 import torch
 from torch.nn import functional as F
 
-from cluscomp_export.evaluate import text_windows
+from cluscomp_export.protocols import choose_protocol
 from cluscomp_export.sources import open_source
 from cluscomp_formats.gguf import DENSE_TYPES, write_dense_gguf
 from cluscomp_runtime import LanguageModel
@@ -76,7 +76,7 @@ def compare(path: Path, gguf_type: str, text: str, *, windows: int, context: int
         raise SystemExit("the model has no tokenizer")
     ids = ours.tokenizer.encode(text)
     bos_id = ours.tokenizer.bos_id if ids[:1] == [ours.tokenizer.bos_id] else None
-    cut = text_windows(ids, context=context, windows=windows, bos_id=bos_id)
+    cut = choose_protocol(context=context).windows(ids, count=windows, bos_id=bos_id)
     prompt = cut[0][:16]
     request = {"path": str(path), "text": text, "prompt_ids": prompt, "new_tokens": NEW_TOKENS, "windows": cut}
     answer = node_programs.run("llama_cpp.mjs", request)

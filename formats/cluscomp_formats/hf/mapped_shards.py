@@ -19,11 +19,12 @@ _DAMAGED = "the folder is damaged: copy, download or convert it again"
 
 @dataclass(frozen=True)
 class MappedShard:
-    """An open safetensors file: where its data begins, its arrays."""
+    """An open safetensors file: where its data begins, its arrays, its own metadata."""
 
     file: StoredFile
     data_begin: int
     entries: Mapping[str, Entry]
+    metadata: Mapping[str, str]
 
     @property
     def name(self) -> str:
@@ -43,8 +44,8 @@ def open_shard(path: Path) -> MappedShard:
     file = StoredFile(path)
     length = header_length(file.copy(0, LENGTH_BYTES), file.length, file.name)
     data_begin = LENGTH_BYTES + length
-    entries = parse_header(file.copy(LENGTH_BYTES, length), file.length - data_begin, file.name)
-    return MappedShard(file, data_begin, entries)
+    header = parse_header(file.copy(LENGTH_BYTES, length), file.length - data_begin, file.name)
+    return MappedShard(file, data_begin, header.entries, header.metadata)
 
 
 class StoredWeights:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cluscomp_formats.errors import InvalidFileError, Problem
@@ -18,7 +18,21 @@ from cluscomp_formats.ir import DTYPES, canonical_json
 from cluscomp_formats.packed.json_values import StrictJsonError, parse_strict
 from cluscomp_formats.packed.spec import MAX_RANK, can_be_shape
 
-__all__ = ["LENGTH_BYTES", "MAX_HEADER_BYTES", "STORED_NAMES", "Entry", "header_bytes", "header_length", "parse_header"]
+__all__ = [
+    "LENGTH_BYTES",
+    "MAX_HEADER_BYTES",
+    "STORED_NAMES",
+    "Entry",
+    "Forms",
+    "Header",
+    "header_bytes",
+    "header_length",
+    "lay_out",
+    "parse_header",
+]
+
+Forms = Mapping[str, tuple[str, tuple[int, ...]]]
+"""Dtype, a key of `DTYPES`, and shape of arrays, by name."""
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
@@ -55,14 +69,36 @@ class Entry:
     end: int
 
 
-def header_bytes(entries: Mapping[str, Entry]) -> bytes:
+@dataclass(frozen=True)
+class Header:
+    """What a header says: the arrays by name, and the file's own metadata."""
+
+    entries: Mapping[str, Entry]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+def lay_out(forms: Forms) -> dict[str, Entry]:
+    """Where arrays lie, in this order: wide items before narrow ones, which aligns all of them without a hole."""
+    entries: dict[str, Entry] = {}
+    position = 0
+    for name, (dtype, shape) in sorted(forms.items(), key=lambda form: -DTYPES[form[1][0]].itemsize):
+        end = position + math.prod(shape) * DTYPES[dtype].itemsize
+        entries[name] = Entry(dtype, shape, position, end)
+        position = end
+    return entries
+
+
+# transformers opens only files that name the framework they were written for.
+_FOR_TRANSFORMERS = {"format": "pt"}
+
+
+def header_bytes(entries: Mapping[str, Entry], metadata: Mapping[str, str] = _FOR_TRANSFORMERS) -> bytes:
     """The start of a file: length and header, padded with spaces so that the data begins at a multiple of 8."""
     value: dict[str, Any] = {
         name: {"dtype": STORED_NAMES[entry.dtype], "shape": entry.shape, "data_offsets": [entry.begin, entry.end]}
         for name, entry in entries.items()
     }
-    # transformers opens only files that name the framework they were written for.
-    text = canonical_json({**value, _METADATA: {"format": "pt"}}).encode()
+    text = canonical_json({**value, _METADATA: dict(metadata)}).encode()
     text += b" " * (-len(text) % LENGTH_BYTES)
     return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
@@ -83,8 +119,8 @@ def header_length(start: bytes, file_length: int, file: str) -> int:
     return length
 
 
-def parse_header(data: bytes, data_length: int, file: str) -> dict[str, Entry]:
-    """The arrays a header describes; `data_length` is what follows it in the file, in bytes.
+def parse_header(data: bytes, data_length: int, file: str) -> Header:
+    """What a header says; `data_length` is what follows it in the file, in bytes.
 
     Raises InvalidFileError with every problem found, at most one per array.
     """
@@ -110,7 +146,7 @@ def parse_header(data: bytes, data_length: int, file: str) -> dict[str, Entry]:
         problems += _layout_problems(entries.items(), data_length, file)
     if problems:
         raise InvalidFileError(problems)
-    return entries
+    return Header(entries, metadata)
 
 
 def _entry(name: str, member: Any, file: str) -> Entry | Problem:

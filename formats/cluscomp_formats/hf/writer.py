@@ -14,8 +14,8 @@ from cluscomp_formats.errors import InvalidRequestError, Problem
 from cluscomp_formats.hf.layout import CONFIG, INDEX, OWN_FILES, RECORD, SINGLE, VERSION, StoredArray, stored_arrays
 from cluscomp_formats.hf.quantization import join_config
 from cluscomp_formats.hf.reader import holds_only_model, open_hf
-from cluscomp_formats.hf.safetensors import MAX_HEADER_BYTES, Entry, header_bytes
-from cluscomp_formats.ir import DTYPES, DigestBuilder, Model, canonical_json
+from cluscomp_formats.hf.safetensors import MAX_HEADER_BYTES, Entry, header_bytes, lay_out
+from cluscomp_formats.ir import DigestBuilder, Model, canonical_json
 from cluscomp_formats.packed.payload_stream import (
     Progress,
     SelfTest,
@@ -111,14 +111,8 @@ class _Shard:
     arrays: Sequence[StoredArray]
 
     def entries(self) -> dict[str, Entry]:
-        """Where the arrays lie: wide items before narrow ones, which aligns all of them without a hole."""
-        entries: dict[str, Entry] = {}
-        position = 0
-        for array in sorted(self.arrays, key=lambda array: -DTYPES[array.dtype].itemsize):
-            end = position + array.payload.stored_bytes
-            entries[array.key] = Entry(array.dtype, array.shape, position, end)
-            position = end
-        return entries
+        """Where the arrays lie."""
+        return lay_out({array.key: (array.dtype, array.shape) for array in self.arrays})
 
 
 def _shards(arrays: Sequence[StoredArray], shard_bytes: int) -> list[_Shard]:

@@ -36,6 +36,13 @@ __all__ = ["PATHS", "PathStatus", "choose_path", "paths", "prepare", "prepare_co
 
 PATHS = ("native", "triton", "embedding_bag", "reference", "dense")
 
+INT8_UNIT = 32.0
+"""Codebooks of int8 are divided by this to be float16, row scales are multiplied with it; both are exact.
+
+Centroids of rows of unit variance are then about as large as in a codebook of floats. Products of whole numbers could leave the
+range of float16 before the row scale brings them back.
+"""
+
 
 class PathStatus(NamedTuple):
     """A path on a device; `reason` says why it is not available, and is empty if it is."""
@@ -97,13 +104,16 @@ def _checked_path(path: str, device: str | torch.device, cluster_dim: int) -> st
 def prepare_codebook(codebook: Tensor, *, path: str = "auto", device: str | torch.device = "cpu") -> PreparedCodebook:
     """Lay out `codebook [num_clusters, cluster_dim]` for a path, once for all the weights that use it.
 
-    Values are exact: float16 and bfloat16 keep their type or are widened. Raises TypeError or ValueError on a wrong codebook,
-    ValueError on a path that the device does not have.
+    Values are exact: float16 and bfloat16 keep their type or are widened, int8 becomes float16. Raises TypeError or ValueError
+    on a wrong codebook, ValueError on a path that the device does not have.
     """
     check_codebook(codebook)
     num_clusters, cluster_dim = codebook.shape
     path = _checked_path(path, device, cluster_dim)
     codebook = codebook.detach()
+    unit = 1.0
+    if codebook.dtype == torch.int8:
+        codebook, unit = codebook.to(torch.float16) / INT8_UNIT, INT8_UNIT
     if path == "native":
         values = native_kernel.pad_codebook(codebook.to("cpu"))
     elif path == "embedding_bag":
@@ -113,7 +123,7 @@ def prepare_codebook(codebook: Tensor, *, path: str = "auto", device: str | torc
         values = torch.nn.functional.pad(codebook.to(device), (0, row - cluster_dim)).contiguous()
     else:
         values = codebook.to(device)
-    return PreparedCodebook(path, values, num_clusters, cluster_dim)
+    return PreparedCodebook(path, values, num_clusters, cluster_dim, unit)
 
 
 def prepare(
@@ -148,7 +158,10 @@ def prepare(
     def epilogue(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.detach().to(target, torch.float32).contiguous()
 
-    operands = Operands(codebook, codes, out_features, epilogue(row_scale), epilogue(bias), dtype)
+    scale = epilogue(row_scale)
+    if codebook.unit != 1:
+        scale = torch.full((out_features,), codebook.unit, device=target) if scale is None else scale * codebook.unit
+    operands = Operands(codebook, codes, out_features, scale, epilogue(bias), dtype)
     return _weight_class(codebook.path)(operands)
 
 

@@ -7,17 +7,17 @@ from torch import Tensor
 
 __all__ = ["check_codebook", "check_codes", "check_epilogue", "check_input"]
 
-CODEBOOK_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+CODEBOOK_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 MAX_CLUSTERS = 65536
 
 
 def check_codebook(codebook: Tensor) -> None:
-    """Raise unless the codebook is `[num_clusters, cluster_dim]`, float32, float16 or bfloat16, 1 to 65536 clusters.
+    """Raise unless the codebook is `[num_clusters, cluster_dim]`, float32, float16, bfloat16 or int8, 1 to 65536 clusters.
 
     Raises TypeError on a wrong dtype, ValueError on a wrong shape.
     """
     if codebook.dtype not in (*CODEBOOK_DTYPES, torch.float64):
-        raise TypeError(f"codebook is {codebook.dtype}, expected float32, float16 or bfloat16")
+        raise TypeError(f"codebook is {codebook.dtype}, expected float32, float16, bfloat16 or int8")
     if codebook.dim() != 2 or not 1 <= codebook.shape[0] <= MAX_CLUSTERS or codebook.shape[1] < 1:
         shape = tuple(codebook.shape)
         raise ValueError(f"codebook has shape {shape}, expected [num_clusters, cluster_dim], 1 to {MAX_CLUSTERS} clusters")

@@ -20,12 +20,16 @@ __all__ = ["DenseWeight", "EmbeddingBagWeight", "Operands", "PreparedCodebook", 
 
 @dataclass(frozen=True, eq=False)
 class PreparedCodebook:
-    """A codebook laid out for one path: `values [rows, row_length]` on the device, rows and columns possibly padded."""
+    """A codebook laid out for one path: `values [rows, row_length]` on the device, rows and columns possibly padded.
+
+    Centroids are `values * unit`; the row scales of the weights take in the unit.
+    """
 
     path: str
     values: Tensor
     num_clusters: int
     cluster_dim: int
+    unit: float = 1.0
 
     @property
     def nbytes(self) -> int:
@@ -73,6 +77,15 @@ class PreparedWeight(abc.ABC):
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("a prepared weight has no backward pass; use clus_linear.linear, or torch.no_grad()")
         return self._linear(x)
+
+    def take_row_scale(self, row_scale: Tensor) -> None:
+        """Take another row scale `[out_features]` in place of the one it was prepared with, where that lies in memory.
+
+        Raises ValueError if it was prepared without one.
+        """
+        if self.row_scale is None:
+            raise ValueError("the weight was prepared without a row scale")
+        self.row_scale.copy_(row_scale).mul_(self.codebook.unit)
 
     @abc.abstractmethod
     def _linear(self, x: Tensor) -> Tensor: ...

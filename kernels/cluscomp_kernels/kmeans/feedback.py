@@ -28,15 +28,18 @@ BLOCK = 64
 """Channels that feed back to each other one by one; a matrix product then feeds back to all that follow."""
 
 
-def feedback_factor(moments: torch.Tensor) -> torch.Tensor:
+def feedback_factor(moments: torch.Tensor, order: torch.Tensor | None = None) -> torch.Tensor:
     """The unit upper triangle R of `moments = R D R^T` with D diagonal, float64 `[channels, channels]`.
 
-    `moments` are symmetric: the mean of `x x^T` over inputs x. Raises torch.linalg.LinAlgError unless they are positive
-    definite.
+    `moments` are symmetric: the mean of `x x^T` over inputs x. With `order`, int64 `[channels]`, those of the channels in that
+    order. Needs two matrices of that size beside them. Raises torch.linalg.LinAlgError unless they are positive definite.
     """
-    lower = torch.linalg.cholesky(moments.flip(0, 1))
-    factor: torch.Tensor = (lower / lower.diagonal()).flip(0, 1)
-    return factor
+    last_first = (torch.arange(len(moments)) if order is None else order).flip(0)
+    # Column by column in memory, as LAPACK has it: there the factor takes the place of the matrix.
+    lower = moments.mT[last_first[:, None], last_first].mT
+    torch.linalg.cholesky(lower, out=lower)
+    lower /= lower.diagonal().clone()
+    return lower.flip(0, 1)
 
 
 def assign_with_feedback(

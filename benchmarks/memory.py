@@ -1,0 +1,284 @@
+"""Predicted and real peak memory of every phase of a conversion: `python benchmarks/memory.py [MODEL ...]`. Linux only.
+
+Every phase runs in a process of its own, on what the phases before it have finished (a work folder); reported is the peak of
+its resident memory over what was resident when it began, all libraries warm. The prediction is that of `convert --dry-run`.
+Checked: no phase needs more than predicted. Sizes are in MB = 10^6 bytes.
+
+Beside the models given, synthetic ones are measured. The blocks of a model are alike, so these have one or two, as wide as
+those of models many times larger.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from measuring import forget_peak, peak_resident_bytes, resident_bytes
+from synthetic_model import llama_config, write_model
+
+from cluscomp_export.calibration import calibration_tokens, calibration_windows, channel_energies, shipped_text
+from cluscomp_export.clustering import cluster_model
+from cluscomp_export.convert import ConversionOptions, Prepared, convert, prepare, scan_source
+from cluscomp_export.effort import Effort, levels_of
+from cluscomp_export.error_feedback import ErrorFeedback
+from cluscomp_export.memory_model import Peak, conversion_memory
+from cluscomp_export.terminal import print_table, say
+from cluscomp_export.tuning import RecoveryOptions, TrainableModel, recover
+from cluscomp_export.tuning.blockwise import BlockwiseOptions
+from cluscomp_export.work_folder import WorkFolder, work_path
+from cluscomp_export.writers import find_writer
+from cluscomp_formats.ir import Model
+from cluscomp_formats.packed import open_packed
+from cluscomp_runtime.memory import return_freed_arrays
+from cluscomp_runtime.selftest import make_self_test
+
+STORIES = Path(__file__).parent.parent / "tests" / "data" / "stories260K"
+EFFORTS: tuple[Effort, ...] = ("fast", "best")
+CONVERSION = "0" * 16
+"""Fingerprint of the work, of which each process does a part."""
+
+SYNTHETIC = {
+    "1B": llama_config(2048, 5632, 2, 32, 4, 8192),
+    "narrow, wide inside": llama_config(768, 4096, 1, 12, 12, 2048),
+    "untied": llama_config(3072, 4096, 1, 24, 8, 16384, tie_word_embeddings=False),
+}
+"""The first has the blocks of TinyLlama-1.1B; the tokenizer is that of a small model."""
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "a codebook each": {"cluster_dim": 8, "num_clusters": 1024, "effort": "balanced"},
+    "shared by kind": {"cluster_dim": 8, "num_clusters": 1024, "effort": "balanced", "share": "kind"},
+}
+"""Few clusters, for the sake of time; `benchmarks/kmeans.py` has the full number."""
+
+CHARACTERS_PER_WINDOW = 2500
+"""At least a window of text, with any tokenizer."""
+
+
+@dataclass
+class Stand:
+    """What a phase works on: the source, its plan, and the work done so far."""
+
+    path: Path
+    output: Path
+    options: ConversionOptions
+    windows: int
+    prepared: Prepared
+    work: WorkFolder
+
+    def clustered(self, feedback: ErrorFeedback | None = None) -> Model:
+        source, plan = self.prepared.source, self.prepared.plan
+        assert plan is not None
+        shapes = {name: ("float32", (tensor.shape[1],)) for name, tensor in source.tensors.items() if len(tensor.shape) == 2}
+        energies = self.work.load("energies", shapes)
+        return cluster_model(source, plan, energies=energies, feedback=feedback, work=self.work, threads=self.options.threads)
+
+
+def open_work(path: Path) -> WorkFolder:
+    path.mkdir(exist_ok=True)
+    work = WorkFolder(path)
+    work.begin(CONVERSION)
+    return work
+
+
+def feedback_path(output: Path) -> Path:
+    return output.with_name("feedback")
+
+
+def without_codes(stand: Stand) -> WorkFolder:
+    """A work folder with the codebooks alone: both ways to choose codes keep them under the same names."""
+    work = open_work(feedback_path(stand.output))
+    for name, codebook in stand.clustered().codebooks.items():
+        forms = {"centroids": (codebook.values.dtype, codebook.values.shape), "step": ("float32", (1,))}
+        arrays = stand.work.load(f"codebook {name}", forms)
+        assert arrays is not None, f"{name} has not been fitted"
+        work.save(f"codebook {name}", arrays)
+    return work
+
+
+def check(stand: Stand) -> None:
+    scan_source(stand.prepared.source, stand.path)
+
+
+def calibrate(stand: Stand) -> None:
+    # Energies of more windows than are run at a time take longer, not more memory.
+    text = shipped_text()[: CHARACTERS_PER_WINDOW * stand.windows]
+    stand.work.save("energies", channel_energies(stand.prepared.source, text))
+
+
+def fit(stand: Stand) -> None:
+    for codebook in stand.clustered().codebooks.values():
+        codebook.values.read()
+
+
+def encode(stand: Stand) -> None:
+    for weight in stand.clustered().clustered.values():
+        weight.stages[0].codes.read()
+
+
+def encode_with_feedback(stand: Stand) -> None:
+    windows = calibration_windows(stand.prepared.source, shipped_text(), stand.windows)
+    for weight in stand.clustered(ErrorFeedback(stand.prepared.source, windows)).clustered.values():
+        weight.stages[0].codes.read()
+
+
+def tune(stand: Stand) -> None:
+    """On codes that are there: the blocks are run, but nothing is encoded."""
+    windows = calibration_windows(stand.prepared.source, shipped_text(), stand.windows)
+    feedback = ErrorFeedback(stand.prepared.source, windows, BlockwiseOptions(epochs=1))
+    for codebook in stand.clustered(feedback).clustered.values():
+        codebook.stages[0].codes.read()
+
+
+def train(stand: Stand) -> None:
+    token_ids = calibration_tokens(stand.prepared.source, shipped_text())
+    recover(TrainableModel(stand.clustered()), stand.prepared.source, token_ids, RecoveryOptions(steps=2, checks=1))
+
+
+def write(stand: Stand) -> None:
+    find_writer(stand.options.to).write(stand.clustered(), stand.output, force=True, self_test=None, on_progress=None)
+
+
+def self_test(stand: Stand) -> None:
+    make_self_test(open_packed(stand.output))
+
+
+PHASES: dict[str, Callable[[Stand], None]] = {
+    "checking the source": check,
+    "calibration": calibrate,
+    "fitting codebooks": fit,
+    "choosing codes": encode,
+    "error feedback": encode_with_feedback,
+    "block-wise tuning": tune,
+    "recovery": train,
+    "writing": write,
+    "self-test": self_test,
+}
+
+
+def predictions(stand: Stand) -> dict[str, Peak]:
+    """The model's peaks by phase, both ways to choose codes among them."""
+    prepared = stand.prepared
+    peaks: dict[str, Peak] = {}
+    for effort in EFFORTS:
+        found = conversion_memory(
+            prepared.source,
+            prepared.model,
+            prepared.plan,
+            output_bytes=prepared.sizes.payload_bytes,
+            calibrated=True,
+            levels=levels_of(effort),
+            windows=stand.windows,
+        )
+        peaks |= {peak.phase: peak for peak in found}
+    return peaks
+
+
+def run_phase(phase: str, stand: Stand) -> int:
+    """Bytes the phase adds to this process at most."""
+    calibration_tokens(stand.prepared.source, shipped_text())
+    forget_peak()
+    before = resident_bytes()
+    PHASES[phase](stand)
+    return peak_resident_bytes() - before
+
+
+def warm_up(folder: Path) -> None:
+    """Load and use every library once, on a model of a quarter of a million weights."""
+    convert(STORIES, folder / "warm.clus", ConversionOptions(bits=4, effort="balanced"), force=True)
+    torch.ones(512, 512) @ torch.ones(512, 512)
+    torch.linalg.cholesky(torch.eye(256, dtype=torch.float64))
+
+
+def child(request: dict[str, Any]) -> None:
+    return_freed_arrays()
+    path, output = Path(request["source"]), Path(request["output"])
+    options = ConversionOptions(**request["options"])
+    warm_up(output.parent)
+    stand = Stand(path, output, options, request["windows"], prepare(path, options), open_work(work_path(output)))
+    if request["phase"] == "error feedback":
+        stand = replace(stand, work=without_codes(stand))
+    elif request["phase"] == "block-wise tuning":
+        stand = replace(stand, work=open_work(feedback_path(output)))
+    expected = predictions(stand)[request["phase"]]
+    started = time.perf_counter()
+    measured = run_phase(request["phase"], stand)
+    result = {"predicted": expected.host, "measured": measured, "seconds": time.perf_counter() - started}
+    print(json.dumps(result))
+
+
+def measure(name: str, source: Path, settings: str, phases: list[str], windows: int, folder: Path) -> list[dict[str, Any]]:
+    rows = []
+    output = folder / "output.clus"
+    for phase in phases:
+        request = {
+            "phase": phase,
+            "source": str(source),
+            "output": str(output),
+            "windows": windows,
+            "options": {**SETTINGS[settings], "threads": 1},
+        }
+        command = [sys.executable, __file__, "--child", json.dumps(request)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        row = {"model": name, "settings": settings, "phase": phase, **json.loads(done.stdout)}
+        say(json.dumps(row))
+        rows.append(row)
+    for work in (work_path(output), feedback_path(output)):
+        shutil.rmtree(work, ignore_errors=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", type=Path, nargs="*", help="models to measure beside the synthetic ones")
+    parser.add_argument("--synthetic", nargs="*", default=list(SYNTHETIC), choices=list(SYNTHETIC), help="[default: all]")
+    parser.add_argument("--settings", nargs="*", default=list(SETTINGS), choices=list(SETTINGS), help="[default: all]")
+    parser.add_argument("--phases", nargs="*", default=list(PHASES), choices=list(PHASES), help="[default: all]")
+    parser.add_argument("--windows", type=int, default=4, help="windows of error feedback (default 4)")
+    parser.add_argument("--json", action="store_true", help="print one JSON list")
+    parser.add_argument("--folder", type=Path, help="where the files go (default: a temporary folder)")
+    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        child(options.child)
+        return
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    rows = []
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        models = {path.stem: path for path in options.models}
+        for model in options.synthetic:
+            models[model] = folder / model
+            models[model].mkdir()
+            write_model(models[model], SYNTHETIC[model])
+            for file in ("tokenizer.json", "tokenizer_config.json"):
+                if (STORIES / file).is_file():
+                    shutil.copy(STORIES / file, models[model])
+        for model, source in models.items():
+            for settings in options.settings:
+                rows += measure(model, source, settings, options.phases, options.windows, folder)
+    if options.json:
+        print(json.dumps(rows, indent=1))
+    else:
+        header = ("model", "settings", "phase", "predicted", "measured", "ratio")
+        megabytes = [(f"{row['predicted'] / 1e6:.0f}", f"{row['measured'] / 1e6:.0f}") for row in rows]
+        ratios = [f"{row['predicted'] / max(1, row['measured']):.2f}" for row in rows]
+        names = [(row["model"], row["settings"], row["phase"]) for row in rows]
+        print_table(header, [(*a, *b, c) for a, b, c in zip(names, megabytes, ratios, strict=True)])
+    exceeded = [row for row in rows if row["measured"] > row["predicted"]]
+    if exceeded:
+        sys.exit(f"{len(exceeded)} phases need more than predicted")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""What an effort means: which levels of work a compression goes through, and with which settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, TypeVar
+
+from cluscomp_export.tuning.blockwise import BlockwiseOptions
+from cluscomp_export.tuning.recovery import RecoveryOptions
+from cluscomp_formats.errors import InvalidRequestError, Problem
+
+__all__ = ["Effort", "Levels", "levels_of"]
+
+Effort = Literal["fast", "balanced", "best"]
+
+WINDOWS = 64
+"""Windows of the calibration text that error feedback and block-wise tuning see."""
+
+_Options = TypeVar("_Options", BlockwiseOptions, RecoveryOptions)
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Error feedback or nearest centroids, then block-wise tuning, then recovery; None leaves a level out.
+
+    `windows` of 512 tokens of the calibration text are used for all but the last.
+    """
+
+    feedback: bool
+    blockwise: BlockwiseOptions | None
+    recovery: RecoveryOptions | None
+    windows: int
+
+    @property
+    def block_by_block(self) -> bool:
+        """Whether blocks are compressed in order, on the activations of the model as compressed so far."""
+        return self.feedback or self.blockwise is not None
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether there must be a calibration text."""
+        return self.block_by_block or self.recovery is not None
+
+    def recorded(self) -> dict[str, Any]:
+        """What determines the result, for the provenance."""
+        found: dict[str, Any] = {"feedback": self.feedback}
+        if self.block_by_block:
+            found["calibration_windows"] = self.windows
+        if self.blockwise is not None:
+            found["blockwise"] = asdict(self.blockwise)
+        if self.recovery is not None:
+            found["recovery"] = asdict(self.recovery)
+        return found
+
+
+def levels_of(
+    effort: Effort,
+    *,
+    feedback: bool | None = None,
+    windows: int | None = None,
+    blockwise: Mapping[str, Any] | None = None,
+    recovery: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> Levels:
+    """The levels of an effort, changed by what is given: None, and settings that are None, are the effort's own.
+
+    `blockwise` are settings of `BlockwiseOptions`, `recovery` of `RecoveryOptions`; 0 `epochs` or 0 `steps` leave a level out,
+    any other setting puts it in. Raises InvalidRequestError for values that are out of range.
+    """
+    return Levels(
+        feedback=effort != "fast" if feedback is None else feedback,
+        blockwise=_level("blockwise", "epochs", BlockwiseOptions(seed=seed), effort != "fast", blockwise or {}),
+        recovery=_level("recovery", "steps", RecoveryOptions(seed=seed), effort == "best", recovery or {}),
+        windows=_positive("--calibration-windows", WINDOWS if windows is None else windows),
+    )
+
+
+def _level(name: str, amount: str, default: _Options, included: bool, settings: Mapping[str, Any]) -> _Options | None:
+    given = {key: value for key, value in settings.items() if value is not None}
+    if given.get(amount) == 0 or not (included or given):
+        return None
+    unknown = sorted(set(given) - {field.name for field in fields(default)})
+    if unknown:
+        raise TypeError(f"{type(default).__name__} has no {', '.join(unknown)}")
+    for key, value in given.items():
+        if isinstance(value, int | float) and key not in ("same_input", "warmup"):
+            _positive(f"--{name}-{key.replace('_', '-')}", value)
+    return replace(default, **given)
+
+
+_Number = TypeVar("_Number", int, float)
+
+
+def _positive(option: str, value: _Number) -> _Number:
+    if not value > 0:
+        raise InvalidRequestError(
+            Problem("bad_option", f"{option} is out of range", found=f"{value:g}", expected="more than 0")
+        )
+    return value

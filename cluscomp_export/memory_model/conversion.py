@@ -1,0 +1,128 @@
+"""The phases of a conversion in their order, and what each needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from cluscomp_export.clustering import unit_bytes
+from cluscomp_export.effort import Levels
+from cluscomp_export.error_feedback import block_index
+from cluscomp_export.memory_model.blocks import (
+    calibration,
+    embedding,
+    error_feedback,
+    recovery,
+    self_test,
+    sensitivities,
+    tuning,
+)
+from cluscomp_export.memory_model.matrices import checking, encoding, fitting, writing
+from cluscomp_export.planning import Plan
+from cluscomp_formats.errors import ClusCompError
+from cluscomp_formats.ir import Model
+from cluscomp_runtime.architecture import DecoderSettings, check_tensors
+from cluscomp_runtime.memory import physical_bytes
+
+__all__ = ["PROCESS_BYTES", "Peak", "conversion_memory", "memory_warnings"]
+
+PROCESS_BYTES = 300_000_000
+"""The process before it touches a model: the interpreter with torch and a tokenizer. On a GPU the driver's context comes on
+top of both columns, about half a gigabyte each."""
+
+HEAP_BYTES = 32 << 20
+"""What the allocator may keep of arrays that are gone (`return_freed_arrays` bounds it), and what libraries need for their
+products: a few times 8 MB."""
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most bytes a phase needs at a time on each place; `host` and `device` without the process itself.
+
+    `disk` is what the conversion occupies by the end of the phase: the kept work and the output.
+    """
+
+    phase: str
+    device: int
+    host: int
+    disk: int
+
+
+def conversion_memory(
+    source: Model,
+    model: Model,
+    plan: Plan | None,
+    *,
+    output_bytes: int,
+    calibrated: bool,
+    measures: bool = False,
+    levels: Levels,
+    windows: int,
+    cuda: bool = False,
+) -> tuple[Peak, ...]:
+    """The phases of a conversion in their order.
+
+    `model` is what `cluster_model(source, plan)` describes, or the source itself where it is only repacked (`plan=None`);
+    `output_bytes` the size of what is written. `calibrated` says whether there is a calibration text, of which blocks see as
+    many `windows`, `measures` whether sensitivities are measured on it, `cuda` whether the device is one.
+    """
+    if plan is None:
+        return tuple(_with_heap([("writing", 0, writing(source, model), output_bytes), *_self_test(model, output_bytes)]))
+    settings = runnable(source)
+    rows: list[tuple[str, int, int, int]] = [("checking the source", 0, checking(source), 0)]
+    disk = 0
+    if measures and settings is not None:
+        rows.append(("sensitivities", 0, sensitivities(source, settings), disk))
+    if calibrated and settings is not None:
+        disk = sum(4 * tensor.shape[1] for tensor in source.tensors.values() if len(tensor.shape) == 2)
+        rows.append(("calibration", 0, calibration(source, settings, windows), disk))
+    sizes = unit_bytes(model)
+    disk += sizes["codebooks"]
+    rows.append(("fitting codebooks", *fitting(source, plan, calibrated=calibrated, cuda=cuda), disk))
+    disk += sizes["tensors"]
+    if settings is None or not levels.block_by_block:
+        rows.append(("choosing codes", *encoding(source, plan, cuda=cuda), disk + output_bytes))
+    else:
+        rows.append(("error feedback", *error_feedback(source, model, plan, settings, windows, cuda=cuda), disk))
+        if levels.blockwise is not None:
+            # The values of a tuned block are kept beside those it started with.
+            disk += sizes["codebooks"] + sizes["scales"]
+            shared = [book.name for book in plan.codebooks if len({block_index(name) for name in book.members}) > 1]
+            block, streams = tuning(model, settings, levels.blockwise, windows, shared)
+            device, host = (block, streams) if cuda else (0, block + streams)
+            rows.append(("block-wise tuning", device, max(host, embedding(source, settings, windows)), disk))
+    if levels.recovery is not None and settings is not None:
+        rows.append(("recovery", 0, recovery(source, model, settings, levels.recovery), disk))
+    rows.append(("writing", 0, writing(source, model), disk + output_bytes))
+    rows += _self_test(model, disk + output_bytes)
+    return tuple(_with_heap(rows))
+
+
+def _with_heap(rows: list[tuple[str, int, int, int]]) -> Iterator[Peak]:
+    """Small phases cannot leave more behind than they had."""
+    for phase, device, host, disk in rows:
+        yield Peak(phase, device, host + min(HEAP_BYTES, host), disk)
+
+
+def memory_warnings(peaks: Sequence[Peak]) -> list[str]:
+    """What to say before the work if this machine has less memory than a phase may need."""
+    largest = max(peaks, key=lambda peak: peak.host)
+    needed, available = largest.host + PROCESS_BYTES, physical_bytes()
+    if available is None or needed <= available:
+        return []
+    return [f"{largest.phase} may need {needed / 1e9:.1f} GB of memory; this machine has {available / 1e9:.1f} GB"]
+
+
+def runnable(model: Model) -> DecoderSettings | None:
+    """What the runtime reads from the configuration, None if it cannot run the model: then there is no calibration either."""
+    try:
+        settings = DecoderSettings.from_config(model.config)
+        check_tensors(model, settings)
+    except ClusCompError:
+        return None
+    return settings
+
+
+def _self_test(model: Model, disk: int) -> list[tuple[str, int, int, int]]:
+    settings = runnable(model)
+    return [] if settings is None or model.self_test is not None else [("self-test", 0, self_test(model, settings), disk)]

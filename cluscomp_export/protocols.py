@@ -1,0 +1,113 @@
+"""How a text becomes windows of tokens, and which tokens of a window are scored: the protocols of perplexity.
+
+`llama.cpp` is that of its `perplexity` tool: the text as it is, windows of 512 tokens, of which the second half is scored;
+where the tokenizer begins a text with a token of its own, that token replaces the first of every window.
+
+`gptq` is that of the quantisation literature since GPTQ (AWQ, AQLM, QuIP#, ClusComp): the lines of the text joined as the data
+set's rows are, windows of 2048 tokens (or what the paper says), all of which but the first are scored, cut as they come.
+
+Windows do not overlap unless a stride shorter than the context is asked for; what is left at the end is dropped.
+`docs/evaluation.md` tells how the two differ in figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from cluscomp_formats.errors import InvalidRequestError, Problem
+
+__all__ = ["PROTOCOLS", "Join", "Protocol", "choose_protocol", "join_rows"]
+
+Join = Literal["rows", "none"]
+
+PROTOCOLS: dict[str, tuple[int, Join]] = {"llama.cpp": (512, "none"), "gptq": (2048, "rows")}
+"""The context and the way to join a text that each has by default."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A protocol with all its parameters.
+
+    `context` is the tokens of a window, `stride` those from the beginning of one to that of the next, `join` what is done to
+    the text beforehand: `rows` is `join_rows`.
+    """
+
+    name: str
+    context: int
+    stride: int
+    join: Join
+
+    def first_scored(self, index: int) -> int:
+        """Position in window number `index` of the first token that is scored; all after it are, too.
+
+        Where windows overlap, each but the first scores only its last `stride` tokens, which no window before it had.
+        """
+        if index > 0 and self.stride < self.context:
+            return self.context - self.stride
+        return self.context // 2 + 1 if self.name == "llama.cpp" else 1
+
+    def prepare(self, text: str) -> str:
+        """The text as it is tokenized."""
+        return join_rows(text) if self.join == "rows" else text
+
+    def windows(self, token_ids: Sequence[int], *, count: int | None, bos_id: int | None) -> list[list[int]]:
+        """The first `count` (None: all) full windows. `bos_id` is the token that the tokenizer begins every text with, if any.
+
+        Raises InvalidRequestError if there is not even one.
+        """
+        available = (len(token_ids) - self.context) // self.stride + 1
+        if available < 1:
+            found, expected = f"{len(token_ids)} tokens", f"at least {self.context}, the length of a window"
+            remedy = "choose a longer text or a shorter --context"
+            problem = Problem("text_too_short", "the text is too short", found=found, expected=expected, remedy=remedy)
+            raise InvalidRequestError(problem)
+        used = available if count is None else min(count, available)
+        starts = range(0, used * self.stride, self.stride)
+        cut = [list(token_ids[start : start + self.context]) for start in starts]
+        return cut if bos_id is None or self.name != "llama.cpp" else [[bos_id, *window[1:]] for window in cut]
+
+
+def choose_protocol(
+    name: str = "llama.cpp",
+    *,
+    context: int | None = None,
+    stride: int | None = None,
+    join: Join | None = None,
+    limit: int | None = None,
+) -> Protocol:
+    """The protocol of that name with its defaults, which never exceed `limit`, the most tokens the model takes.
+
+    Raises InvalidRequestError for an unknown name and for parameters out of range.
+    """
+    if name not in PROTOCOLS:
+        raise InvalidRequestError(Problem("bad_option", "no such protocol", found=name, expected=" or ".join(PROTOCOLS)))
+    default_context, default_join = PROTOCOLS[name]
+    if context is None:
+        context = default_context if limit is None else min(default_context, limit)
+    problems = []
+    least = 4 if name == "llama.cpp" else 2
+    if context < least:
+        problems.append(Problem("bad_option", "--context is too small", found=str(context), expected=f"at least {least}"))
+    if limit is not None and context > limit:
+        message, expected = "--context is longer than the model was made for", f"at most {limit} (max_position_embeddings)"
+        problems.append(Problem("bad_option", message, found=str(context), expected=expected))
+    stride = context if stride is None else stride
+    if not problems and not 1 <= stride <= context:
+        expected = f"1 to {context}, the tokens of a window"
+        problems.append(Problem("bad_option", "--stride is out of range", found=str(stride), expected=expected))
+    if problems:
+        raise InvalidRequestError(problems)
+    return Protocol(name, context, stride, join or default_join)
+
+
+def join_rows(text: str) -> str:
+    r"""A text file as the scripts of GPTQ and its successors see it: `"\n\n".join(dataset["text"])`.
+
+    The data set on the Hugging Face hub has a row per line of the file, line end included, and an empty row for a line of
+    nothing but white space.
+    """
+    lines = text.split("\n")
+    rows = [f"{line}\n" for line in lines[:-1]] + ([lines[-1]] if lines[-1] else [])
+    return "\n\n".join(row if row.strip() else "" for row in rows)

@@ -1,0 +1,48 @@
+"""A model of which only the configuration is here: what its tensors are called and how large they are, to plan with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from cluscomp_export.sources.checkpoint import read_config, read_side_files
+from cluscomp_formats.errors import InvalidFileError, Problem
+from cluscomp_formats.ir import FLOAT_DTYPES, Array, DenseTensor, Model
+from cluscomp_runtime.architecture import DecoderSettings, expected_tensors
+
+__all__ = ["FORMAT", "open_config"]
+
+FORMAT = "config"
+"""`provenance["format"]` of such a model."""
+
+DEFAULT_DTYPE = "bfloat16"
+"""Where the configuration does not say: what nearly all models are published in."""
+
+
+def open_config(folder: Path) -> Model:
+    """The model that the folder's `config.json` describes, of a family the runtime knows, as a dense model without payloads.
+
+    Names and shapes follow from the architecture, the dtype from `torch_dtype` (or `dtype`, as transformers 5 writes it).
+    Reading a payload raises InvalidFileError. Raises InvalidFileError for a configuration that is missing, broken or names no
+    dtype there is, UnsupportedError for one the runtime does not know or that says it is quantised.
+    """
+    config = read_config(folder)
+    dtype = _dtype(config, folder)
+    shapes = expected_tensors(DecoderSettings.from_config(config))
+
+    def no_payload() -> NoReturn:
+        remedy = "download the weights"
+        raise InvalidFileError(Problem("missing", "only the configuration is here, no weights", str(folder), remedy=remedy))
+
+    tensors = {name: DenseTensor(name, Array(shape, dtype, no_payload)) for name, shape in shapes.items()}
+    return Model(config, tensors, read_side_files(folder), {"format": FORMAT, "stored_bits": {}})
+
+
+def _dtype(config: Mapping[str, Any], folder: Path) -> str:
+    found = config.get("dtype") or config.get("torch_dtype") or DEFAULT_DTYPE
+    name = str(found).removeprefix("torch.")
+    if name not in FLOAT_DTYPES:
+        expected = ", ".join(FLOAT_DTYPES)
+        raise InvalidFileError(Problem("invalid_config", "torch_dtype names no float", str(folder), None, name, expected))
+    return name

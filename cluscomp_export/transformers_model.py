@@ -1,0 +1,88 @@
+"""Models of architectures the runtime's decoder does not know, run by transformers on our kernels; for evaluation.
+
+Built from the IR, so that every format and source will do: transformers gives the modules for the configuration, clustered
+weights take the place of its linears and embeddings, and dense tensors are read one at a time.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import nn
+
+from cluscomp_export.onnx_graph.skeleton import build_skeleton, compute_buffers, tensors_by_key
+from cluscomp_formats.errors import InvalidFileError, Problem, UnsupportedError
+from cluscomp_formats.ir import DenseTensor, Model, Tensor
+from cluscomp_runtime.hf.modules import MatrixStore
+from cluscomp_runtime.hf.replacement import replace_modules
+from cluscomp_runtime.language_model import check_device, compute_dtype
+from cluscomp_runtime.linear import tensor_of
+from cluscomp_runtime.tokenizer import Tokenizer
+
+__all__ = ["TransformersModel"]
+
+
+class TransformersModel:
+    """A decoder that transformers runs: what scoring needs of a `LanguageModel`, under the same names.
+
+    Raises UnsupportedError if transformers does not know the architecture, if it is no causal language model or has no use for
+    a tensor, InvalidFileError for missing tensors and wrong shapes.
+    """
+
+    def __init__(self, model: Model, *, device: str = "cpu", dtype: str | None = None) -> None:
+        self.device = check_device(device)
+        self.dtype = compute_dtype(dtype, self.device)
+        self.tokenizer = Tokenizer.from_files(model.files)
+        skeleton = build_skeleton(model.config)
+        self._module = skeleton.module
+        name = type(self._module).__name__
+        if not skeleton.cached:
+            problem = Problem("no_decoder", "only causal language models predict a text", "config.json", None, name)
+            raise UnsupportedError(problem)
+        tensors = tensors_by_key(skeleton, model)
+        self._replaced = replace_modules(self._module, model, MatrixStore(), self.dtype).modules
+        for module in self._replaced.values():
+            module._placement = torch.empty(0, dtype=self.dtype, device=self.device)
+        placed: dict[str, torch.Tensor] = {}
+        for key, tensor in tensors.items():
+            owner, _, leaf = key.rpartition(".")
+            if key in self._replaced:
+                continue
+            if tensor.name not in placed:
+                placed[tensor.name] = self._read(tensor)
+            holder = self._module.get_submodule(owner)
+            if leaf in holder._parameters:
+                holder._parameters[leaf] = nn.Parameter(placed[tensor.name], requires_grad=False)
+            else:
+                holder._buffers[leaf] = placed[tensor.name]
+        state: dict[str, Any] = self._module.state_dict(keep_vars=True)
+        missing = [key for key, value in state.items() if value.is_meta]
+        if missing:
+            message = "the model lacks a tensor its configuration calls for"
+            raise InvalidFileError([Problem("missing_tensor", message, None, key) for key in missing])
+        for value in state.values():
+            value._is_hf_initialized = True
+        compute_buffers(self._module, self.device)
+
+    def _read(self, tensor: Tensor) -> torch.Tensor:
+        """A dense tensor, or the decoded weight of a module of a class of its own."""
+        values = tensor_of(tensor.values) if isinstance(tensor, DenseTensor) else torch.from_numpy(tensor.decode())
+        return values.to(self.device, self.dtype if values.is_floating_point() else values.dtype)
+
+    @property
+    def max_positions(self) -> int:
+        """The most tokens the model takes."""
+        return int(getattr(self._module.config, "max_position_embeddings", None) or 2048)
+
+    @property
+    def kernel_summary(self) -> str:
+        counts = Counter(module.kernel for module in self._replaced.values()).most_common()
+        return ", ".join(["transformers", *(f"{path} ({count} modules)" for path, count in counts)])
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Logits `[batch, tokens, vocab_size]` for `input_ids` int64 `[batch, tokens]`."""
+        with torch.inference_mode():
+            logits: torch.Tensor = self._module(input_ids.to(self.device), use_cache=False).logits
+            return logits

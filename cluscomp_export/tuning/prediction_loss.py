@@ -1,0 +1,85 @@
+"""What a model is trained for: to predict the next token of a text, or what another model predicts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from cluscomp_runtime.decoder import Decoder
+
+__all__ = ["Batch", "PredictionLoss"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids int64 `[windows, tokens]`, and at which of them the prediction of the next one counts, bool of that shape."""
+
+    ids: torch.Tensor
+    scored: torch.Tensor
+
+    @property
+    def count(self) -> int:
+        """Predictions that count."""
+        return int(self.scored.sum())
+
+
+class PredictionLoss:
+    """`task` times the negative log-likelihood of the next token plus `kl` times the divergence from `teacher`.
+
+    The mean over the predictions that count, in nats per token. The divergence is that of Kullback and Leibler, of the student
+    from the teacher. Where `task` is not zero the last token of a window must not count: nothing follows it.
+    """
+
+    def __init__(self, student: Decoder, teacher: Decoder | None = None, *, task: float, kl: float) -> None:
+        self.student = student
+        self.teacher = teacher
+        self.task = task
+        self.kl = kl
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        ids, scored = batch.ids.to(self.student.device), batch.scored.to(self.student.device)
+        targets = F.pad(ids[:, 1:], (0, 1))
+        expected = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                expected = _hidden(self.teacher, ids)
+        hidden = _hidden(self.student, ids)
+        losses = []
+        for index, counts in enumerate(scored):
+            wanted = None if expected is None else expected[index][counts]
+            # The logits of one window at a time: those of the whole batch would be by far the largest tensor.
+            losses.append(
+                checkpoint(
+                    self.window_loss,
+                    hidden[index][counts],
+                    targets[index][counts],
+                    wanted,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                )
+            )
+        return torch.stack(losses).sum() / batch.count
+
+    def window_loss(self, hidden: torch.Tensor, targets: torch.Tensor, expected: torch.Tensor | None) -> torch.Tensor:
+        """Sum of the losses of one window, from what flows into the heads, `[predictions, hidden_size]`."""
+        found = torch.log_softmax(self.student.head(hidden).float(), dim=-1)
+        loss = found.new_zeros(())
+        if self.task:
+            loss = loss + self.task * F.nll_loss(found, targets, reduction="sum")
+        if self.teacher is not None and expected is not None:
+            with torch.no_grad():
+                wanted = torch.log_softmax(self.teacher.head(expected).float(), dim=-1)
+            loss = loss + self.kl * F.kl_div(found, wanted, reduction="sum", log_target=True)
+        return loss
+
+
+def _hidden(decoder: Decoder, windows: torch.Tensor) -> torch.Tensor:
+    """What flows into the head, `[windows, tokens, hidden_size]`; in training only what flows between blocks is kept."""
+    positions = decoder.positions(0, windows.shape[1])
+    x = decoder.embedding.embedding(windows)
+    for layer in decoder.layers:
+        x = checkpoint(layer, x, positions, None, use_reentrant=False, preserve_rng_state=False)
+    return decoder.norm(x)

@@ -1,0 +1,286 @@
+"""The training loop: AdamW on float32 master copies, best state by held-out loss, early stop, resumable.
+
+What is trained is a model or a block; what for is a loss, what on are batches, both handed in. Every step's batch is a function
+of its number, so that step, parameters and the optimizer's moments are all there is to the state of a training. Given the same
+machine and number of threads, the result is the same bit for bit, however often it was interrupted.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, Protocol, TypeVar
+
+import numpy as np
+import torch
+
+from cluscomp_export.progress import Progress, silent
+from cluscomp_export.tuning.parameters import Trainable
+from cluscomp_export.work_folder import WorkFolder
+from cluscomp_formats.errors import InvalidRequestError, Problem
+from cluscomp_formats.hf.safetensors import Forms
+from cluscomp_formats.ir import AnyArray, Model
+
+__all__ = ["Schedule", "Trained", "Training", "TrainingOptions", "rate_factor"]
+
+Schedule = Literal["cosine", "linear", "constant"]
+
+CLIP = 1.0
+"""Largest norm of the gradient: keeps one odd window from undoing many steps."""
+SAVE_SECONDS = 60.0
+"""A checkpoint is kept at every check, and in between when the last one is this old."""
+_CHECKPOINT = "training"
+
+
+class Counted(Protocol):
+    """A batch: it says how many of what its loss is the mean of it holds."""
+
+    @property
+    def count(self) -> int: ...
+
+
+Batch = TypeVar("Batch", bound=Counted)
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """`steps` steps on `batch` windows each; `rate` is relative to a parameter's size.
+
+    The rate rises over `warmup` steps, then follows `schedule`: falls to 0 by half a cosine, falls to 0 in a line, or stays.
+    `checks` evaluations on held-out batches are spread over the training; it stops when `patience` of them in a row bring no
+    progress.
+    """
+
+    steps: int = 48
+    batch: int = 4
+    rate: float = 1e-3
+    schedule: Schedule = "cosine"
+    warmup: int = 0
+    checks: int = 8
+    patience: int = 3
+    seed: int = 0
+
+    @property
+    def every(self) -> int:
+        """Steps from one check to the next."""
+        return max(1, self.steps // max(1, self.checks))
+
+
+def rate_factor(options: TrainingOptions, step: int) -> float:
+    """What the rate is multiplied by in a step, the first of which is 0."""
+    if step < options.warmup:
+        return (step + 1) / options.warmup
+    done = min(1.0, (step - options.warmup) / max(1, options.steps - options.warmup))
+    return {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[options.schedule]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model, and how it came about.
+
+    `values` are the parameters as they are stored, by the names of `cluscomp_formats.parameters`. `curve` has one entry per
+    check: the step, the mean loss of the steps before it, the loss on the held-out batches. `stopped` says why the training
+    ended before its last step, if it did.
+    """
+
+    model: Model
+    values: Mapping[str, AnyArray]
+    curve: Sequence[Mapping[str, float]]
+    stopped: str | None
+
+    def record(self) -> dict[str, Any]:
+        """The curve as JSON for the provenance; what is not finite is left out."""
+        curve = [{key: value for key, value in entry.items() if math.isfinite(value)} for entry in self.curve]
+        return {"curve": curve, "stopped": self.stopped}
+
+
+@dataclass
+class _State:
+    """Where a training is: steps done, one entry per check, losses since the last check, the best parameters so far."""
+
+    step: int = 0
+    curve: list[dict[str, float]] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    best: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def failures(self) -> int:
+        """Checks since the best one."""
+        held_out = [entry["held_out"] for entry in self.curve]
+        return len(held_out) - 1 - held_out.index(min(held_out))
+
+
+class Training(Generic[Batch]):
+    """Trains `student` for `loss`, a mean over a batch, on `batch(step)` for every step.
+
+    With a `work` folder it goes on from what an interrupted training has kept there. `name` is what progress is reported as.
+    """
+
+    def __init__(
+        self,
+        student: Trainable,
+        loss: Callable[[Batch], torch.Tensor],
+        batch: Callable[[int], Batch],
+        held_out: Sequence[Batch],
+        options: TrainingOptions,
+        *,
+        work: WorkFolder | None = None,
+        name: str = "training",
+        on_progress: Progress = silent,
+    ) -> None:
+        self.student = student
+        self.loss = loss
+        self.batch = batch
+        self.held_out = held_out
+        self.options = options
+        self.work = work
+        self.name = name
+        self.on_progress = on_progress
+        # Adam moves every value by about the rate: relative to the parameter's size, one rate serves all.
+        self.rates = {name: options.rate * _size(values) for name, values in student.parameters.items()}
+        groups = [{"params": [values], "lr": self.rates[name]} for name, values in student.parameters.items()]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+        self.state = _State()
+        self.resumed_at = 0
+
+    def run(self) -> Trained:
+        """Train to the end and leave the best state in the student. Raises InvalidRequestError if there is none to begin with.
+
+        A loss that is not finite ends the training, and the best state so far is kept.
+        """
+        options, state = self.options, self.state
+        if not self._resume():
+            state.curve.append({"step": 0, "held_out": self.evaluate()})
+            if not math.isfinite(state.curve[0]["held_out"]):
+                raise InvalidRequestError(Problem("not_finite", "the model's loss is not finite before any training"))
+            state.best = self._snapshot()
+        saved = time.monotonic()
+        stopped = self._stop()
+        while stopped is None and state.step < options.steps:
+            loss = self.step(state.step)
+            if not math.isfinite(loss):
+                stopped = f"the loss was not finite at step {state.step + 1}; kept the best state before"
+                break
+            state.step += 1
+            state.losses.append(loss)
+            last = state.curve[-1]["held_out"]
+            self.on_progress(f"{self.name}, loss {loss:.3f}, held-out {last:.3f}", state.step, options.steps)
+            if state.step % options.every == 0 or state.step == options.steps:
+                stopped = self._check()
+            elif time.monotonic() - saved < SAVE_SECONDS:
+                continue
+            self._save()
+            saved = time.monotonic()
+        with torch.no_grad():
+            for name, values in self.student.parameters.items():
+                values.copy_(state.best[name])
+        stored = self.student.stored()
+        return Trained(self.student.with_values(stored), stored, state.curve, stopped)
+
+    def step(self, step: int) -> float:
+        """One step of AdamW on a batch; the loss before it. Changes nothing if that is not finite."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss(self.batch(step))
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = torch.nn.utils.clip_grad_norm_(list(self.student.parameters.values()), CLIP)
+        if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
+            return math.nan
+        factor = rate_factor(self.options, step)
+        for group, rate in zip(self.optimizer.param_groups, self.rates.values(), strict=True):
+            group["lr"] = rate * factor
+        self.optimizer.step()
+        return loss.item()
+
+    def evaluate(self) -> float:
+        """Mean loss on the held-out batches with the parameters as they would be stored, nats per token."""
+        with torch.no_grad(), self.student.as_stored():
+            total = sum(self.loss(batch).item() * batch.count for batch in self.held_out)
+        return total / sum(batch.count for batch in self.held_out)
+
+    def _check(self) -> str | None:
+        state = self.state
+        train = sum(state.losses) / len(state.losses)
+        state.curve.append({"step": state.step, "train": train, "held_out": self.evaluate()})
+        state.losses = []
+        if state.failures == 0:
+            state.best = self._snapshot()
+        return self._stop()
+
+    def _stop(self) -> str | None:
+        """Why to stop at the last check, if there is a reason."""
+        state = self.state
+        if not math.isfinite(state.curve[-1]["held_out"]):
+            return f"the held-out loss was not finite at step {state.step}; kept the best state before"
+        if state.failures >= self.options.patience and state.step < self.options.steps:
+            return f"no progress on held-out text since {state.failures} checks, at step {state.step}"
+        return None
+
+    def _snapshot(self) -> dict[str, torch.Tensor]:
+        return {name: values.detach().clone() for name, values in self.student.parameters.items()}
+
+    def _save(self) -> None:
+        """Keep the state as a unit of the work folder, in place of the one before."""
+        if self.work is None:
+            return
+        state = self.state
+        curve = np.full(self._forms()["curve"][1], math.nan)
+        for row, entry in enumerate(state.curve):
+            curve[row] = entry["step"], entry.get("train", math.nan), entry["held_out"]
+        losses = np.full(self.options.every, math.nan)
+        losses[: len(state.losses)] = state.losses
+        arrays: dict[str, AnyArray] = {"step": np.array([state.step]), "curve": curve, "losses": losses}
+        for name, values in self.student.parameters.items():
+            moments = self.optimizer.state[values]
+            arrays[f"value.{name}"] = _numpy(values)
+            arrays[f"best.{name}"] = _numpy(state.best[name])
+            # A parameter that no batch has reached yet has no moments.
+            arrays[f"mean.{name}"] = _numpy(moments.get("exp_avg", torch.zeros_like(values)))
+            arrays[f"square.{name}"] = _numpy(moments.get("exp_avg_sq", torch.zeros_like(values)))
+        self.work.save(_CHECKPOINT, arrays)
+
+    def _resume(self) -> bool:
+        """Whether an interrupted training was taken up."""
+        arrays = self.work.load(_CHECKPOINT, self._forms()) if self.work is not None else None
+        if arrays is None:
+            return False
+        state = self.state
+        state.step = self.resumed_at = int(arrays["step"][0])
+        for step, train, held_out in arrays["curve"].tolist():
+            if not math.isnan(step):
+                entry = {"step": int(step), "train": train, "held_out": held_out}
+                state.curve.append({key: value for key, value in entry.items() if not (key == "train" and math.isnan(value))})
+        state.losses = [loss for loss in arrays["losses"].tolist() if not math.isnan(loss)]
+        with torch.no_grad():
+            for name, values in self.student.parameters.items():
+                stored = {key: torch.from_numpy(arrays[f"{key}.{name}"].copy()) for key in ("value", "best", "mean", "square")}
+                values.copy_(stored["value"])
+                state.best[name] = stored["best"].to(values.device)
+                self.optimizer.state[values] = {
+                    "step": torch.tensor(float(state.step)),
+                    "exp_avg": stored["mean"].to(values.device),
+                    "exp_avg_sq": stored["square"].to(values.device),
+                }
+        return True
+
+    def _forms(self) -> Forms:
+        options = self.options
+        forms: dict[str, tuple[str, tuple[int, ...]]] = {
+            "step": ("int64", (1,)),
+            "curve": ("float64", (options.steps // options.every + 2, 3)),
+            "losses": ("float64", (options.every,)),
+        }
+        for name, values in self.student.parameters.items():
+            forms |= {f"{key}.{name}": ("float32", tuple(values.shape)) for key in ("value", "best", "mean", "square")}
+        return forms
+
+
+def _size(values: torch.Tensor) -> float:
+    """Root mean square."""
+    return float(values.detach().square().mean().sqrt())
+
+
+def _numpy(values: torch.Tensor) -> AnyArray:
+    array: AnyArray = values.detach().cpu().numpy()
+    return array
