@@ -25,9 +25,10 @@ import numpy as np
 
 from cluscomp_export.calibration import read_text, shipped_text
 from cluscomp_export.convert import ConversionOptions, convert, prepare
-from cluscomp_export.evaluate import evaluate, text_windows
+from cluscomp_export.evaluate import evaluate, tokenize, tokenizer_of
 from cluscomp_export.planning import Plan, Sensitivity, embedding_tensors, plan_bits, plan_budget
 from cluscomp_export.planning.plan_file import write_plan
+from cluscomp_export.protocols import choose_protocol
 from cluscomp_export.sensitivity import measure_sensitivities, sensitivity_windows
 from cluscomp_export.sizes import parse_bytes
 from cluscomp_export.sources import open_source
@@ -102,10 +103,8 @@ def measured(
 
 def cut(model: LanguageModel, arguments: argparse.Namespace) -> list[list[int]]:
     """The windows to score."""
-    assert model.tokenizer is not None
-    ids = model.tokenizer.encode(read_text(arguments.text))
-    bos = ids[0] if ids[0] == model.tokenizer.bos_id else None
-    return text_windows(ids, context=512, windows=arguments.windows, bos_id=bos)
+    token_ids, bos_id = tokenize(tokenizer_of(model, arguments.model), read_text(arguments.text))
+    return choose_protocol().windows(token_ids, count=arguments.windows, bos_id=bos_id)
 
 
 def probe(source: Model, sensitivities: Mapping[str, Sensitivity], arguments: argparse.Namespace) -> list[dict[str, Any]]:

@@ -151,17 +151,17 @@ def sensitivities_of(
         return None
     names = sensitive_tensors(source)
     forms = {key: ("float64", (len(names),)) for key in ("relative", "flat")}
-    forms |= {f"rows {name}": ("float32", (source.tensors[name].shape[0],)) for name in names}
     found = None if work is None else work.load("sensitivities", forms)
     if found is not None:
         pairs = zip(names, found["relative"].tolist(), found["flat"].tolist(), strict=True)
-        return {name: Sensitivity(found[f"rows {name}"], relative, flat) for name, relative, flat in pairs}
+        return {name: Sensitivity(relative, flat) for name, relative, flat in pairs}
     windows = sensitivity_windows(source, text)
     sensitivities = measure_sensitivities(source, windows, seed=options.seed, on_progress=on_progress)
     if work is not None:
-        arrays: dict[str, AnyArray] = {f"rows {name}": sensitivities[name].rows for name in names}
-        arrays["relative"] = np.array([sensitivities[name].relative for name in names])
-        arrays["flat"] = np.array([sensitivities[name].flat for name in names])
+        arrays: dict[str, AnyArray] = {
+            "relative": np.array([sensitivities[name].relative for name in names]),
+            "flat": np.array([sensitivities[name].flat for name in names]),
+        }
         work.save("sensitivities", arrays)
     return sensitivities
 

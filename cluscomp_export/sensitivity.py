@@ -40,8 +40,6 @@ GROUP = 4
 """Windows that go through a block together: every group decodes every matrix twice."""
 HEAD_TOKENS = 128
 """Tokens whose logits are in memory at a time."""
-PIECE = 1024
-"""Rows of a matrix handled at a time."""
 
 
 class _Leaf(DenseLinear):
@@ -78,23 +76,16 @@ def _energies(x: torch.Tensor) -> torch.Tensor:
 
 
 class _Sums:
-    """What is summed up for a matrix: energies of its inputs, squared gradients by row, losses of trial errors."""
+    """What is summed up for a matrix: energies of its inputs, losses of trial errors."""
 
-    def __init__(self, out_features: int, in_features: int) -> None:
+    def __init__(self, in_features: int) -> None:
         self.energy = torch.zeros(in_features, dtype=torch.float64)
-        self.rows = torch.zeros(out_features, dtype=torch.float64)
         self.relative = self.flat = 0.0
 
     def trial(self, weight: torch.Tensor, *, row_scale: bool = True) -> torch.Tensor:
         """`trial_errors` of the matrix."""
         energy = self.energy.numpy().astype(np.float32)
         return torch.from_numpy(trial_errors(weight.detach().numpy(), energy, row_scale=row_scale))
-
-    def add_rows(self, gradient: torch.Tensor) -> None:
-        """Add the squares of a window's gradient `[out_features, in_features]`."""
-        # Piece by piece: all at once would take the matrix again.
-        for sums, piece in zip(torch.split(self.rows, PIECE), torch.split(gradient, PIECE), strict=True):
-            sums.add_(piece.square().sum(1, dtype=torch.float64))
 
 
 class _Measurement:
@@ -107,8 +98,7 @@ class _Measurement:
         self.seed = seed
         self.sums = {}
         for name in sensitive_tensors(source):
-            out_features, in_features = source.tensors[name].shape
-            self.sums[name] = _Sums(out_features, in_features)
+            self.sums[name] = _Sums(source.tensors[name].shape[1])
         self.head = HEAD if HEAD in source.tensors else EMBEDDING
 
     def layer(self, index: int) -> tuple[DecoderLayer, dict[str, torch.Tensor]]:
@@ -144,7 +134,6 @@ class _Measurement:
                 window = before[number, None].requires_grad_()
                 found = torch.autograd.grad(layer(window, positions, None), [window, *weights.values()], gradient[None])
                 for name, of_weight in zip(weights, found[1:], strict=True):
-                    self.sums[name].add_rows(of_weight)
                     scaled, flat = trials[name]
                     self.sums[name].relative += _square_sum(of_weight * scaled)
                     self.sums[name].flat += _square_sum(of_weight * flat)
@@ -164,7 +153,6 @@ class _Measurement:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + first + number)
             leaf = window.clone().requires_grad_()
             normed = self.decoder.norm(leaf)
-            of_weight = torch.zeros_like(weight)
             of_normed = torch.empty_like(window)
             with torch.no_grad():
                 for begin in range(0, len(window), HEAD_TOKENS):
@@ -173,13 +161,11 @@ class _Measurement:
                     signs = torch.randint(0, 2, probabilities.shape, generator=generator, dtype=torch.int8)
                     noise = probabilities.sqrt() * (2 * signs - 1)
                     noise -= probabilities * noise.sum(-1, keepdim=True)
-                    of_weight.addmm_(noise.t(), some)
                     of_normed[begin : begin + HEAD_TOKENS] = noise @ weight
                     # What all logits have in common changes nothing: here the whole covariance counts.
                     changes = some @ errors.t()
                     means = (probabilities * changes).sum(-1, keepdim=True)
                     sums.relative += float((probabilities * (changes - means).square_()).sum(dtype=torch.float64))
-            sums.add_rows(of_weight)
             gradients[number] = torch.autograd.grad(normed, leaf, of_normed)[0]
         return gradients
 
@@ -192,7 +178,6 @@ class _Measurement:
         for ids, gradient in zip(windows, gradients, strict=True):
             distinct, places = ids.unique(return_inverse=True)
             of_rows = torch.zeros(len(distinct), gradient.shape[1]).index_add_(0, places, gradient)
-            sums.rows[distinct] += of_rows.square().sum(1, dtype=torch.float64)
             sums.relative += _square_sum(of_rows * errors[distinct])
 
 
@@ -240,10 +225,9 @@ def measure_sensitivities(
     result = {}
     half = 0.5 / windows.numel()
     for name, sums in measurement.sums.items():
-        rows = (half * sums.rows).numpy().astype(np.float32)
         # Embedding and head are never without row scales.
         flat = sums.relative if name in (EMBEDDING, HEAD) else sums.flat
-        result[name] = Sensitivity(rows, _rounded(half * sums.relative), _rounded(half * flat))
+        result[name] = Sensitivity(_rounded(half * sums.relative), _rounded(half * flat))
     return result
 
 

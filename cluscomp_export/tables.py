@@ -83,7 +83,9 @@ def print_plan(report: Mapping[str, Any]) -> None:
     size, bound = report["file_bytes"], " at most"
     if size is None:
         size, bound = report["payload_bytes"], ", headers not counted"
-    click.echo(f"predicted size: {size / 1e6:.3f} MB{bound}; source: {report['source_file_bytes'] / 1e6:.1f} MB")
+    click.echo(
+        f"predicted size: {size / 1e6:.3f} MB ({size:,} bytes){bound}; source: {report['source_file_bytes'] / 1e6:.1f} MB"
+    )
     if report["predicted_loss"] is not None:
         click.echo(
             f"predicted loss: {report['predicted_loss']:.3g} nats per token on text like the calibration text, before error "

@@ -34,7 +34,7 @@ def invented(source: Model, seed: int = 0, spread: float = 2.0) -> dict[str, Sen
     """Sensitivities that differ by the exponential of a normal variable of that standard deviation."""
     generator = np.random.default_rng(seed)
     values = {name: float(np.exp(spread * generator.standard_normal())) for name in sensitive_tensors(source)}
-    return {name: Sensitivity(np.ones(source.tensors[name].shape[0], np.float32), x, 1.3 * x) for name, x in values.items()}
+    return {name: Sensitivity(x, 1.3 * x) for name, x in values.items()}
 
 
 def loss_of(plan: Plan, sensitivities: dict[str, Sensitivity]) -> float:
@@ -64,7 +64,7 @@ def test_what_matters_most_errs_least() -> None:
     source = tiny_llama(hidden=48, intermediate=96, layers=6)
     sensitivities = invented(source, spread=0)
     vital = "model.layers.3.mlp.up_proj.weight"
-    sensitivities[vital] = Sensitivity(sensitivities[vital].rows, 100.0, 100.0)
+    sensitivities[vital] = Sensitivity(100.0, 100.0)
     plan = plan_bits(source, bits=3, share=None, embedding_bits=16, sensitivities=sensitivities)
     errors = {name: plan.expected_error(name) for name in plan.treatments if name.endswith("up_proj.weight")}
     assert errors.pop(vital) < min(errors.values())
@@ -119,7 +119,7 @@ def test_an_embedding_that_hardly_matters_gives_its_bits_to_the_others() -> None
     source = tiny_llama(hidden=48, intermediate=96, layers=3, vocabulary=400)
     bits = {}
     for loss in (0.01, 100.0):
-        sensitivities = invented(source, spread=0) | {EMBEDDING: Sensitivity(np.ones(400, np.float32), loss, loss)}
+        sensitivities = invented(source, spread=0) | {EMBEDDING: Sensitivity(loss, loss)}
         plan = plan_budget(source, budget=45_000, size_of=payload_bytes(source), share=None, sensitivities=sensitivities)
         bits[loss] = linear_bits(source, plan)
     assert bits[0.01] > bits[100.0] + 0.5

@@ -58,8 +58,8 @@ def sensitivities(source: Model, settings: DecoderSettings) -> int:
     the most of a block or of embedding and head.
 
     A block: its matrices as float32 with two trial errors and, of one window, gradients and what they need
-    (`_training_block`); or while trial errors are made, a matrix as float64. Embedding and head: as float32, and either as
-    float64 or trial errors and gradients, with the logits of some tokens six times.
+    (`_training_block`); or while trial errors are made, a matrix as float64. Embedding and head: as float32 and, while
+    trial errors are made, as float64; the logits of some tokens six times.
     """
     streams = 4 * WINDOWS * CONTEXT * settings.hidden_size * (settings.num_layers + 2)
     logits = 6 * 4 * HEAD_TOKENS * settings.vocab_size

@@ -119,12 +119,10 @@ _ROUNDING_ERROR = np.array([ROUNDING_ERROR[width] for _, _, width in SIZES[:-1]]
 class Sensitivity:
     """What errors of one matrix `[out_features, in_features]` cost.
 
-    `rows` float32 `[out_features]`: nats per token for each unit of variance of the errors of a row's weights.
     `relative`: nats per token for a relative squared error of 1, spread as a codebook for scaled rows spreads it.
     `flat`: the same for a codebook without row scales.
     """
 
-    rows: npt.NDArray[np.float32]
     relative: float
     flat: float
 
