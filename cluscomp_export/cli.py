@@ -14,10 +14,11 @@ from typing import Any, TextIO
 
 import click
 
-from cluscomp_export.command_options import DEVICE, JSON, PATH
+from cluscomp_export.command_options import DEVICE, JSON, PATH, levels_from
 from cluscomp_export.planning_commands import plan, planning_options, show_plan
 from cluscomp_export.terminal import ProgressDisplay, json_document, print_json, print_table, say
 from cluscomp_export.tuning_commands import merge, tune
+from cluscomp_formats.atomic import atomic_write, check_output
 from cluscomp_formats.errors import ClusCompError, printable
 from cluscomp_formats.version import __version__
 
@@ -65,8 +66,11 @@ def cli() -> None:
     help="Show the plan, its size and the memory it takes; write nothing.",
 )
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
+@click.option("--report", "report_path", type=PATH, help="Also write the JSON report to this file; it holds the loss curves.")
 @JSON
-def convert(source: Path, output: Path, *, dry_run: bool, force: bool, as_json: bool, **options: Any) -> None:
+def convert(
+    source: Path, output: Path, *, dry_run: bool, force: bool, report_path: Path | None, as_json: bool, **options: Any
+) -> None:
     """Cluster SOURCE and write it to OUTPUT.
 
     \b
@@ -79,6 +83,8 @@ def convert(source: Path, output: Path, *, dry_run: bool, force: bool, as_json: 
       cluscomp-export convert clustered-checkpoint/ packed.clus                 repack without loss
       cluscomp-export convert packed.clus folder/ --to hf                       for transformers
       cluscomp-export convert packed.clus out.gguf --to gguf --gguf-type q8_0   for stock llama.cpp
+      cluscomp-export convert llama/ best.clus --bits 2.5 --effort best --recovery-steps 96 --report best.json
+      cluscomp-export convert llama/ paper.clus --dim 6 --clusters 65500 --blockwise-epochs 5
       cluscomp-export convert llama/ llama.clus --workers ray://head:10001      on a Ray cluster
 
     Memory stays near the largest tensor (--effort balanced: near one block of the model; best: also its codes);
@@ -92,12 +98,14 @@ def convert(source: Path, output: Path, *, dry_run: bool, force: bool, as_json: 
     from cluscomp_runtime.memory import return_freed_arrays
 
     return_freed_arrays()
-    chosen = ConversionOptions(**options)
+    chosen = ConversionOptions(**levels_from(options))
     if dry_run:
         with ProgressDisplay() as progress:
             prepared = prepare(source, chosen, progress, to_plan=True)
         show_plan(prepared, as_json=as_json)
         return
+    if report_path is not None:
+        check_output(report_path, force=force)
     try:
         with ProgressDisplay() as progress:
             report = run(source, output, chosen, force=force, on_progress=progress)
@@ -109,6 +117,8 @@ def convert(source: Path, output: Path, *, dry_run: bool, force: bool, as_json: 
         say(f"warning: {text}")
     if report.reused:
         say(f"went on from an interrupted conversion: {report.reused} finished parts were taken up again")
+    if report_path is not None:
+        _write_json(report_path, vars(report), force=force)
     if as_json:
         print_json(vars(report))
         return
@@ -249,7 +259,6 @@ def evaluate(
     lm-eval and their data sets on this machine; nothing is downloaded unless HF_HUB_OFFLINE=0 is in the environment.
     """
     from cluscomp_export.tables import print_scores, print_task_results
-    from cluscomp_formats.atomic import atomic_write, check_output
 
     if (text is None) == (tasks is None):
         raise click.UsageError("Give either --text or --tasks.")
@@ -278,8 +287,7 @@ def evaluate(
         )
     document["record"] = {**document["record"], "command": ["cluscomp-export", *sys.argv[1:]]}
     if output is not None:
-        with atomic_write(output, force=force) as stream:
-            stream.write(json_document(document).encode() + b"\n")
+        _write_json(output, document, force=force)
     if as_json:
         print_json(document)
     elif text is not None:
@@ -346,6 +354,11 @@ def generate(
 
 for command in (plan, tune, merge):
     cli.add_command(command)
+
+
+def _write_json(path: Path, document: Any, *, force: bool) -> None:
+    with atomic_write(path, force=force) as stream:
+        stream.write(json_document(document).encode() + b"\n")
 
 
 def _report(error: ClusCompError, *, as_json: bool, exit_code: int) -> None:

@@ -20,7 +20,7 @@ from cluscomp_export.error_feedback import ErrorFeedback, Goal, block_index
 from cluscomp_export.jobs import SCALE_RANGE, Computing, Encoding, Fit, Method
 from cluscomp_export.planning import CodebookPlan, Plan, Treatment
 from cluscomp_export.progress import Progress, silent
-from cluscomp_export.tuning.training import Trained
+from cluscomp_export.tuning.training import Curve, Trained, curve_array, curve_entries
 from cluscomp_export.work_folder import Forms, WorkFolder
 from cluscomp_export.workers import Job, Workers
 from cluscomp_formats.errors import InvalidFileError, Problem
@@ -33,6 +33,9 @@ Floats = npt.NDArray[np.float32]
 
 FIT_VECTORS_PER_CLUSTER = 64
 """A codebook with row scales is fitted on at most this many vectors per cluster."""
+
+_CURVE = "curve"
+"""Of a tuned block's arrays the one that is no parameter."""
 
 WEAKEST_ROW = SCALE_RANGE[0] / LEAST_STEP
 """With a codebook of int8 no row counts as weaker: its scale, times the step, would leave the range of float16."""
@@ -233,7 +236,8 @@ class _Clustering:
         for _ in self._arriving("encoding matrices", units, lambda unit, how: self._encoding_job(names[unit], None, how)):
             pass
         for name in fed_back:
-            self._reach(name)
+            if self._known(_tensor_unit(name), self._forms(name)) is None or self._awaits_tuning(name):
+                self._reach(name)
 
     def _arriving(
         self, stage: str, units: Sequence[str], prepare: Callable[[str, Computing], Job]
@@ -281,9 +285,11 @@ class _Clustering:
 
     def _codes(self, name: str) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.float16]]:
         if self.encoded is None or self.encoded[0] != name:
-            self._reach(name)
-            prepare = lambda: self._encoding_job(name, None, self.computing)  # noqa: E731
-            arrays = self._finished(_tensor_unit(name), self._forms(name), prepare)
+            unit, forms = _tensor_unit(name), self._forms(name)
+            arrays = self._known(unit, forms)
+            if arrays is None:
+                self._reach(name)
+                arrays = self._finished(unit, forms, lambda: self._encoding_job(name, None, self.computing))
             self.encoded = (name, arrays["codes"], arrays["row_scale"])
         return self.encoded[1:]
 
@@ -341,11 +347,17 @@ class _Clustering:
         arrays = (
             current if tuned is None else {**current, **{name: tuned.values[name] for name in current if name in tuned.values}}
         )
+        arrays[_CURVE] = curve_array(() if tuned is None else tuned.curve, self._curve_rows())
         if self.work is not None:
             self.work.save(_block_unit(index), arrays)
         else:
             self.held[_block_unit(index)] = arrays
         self.tuned = (index, arrays)
+
+    def curve(self, index: int) -> Curve:
+        """The losses of a block's tuning; empty if it was left alone."""
+        tuned = self._tuned(index)
+        return [] if tuned is None else curve_entries(tuned[_CURVE])
 
     def fixed_codebooks(self, index: int) -> list[str]:
         """The codebooks of a block that other blocks use as well."""
@@ -361,17 +373,28 @@ class _Clustering:
     def _tuned(self, index: int) -> dict[str, AnyArray] | None:
         if self.tuned is None or self.tuned[0] != index or self.tuned[1] is None:
             forms = {name: (array.dtype, array.shape) for name, array in self._tunable(index).items()}
+            forms[_CURVE] = ("float64", (self._curve_rows(), 3))
             self.tuned = (index, self._known(_block_unit(index), forms))
         return self.tuned[1]
+
+    def _curve_rows(self) -> int:
+        return 0 if self.feedback is None or self.feedback.tuning is None else self.feedback.tuning.most_checks
 
     def _tuned_value(self, parameter: str, tensor: str, before: Callable[[], AnyArray]) -> AnyArray:
         """A parameter of the block that `tensor` belongs to: as tuned if that has been done, else as `before`."""
         index = block_index(tensor)
-        if self.feedback is None or not self.feedback.tunes or index is None:
+        if self.feedback is None or self.feedback.tuning is None or index is None:
             return before()
-        self._reach(tensor)
+        if self._awaits_tuning(tensor):
+            self._reach(tensor)
         tuned = self._tuned(index)
         return before() if tuned is None or parameter not in tuned else tuned[parameter]
+
+    def _awaits_tuning(self, name: str) -> bool:
+        """Whether the block of a tensor is yet to be tuned."""
+        index = block_index(name)
+        tunes = self.feedback is not None and self.feedback.tuning is not None
+        return tunes and index is not None and self._tuned(index) is None
 
 
 def _blocks(book: CodebookPlan) -> set[int | None]:

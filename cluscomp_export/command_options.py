@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
 
-__all__ = ["DEVICE", "GGUF_TYPE", "JSON", "PATH", "OutputFormat"]
+__all__ = ["DEVICE", "GGUF_TYPE", "JSON", "PATH", "OutputFormat", "level_options", "levels_from"]
 
 PATH = click.Path(path_type=Path)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
@@ -41,3 +43,69 @@ class OutputFormat(click.types.StringParamType):
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         return [CompletionItem(name) for name in _output_formats() if name.startswith(incomplete)]
+
+
+SCHEDULES = click.Choice(["cosine", "linear", "constant"])
+_LEVEL_OPTIONS = (
+    click.option(
+        "--feedback/--no-feedback", default=None, help="Error feedback, or the nearest centroid. [default: by --effort]"
+    ),
+    click.option(
+        "--calibration-windows", type=int, metavar="N", help="Windows of 512 tokens for all but recovery. [default: 64]"
+    ),
+    click.option(
+        "--blockwise-epochs", type=int, metavar="N", help="Times over the windows for each block; 0: no tuning. [default: 2]"
+    ),
+    click.option("--blockwise-batch", type=int, metavar="N", help="Windows per step. [default: 2]"),
+    click.option(
+        "--blockwise-lr", "blockwise_rate", type=float, help="Learning rate, relative to a tensor's size. [default: 0.002]"
+    ),
+    click.option("--blockwise-schedule", type=SCHEDULES, help="[default: cosine]"),
+    click.option(
+        "--blockwise-same-input",
+        type=float,
+        metavar="WEIGHT",
+        help="Weight of the paper's second loss: against what the original block makes of the same input. [default: 0]",
+    ),
+    click.option(
+        "--blockwise-held-out", type=float, metavar="SHARE", help="Windows that only tell which state is best. [default: 0.125]"
+    ),
+    click.option(
+        "--blockwise-patience", type=int, metavar="N", help="Stop a block after N epochs without progress. [default: 2]"
+    ),
+    click.option(
+        "--blockwise-precision", type=click.Choice(["float32", "bfloat16"]), help="Of activations. [default: float32]"
+    ),
+    click.option("--recovery-steps", type=int, metavar="N", help="Steps to train for, end to end; 0: none. [default: 48]"),
+    click.option("--recovery-batch", type=int, metavar="N", help="Windows per step. [default: 4]"),
+    click.option("--recovery-context", type=int, metavar="N", help="Tokens of a window. [default: 512]"),
+    click.option(
+        "--recovery-lr", "recovery_rate", type=float, help="Learning rate, relative to a tensor's size. [default: 0.001]"
+    ),
+    click.option("--recovery-schedule", type=SCHEDULES, help="[default: cosine]"),
+    click.option(
+        "--recovery-warmup", type=int, metavar="N", help="Steps over which the rate rises at the beginning. [default: 0]"
+    ),
+    click.option("--recovery-checks", type=int, metavar="N", help="How often the held-out text is looked at. [default: 8]"),
+    click.option("--recovery-patience", type=int, metavar="N", help="Stop after N checks without progress. [default: 3]"),
+)
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+def level_options(command: _Command) -> _Command:
+    """Options that change what `--effort` means, level by level."""
+    for option in reversed(_LEVEL_OPTIONS):
+        command = option(command)
+    return command
+
+
+def levels_from(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a command with those of one level, `blockwise_epochs` and so on, gathered in a mapping for each."""
+    gathered: dict[str, Any] = {"blockwise": {}, "recovery": {}}
+    for name, value in options.items():
+        level, _, setting = name.partition("_")
+        if level in gathered:
+            gathered[level][setting] = value
+        else:
+            gathered[name] = value
+    return gathered

@@ -27,6 +27,7 @@ from cluscomp_export.progress import Progress, silent
 from cluscomp_export.sizes import model_sizes
 from cluscomp_export.sources import open_source
 from cluscomp_export.tuning import RecoveryOptions, TrainableModel, recover
+from cluscomp_export.tuning.training import Curve, curve_array, curve_entries, finite_curve
 from cluscomp_export.work_folder import WorkFolder, fingerprint, remove_work, work_folder, work_path
 from cluscomp_export.workers import Workers, open_workers, parse_workers
 from cluscomp_export.writers import Writer, find_writer
@@ -49,8 +50,8 @@ __all__ = ["ConversionOptions", "ConversionReport", "Prepared", "convert", "prep
 class ConversionReport:
     """What `convert` did.
 
-    `recovery` is the record of a recovery training, if this call did one: its loss `curve` and why it `stopped` early. `reused`
-    counts the units of work (codebooks, tensors) that an interrupted attempt had finished.
+    `curves` are the losses of trainings: `recovery`, and `block 0` and so on for each block that was tuned. `reused` counts the
+    units of work (codebooks, tensors) that an interrupted attempt had finished.
     """
 
     output: str
@@ -59,7 +60,7 @@ class ConversionReport:
     digest: str | None
     bits_per_weight: Mapping[str, float]
     self_test: bool
-    recovery: Mapping[str, Any] | None
+    curves: Mapping[str, Curve]
     reused: int
     seconds: float
     warnings: tuple[str, ...]
@@ -96,7 +97,7 @@ def convert(
     warnings = list(prepared.warnings)
     model = prepared.model
     record: Mapping[str, Any] | None = None
-    recovery: Mapping[str, Any] | None = None
+    curves: dict[str, Curve] = {}
 
     def self_test(written: Model) -> Mapping[str, Any] | None:
         nonlocal record
@@ -108,7 +109,7 @@ def convert(
         _check_space(output, prepared, work)
         if prepared.plan is not None and work is not None:
             with _opened(options, on_progress) as workers:
-                model, recovery = _clustered(prepared, source_path, options, writer, work, workers, warnings, on_progress)
+                model = _clustered(prepared, source_path, options, writer, work, workers, curves, warnings, on_progress)
         written = writer.write(
             model,
             output,
@@ -123,7 +124,7 @@ def convert(
         digest=written.digest,
         bits_per_weight=model_sizes(model).bits_per_weight(),
         self_test=record is not None,
-        recovery=recovery,
+        curves={name: finite_curve(curve) for name, curve in curves.items() if curve},
         reused=work.reused if work is not None else 0,
         seconds=time.perf_counter() - started,
         warnings=tuple(warnings),
@@ -145,10 +146,12 @@ def _clustered(
     writer: Writer,
     work: WorkFolder,
     workers: Workers | None,
+    curves: dict[str, Curve],
     warnings: list[str],
     on_progress: Progress,
-) -> tuple[Model, Mapping[str, Any] | None]:
-    """The model to write, with its provenance (what it was made from, and how), and the record of its training, if any."""
+) -> Model:
+    """The model to write, with its provenance: what it was made from, and how. Fills `curves` and `warnings`, if need be not
+    before it is read."""
     source, text, plan = prepared.source, options.calibration_text(), prepared.plan
     levels = levels_of("fast") if text is None else options.levels()
     provenance = provenance_of(source, options, text, scan_source(source, source_path, on_progress))
@@ -171,6 +174,7 @@ def _clustered(
                     calibration_windows(source, text, levels.windows),
                     levels.blockwise,
                     feedback=levels.feedback,
+                    curves=curves,
                     device=options.device,
                     on_progress=on_progress,
                 )
@@ -196,22 +200,32 @@ def _clustered(
         on_progress=on_progress,
     )
     if levels.recovery is not None and text is not None:
-        return _recovered(model, source, text, levels.recovery, work, on_progress)
-    return model, None
+        return _recovered(model, source, text, levels.recovery, work, curves, warnings, on_progress)
+    return model
 
 
 def _recovered(
-    model: Model, source: Model, text: str, options: RecoveryOptions, work: WorkFolder, on_progress: Progress
-) -> tuple[Model, Mapping[str, Any] | None]:
-    """The model after recovery training and how that went; unless an earlier attempt has done it."""
+    model: Model,
+    source: Model,
+    text: str,
+    options: RecoveryOptions,
+    work: WorkFolder,
+    curves: dict[str, Curve],
+    warnings: list[str],
+    on_progress: Progress,
+) -> Model:
+    """The model after recovery training, unless an earlier attempt has done it."""
     trainable = TrainableModel(model)
-    values = work.load("recovery", trainable.forms())
-    if values is not None:
-        return trainable.with_values(values), None
-    token_ids = calibration_tokens(source, text)
-    result = recover(trainable, source, token_ids, options, on_progress)
-    work.save("recovery", result.values)
-    return result.model, result.record()
+    curve_form = {"curve": ("float64", (options.most_checks, 3))}
+    arrays = work.load("recovery", trainable.forms() | curve_form)
+    if arrays is None:
+        result = recover(trainable, source, calibration_tokens(source, text), options, on_progress, work=work)
+        if result.stopped is not None:
+            warnings.append(f"recovery: {result.stopped}")
+        arrays = {**result.values, "curve": curve_array(result.curve, options.most_checks)}
+        work.save("recovery", arrays)
+    curves["recovery"] = curve_entries(arrays["curve"])
+    return trainable.with_values({name: values for name, values in arrays.items() if name != "curve"})
 
 
 def _energies(source: Model, text: str, work: WorkFolder, on_progress: Progress) -> Mapping[str, AnyArray]:

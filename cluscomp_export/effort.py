@@ -85,7 +85,8 @@ def _level(name: str, amount: str, default: _Options, included: bool, settings: 
         raise TypeError(f"{type(default).__name__} has no {', '.join(unknown)}")
     for key, value in given.items():
         if isinstance(value, int | float) and key not in ("same_input", "warmup"):
-            _positive(f"--{name}-{key.replace('_', '-')}", value)
+            option = "lr" if key == "rate" else key.replace("_", "-")
+            _positive(f"--{name}-{option}", value)
     return replace(default, **given)
 
 

@@ -29,7 +29,7 @@ import torch
 
 from cluscomp_export.progress import Progress, silent
 from cluscomp_export.tuning.blockwise import BlockwiseOptions, tune_block
-from cluscomp_export.tuning.training import Trained
+from cluscomp_export.tuning.training import Curve, Trained
 from cluscomp_formats.ir import Model, Tensor
 from cluscomp_kernels.kmeans import assign_with_feedback, feedback_factor
 from cluscomp_runtime.blocks import HALVES, BlockRunner, Half
@@ -138,6 +138,9 @@ class BlockWork(Protocol):
     def keep_tuned(self, index: int, tuned: Trained | None) -> None:
         """Take the tuned values of a block into `tensors`; None says that there are none."""
 
+    def curve(self, index: int) -> Curve:
+        """The losses of a block's tuning; empty if it was left alone."""
+
     def fixed_codebooks(self, index: int) -> Collection[str]:
         """The codebooks that other blocks use as well."""
 
@@ -146,8 +149,9 @@ class ErrorFeedback:
     """Takes a model's blocks in order, has their matrices encoded and then their parameters tuned, and goes on with the result.
 
     `windows` int64 `[windows, tokens]` are the calibration text; `tuning=None` leaves out the tuning, and with `feedback=False`
-    every vector takes its nearest centroid. Raises UnsupportedError for an architecture the runtime does not know,
-    InvalidRequestError for ids the model does not have.
+    every vector takes its nearest centroid. `curves` takes the losses of blocks that are tuned, as "block 0" and so on.
+
+    Raises UnsupportedError for an architecture the runtime does not know, InvalidRequestError for ids the model does not have.
     """
 
     def __init__(
@@ -157,6 +161,7 @@ class ErrorFeedback:
         tuning: BlockwiseOptions | None = None,
         *,
         feedback: bool = True,
+        curves: dict[str, Curve] | None = None,
         device: str = "cpu",
         on_progress: Progress = silent,
     ) -> None:
@@ -165,16 +170,12 @@ class ErrorFeedback:
         self._wanted = list(torch.split(self._runner.embed(windows), BATCH))
         """What flows into the next block in the original model, and in the compressed one."""
         self._given = self._wanted
-        self._tuning = tuning
+        self.tuning = tuning
+        self._curves = {} if curves is None else curves
         self._feedback = feedback
         self._device = device
         self._next = 0
         self._on_progress = on_progress
-
-    @property
-    def tunes(self) -> bool:
-        """Whether blocks are tuned."""
-        return self._tuning is not None
 
     def covers(self, name: str) -> bool:
         """Whether the tensor belongs to a block that is yet to be done."""
@@ -190,27 +191,30 @@ class ErrorFeedback:
             self._next += 1
             work.take_up(index)
             before = self._given
-            to_tune = self._tuning is not None and not work.is_tuned(index)
+            to_tune = self.tuning is not None and not work.is_tuned(index)
             for half in HALVES:
                 self._compress(index, half, work)
-            if self._tuning is not None and to_tune:
+            if self.tuning is not None and to_tune:
                 tuned = tune_block(
                     self._runner,
                     index,
                     work.tensors,
                     before,
                     self._wanted,
-                    self._tuning,
+                    self.tuning,
                     fixed=work.fixed_codebooks(index),
                     original=self._source.tensors,
                     device=self._device,
                     on_progress=self._on_progress,
                 )
                 work.keep_tuned(index, tuned)
-                self._given = before
-                for half in HALVES:
-                    tuned_half = self._runner.half(index, half, work.tensors, self._device)
-                    self._given = [tuned_half(batch.to(self._device)).cpu() for batch in self._given]
+                if tuned is not None:
+                    self._given = before
+                    for half in HALVES:
+                        tuned_half = self._runner.half(index, half, work.tensors, self._device)
+                        self._given = [tuned_half(batch.to(self._device)).cpu() for batch in self._given]
+            if self.tuning is not None:
+                self._curves[f"block {index}"] = work.curve(index)
         self._on_progress("block by block", self._next, self._runner.num_blocks)
 
     def _compress(self, index: int, half: str, work: BlockWork) -> None:

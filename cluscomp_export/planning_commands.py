@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cluscomp_export.command_options import GGUF_TYPE, JSON, PATH, OutputFormat
+from cluscomp_export.command_options import GGUF_TYPE, JSON, PATH, OutputFormat, level_options, levels_from
 from cluscomp_export.terminal import ProgressDisplay, print_json, say
 
 if TYPE_CHECKING:
@@ -88,9 +88,11 @@ _OPTIONS = (
     click.option(
         "--effort",
         type=click.Choice(["fast", "balanced", "best"]),
-        help="fast only clusters; balanced chooses codes that make up for each other's errors on the calibration text; best "
-        "then trains codebooks and scales on it, which takes much longer. [default: balanced; fast with --dim]",
+        help="fast only clusters; balanced chooses codes that make up for each other's errors on the calibration text, then "
+        "tunes each block's own codebooks; best then trains codebooks, scales and norms end to end, which takes much longer. "
+        "[default: balanced; fast with --dim]",
     ),
+    level_options,
     click.option(
         "--method",
         type=click.Choice(["fast", "lloyd"]),
@@ -138,7 +140,7 @@ def plan(source: Path, *, save: Path | None, force: bool, as_json: bool, **optio
     if save is not None:
         check_output(save, force=force)
     with ProgressDisplay() as progress:
-        prepared = prepare(source, ConversionOptions(**options), progress, to_plan=True)
+        prepared = prepare(source, ConversionOptions(**levels_from(options)), progress, to_plan=True)
     if save is not None:
         if prepared.plan is None:
             raise click.UsageError("there is no plan to save: SOURCE is clustered already")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,16 @@ from hypothesis import settings
 # A busy machine is no failure; a change lands or not by the same examples whoever runs them.
 settings.register_profile("project", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("project")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_windows() -> Iterator[None]:
+    """Calibrates on little of a text: what a model that small gains from more is not what tests ask."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cluscomp_export.effort.WINDOWS", 6)
+        patch.setattr("cluscomp_export.calibration.MAX_WINDOWS", 6)
+        yield
+
 
 STORIES = Path(__file__).parent / "data" / "stories260K"
 

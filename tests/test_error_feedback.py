@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
 from cluscomp_export.calibration import calibration_windows, read_text
 from cluscomp_export.convert import ConversionOptions, convert
-from cluscomp_export.error_feedback import ErrorFeedback, InputMoments
+from cluscomp_export.effort import levels_of
+from cluscomp_export.error_feedback import ErrorFeedback, Goal, InputMoments, block_index
 from cluscomp_export.evaluate import evaluate_files
 from cluscomp_export.sources import open_source
+from cluscomp_export.tuning.training import Curve, Trained
 from cluscomp_export.work_folder import work_path
 from cluscomp_formats.errors import InvalidRequestError
+from cluscomp_formats.ir import Array, DenseTensor, Model, Tensor
 from cluscomp_formats.packed import open_packed
 from cluscomp_kernels.kmeans import feedback_factor
 from cluscomp_kernels.kmeans.reference import feedback_codes
-from cluscomp_runtime.blocks import BlockRunner
-from cluscomp_runtime.language_model import LanguageModel
+from cluscomp_runtime.blocks import HALVES, BlockRunner, Half
+from cluscomp_runtime.language_model import LanguageModel, observe_inputs
+
+Floats = npt.NDArray[np.float32]
 
 
 def test_blocks_one_by_one_are_the_model(stories_folder: Path) -> None:
@@ -27,38 +34,107 @@ def test_blocks_one_by_one_are_the_model(stories_folder: Path) -> None:
     runner = BlockRunner(source)
     ids = torch.arange(1, 31).reshape(5, 6)
     hidden = runner.embed(ids)
-    seen: list[str] = []
+    names = set()
     for index in range(runner.num_blocks):
-        hidden = runner.run(index, source.tensors, hidden, lambda name, inputs: seen.append(name))
+        for half in HALVES:
+            part = runner.half(index, half, source.tensors)
+            names.update((*part.readers, part.writer))
+            hidden = part(hidden)
     model = LanguageModel.from_model(source, kernel="dense")
     logits = model.decoder.head(model.decoder.norm(hidden))
     torch.testing.assert_close(logits, model.forward(ids), rtol=1e-5, atol=1e-5)
-    assert len(set(seen)) == 7 * runner.num_blocks
+    assert names == {name for name in source.tensors if block_index(name) is not None and "norm" not in name}
 
 
-def test_moments_count_every_token_alike_and_inputs_once(stories_folder: Path) -> None:
+class Recording:
+    """A `BlockWork` that keeps goals and replaces every matrix by what `decode` makes of it."""
+
+    def __init__(self, source: Model, decode: Callable[[Floats], Floats]) -> None:
+        self.tensors = dict(source.tensors)
+        self.goals: dict[str, Goal | None] = {}
+        self.decode = decode
+
+    def take_up(self, index: int) -> None:
+        pass
+
+    def is_encoded(self, name: str) -> bool:
+        return name in self.goals
+
+    def encode(self, goals: Mapping[str, Goal | None]) -> None:
+        self.goals.update(goals)
+        for name in goals:
+            self.tensors[name] = DenseTensor(name, Array.of(self.decode(self.tensors[name].decode())))
+
+    def is_tuned(self, index: int) -> bool:
+        return False
+
+    def keep_tuned(self, index: int, tuned: Trained | None) -> None:
+        raise AssertionError
+
+    def curve(self, index: int) -> Curve:
+        raise AssertionError
+
+    def fixed_codebooks(self, index: int) -> list[str]:
+        return []
+
+
+def inputs_of(source: Model, tensors: Mapping[str, Tensor], ids: torch.Tensor, matrix: str) -> torch.Tensor:
+    """What flows into a matrix, float64 `[tokens, in_features]`."""
+    seen: list[torch.Tensor] = []
+    model = Model(source.config, {**source.tensors, **tensors}, source.files)
+    observe_inputs(model, ids, lambda name, inputs: seen.append(inputs.flatten(0, -2).double()) if name == matrix else None)
+    return torch.cat(seen)
+
+
+def test_readers_aim_at_what_the_original_gives_for_the_originals_input(stories_folder: Path) -> None:
+    source, ids = open_source(stories_folder), torch.arange(1, 241).reshape(6, 40)  # two batches
+    work = Recording(source, lambda weight: weight + 0.1 * np.sin(1e3 * weight))
+    name = "model.layers.1.mlp.up_proj.weight"
+    ErrorFeedback(source, ids).reach(name, work)
+    wanted = inputs_of(source, {}, ids, name)
+    # Up to this matrix, the compressed model.
+    given = inputs_of(source, {**work.tensors, name: source.tensors[name]}, ids, name)
+    scale = given.square().mean(1, keepdim=True).sqrt()
+    x, error = given / scale, (wanted - given) / scale
+    damped = x.t() @ x / len(x)
+    damped += 0.1 * damped.diagonal().mean() * torch.eye(len(damped), dtype=torch.float64)
+    weight = torch.from_numpy(source.tensors[name].decode().astype(np.float64))
+    correction = torch.linalg.solve(damped, x.t() @ error @ weight.t() / len(x))
+    goal = work.goals[name]
+    assert goal is not None
+    assert goal.moments is getattr(work.goals[name.replace("up", "gate")], "moments", None)
+    # Activations are float32: their rounding, against corrections of this size.
+    torch.testing.assert_close(goal.moments.damped, damped, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.from_numpy(goal.correction).double(), correction, rtol=1e-3, atol=1e-4)
+    assert correction.abs().max() > 0.01
+
+
+def test_a_writer_aims_at_the_originals_residual_stream(stories_folder: Path) -> None:
+    source, ids = open_source(stories_folder), torch.arange(1, 241).reshape(6, 40)
+    work = Recording(source, lambda weight: weight + 0.1 * np.sin(1e3 * weight))
+    name = "model.layers.0.self_attn.o_proj.weight"
+    ErrorFeedback(source, ids).reach(name, work)
+    embedded = BlockRunner(source).embed(ids).flatten(0, -2).double()
+    weight = torch.from_numpy(source.tensors[name].decode().astype(np.float64))
+    stream = embedded + inputs_of(source, {}, ids, name) @ weight.t()
+    given = inputs_of(source, {**work.tensors, name: source.tensors[name]}, ids, name)
+    scale = stream.square().mean(1, keepdim=True).sqrt()
+    x, error = given / scale, (stream - embedded - given @ weight.t()) / scale
+    damped = x.t() @ x / len(x)
+    damped += 0.1 * damped.diagonal().mean() * torch.eye(len(damped), dtype=torch.float64)
+    goal = work.goals[name]
+    assert goal is not None
+    correction = torch.linalg.solve(damped, x.t() @ error / len(x))
+    torch.testing.assert_close(goal.moments.damped, damped, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.from_numpy(goal.correction).double(), correction, rtol=1e-3, atol=1e-4)
+
+
+def test_without_feedback_there_are_no_goals(stories_folder: Path) -> None:
     source = open_source(stories_folder)
-    runner = BlockRunner(source)
-    from cluscomp_export.error_feedback import _Observer
-
-    observer, inputs = _Observer(), {}
-    hidden = runner.embed(torch.arange(1, 61).reshape(6, 10))  # two batches
-
-    def observe(name: str, values: torch.Tensor) -> None:
-        observer(name, values)
-        inputs.setdefault(name.split(".")[-2], []).append(values.flatten(0, -2).double())
-
-    runner.run(0, source.tensors, hidden, observe)
-    moments = {name.split(".")[-2]: value for name, value in observer.results().items()}
-    assert moments["q_proj"] is moments["k_proj"] is moments["v_proj"]
-    assert moments["gate_proj"] is moments["up_proj"]
-    assert len({id(value) for value in moments.values()}) == 4
-    for name, value in moments.items():
-        flat = torch.cat(inputs[name])
-        flat = flat / flat.square().mean(1, keepdim=True).sqrt()
-        expected = flat.t() @ flat / len(flat)
-        expected += 0.1 * expected.diagonal().mean() * torch.eye(len(expected), dtype=torch.float64)
-        torch.testing.assert_close(value.damped, expected, rtol=1e-5, atol=1e-5)
+    work = Recording(source, lambda weight: weight)
+    ErrorFeedback(source, torch.arange(1, 41).reshape(2, 20), feedback=False).reach("model.layers.1.mlp.up_proj.weight", work)
+    assert len(work.goals) == 14
+    assert set(work.goals.values()) == {None}
 
 
 def test_moments_of_inputs_that_are_zero_still_encode() -> None:
@@ -116,9 +192,13 @@ def test_feedback_brings_the_model_closer_to_its_source(
     assert kl["balanced"] < 0.9 * kl["fast"]
 
 
-def test_the_provenance_names_the_effort(made: dict[str, Path]) -> None:
-    for effort, output in made.items():
-        assert open_packed(output).provenance["options"]["effort"] == effort
+def test_the_provenance_names_the_levels(made: dict[str, Path]) -> None:
+    fast, balanced = (open_packed(made[effort]).provenance["options"] for effort in ("fast", "balanced"))
+    assert fast["feedback"] is False
+    assert "blockwise" not in fast
+    assert balanced["feedback"] is True
+    assert balanced["blockwise"]["epochs"] == 2
+    assert balanced["calibration_windows"] == levels_of("balanced").windows
 
 
 def test_threads_change_no_byte(made: dict[str, Path], stories_folder: Path, halves: tuple[Path, Path], tmp_path: Path) -> None:
@@ -138,25 +218,43 @@ def test_an_interrupted_conversion_ends_with_the_same_bytes(
 ) -> None:
     output = tmp_path / "out.clus"
     options = ConversionOptions(bits=4, calibration=str(halves[0]), effort="balanced")
-    run, blocks = BlockRunner.run, []
+    make, blocks = BlockRunner.half, []
 
-    def interrupted(self: BlockRunner, index: int, *rest: object) -> torch.Tensor:
+    def interrupted(self: BlockRunner, index: int, *rest: object) -> Half:
         blocks.append(index)
         if index == 3:
             raise KeyboardInterrupt
-        return run(self, index, *rest)  # type: ignore[arg-type]
+        return make(self, index, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(BlockRunner, "run", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        convert(stories_folder, output, options)
-    assert blocks == [0, 0, 1, 1, 2, 2, 3]
+    with monkeypatch.context() as patch:
+        patch.setattr(BlockRunner, "half", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            convert(stories_folder, output, options)
+    assert set(blocks) == {0, 1, 2, 3}
     kept = len(list(work_path(output).glob("*.safetensors")))
-    assert kept > 3 * 7
-    monkeypatch.setattr(BlockRunner, "run", run)
+    # The energies, codebooks, and three blocks of seven matrices, each block with what its tuning gave.
+    assert kept > 3 * 8
     report = convert(stories_folder, output, options)
-    # The codebooks, the energies, and three blocks of seven matrices.
-    # What the second attempt made itself and read again does not count.
-    assert report.reused == kept
+    # Codebooks before their tuning are not asked for again, what the second attempt made itself does not count.
+    assert report.reused == kept - 3 * 7
+    assert output.read_bytes() == made["balanced"].read_bytes()
+
+
+def test_a_conversion_that_is_all_but_written_runs_no_block_again(
+    made: dict[str, Path], stories_folder: Path, halves: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out.clus"
+    options = ConversionOptions(bits=4, calibration=str(halves[0]), effort="balanced")
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cluscomp_export.convert.record_self_test", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            convert(stories_folder, output, options)
+    monkeypatch.setattr(BlockRunner, "half", interrupt)
+    convert(stories_folder, output, options)
     assert output.read_bytes() == made["balanced"].read_bytes()
 
 

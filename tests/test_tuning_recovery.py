@@ -154,23 +154,36 @@ def test_norms_in_half_precision_are_stored_as_such(clustered: Model) -> None:
 def test_convert_with_all_effort(
     source: Model, stories_folder: Path, stories_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cluscomp_export.convert.RecoveryOptions", lambda seed: replace(FEW, seed=seed))
-    options = ConversionOptions(bits=3, share="kind", calibration=str(stories_text), effort="best")
+    few = {"steps": 24, "context": 64, "rate": 3e-3, "checks": 3}
+    options = ConversionOptions(bits=3, share="kind", calibration=str(stories_text), effort="best", recovery=few)
     outputs = tmp_path / "best.clus", tmp_path / "again.clus"
     report = convert(stories_folder, outputs[0], options)
-    assert report.recovery is not None
-    assert report.recovery["curve"][-1]["held_out"] < report.recovery["curve"][0]["held_out"]
-    # Killed while writing, after the training: the second attempt does not train again, and writes the same.
+    curve = report.curves["recovery"]
+    assert [entry["step"] for entry in curve] == [0, 8, 16, 24]
+    assert curve[-1]["held_out"] < curve[0]["held_out"]
+    # Killed in the middle of the training, then while writing, after it: no attempt trains again what one before it did.
+    take_step, steps = Training.step, []
+
+    def counted(self: Training, step: int) -> float:
+        steps.append(step)
+        if step == 20 and steps.count(20) == 1:
+            raise KeyboardInterrupt
+        return take_step(self, step)
+
     with monkeypatch.context() as patch:
+        patch.setattr(Training, "step", counted)
         patch.setattr("cluscomp_export.convert.record_self_test", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            convert(stories_folder, outputs[1], options)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                convert(stories_folder, outputs[1], options)
+    # A checkpoint is kept at every check.
+    assert steps == [*range(21), *range(16, 24)]
     again = convert(stories_folder, outputs[1], options)
-    assert again.recovery is None
+    assert again.curves == report.curves
     assert again.reused > 0
     assert outputs[1].read_bytes() == outputs[0].read_bytes()
     provenance = open_packed(outputs[0]).provenance
-    assert provenance["options"]["effort"] == "best"
+    assert provenance["options"]["recovery"]["steps"] == 24
 
 
 def interrupt(*_: object) -> None:

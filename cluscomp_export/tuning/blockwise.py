@@ -16,8 +16,8 @@ of Adam, and the activations of a batch. What flows between blocks stays in the 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -54,9 +54,10 @@ class BlockwiseOptions:
     precision: Precision = "float32"
     seed: int = 0
 
-    def recorded(self) -> dict[str, Any]:
-        """The options as JSON for the provenance."""
-        return asdict(self)
+    @property
+    def most_checks(self) -> int:
+        """Entries of the longest curve there can be: one before the training, one at the end of every epoch."""
+        return self.epochs + 1
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ def tune_block(
     """
     count = sum(len(batch) for batch in given)
     held_out = max(1, round(options.held_out * count))
-    if held_out >= count:
+    codebooks = {stage.codebook.name for weight in runner.block(index, tensors).clustered.values() for stage in weight.stages}
+    if held_out >= count or codebooks <= set(fixed):
         return None
     wanteds = [wanted]
     if options.same_input > 0 and original is not None:

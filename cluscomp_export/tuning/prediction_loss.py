@@ -51,17 +51,18 @@ class PredictionLoss:
         for index, counts in enumerate(scored):
             wanted = None if expected is None else expected[index][counts]
             # The logits of one window at a time: those of the whole batch would be by far the largest tensor.
-            losses.append(
-                checkpoint(
-                    self.window_loss,
-                    hidden[index][counts],
-                    targets[index][counts],
-                    wanted,
-                    use_reentrant=False,
-                    preserve_rng_state=False,
-                )
-            )
+            losses.append(self._window(hidden[index][counts], targets[index][counts], wanted))
         return torch.stack(losses).sum() / batch.count
+
+    def _window(self, hidden: torch.Tensor, targets: torch.Tensor, expected: torch.Tensor | None) -> torch.Tensor:
+        """`window_loss` with its gradient computed at once, so that no logits are kept or computed again."""
+        if not hidden.requires_grad:
+            return self.window_loss(hidden, targets, expected)
+        at = hidden.detach().requires_grad_()
+        loss = self.window_loss(at, targets, expected)
+        (gradient,) = torch.autograd.grad(loss, at)
+        # Worth the loss, and its gradient is the loss's.
+        return loss.detach() + (gradient * (hidden - hidden.detach())).sum()
 
     def window_loss(self, hidden: torch.Tensor, targets: torch.Tensor, expected: torch.Tensor | None) -> torch.Tensor:
         """Sum of the losses of one window, from what flows into the heads, `[predictions, hidden_size]`."""

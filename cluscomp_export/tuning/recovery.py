@@ -21,6 +21,7 @@ from cluscomp_export.progress import Progress, silent
 from cluscomp_export.tuning.parameters import TrainableModel
 from cluscomp_export.tuning.prediction_loss import Batch, PredictionLoss
 from cluscomp_export.tuning.training import Trained, Training, TrainingOptions
+from cluscomp_export.work_folder import WorkFolder
 from cluscomp_formats.errors import InvalidRequestError, Problem
 from cluscomp_formats.ir import Model
 from cluscomp_runtime.language_model import LanguageModel
@@ -47,8 +48,12 @@ def recover(
     token_ids: Sequence[int],
     options: RecoveryOptions,
     on_progress: Progress = silent,
+    *,
+    work: WorkFolder | None = None,
 ) -> Trained:
     """Train a clustered model towards its source on a text of `token_ids`; its codes stay as they are.
+
+    With a `work` folder it goes on from what an interrupted training has kept there.
 
     A loss that is not finite ends the training, and the best state so far is kept. Raises UnsupportedError for an architecture
     the runtime does not know, InvalidRequestError for a text of fewer than 20 tokens.
@@ -71,7 +76,7 @@ def recover(
     teacher = LanguageModel.from_model(source, kernel=teacher_kernel(source)).decoder
     loss = PredictionLoss(trainable.decoder, teacher, task=0.0, kl=1.0)
     windows = [_every_prediction(window[None]) for window in held_out]
-    return Training(trainable, loss, batch, windows, options, name="recovery", on_progress=on_progress).run()
+    return Training(trainable, loss, batch, windows, options, work=work, name="recovery", on_progress=on_progress).run()
 
 
 def teacher_kernel(source: Model) -> str:

@@ -23,7 +23,17 @@ from cluscomp_formats.errors import InvalidRequestError, Problem
 from cluscomp_formats.hf.safetensors import Forms
 from cluscomp_formats.ir import AnyArray, Model
 
-__all__ = ["Schedule", "Trained", "Training", "TrainingOptions", "rate_factor"]
+__all__ = [
+    "Curve",
+    "Schedule",
+    "Trained",
+    "Training",
+    "TrainingOptions",
+    "curve_array",
+    "curve_entries",
+    "finite_curve",
+    "rate_factor",
+]
 
 Schedule = Literal["cosine", "linear", "constant"]
 
@@ -67,6 +77,11 @@ class TrainingOptions:
         """Steps from one check to the next."""
         return max(1, self.steps // max(1, self.checks))
 
+    @property
+    def most_checks(self) -> int:
+        """Entries of the longest curve there can be: one before the training, one at its end."""
+        return self.steps // self.every + 2
+
 
 def rate_factor(options: TrainingOptions, step: int) -> float:
     """What the rate is multiplied by in a step, the first of which is 0."""
@@ -76,24 +91,49 @@ def rate_factor(options: TrainingOptions, step: int) -> float:
     return {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[options.schedule]
 
 
+Curve = Sequence[Mapping[str, float]]
+"""One entry per check: the `step`, the mean loss of the steps before it (`train`), the loss on what is `held_out`."""
+
+
+def curve_array(curve: Curve, rows: int) -> AnyArray:
+    """A curve to be stored: float64 `[rows, 3]`, NaN where there is nothing."""
+    array = np.full((rows, 3), math.nan)
+    for row, entry in zip(array, curve, strict=False):
+        row[:] = entry["step"], entry.get("train", math.nan), entry["held_out"]
+    return array
+
+
+def curve_entries(array: AnyArray) -> list[dict[str, float]]:
+    """The curve that a `curve_array` holds."""
+    entries = [
+        {"step": int(step), "train": train, "held_out": held_out}
+        for step, train, held_out in array.tolist()
+        if not math.isnan(step)
+    ]
+    return [{key: value for key, value in entry.items() if key != "train" or not math.isnan(value)} for entry in entries]
+
+
+def finite_curve(curve: Curve) -> list[dict[str, float]]:
+    """A curve fit for JSON: what is not finite is left out."""
+    return [{key: value for key, value in entry.items() if math.isfinite(value)} for entry in curve]
+
+
 @dataclass(frozen=True)
 class Trained:
     """A trained model, and how it came about.
 
-    `values` are the parameters as they are stored, by the names of `cluscomp_formats.parameters`. `curve` has one entry per
-    check: the step, the mean loss of the steps before it, the loss on the held-out batches. `stopped` says why the training
-    ended before its last step, if it did.
+    `values` are the parameters as they are stored, by the names of `cluscomp_formats.parameters`. `stopped` says why the
+    training ended before its last step, if it did.
     """
 
     model: Model
     values: Mapping[str, AnyArray]
-    curve: Sequence[Mapping[str, float]]
+    curve: Curve
     stopped: str | None
 
     def record(self) -> dict[str, Any]:
         """The curve as JSON for the provenance; what is not finite is left out."""
-        curve = [{key: value for key, value in entry.items() if math.isfinite(value)} for entry in self.curve]
-        return {"curve": curve, "stopped": self.stopped}
+        return {"curve": finite_curve(self.curve), "stopped": self.stopped}
 
 
 @dataclass
@@ -225,12 +265,10 @@ class Training(Generic[Batch]):
         if self.work is None:
             return
         state = self.state
-        curve = np.full(self._forms()["curve"][1], math.nan)
-        for row, entry in enumerate(state.curve):
-            curve[row] = entry["step"], entry.get("train", math.nan), entry["held_out"]
         losses = np.full(self.options.every, math.nan)
         losses[: len(state.losses)] = state.losses
-        arrays: dict[str, AnyArray] = {"step": np.array([state.step]), "curve": curve, "losses": losses}
+        arrays: dict[str, AnyArray] = {"step": np.array([state.step]), "losses": losses}
+        arrays["curve"] = curve_array(state.curve, self.options.most_checks)
         for name, values in self.student.parameters.items():
             moments = self.optimizer.state[values]
             arrays[f"value.{name}"] = _numpy(values)
@@ -247,10 +285,7 @@ class Training(Generic[Batch]):
             return False
         state = self.state
         state.step = self.resumed_at = int(arrays["step"][0])
-        for step, train, held_out in arrays["curve"].tolist():
-            if not math.isnan(step):
-                entry = {"step": int(step), "train": train, "held_out": held_out}
-                state.curve.append({key: value for key, value in entry.items() if not (key == "train" and math.isnan(value))})
+        state.curve = curve_entries(arrays["curve"])
         state.losses = [loss for loss in arrays["losses"].tolist() if not math.isnan(loss)]
         with torch.no_grad():
             for name, values in self.student.parameters.items():
@@ -268,7 +303,7 @@ class Training(Generic[Batch]):
         options = self.options
         forms: dict[str, tuple[str, tuple[int, ...]]] = {
             "step": ("int64", (1,)),
-            "curve": ("float64", (options.steps // options.every + 2, 3)),
+            "curve": ("float64", (options.most_checks, 3)),
             "losses": ("float64", (options.every,)),
         }
         for name, values in self.student.parameters.items():
