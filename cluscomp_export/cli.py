@@ -10,19 +10,17 @@ from __future__ import annotations
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 import click
 
-from cluscomp_export.command_options import DEVICE, GGUF_TYPE, JSON, PATH, OutputFormat, level_options, levels_from
+from cluscomp_export.command_options import DEVICE, JSON, PATH, levels_from
+from cluscomp_export.planning_commands import plan, planning_options, show_plan
 from cluscomp_export.terminal import ProgressDisplay, json_document, print_json, print_table, say
 from cluscomp_export.tuning_commands import merge, tune
 from cluscomp_formats.atomic import atomic_write, check_output
 from cluscomp_formats.errors import ClusCompError, printable
 from cluscomp_formats.version import __version__
-
-if TYPE_CHECKING:
-    from cluscomp_export.convert import Prepared
 
 __all__ = ["main"]
 
@@ -36,7 +34,7 @@ def cli() -> None:
 
     \b
     A typical session:
-      cluscomp-export convert MODEL model.clus --bits 3 --dry-run    what would it come to?
+      cluscomp-export plan MODEL --bits 3                            what would it come to?
       cluscomp-export convert MODEL model.clus --bits 3              make it
       cluscomp-export verify MODEL model.clus                        did it come out right?
       cluscomp-export generate model.clus "The capital of France is"
@@ -53,57 +51,7 @@ def cli() -> None:
 @cli.command()
 @click.argument("source", type=PATH)
 @click.argument("output", type=PATH)
-@click.option(
-    "--to",
-    type=OutputFormat(),
-    default="packed",
-    show_default=True,
-    help="The format to write: one .clus file, a Hugging Face folder, a GGUF file, an ONNX folder, or what a plug-in brings.",
-)
-@GGUF_TYPE
-@click.option(
-    "--bits", type=float, help="Most bits per weight of the linear layers, codebooks and scales counted. [default: 4]"
-)
-@click.option("--dim", "cluster_dim", type=int, help="Weights per code, as in the paper; needs --clusters, excludes --bits.")
-@click.option("--clusters", "num_clusters", type=int, help="Centroids per codebook, at most 65536; needs --dim.")
-@click.option(
-    "--share",
-    type=click.Choice(["none", "kind", "model"]),
-    help="A codebook per matrix, per kind of matrix over all layers, or one for all. "
-    "[default: none with --dim, else whichever is expected to be best]",
-)
-@click.option(
-    "--embedding-bits",
-    type=float,
-    help="Most bits per weight of embedding and head; 16 keeps them dense. [default: the width they have in the source]",
-)
-@click.option(
-    "--codebook-bits",
-    type=click.Choice([8, 16]),
-    help="Bits per value of a codebook: 8 for int8, 16 for float16, which codebooks without row scales (--share none) always "
-    "have. [default: whichever is expected to be best; 8 with --dim]",
-)
-@click.option(
-    "--calibration",
-    metavar="FILE|none",
-    help="A text whose activations tell which input channels matter. [default: a text of this package; none with --dim]",
-)
-@click.option(
-    "--effort",
-    type=click.Choice(["fast", "balanced", "best"]),
-    help="fast only clusters; balanced chooses codes that make up for each other's errors on the calibration text, then tunes "
-    "each block's own codebooks; best then trains codebooks, scales and norms end to end, which takes much longer. "
-    "[default: balanced; fast with --dim]",
-)
-@level_options
-@click.option(
-    "--method",
-    type=click.Choice(["fast", "lloyd"]),
-    default="fast",
-    show_default=True,
-    help="How to cluster: fast is at least as good in a fraction of the time; lloyd is plain k-means, as in the paper.",
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same bytes.")
+@planning_options
 @click.option("--threads", type=click.IntRange(min=1), help="Threads to use, with --workers each. [default: all cores]")
 @click.option(
     "--workers",
@@ -129,6 +77,8 @@ def convert(
     Examples:
       cluscomp-export convert llama/ llama.clus --bits 3
       cluscomp-export convert model.gguf model.clus --bits 2.5 --embedding-bits 4 --dry-run
+      cluscomp-export convert model.gguf model.clus --budget 55MB               the whole file, never more
+      cluscomp-export convert llama/ llama.clus --plan plan.json                as `plan --save plan.json` said
       cluscomp-export convert llama/ paper.clus --dim 6 --clusters 65500        the paper's setting
       cluscomp-export convert clustered-checkpoint/ packed.clus                 repack without loss
       cluscomp-export convert packed.clus folder/ --to hf                       for transformers
@@ -150,7 +100,9 @@ def convert(
     return_freed_arrays()
     chosen = ConversionOptions(**levels_from(options))
     if dry_run:
-        _show_plan(prepare(source, chosen, to_plan=True), as_json=as_json)
+        with ProgressDisplay() as progress:
+            prepared = prepare(source, chosen, progress, to_plan=True)
+        show_plan(prepared, as_json=as_json)
         return
     if report_path is not None:
         check_output(report_path, force=force)
@@ -179,41 +131,6 @@ def convert(
     if report.digest:
         click.echo(report.digest)
     click.echo(f"wrote {report.output} in {report.seconds:.0f} s")
-
-
-def _show_plan(prepared: Prepared, *, as_json: bool) -> None:
-    from cluscomp_export.memory_model import PROCESS_BYTES
-    from cluscomp_export.sizes import tensor_rows
-    from cluscomp_export.tables import print_memory, print_tensors
-
-    sizes = prepared.sizes
-    rows = tensor_rows(prepared.model)
-    if as_json:
-        print_json(
-            {
-                "bits_per_weight": sizes.bits_per_weight(),
-                "payload_bytes": sizes.payload_bytes,
-                "source_file_bytes": prepared.source_file_bytes,
-                "memory": [vars(peak) for peak in prepared.memory],
-                "process_bytes": PROCESS_BYTES,
-                "warnings": prepared.warnings,
-                "codebooks": [{**vars(book), "members": len(book.members)} for book in prepared.plan.codebooks]
-                if prepared.plan
-                else [],
-                "tensors": rows,
-            }
-        )
-        return
-    print_tensors(rows)
-    click.echo()
-    print_memory(prepared.memory)
-    click.echo(f"MB at most; on the host beside the process itself (about {PROCESS_BYTES / 1e6:.0f} MB)")
-    click.echo()
-    bits = sizes.bits_per_weight()
-    click.echo(f"bits per weight: {bits['linears']:.2f} (linear layers), {bits['all']:.2f} (everything)")
-    click.echo(f"predicted size: {sizes.payload_bytes / 1e6:.1f} MB; source: {prepared.source_file_bytes / 1e6:.1f} MB")
-    for text in prepared.warnings:
-        say(f"warning: {text}")
 
 
 @cli.command()
@@ -435,7 +352,7 @@ def generate(
     say(f"{result.new_tokens} tokens, {result.tokens_per_second:.1f} tokens/s, stopped by {result.stop_reason}")
 
 
-for command in (tune, merge):
+for command in (plan, tune, merge):
     cli.add_command(command)
 
 

@@ -6,39 +6,31 @@ What a clustering has finished is kept beside the output until that is there: se
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cluscomp_export.calibration import (
-    calibration_tokens,
-    calibration_windows,
-    channel_energies,
-    most_windows,
-    read_text,
-    shipped_text,
-)
+from cluscomp_export.calibration import calibration_tokens, calibration_windows, channel_energies
 from cluscomp_export.clustering import cluster_model
-from cluscomp_export.effort import Effort, Levels, levels_of
+from cluscomp_export.conversion_options import ConversionOptions
+from cluscomp_export.effort import levels_of
 from cluscomp_export.error_feedback import ErrorFeedback
-from cluscomp_export.jobs import Computing, Method
-from cluscomp_export.memory_model import Peak, conversion_memory, memory_warnings
-from cluscomp_export.planning import CODEBOOK_DTYPES, Plan, Share, embedding_tensors, plan_bits, plan_fixed
+from cluscomp_export.jobs import Computing
+from cluscomp_export.preparing import Prepared, make_plan, prepare, provenance_of, sensitivities_of
 from cluscomp_export.progress import Progress, silent
-from cluscomp_export.sizes import Sizes, model_sizes
-from cluscomp_export.sources import CONFIG_ONLY, open_source, source_bytes
+from cluscomp_export.sizes import model_sizes
+from cluscomp_export.sources import open_source
 from cluscomp_export.tuning import RecoveryOptions, TrainableModel, recover
 from cluscomp_export.tuning.training import Curve, curve_array, curve_entries, finite_curve
 from cluscomp_export.work_folder import WorkFolder, fingerprint, remove_work, work_folder, work_path
 from cluscomp_export.workers import Workers, open_workers, parse_workers
-from cluscomp_export.writers import find_writer
+from cluscomp_export.writers import Writer, find_writer
 from cluscomp_formats.errors import (
     ClusCompError,
     InvalidFileError,
@@ -50,107 +42,8 @@ from cluscomp_formats.errors import (
 )
 from cluscomp_formats.ir import FLOAT_DTYPES, AnyArray, Array, Model
 from cluscomp_formats.packed.payloads import is_finite
-from cluscomp_formats.version import __version__
-from cluscomp_runtime.language_model import check_device
 
 __all__ = ["ConversionOptions", "ConversionReport", "Prepared", "convert", "prepare", "record_self_test", "scan_source"]
-
-DEFAULT_BITS = 4.0
-
-
-@dataclass(frozen=True)
-class ConversionOptions:
-    """What to make of the source.
-
-    Either `bits` (a budget per weight of the linear layers, codebooks and scales counted) or `cluster_dim` and `num_clusters`
-    (the paper's setting, the same for every matrix); neither means 4 bits. `share=None` lets the planner choose.
-    `embedding_bits` is a budget per weight of embedding and head; 16 keeps them dense, None keeps the width of the source
-    where that is below 16. `codebook_bits` is 8 or 16 per value of a codebook whose weights have row scales, None for whichever
-    is expected to be best. `calibration` is a text file whose activations weight the clustering, "none", or None: the text the
-    package ships with `bits`, none with the paper's setting. `effort="fast"` only clusters; "balanced", the default where there
-    is a calibration text, also chooses codes with error feedback and tunes block by block; "best" then trains codebooks, scales
-    and norms end to end. `feedback`, `calibration_windows`, `blockwise` and `recovery` change the effort: see `levels_of`.
-    `gguf_type` decodes for stock llama.cpp. `workers`, what `parse_workers` takes, cluster in parallel, else this process
-    does. `workers`, `threads` (of each worker) and `device` do not change the result, except that of a training.
-    """
-
-    bits: float | None = None
-    cluster_dim: int | None = None
-    num_clusters: int | None = None
-    share: Share | None = None
-    embedding_bits: float | None = None
-    codebook_bits: int | None = None
-    calibration: str | None = None
-    effort: Effort | None = None
-    feedback: bool | None = None
-    calibration_windows: int | None = None
-    blockwise: Mapping[str, Any] = field(default_factory=dict)
-    recovery: Mapping[str, Any] = field(default_factory=dict)
-    method: Method = "fast"
-    seed: int = 0
-    to: str = "packed"
-    gguf_type: str | None = None
-    threads: int | None = None
-    device: str = "cpu"
-    workers: str | None = None
-
-    @property
-    def asks_clustering(self) -> bool:
-        """Whether any option says how to cluster."""
-        how = (self.bits, self.cluster_dim, self.num_clusters, self.share, self.embedding_bits, self.codebook_bits)
-        levels = (self.effort, self.feedback, self.calibration_windows, *self.blockwise.values(), *self.recovery.values())
-        given = (*how, self.calibration, *levels)
-        return any(value is not None for value in given)
-
-    def levels(self) -> Levels:
-        """What to go through if there is a calibration text. Raises InvalidRequestError."""
-        bare = self.calibration == "none" or self.cluster_dim is not None
-        return levels_of(
-            self.effort or ("fast" if bare else "balanced"),
-            feedback=self.feedback,
-            windows=self.calibration_windows,
-            blockwise=self.blockwise,
-            recovery=self.recovery,
-            seed=self.seed,
-        )
-
-    def calibration_text(self) -> str | None:
-        """The text to calibrate on, if any. Raises InvalidFileError."""
-        bare = self.cluster_dim is not None and not self.levels().needs_text
-        if self.calibration == "none" or (self.calibration is None and bare):
-            return None
-        return shipped_text() if self.calibration is None else read_text(Path(self.calibration))
-
-    def recorded(self) -> dict[str, Any]:
-        """The options that determine the result, for the provenance."""
-        without_effect = (
-            "threads",
-            "device",
-            "workers",
-            "to",
-            "effort",
-            "feedback",
-            "calibration_windows",
-            "blockwise",
-            "recovery",
-        )
-        return {key: value for key, value in asdict(self).items() if value is not None and key not in without_effect}
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A conversion that has been planned.
-
-    `model` tells sizes, `plan` is None when a clustered source is only repacked, `memory` is what each phase needs at most.
-    """
-
-    source: Model
-    plan: Plan | None
-    model: Model
-    sizes: Sizes
-    source_file_bytes: int
-    memory: tuple[Peak, ...]
-    warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -171,48 +64,6 @@ class ConversionReport:
     reused: int
     seconds: float
     warnings: tuple[str, ...]
-
-
-def prepare(source_path: Path, options: ConversionOptions, *, to_plan: bool = False) -> Prepared:
-    """Open and plan; reads shapes only. What `--dry-run` shows.
-
-    `to_plan` asks for nothing but the plan: the source may be a folder with a `config.json` and no weights, the device another
-    machine's.
-
-    Raises InvalidRequestError for options that contradict each other or a budget that cannot be met, InvalidFileError,
-    UnsupportedError.
-    """
-    _check_options(options)
-    if not to_plan:
-        check_device(options.device)
-    source = open_source(source_path, to_plan=to_plan)
-    plan = None
-    if source.clustered:
-        if options.asks_clustering:
-            remedy = "convert the original model instead, or drop the clustering options to repack it as it is"
-            raise InvalidRequestError(
-                Problem("already_clustered", "the source is clustered already", str(source_path), remedy=remedy)
-            )
-        model = source
-    else:
-        plan = _make_plan(source, options)
-        model = cluster_model(source, plan)
-    sizes = model_sizes(model)
-    only_config = source.provenance.get("format") == CONFIG_ONLY
-    file_bytes = model_sizes(source).payload_bytes if only_config else source_bytes(source_path)
-    text = options.calibration_text()
-    memory = conversion_memory(
-        source,
-        model,
-        plan,
-        output_bytes=sizes.payload_bytes,
-        calibrated=text is not None,
-        levels=levels_of("fast") if text is None else options.levels(),
-        windows=most_windows(text or "", options.levels().windows),
-        cuda=options.device.startswith("cuda"),
-    )
-    warnings = [*_warnings(source, sizes, file_bytes), *memory_warnings(memory)]
-    return Prepared(source, plan, model, sizes, file_bytes, memory, tuple(warnings))
 
 
 def convert(
@@ -240,7 +91,8 @@ def convert(
         raise InvalidRequestError(
             Problem("output_is_source", "the output is the source itself", str(output), remedy="name another output")
         )
-    prepared = prepare(source_path, options)
+    # Tells early what cannot be done; what sensitivities decide waits until the source has been checked and they are measured.
+    prepared = prepare(source_path, options, measure=False)
     writer.check_model(prepared.model)
     warnings = list(prepared.warnings)
     model = prepared.model
@@ -257,9 +109,7 @@ def convert(
         _check_space(output, prepared, work)
         if prepared.plan is not None and work is not None:
             with _opened(options, on_progress) as workers:
-                model = _clustered(
-                    prepared.source, prepared.plan, source_path, options, work, workers, curves, warnings, on_progress
-                )
+                model = _clustered(prepared, source_path, options, writer, work, workers, curves, warnings, on_progress)
         written = writer.write(
             model,
             output,
@@ -272,7 +122,7 @@ def convert(
         file_bytes=written.file_bytes,
         source_file_bytes=prepared.source_file_bytes,
         digest=written.digest,
-        bits_per_weight=prepared.sizes.bits_per_weight(),
+        bits_per_weight=model_sizes(model).bits_per_weight(),
         self_test=record is not None,
         curves={name: finite_curve(curve) for name, curve in curves.items() if curve},
         reused=work.reused if work is not None else 0,
@@ -290,10 +140,10 @@ def _opened(options: ConversionOptions, on_progress: Progress) -> contextlib.Abs
 
 
 def _clustered(
-    source: Model,
-    plan: Plan,
+    prepared: Prepared,
     source_path: Path,
     options: ConversionOptions,
+    writer: Writer,
     work: WorkFolder,
     workers: Workers | None,
     curves: dict[str, Curve],
@@ -302,23 +152,18 @@ def _clustered(
 ) -> Model:
     """The model to write, with its provenance: what it was made from, and how. Fills `curves` and `warnings`, if need be not
     before it is read."""
-    text = options.calibration_text()
-    recorded = options.recorded()
-    if text is not None:
-        recorded["calibration"] = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+    source, text, plan = prepared.source, options.calibration_text(), prepared.plan
     levels = levels_of("fast") if text is None else options.levels()
-    recorded |= levels.recorded()
-    provenance = {
-        "tool": "cluscomp-export",
-        "version": __version__,
-        "source": {**source.provenance, "digest": scan_source(source, source_path, on_progress)},
-        "options": recorded,
-    }
+    provenance = provenance_of(source, options, text, scan_source(source, source_path, on_progress))
+    recorded = provenance["options"]
     kept, deleted = work.begin(fingerprint(provenance))
     if kept:
         on_progress(f"resuming with {kept} finished parts", kept, kept)
     if deleted:
         warnings.append("the unfinished work of a conversion of another source or with other options was discarded")
+    sensitivities = sensitivities_of(source, options, text, work, on_progress)
+    if sensitivities is not None or plan is None:
+        plan = make_plan(source, options, writer, provenance, sensitivities)
     energies = feedback = None
     if text is not None:
         try:
@@ -432,72 +277,6 @@ def _first_not_finite(array: Array, values: AnyArray) -> tuple[int, ...] | None:
     if finite.all():
         return None
     return tuple(int(index) for index in np.unravel_index(int(np.argmin(finite)), values.shape))
-
-
-def _check_options(options: ConversionOptions) -> None:
-    problem = None
-    if (options.cluster_dim is None) != (options.num_clusters is None):
-        problem = Problem("bad_option", "--dim and --clusters go together", remedy="give both, or --bits")
-    elif options.bits is not None and options.cluster_dim is not None:
-        problem = Problem("bad_option", "--bits and --dim/--clusters exclude each other", remedy="give one of them")
-    elif options.bits is not None and not 0 < options.bits <= 16:
-        problem = Problem("bad_option", "--bits is out of range", found=f"{options.bits:g}", expected="more than 0, at most 16")
-    elif options.embedding_bits is not None and not 0 < options.embedding_bits <= 16:
-        problem = Problem(
-            "bad_option",
-            "--embedding-bits is out of range",
-            found=f"{options.embedding_bits:g}",
-            expected="more than 0, at most 16",
-        )
-    elif options.codebook_bits not in (None, *CODEBOOK_DTYPES):
-        found, expected = str(options.codebook_bits), " or ".join(map(str, CODEBOOK_DTYPES))
-        problem = Problem("bad_option", "--codebook-bits is out of range", found=found, expected=expected)
-    elif options.calibration == "none" and options.levels().needs_text:
-        found, remedy = "--calibration none", "give a text, or --effort fast and none of the options of other levels"
-        problem = Problem("bad_option", "this effort needs a calibration text", found=found, remedy=remedy)
-    if problem:
-        raise InvalidRequestError(problem)
-    options.levels()
-    if options.workers is not None:
-        parse_workers(options.workers)
-
-
-def _make_plan(source: Model, options: ConversionOptions) -> Plan:
-    stored = source.provenance.get("stored_bits", {})
-    embedding_bits = options.embedding_bits
-    if embedding_bits is None:
-        embedding_bits = max((stored.get(name, 16.0) for name in embedding_tensors(source)), default=16.0)
-    if options.cluster_dim is not None and options.num_clusters is not None:
-        return plan_fixed(
-            source,
-            cluster_dim=options.cluster_dim,
-            num_clusters=options.num_clusters,
-            share=options.share or "none",
-            embedding_bits=embedding_bits,
-            codebook_bits=options.codebook_bits,
-        )
-    return plan_bits(
-        source,
-        bits=options.bits or DEFAULT_BITS,
-        share=options.share,
-        embedding_bits=embedding_bits,
-        codebook_bits=options.codebook_bits,
-    )
-
-
-def _warnings(source: Model, sizes: Sizes, source_file_bytes: int) -> list[str]:
-    warnings = []
-    if "tokenizer.json" not in source.files and source.provenance.get("format") != CONFIG_ONLY:
-        warnings.append("the source has no tokenizer.json; the artefact will take and give token ids only")
-    if sizes.payload_bytes > source_file_bytes:
-        dense = (
-            "; --embedding-bits 8 or 4 clusters the embedding and the head" if sizes.all_bits > 2 * sizes.linear_bits else ""
-        )
-        warnings.append(
-            f"the artefact ({sizes.payload_bytes / 1e6:.1f} MB) will be larger than the source "
-            f"({source_file_bytes / 1e6:.1f} MB): ask for fewer --bits{dense}"
-        )
-    return warnings
 
 
 def _check_space(output: Path, prepared: Prepared, work: WorkFolder | None) -> None:

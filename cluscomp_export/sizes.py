@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from cluscomp_export.sources.linears import linear_tensors
 from cluscomp_formats.ir import ClusteredWeight, Codebook, Model, Tensor
 
-__all__ = ["Sizes", "model_sizes", "tensor_rows"]
+__all__ = ["Sizes", "model_sizes", "parse_bytes", "tensor_rows"]
+
+_UNITS = {"": 1, "b": 1}
+_UNITS |= {f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", 1)}
+_UNITS |= {f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", 1)}
+_SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,18})?) ?([a-zA-Z]*)", re.ASCII)
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from a text such as `16MB` (16,000,000), `16 MiB` (16,777,216), `1.5GB` or `300000`, rounded down.
+
+    Raises ValueError.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or match[2].lower() not in _UNITS:
+        raise ValueError(f"{text!r} is not a size such as 16MB, 1.5GiB or 300000 (bytes)")
+    return int(Fraction(match[1]) * _UNITS[match[2].lower()])
 
 
 @dataclass(frozen=True)

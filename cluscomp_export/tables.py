@@ -13,9 +13,16 @@ from cluscomp_formats.errors import Problem, printable
 
 if TYPE_CHECKING:
     from cluscomp_export.evaluate import Evaluation
-    from cluscomp_export.memory_model import Peak
 
-__all__ = ["print_delta", "print_inspection", "print_memory", "print_scores", "print_task_results", "print_tensors"]
+__all__ = [
+    "print_delta",
+    "print_inspection",
+    "print_memory",
+    "print_plan",
+    "print_scores",
+    "print_task_results",
+    "print_tensors",
+]
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -36,9 +43,66 @@ def print_tensors(rows: Rows) -> None:
     )
 
 
-def print_memory(peaks: Sequence[Peak]) -> None:
+def print_plan(report: Mapping[str, Any]) -> None:
+    """The report of `explain`: the tensors by kind and setting, what the columns mean, memory and totals."""
+    merged: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in report["tensors"]:
+        how = f"dim {row['dim']} x {row['clusters']}" if row["kind"] == "clustered" else row["dtype"]
+        width = row.get("codebook_bits", "")
+        merged.setdefault((kind(row["name"]), how, kind(row.get("codebook", "")), width), []).append(row)
+    print_table(
+        ("tensors", "count", "stored as", "codebook", "its bits", "bits", "sensitivity", "error", "loss %"),
+        [
+            (
+                name,
+                len(group),
+                how,
+                codebook,
+                width,
+                f"{group[0]['bits_per_weight']:.2f}",
+                _range([row["sensitivity"] for row in group if "sensitivity" in row]),
+                _range([row["expected_error"] for row in group if "expected_error" in row]),
+                f"{100 * sum(row['loss_share'] for row in group):.1f}" if "loss_share" in group[0] else "",
+            )
+            for (name, how, codebook, width), group in sorted(merged.items(), key=str)
+        ],
+    )
+    click.echo(
+        "its bits: of a value of the codebook; bits: of a weight, codebook not counted; error: squared, of the weights' squares"
+    )
+    if report["predicted_loss"] is None:
+        click.echo("Every weight counts alike.")
+    else:
+        click.echo("sensitivity: nats per token that an error of 1 would cost; loss: sensitivity times error, as a share")
+    click.echo()
+    print_memory(report["memory"])
+    click.echo(f"MB at most; on the host beside the process itself (about {report['process_bytes'] / 1e6:.0f} MB)")
+    click.echo()
+    bits = report["bits_per_weight"]
+    click.echo(f"bits per weight: {bits['linears']:.2f} (linear layers), {bits['all']:.2f} (everything)")
+    size, bound = report["file_bytes"], " at most"
+    if size is None:
+        size, bound = report["payload_bytes"], ", headers not counted"
+    click.echo(
+        f"predicted size: {size / 1e6:.3f} MB ({size:,} bytes){bound}; source: {report['source_file_bytes'] / 1e6:.1f} MB"
+    )
+    if report["predicted_loss"] is not None:
+        click.echo(
+            f"predicted loss: {report['predicted_loss']:.3g} nats per token on text like the calibration text, before error "
+            "feedback and training"
+        )
+
+
+def _range(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    low, high = min(values), max(values)
+    return f"{low:.2g}" if low == high else f"{low:.2g} to {high:.2g}"
+
+
+def print_memory(peaks: Rows) -> None:
     """One line per phase of a conversion, in MB = 10^6 bytes."""
-    rows = [(peak.phase, *(f"{value / 1e6:.0f}" for value in (peak.device, peak.host, peak.disk))) for peak in peaks]
+    rows = [(peak["phase"], *(f"{peak[place] / 1e6:.0f}" for place in ("device", "host", "disk"))) for peak in peaks]
     print_table(("phase", "device", "host", "disk"), rows)
 
 

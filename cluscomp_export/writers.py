@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cluscomp_formats.errors import InvalidRequestError, Problem
-from cluscomp_formats.gguf import write_dense_gguf
+from cluscomp_formats.gguf import dense_gguf_size, write_dense_gguf
 from cluscomp_formats.ir import Model
 from cluscomp_formats.registry import CheckOutput, WriteModel, Written, find_format, formats
 
@@ -27,6 +27,8 @@ class Writer:
     write: WriteModel
     check_model: Callable[[Model], object] = lambda model: None
     """Refuses a model before any work, by its configuration and shapes. Raises UnsupportedError, InvalidFileError."""
+    size: Callable[[Model], int] | None = None
+    """Bytes of what `write` makes of a model with that self-test record, at most; see `Format`."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,14 @@ def find_writer(name: str, gguf_type: str | None = None) -> Writer:
     if gguf_type is not None and name != "gguf":
         raise InvalidRequestError(Problem("bad_option", "--gguf-type needs --to gguf", found=f"--to {name}"))
     if name == "onnx":
-        return Writer(fmt.check_output, _write_onnx, _build_graph)
+        return Writer(fmt.check_output, _write_onnx, _build_graph, _onnx_size)
     if gguf_type is not None:
-        return Writer(fmt.check_output, functools.partial(_write_dense_gguf, gguf_type))
+        write = functools.partial(_write_dense_gguf, gguf_type)
+        return Writer(fmt.check_output, write, size=functools.partial(dense_gguf_size, gguf_type=gguf_type))
     if fmt.write is None:
         expected = ", ".join(output_formats())
         raise InvalidRequestError(Problem("not_writable", "this format is only read", found=name, expected=expected))
-    return Writer(fmt.check_output, fmt.write)
+    return Writer(fmt.check_output, fmt.write, size=fmt.size)
 
 
 def _build_graph(model: Model) -> Any:
@@ -65,6 +68,13 @@ def _build_graph(model: Model) -> Any:
     from cluscomp_export.onnx_graph import build_graph
 
     return build_graph(model)
+
+
+def _onnx_size(model: Model) -> int:
+    graph = _build_graph(model)
+    from cluscomp_formats.onnx.writer import onnx_size
+
+    return onnx_size(model, graph)
 
 
 def _write_onnx(model: Model, path: Path, *, force: bool, self_test: SelfTest | None, on_progress: BytesDone | None) -> Written:

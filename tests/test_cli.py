@@ -67,6 +67,72 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(run: Run, stories_folder: P
     assert list(tmp_path.iterdir()) == []
 
 
+def test_plan_explains_itself(run: Run, stories_folder: Path) -> None:
+    code, out, _ = run("plan", stories_folder, "--bits", 2.2)
+    assert code == 0
+    for words in (
+        "its bits",
+        "error",
+        "Every weight counts alike",
+        "phase",
+        "bits per weight: 2.",
+        "predicted size",
+        "at most",
+    ):
+        assert words in out
+    code, out, _ = run("plan", stories_folder, "--match-loss", 0.5)
+    assert code == 0
+    for words in ("sensitivity", "loss %", "sensitivities", "predicted loss: 0.", "nats per token"):
+        assert words in out
+
+
+def test_plan_in_json_is_complete(run: Run, stories_folder: Path) -> None:
+    code, out, _ = run("plan", stories_folder, "--budget", "0.2 MB", "--sensitivity", "measured", "--json")
+    assert code == 0
+    report = json.loads(out)
+    assert 0.95 * 200_000 < report["file_bytes"] <= 200_000
+    clustered = [row for row in report["tensors"] if row["kind"] == "clustered"]
+    assert sum(row["loss"] for row in clustered) == pytest.approx(report["predicted_loss"])
+    assert sum(row["loss_share"] for row in clustered) == pytest.approx(1)
+    assert {row["codebook"] for row in clustered} == {book["name"] for book in report["codebooks"]}
+    assert all(row["codebook_bits"] in (8, 16) and row["sensitivity"] > 0 for row in clustered)
+    assert "sensitivities" in {peak["phase"] for peak in report["memory"]}
+
+
+def test_a_plan_is_saved_and_followed(run: Run, stories_folder: Path, tmp_path: Path) -> None:
+    file, output = tmp_path / "plan.json", tmp_path / "out.clus"
+    code, out, _ = run("plan", stories_folder, "--budget", "200kB", "--save", file, "--json")
+    assert code == 0
+    predicted = json.loads(out)["file_bytes"]
+    code, _, err = run("plan", stories_folder, "--save", file)
+    assert code == 5, err
+    code, out, _ = run("convert", stories_folder, output, "--plan", file, "--effort", "fast", "--json")
+    assert code == 0
+    # What the self-test record may be shorter than its longest text, in 80 positions of 8 logits and ids, and what the hash of
+    # the plan in the provenance is longer than a budget.
+    assert predicted - 80 * 8 * 12 < output.stat().st_size < predicted + 100
+    code, out, _ = run("convert", stories_folder, tmp_path / "direct.clus", "--budget", "200kB", "--effort", "fast", "--json")
+    assert output.stat().st_size - 100 < json.loads(out)["file_bytes"] <= 200_000
+
+
+@pytest.mark.parametrize("size", ["much", "-5MB", "16XB"])
+def test_a_budget_that_is_no_size_is_a_usage_error(run: Run, stories_folder: Path, size: str) -> None:
+    code, _, err = run("plan", stories_folder, f"--budget={size}")
+    assert code == 2
+    assert "is not a size" in err
+
+
+def test_a_plan_takes_no_more_than_a_configuration(run: Run, stories_folder: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_bytes((stories_folder / name).read_bytes())
+    code, out, _ = run("plan", tmp_path, "--budget", "200kB", "--json")
+    assert code == 0
+    assert json.loads(out)["file_bytes"] <= 200_000
+    code, _, err = run("plan", tmp_path, "--budget", "200kB", "--sensitivity", "measured")
+    assert code == 3
+    assert "only the configuration is here" in err
+
+
 def test_inspect(run: Run, packed: Path, stories_folder: Path) -> None:
     code, out, _ = run("inspect", packed, "--json")
     report = json.loads(out)

@@ -1,5 +1,5 @@
-"""What is held of whole blocks, and of the model: calibration, error feedback, trainings, self-test. Letters are those of the
-package's docstring."""
+"""What is held of whole blocks, and of the model: calibration, sensitivities, error feedback, trainings, self-test. Letters are
+those of the package's docstring."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from cluscomp_export.memory_model.matrices import (
     to_float64,
 )
 from cluscomp_export.planning import Plan
+from cluscomp_export.sensitivity import HEAD_TOKENS, WINDOWS
 from cluscomp_export.sources import embedding_tensor, head_tensor
 from cluscomp_export.tuning.blockwise import BlockwiseOptions
 from cluscomp_export.tuning.recovery import RecoveryOptions, teacher_kernel
@@ -26,7 +27,7 @@ from cluscomp_kernels.clus_linear.trainable import BLOCK_BYTES
 from cluscomp_runtime.architecture import DecoderSettings
 from cluscomp_runtime.selftest import MAX_SENTENCE_TOKENS, RANDOM_SEQUENCES
 
-__all__ = ["calibration", "embedding", "error_feedback", "recovery", "self_test", "tuning"]
+__all__ = ["calibration", "embedding", "error_feedback", "recovery", "self_test", "sensitivities", "tuning"]
 
 HALVES = (("self_attn", ("q_proj", "k_proj", "v_proj"), "o_proj"), ("mlp", ("gate_proj", "up_proj"), "down_proj"))
 """Module, readers and writer of the halves of a block (`cluscomp_runtime.blocks.Half`)."""
@@ -50,6 +51,30 @@ def calibration(source: Model, settings: DecoderSettings, windows: int) -> int:
     running, streams = _layer_activations(settings, tokens, 8), 16 * tokens * settings.hidden_size
     beside = [running if block_index(tensor.name) is not None else streams for tensor in matrices]
     return sums + max(to_float64(source, tensor) + held for tensor, held in zip(matrices, beside, strict=True))
+
+
+def sensitivities(source: Model, settings: DecoderSettings) -> int:
+    """`measure_sensitivities`: the streams of a few windows before and behind every block, with their gradients; beside them
+    the most of a block or of embedding and head.
+
+    A block: its matrices as float32 with two trial errors and, of one window, gradients and what they need
+    (`_training_block`); or while trial errors are made, a matrix as float64. Embedding and head: as float32 and, while
+    trial errors are made, as float64; the logits of some tokens six times.
+    """
+    streams = 4 * WINDOWS * CONTEXT * settings.hidden_size * (settings.num_layers + 2)
+    logits = 6 * 4 * HEAD_TOKENS * settings.vocab_size
+    most = 0
+    for names in _blocks(source).values():
+        matrices = [tensor for name in names if len((tensor := source.tensors[name]).shape) == 2]
+        weights, widest = (fold(tensor.num_weights for tensor in matrices) for fold in (sum, max))
+        placing = max(reading(source, tensor)[0] for tensor in matrices)
+        gradients = 4 * weights + 4 * widest + _training_block(settings, CONTEXT, [])
+        most = max(most, 4 * weights + placing, 12 * weights + max(gradients, 8 * widest))
+    for name in (embedding_tensor(source), head_tensor(source)):
+        if name is not None:
+            tensor = source.tensors[name]
+            most = max(most, reading(source, tensor)[0], 12 * tensor.num_weights + logits)
+    return streams + most
 
 
 def error_feedback(

@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from cluscomp_export.clustering import unit_bytes
 from cluscomp_export.effort import Levels
 from cluscomp_export.error_feedback import block_index
-from cluscomp_export.memory_model.blocks import calibration, embedding, error_feedback, recovery, self_test, tuning
+from cluscomp_export.memory_model.blocks import (
+    calibration,
+    embedding,
+    error_feedback,
+    recovery,
+    self_test,
+    sensitivities,
+    tuning,
+)
 from cluscomp_export.memory_model.matrices import checking, encoding, fitting, writing
 from cluscomp_export.planning import Plan
 from cluscomp_formats.errors import ClusCompError
@@ -47,6 +55,7 @@ def conversion_memory(
     *,
     output_bytes: int,
     calibrated: bool,
+    measures: bool = False,
     levels: Levels,
     windows: int,
     cuda: bool = False,
@@ -55,13 +64,15 @@ def conversion_memory(
 
     `model` is what `cluster_model(source, plan)` describes, or the source itself where it is only repacked (`plan=None`);
     `output_bytes` the size of what is written. `calibrated` says whether there is a calibration text, of which blocks see as
-    many `windows`, `cuda` whether the device is one.
+    many `windows`, `measures` whether sensitivities are measured on it, `cuda` whether the device is one.
     """
     if plan is None:
         return tuple(_with_heap([("writing", 0, writing(source, model), output_bytes), *_self_test(model, output_bytes)]))
     settings = runnable(source)
     rows: list[tuple[str, int, int, int]] = [("checking the source", 0, checking(source), 0)]
     disk = 0
+    if measures and settings is not None:
+        rows.append(("sensitivities", 0, sensitivities(source, settings), disk))
     if calibrated and settings is not None:
         disk = sum(4 * tensor.shape[1] for tensor in source.tensors.values() if len(tensor.shape) == 2)
         rows.append(("calibration", 0, calibration(source, settings, windows), disk))

@@ -75,7 +75,8 @@ class Format:
     `matches(path)` looks at a file's first bytes or a folder's content and must not raise on any input. `open(path)`
     validates and returns a lazy model; it raises InvalidFileError with every problem found. `check_output` is called before
     the work of which `write` is the end; the default suits a single file, a folder has
-    `cluscomp_formats.atomic_folder.check_output_folder`.
+    `cluscomp_formats.atomic_folder.check_output_folder`. `size(model)` predicts the bytes of what `write` makes of a model with
+    that self-test record, at most, without reading its payloads; without it, `--budget` cannot be held in this format.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Format:
     open: Callable[[Path], Model]
     write: WriteModel | None = None
     check_output: CheckOutput = check_output
+    size: Callable[[Model], int] | None = None
 
 
 @functools.cache

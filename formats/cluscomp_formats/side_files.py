@@ -17,7 +17,7 @@ from cluscomp_formats.packed.payload_stream import read_checked
 from cluscomp_formats.packed.payloads import Payload
 from cluscomp_formats.packed.spec import file_name_fault
 
-__all__ = ["open_side_files", "side_file_problems", "write_json", "write_side_files", "write_synced"]
+__all__ = ["json_bytes", "open_side_files", "side_file_problems", "write_json", "write_side_files", "write_synced"]
 
 _MAX_FILE_NAME_BYTES = 255
 
@@ -42,10 +42,15 @@ def write_side_files(model: Model, folder: Path, output: Path, advance: Callable
         advance(content.nbytes)
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write JSON for people to read, with sorted keys."""
+def json_bytes(value: Mapping[str, Any]) -> bytes:
+    """JSON for people to read, with sorted keys."""
     text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False)
-    write_synced(path, f"{text}\n".encode())
+    return f"{text}\n".encode()
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write `json_bytes`, synced."""
+    write_synced(path, json_bytes(value))
 
 
 def write_synced(path: Path, content: bytes) -> None:

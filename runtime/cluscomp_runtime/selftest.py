@@ -24,15 +24,18 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem, SelfTestError
+from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem, SelfTestError, UnsupportedError
 from cluscomp_formats.ir import Model
+from cluscomp_runtime.architecture import DecoderSettings, check_tensors
 from cluscomp_runtime.language_model import LanguageModel
+from cluscomp_runtime.tokenizer import Tokenizer
 
 __all__ = [
     "SelfTestReport",
     "SequenceReport",
     "check_record",
     "compare_with_record",
+    "longest_record",
     "make_self_test",
     "run_self_test",
 ]
@@ -41,12 +44,17 @@ RECORD_VERSION = 1
 SAFETY = 8.0
 SENTENCE = "The quick brown fox jumps over the lazy dog. In 1912, two small boats crossed the cold river before dawn."
 RANDOM_SEQUENCES = 2
+DEFAULT_TOKENS = 24
+DEFAULT_TOP_K = 8
 MAX_SENTENCE_TOKENS = 32
 
 MAX_SEQUENCES = 64
 MAX_TOKENS = 1024
 MAX_TOP_K = 256
 """Limits on a record read from a file, whatever it says."""
+
+_LONGEST_LOGIT = -1.23456789e-300
+_LONGEST_TOLERANCE = 1.234e-300
 
 PREFILL_BEFORE_DECODE = 4
 TOLERANCE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -94,7 +102,7 @@ class SelfTestReport:
 
 
 def make_self_test(
-    model: Model, *, sequences: Sequence[Sequence[int]] | None = None, tokens: int = 24, top_k: int = 8
+    model: Model, *, sequences: Sequence[Sequence[int]] | None = None, tokens: int = DEFAULT_TOKENS, top_k: int = DEFAULT_TOP_K
 ) -> dict[str, Any]:
     """Compute a record for a model; a JSON value.
 
@@ -104,7 +112,11 @@ def make_self_test(
     if the model's logits are not finite.
     """
     exact = LanguageModel.from_model(model, dtype=torch.float64, kernel="reference")
-    chosen = _default_sequences(exact, tokens) if sequences is None else [list(sequence) for sequence in sequences]
+    chosen = (
+        _default_sequences(exact.settings, exact.tokenizer, tokens)
+        if sequences is None
+        else [list(sequence) for sequence in sequences]
+    )
     if not chosen or not all(1 <= len(sequence) <= MAX_TOKENS for sequence in chosen) or len(chosen) > MAX_SEQUENCES:
         expected = f"1 to {MAX_SEQUENCES} sequences of 1 to {MAX_TOKENS} tokens"
         raise InvalidRequestError(Problem("bad_sequences", "unusable self-test sequences", expected=expected))
@@ -126,6 +138,26 @@ def make_self_test(
         name: max(float(f"{SAFETY * amplification * torch.finfo(dtype).eps:.4g}"), torch.finfo(torch.float32).tiny)
         for name, dtype in TOLERANCE_DTYPES.items()
     }
+    return {"version": RECORD_VERSION, "sequences": recorded, "tolerance": tolerance}
+
+
+def longest_record(model: Model) -> dict[str, Any] | None:
+    """What `make_self_test(model)` gives, with the longest text its numbers can have; None for an unknown architecture.
+
+    Tells the room a record will take. Computes nothing and reads nothing but the configuration and the tokenizer.
+    """
+    try:
+        settings = DecoderSettings.from_config(model.config)
+        check_tensors(model, settings)
+    except UnsupportedError:
+        return None
+    top_k = min(DEFAULT_TOP_K, settings.vocab_size)
+    row_ids, row_logits = [settings.vocab_size - 1] * top_k, [_LONGEST_LOGIT] * top_k
+    recorded = [
+        {"input_ids": ids, "top_ids": [row_ids] * len(ids), "top_logits": [row_logits] * len(ids)}
+        for ids in _default_sequences(settings, Tokenizer.from_files(model.files), DEFAULT_TOKENS)
+    ]
+    tolerance = dict.fromkeys(TOLERANCE_DTYPES, _LONGEST_TOLERANCE)
     return {"version": RECORD_VERSION, "sequences": recorded, "tolerance": tolerance}
 
 
@@ -209,12 +241,12 @@ def _padded(sequences: Sequence[Sequence[int]]) -> torch.Tensor:
     return torch.tensor([[*sequence, *[0] * (longest - len(sequence))] for sequence in sequences], dtype=torch.int64)
 
 
-def _default_sequences(model: LanguageModel, tokens: int) -> list[list[int]]:
-    vocab_size, longest = model.settings.vocab_size, model.settings.max_position_embeddings
+def _default_sequences(settings: DecoderSettings, tokenizer: Tokenizer | None, tokens: int) -> list[list[int]]:
+    vocab_size, longest = settings.vocab_size, settings.max_position_embeddings
     random = np.random.default_rng(0)
     sequences: list[list[int]] = random.integers(0, vocab_size, (RANDOM_SEQUENCES, min(tokens, longest))).tolist()
-    if model.tokenizer is not None:
-        sentence = model.tokenizer.encode(SENTENCE)[: min(MAX_SENTENCE_TOKENS, longest)]
+    if tokenizer is not None:
+        sentence = tokenizer.encode(SENTENCE)[: min(MAX_SENTENCE_TOKENS, longest)]
         if sentence and max(sentence) < vocab_size:
             sequences.append(sentence)
     return sequences

@@ -23,7 +23,7 @@ from cluscomp_formats.gguf.tokenizer_metadata import InexpressibleTokenizer, tok
 from cluscomp_formats.ir import FLOAT_DTYPES, AnyArray, DenseTensor, Model, float32_to_bfloat16
 from cluscomp_formats.packed.payload_stream import Progress
 
-__all__ = ["DENSE_TYPES", "DenseReport", "write_dense_gguf"]
+__all__ = ["DENSE_TYPES", "DenseReport", "dense_gguf_size", "write_dense_gguf"]
 
 
 @dataclass(frozen=True)
@@ -98,15 +98,7 @@ def write_dense_gguf(
     hyperparameters = read_hyperparameters(model.config)
     model = with_tokenizer_read(model, path)
     planned = _plan(model, hyperparameters, DENSE_TYPES[gguf_type], str(path))
-    metadata = _metadata(model, hyperparameters, DENSE_TYPES[gguf_type], str(path))
-    divisors = hyperparameters.rope_divisors
-    sizes = [("rope_freqs.weight", divisors.shape, "F32", divisors.nbytes)] if divisors is not None else []
-    sizes += [(item.stored_name, item.place.shape, item.dense_type.name, item.nbytes) for item in planned]
-    entries, total = [], 0
-    for name, shape, type_name, nbytes in sizes:
-        entries.append(DirectoryEntry(name, shape, type_name, total))
-        total += aligned(nbytes, _ALIGNMENT)
-    header = encode_header(metadata, entries)
+    header, entries, total = _layout(model, hyperparameters, planned, DENSE_TYPES[gguf_type], str(path))
     with atomic_write(path, force=force) as stream:
         stream.write(header.ljust(aligned(len(header), _ALIGNMENT), b"\0"))
         start = stream.tell()
@@ -119,6 +111,29 @@ def write_dense_gguf(
     asked = DENSE_TYPES[gguf_type]
     kept = tuple(item.place.name for item in planned if len(item.place.shape) > 1 and item.dense_type is not asked)
     return DenseReport(path, file_bytes, len(entries), kept)
+
+
+def dense_gguf_size(model: Model, gguf_type: str) -> int:
+    """Bytes of the file `write_dense_gguf` makes; reads nothing but the tokenizer. Raises what that does before it writes."""
+    gguf_package()
+    hyperparameters = read_hyperparameters(model.config)
+    planned = _plan(model, hyperparameters, DENSE_TYPES[gguf_type], "")
+    header, _, total = _layout(model, hyperparameters, planned, DENSE_TYPES[gguf_type], "")
+    return aligned(len(header), _ALIGNMENT) + total
+
+
+def _layout(
+    model: Model, hyperparameters: Hyperparameters, planned: list[_Planned], asked: _DenseType, file: str
+) -> tuple[bytes, list[DirectoryEntry], int]:
+    """The header, what it lists, and the bytes of the data after it."""
+    divisors = hyperparameters.rope_divisors
+    sizes = [("rope_freqs.weight", divisors.shape, "F32", divisors.nbytes)] if divisors is not None else []
+    sizes += [(item.stored_name, item.place.shape, item.dense_type.name, item.nbytes) for item in planned]
+    entries, total = [], 0
+    for name, shape, type_name, nbytes in sizes:
+        entries.append(DirectoryEntry(name, shape, type_name, total))
+        total += aligned(nbytes, _ALIGNMENT)
+    return encode_header(_metadata(model, hyperparameters, asked, file), entries), entries, total
 
 
 def _plan(model: Model, hyperparameters: Hyperparameters, asked: _DenseType, file: str) -> list[_Planned]:

@@ -18,13 +18,12 @@ from cluscomp_formats.ir import Model, canonical_json
 from cluscomp_formats.packed.header import Section, header_of, header_value
 from cluscomp_formats.packed.payload_stream import Progress, SelfTest, WriteReport, json_problems
 from cluscomp_formats.packed.payloads import Payload, stored_payloads
-from cluscomp_formats.packed.section_stream import write_sections
-from cluscomp_formats.packed.writer import request_problems
+from cluscomp_formats.packed.section_stream import place_sections, write_sections
+from cluscomp_formats.packed.writer import NO_DIGEST, request_problems
 
-__all__ = ["write_gguf"]
+__all__ = ["gguf_size", "write_gguf"]
 
 _COPY_BYTES = 1 << 24
-_NO_DIGEST = "sha256:" + "0" * 64
 
 
 def write_gguf(
@@ -53,7 +52,7 @@ def write_gguf(
     header_bytes = _header_builder(model, payloads)
     record = model.self_test if self_test is None else None
     # Every part of the header but the record has its final length from the start.
-    start = len(header_bytes([Section(0, 0, 0)] * len(payloads), _NO_DIGEST, record))
+    start = len(header_bytes([Section(0, 0, 0)] * len(payloads), NO_DIGEST, record))
     with atomic_write(path, force=force) as stream:
         # Zeros stand for the header until the end: an unfinished file is never taken for a model.
         sections, digest = write_sections(stream, start, model, arrays, path, on_progress)
@@ -70,6 +69,17 @@ def write_gguf(
             _overwrite_start(stream, header)
     payload_bytes = sum(section.length for section in sections)
     return WriteReport(path, digest, file_bytes, payload_bytes, len(sections))
+
+
+def gguf_size(model: Model) -> int:
+    """Bytes of the file of `model`, its self-test record included; reads nothing but the tokenizer.
+
+    Raises InvalidRequestError, UnsupportedError as `write_gguf` does.
+    """
+    payloads = [payload for payload, _ in stored_payloads(model)]
+    sections = [Section(0, 0, 0)] * len(payloads)
+    header = _header_builder(model, payloads)(sections, NO_DIGEST, model.self_test)
+    return place_sections(payloads, len(header))[1]
 
 
 def _header_builder(

@@ -4,7 +4,7 @@ import functools
 
 from cluscomp_formats.atomic_folder import check_output_folder
 from cluscomp_formats.hf.reader import holds_only_model, looks_hf, open_hf
-from cluscomp_formats.hf.writer import SHARD_BYTES, write_hf
+from cluscomp_formats.hf.writer import SHARD_BYTES, hf_size, write_hf
 from cluscomp_formats.packed.payload_stream import WriteReport
 from cluscomp_formats.registry import Format
 
@@ -17,4 +17,5 @@ FORMAT = Format(
     open_hf,
     write_hf,
     functools.partial(check_output_folder, replaceable=holds_only_model),
+    hf_size,
 )

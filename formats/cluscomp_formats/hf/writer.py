@@ -27,9 +27,10 @@ from cluscomp_formats.packed.payload_stream import (
     stored_pieces,
 )
 from cluscomp_formats.packed.payloads import stored_payloads
-from cluscomp_formats.side_files import side_file_problems, write_json, write_side_files, write_synced
+from cluscomp_formats.packed.writer import NO_DIGEST
+from cluscomp_formats.side_files import json_bytes, side_file_problems, write_json, write_side_files, write_synced
 
-__all__ = ["SHARD_BYTES", "write_hf"]
+__all__ = ["SHARD_BYTES", "hf_size", "write_hf"]
 
 SHARD_BYTES = 5_000_000_000
 """A file of weights gets no longer than this, unless one array alone does."""
@@ -80,6 +81,16 @@ def write_hf(
             _write_record(temporary, model, record)
         file_bytes = sum(path.stat().st_size for path in temporary.iterdir())
     return WriteReport(folder, digest, file_bytes, progress.total, len(arrays) + len(model.files))
+
+
+def hf_size(model: Model) -> int:
+    """Bytes of all files of the folder of `model`, its self-test record included; reads no payload."""
+    shards = _shards(list(stored_arrays(model)), SHARD_BYTES)
+    total = sum(payload.stored_bytes for payload, _ in stored_payloads(model))
+    total += sum(len(header_bytes(shard.entries())) for shard in shards)
+    if len(shards) > 1:
+        total += len(json_bytes(_index_value(shards)))
+    return total + len(json_bytes(join_config(model, NO_DIGEST))) + len(_record_bytes(model, model.self_test))
 
 
 @dataclass
@@ -151,9 +162,13 @@ def _write_shards(folder: Path, shards: Sequence[_Shard], model: Model, output: 
 
 
 def _write_record(folder: Path, model: Model, self_test: Mapping[str, Any] | None) -> None:
+    write_synced(folder / RECORD, _record_bytes(model, self_test))
+
+
+def _record_bytes(model: Model, self_test: Mapping[str, Any] | None) -> bytes:
     # In one line: a self-test record is thousands of numbers.
     value = {"version": VERSION, "files": sorted(model.files), "provenance": model.provenance, "self_test": self_test}
-    write_synced(folder / RECORD, f"{canonical_json(value)}\n".encode())
+    return f"{canonical_json(value)}\n".encode()
 
 
 def _request_problems(model: Model, arrays: Sequence[StoredArray], file: str) -> Iterator[Problem]:

@@ -36,11 +36,12 @@ from cluscomp_formats.onnx.spec import (
 )
 from cluscomp_formats.packed.header import Section, header_of, header_value
 from cluscomp_formats.packed.payload_stream import Progress, SelfTest, WriteReport, json_problems, model_problems
-from cluscomp_formats.packed.section_stream import write_sections
-from cluscomp_formats.side_files import side_file_problems, write_json, write_side_files, write_synced
+from cluscomp_formats.packed.section_stream import place_sections, write_sections
+from cluscomp_formats.packed.writer import NO_DIGEST
+from cluscomp_formats.side_files import json_bytes, side_file_problems, write_json, write_side_files, write_synced
 from cluscomp_formats.version import __version__
 
-__all__ = ["write_onnx"]
+__all__ = ["onnx_size", "write_onnx"]
 
 
 def write_onnx(
@@ -93,6 +94,18 @@ def write_onnx(
             _write_model(temporary, _model_proto(model, arrays, graph, sections, digest, record), folder)
         file_bytes = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
     return WriteReport(folder, digest, file_bytes, total, len(arrays) + len(model.files))
+
+
+def onnx_size(model: Model, graph: Graph) -> int:
+    """Bytes of all files of the folder of `model`, its self-test record included, at most; reads no payload.
+
+    The text of a checksum is counted with ten digits and may have fewer; all else is exact.
+    """
+    arrays = list(stored_arrays(model))
+    sections, data_bytes = place_sections([stored_form(array.payload)[0] for array in arrays], 0, data_offset)
+    proto = _model_proto(model, arrays, graph, sections, NO_DIGEST, model.self_test)
+    side_bytes = sum(array.nbytes for array in model.files.values())
+    return side_bytes + len(json_bytes(_config_for_others(model))) + data_bytes + int(proto.ByteSize())
 
 
 def _config_for_others(model: Model) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 from cluscomp_formats.packed.header import PackedHeader
 from cluscomp_formats.packed.reader import looks_packed, open_packed, read_header
-from cluscomp_formats.packed.writer import WriteReport, write_packed
+from cluscomp_formats.packed.writer import WriteReport, packed_size, write_packed
 from cluscomp_formats.registry import Format
 
 __all__ = ["FORMAT", "PackedHeader", "WriteReport", "open_packed", "read_header", "write_packed"]
 
-FORMAT = Format("packed", "a single packed file (.clus)", looks_packed, open_packed, write_packed)
+FORMAT = Format("packed", "a single packed file (.clus)", looks_packed, open_packed, write_packed, size=packed_size)

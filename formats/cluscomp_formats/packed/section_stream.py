@@ -14,7 +14,26 @@ from cluscomp_formats.packed.payload_stream import Progress, Writeback, hash_pay
 from cluscomp_formats.packed.payloads import Payload
 from cluscomp_formats.packed.spec import align
 
-__all__ = ["write_sections"]
+__all__ = ["place_sections", "write_sections"]
+
+_LONGEST_CRC = (1 << 32) - 1
+
+
+def _next_offset(end: int, _length: int) -> int:
+    return align(end)
+
+
+def place_sections(
+    payloads: Sequence[Payload], start: int, offset_of: Callable[[int, int], int] = _next_offset
+) -> tuple[list[Section], int]:
+    """Where `write_sections` puts the sections, with checksums as long as their text can get, and where it then ends."""
+    sections = []
+    end = start
+    for payload in payloads:
+        offset = offset_of(end, payload.stored_bytes)
+        end = offset + payload.stored_bytes
+        sections.append(Section(offset, payload.stored_bytes, _LONGEST_CRC))
+    return sections, align(end)
 
 
 def write_sections(
@@ -24,7 +43,7 @@ def write_sections(
     payloads: Sequence[tuple[Payload, Array]],
     path: Path,
     on_progress: Progress | None,
-    offset_of: Callable[[int, int], int] = lambda end, _length: align(end),
+    offset_of: Callable[[int, int], int] = _next_offset,
 ) -> tuple[list[Section], str]:
     """Write the sections from byte `start`, a multiple of the alignment, with zeros before; the sections and the digest.
 

@@ -14,10 +14,13 @@ from cluscomp_formats.packed.header import PackedHeader, Section, header_of, hea
 from cluscomp_formats.packed.payload_stream import Progress, SelfTest, WriteReport, json_problems, model_problems
 from cluscomp_formats.packed.payloads import Payload, stored_payloads
 from cluscomp_formats.packed.reader import open_packed
-from cluscomp_formats.packed.section_stream import write_sections
+from cluscomp_formats.packed.section_stream import place_sections, write_sections
 from cluscomp_formats.packed.spec import MAX_HEADER_LENGTH, PREAMBLE_LENGTH, VERSION, Preamble, align
 
-__all__ = ["WriteReport", "request_problems", "write_packed"]
+__all__ = ["NO_DIGEST", "WriteReport", "packed_size", "request_problems", "write_packed"]
+
+NO_DIGEST = "sha256:" + "0" * 64
+"""Takes the room of a digest that is not known yet."""
 
 
 def write_packed(
@@ -60,6 +63,17 @@ def write_packed(
     return WriteReport(path, digest, file_bytes, payload_bytes, len(sections))
 
 
+def packed_size(model: Model) -> int:
+    """Bytes of the file of `model`, its self-test record included, at most; reads no payload.
+
+    The text of a checksum is counted with ten digits and may have fewer; all else is exact.
+    """
+    payloads = [payload for payload, _ in stored_payloads(model)]
+    sections, end = place_sections(payloads, PREAMBLE_LENGTH)
+    header = header_of(model, payloads, sections, NO_DIGEST, model.self_test)
+    return (end if sections else PREAMBLE_LENGTH) + len(canonical_json(header_value(header)).encode())
+
+
 def _write_header(stream: BinaryIO, header: PackedHeader) -> int:
     """Write header and preamble after the sections; the file's length in bytes."""
     data = canonical_json(header_value(header)).encode()
@@ -82,7 +96,7 @@ def request_problems(model: Model, payloads: Sequence[tuple[Payload, Array]], fi
     if not any(problem.kind == "not_json" for problem in problems):
         # Sections as long as their text can get.
         sections = [Section(1 << 62, 1 << 62, (1 << 32) - 1)] * len(payloads)
-        header = header_of(model, [payload for payload, _ in payloads], sections, "sha256:" + "0" * 64, model.self_test)
+        header = header_of(model, [payload for payload, _ in payloads], sections, NO_DIGEST, model.self_test)
         length = len(canonical_json(header_value(header)))
         if length > MAX_HEADER_LENGTH:
             yield Problem("header_too_long", "the header is too long", file, None, str(length), f"at most {MAX_HEADER_LENGTH}")

@@ -1,0 +1,187 @@
+"""The choice with the least expected loss at a size, or the smallest at a loss: a Lagrangian relaxation.
+
+At a price per bit everything decides by itself (Shoham & Gersho 1988): every codebook takes the candidate with the least
+`loss + price * bits`, and matrices are put together or apart so that the sum over their codebooks is least. The price rises
+until the total fits. Which matrices share a codebook is searched among runs of matrices in the order of how much a weight of
+theirs matters (`Chain`): among matrices of a kind nothing else about a matrix speaks for one codebook or another, so some
+division into runs is the best of all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from cluscomp_export.planning.candidates import SIZES, Group, Member, Size, Table
+
+__all__ = ["Chain", "Either", "Pick", "Scope", "Separate", "allocate"]
+
+MAX_ATOMS = 32
+"""Matrices in a chain are first put together in at most so many runs: the search takes its square."""
+
+PRICES = (1e-30, 1e12)
+PRICE_STEPS = 60
+"""Halvings of that range on a logarithmic scale: prices are then exact to the last bit of a double."""
+
+
+@dataclass(frozen=True)
+class Pick:
+    """A candidate taken for a group: `row` and `column` of a table."""
+
+    table: Table
+    row: int
+    column: int
+
+    @property
+    def group(self) -> Group:
+        return self.table.groups[self.row]
+
+    @property
+    def size(self) -> Size:
+        """What is taken, or `DENSE`."""
+        return SIZES[self.column]
+
+    @property
+    def bits(self) -> float:
+        return float(self.table.bits[self.row, self.column])
+
+    @property
+    def loss(self) -> float:
+        return float(self.table.loss[self.row, self.column])
+
+
+class Scope(Protocol):
+    """Some matrices, and all ways to store them that are looked at."""
+
+    def best(self, price: float) -> list[Pick]:
+        """The picks with the least `loss + price * bits`; of infinitely many bits if there is no way."""
+        ...
+
+
+class Separate:
+    """Groups that are given; with several lists of equal length, each group in one of these ways."""
+
+    def __init__(self, *ways: Sequence[Group]) -> None:
+        self.tables = [Table(groups) for groups in ways]
+
+    def best(self, price: float) -> list[Pick]:
+        costs = [table.loss + price * table.bits for table in self.tables]
+        columns = [np.argmin(cost, axis=1) for cost in costs]
+        ways = np.argmin([cost.min(axis=1) for cost in costs], axis=0)
+        return [Pick(self.tables[way], row, int(columns[way][row])) for row, way in enumerate(ways)]
+
+
+class Chain:
+    """Matrices divided into groups of row-scaled matrices in whichever way is best, among runs of like sensitivity."""
+
+    def __init__(self, name: str, members: Sequence[Member], codebook_bits: int | None = None) -> None:
+        ordered = sorted(members, key=lambda member: (-member.loss / member.num_weights, member.name))
+        atoms = _atoms(ordered)
+        self.count = len(atoms)
+        self.spans = [(start, end) for end in range(1, self.count + 1) for start in range(end)]
+        groups = []
+        for start, end in self.spans:
+            inside = tuple(member for atom in atoms[start:end] for member in atom)
+            whole = len(inside) == len(ordered)
+            single = inside[0].name.removesuffix(".weight")
+            label = name if whole else single if len(inside) == 1 else f"{name}.{start}"
+            groups.append(Group(label, inside, row_scale=True, codebook_bits=codebook_bits))
+        self.table = Table(groups)
+
+    def best(self, price: float) -> list[Pick]:
+        costs = self.table.loss + price * self.table.bits
+        columns = np.argmin(costs, axis=1)
+        least = costs[np.arange(len(columns)), columns]
+        # Dynamic programming: the best way to store the first `end` atoms, by its last run.
+        totals, last = [0.0], [0]
+        for end in range(1, self.count + 1):
+            first = end * (end - 1) // 2
+            options = [totals[start] + least[first + start] for start in range(end)]
+            start = int(np.argmin(options))
+            totals.append(options[start])
+            last.append(first + start)
+        picks, end = [], self.count
+        while end:
+            picks.append(Pick(self.table, last[end], int(columns[last[end]])))
+            end = self.spans[last[end]][0]
+        return picks[::-1]
+
+
+def _atoms(ordered: Sequence[Member]) -> list[list[Member]]:
+    """Consecutive runs of about equally many weights, at most `MAX_ATOMS`."""
+    if len(ordered) <= MAX_ATOMS:
+        return [[member] for member in ordered]
+    total = sum(member.num_weights for member in ordered)
+    runs: dict[int, list[Member]] = {}
+    done = 0
+    for member in ordered:
+        runs.setdefault(MAX_ATOMS * done // total, []).append(member)
+        done += member.num_weights
+    return list(runs.values())
+
+
+class Either:
+    """Different divisions of the same matrices, each a list of scopes: the cheapest is taken."""
+
+    def __init__(self, alternatives: Sequence[Sequence[Scope]]) -> None:
+        self.alternatives = alternatives
+
+    def best(self, price: float) -> list[Pick]:
+        offers = [[pick for scope in scopes for pick in scope.best(price)] for scopes in self.alternatives]
+        return min(offers, key=lambda picks: sum(pick.loss + price * pick.bits for pick in picks))
+
+
+def allocate(
+    scopes: Sequence[Scope], *, budget: float | None = None, loss: float | None = None
+) -> tuple[list[Pick] | None, list[Pick]]:
+    """The picks that lose least within `budget` bits, or take the fewest bits within `loss`; None if there are none.
+
+    Also the outermost picks in the direction of the limit: the smallest of all for a budget, the most exact for a loss.
+    """
+
+    def choose(price: float) -> list[Pick]:
+        return [pick for scope in scopes for pick in scope.best(price)]
+
+    def fits(picks: list[Pick]) -> bool:
+        within = budget is None or sum(pick.bits for pick in picks) <= budget
+        return within and (loss is None or sum(pick.loss for pick in picks) <= loss)
+
+    # A dear bit holds the budget, a cheap one holds the loss.
+    good, bad = (PRICES[1], PRICES[0]) if budget is not None else PRICES
+    outermost = picks = choose(good)
+    if not fits(picks):
+        return None, outermost
+    for _ in range(PRICE_STEPS):
+        middle = math.sqrt(good) * math.sqrt(bad)
+        chosen = choose(middle)
+        if fits(chosen):
+            good, picks = middle, chosen
+        else:
+            bad = middle
+    return (picks if budget is None else _filled(picks, budget)), outermost
+
+
+def _filled(picks: list[Pick], budget: float) -> list[Pick]:
+    """What the relaxation leaves of the budget buys what gains most per bit.
+
+    It only knows the candidates on the convex hull, and at one price all matrices that are alike take the same.
+    """
+    bits = np.array([pick.table.bits[pick.row] for pick in picks])
+    losses = np.array([pick.table.loss[pick.row] for pick in picks])
+    columns = np.array([pick.column for pick in picks])
+    rows = np.arange(len(picks))
+    while True:
+        spent, lost = bits[rows, columns], losses[rows, columns]
+        left = budget - float(spent.sum())
+        costs, gains = bits - spent[:, None], lost[:, None] - losses
+        # Below that it is rounding.
+        better = (costs <= left) & (gains > 1e-9 * lost[:, None])
+        if not better.any():
+            return [Pick(pick.table, pick.row, int(column)) for pick, column in zip(picks, columns, strict=True)]
+        rates = np.where(better, gains / np.maximum(costs, 1.0), -np.inf)
+        row, column = np.unravel_index(int(np.argmax(rates)), rates.shape)
+        columns[row] = column

@@ -1,0 +1,189 @@
+"""What a codebook takes, in bits, and how much it is expected to err.
+
+The error comes from the asymptotic theory of vector quantisation (`expected_error`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from cluscomp_export.sources.linears import kind
+from cluscomp_formats.ir import code_bits
+
+__all__ = [
+    "CLUSTER_DIMS",
+    "CODEBOOK_DTYPES",
+    "DENSE",
+    "ROUNDING_ERROR",
+    "ROW_SCALE_BITS",
+    "SIZES",
+    "Group",
+    "Member",
+    "Sensitivity",
+    "Size",
+    "Table",
+    "expected_error",
+    "mixing",
+    "num_vectors",
+    "value_widths",
+]
+
+Floats = npt.NDArray[np.float64]
+
+CLUSTER_DIMS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16)
+CLUSTER_COUNTS = tuple(sorted({count for bits in range(2, 17) for count in (2**bits, 3 * 2 ** (bits - 2))}))
+ROW_SCALE_BITS = 16
+
+CODEBOOK_DTYPES = {8: "int8", 16: "float16"}
+"""How codebooks are stored, by the bits of a value; int8 needs row scales, which take in what a step is worth."""
+ROUNDING_ERROR = {8: 1e-4, 16: 0.0}
+"""What rounding the centroids adds to `expected_error`: a twelfth of the squared step of int8, nothing for float16."""
+
+Size = tuple[int, int, int]
+"""Cluster_dim, num_clusters, bits per value of the codebook."""
+
+DENSE: Size = (0, 0, 0)
+"""Stands among the sizes for a tensor that is not clustered."""
+
+SIZES: tuple[Size, ...] = (*itertools.product(CLUSTER_DIMS, CLUSTER_COUNTS, CODEBOOK_DTYPES), DENSE)
+"""All candidates."""
+
+MIXED_KINDS = 1.1
+"""The error of a codebook for matrices of different kinds, in units of that of a codebook for each kind: 1.05 (dim 2) to 1.15
+(dim 4) on SmolLM2 (docs/lab-notes.md). Distributions differ, though every row is scaled to unit variance."""
+
+# Normalised second moments of the best known lattice quantisers: Conway & Sloane, Sphere Packings, Lattices and Groups,
+# table 2.3; dimensions 9 and 10 from Agrell & Allen 2023.
+LATTICE_SECOND_MOMENT = {
+    1: 0.083333,
+    2: 0.080188,
+    3: 0.078543,
+    4: 0.076603,
+    5: 0.075625,
+    6: 0.074244,
+    7: 0.073116,
+    8: 0.071682,
+    9: 0.071622,
+    10: 0.070814,
+    12: 0.070100,
+    16: 0.068299,
+}
+
+
+def expected_error(cluster_dim: int, num_clusters: int, num_vectors: int) -> float:
+    """Mean squared error per weight of a codebook for Gaussian weights of variance 1.
+
+    Zador's asymptotic formula `G_d * ||f||_{d/(d+2)} * n^(-2/d)` with the Gaussian's norm `2 pi ((d+2)/d)^((d+2)/2)`, times
+    the share of vectors that are not centroids themselves: as many clusters as vectors lose nothing. Other dimensions than
+    `CLUSTER_DIMS` take the constant of the next lower one.
+    """
+    d = cluster_dim
+    constant = LATTICE_SECOND_MOMENT[max(known for known in LATTICE_SECOND_MOMENT if known <= d)]
+    gaussian = 2 * math.pi * math.pow((d + 2) / d, (d + 2) / 2)
+    asymptotic = constant * gaussian * math.pow(num_clusters, -2 / d)
+    return min(1.0, asymptotic) * max(0.0, 1 - num_clusters / num_vectors)
+
+
+def mixing(names: Iterable[str]) -> float:
+    """By what factor the error of a codebook grows with the matrices of these names sharing it."""
+    return MIXED_KINDS if len({kind(name) for name in names}) > 1 else 1.0
+
+
+def num_vectors(shape: tuple[int, int], cluster_dim: int) -> int:
+    """Vectors of a matrix `(out_features, in_features)` in the reference layout, where they run along the out axis."""
+    return shape[1] * -(-shape[0] // cluster_dim)
+
+
+def value_widths(codebook_bits: int | None, *, row_scale: bool) -> tuple[int, ...]:
+    """The bits per value that a codebook may have where `codebook_bits` are asked for, or any with None."""
+    if not row_scale:
+        return (16,)
+    return tuple(CODEBOOK_DTYPES) if codebook_bits is None else (codebook_bits,)
+
+
+_COUNTS = np.array([float(count) for _, count, _ in SIZES[:-1]])
+_VALUE_BITS = np.array([width for _, _, width in SIZES[:-1]])
+_CODE_BITS = np.array([code_bits(count) for _, count, _ in SIZES[:-1]])
+_CODEBOOK_BITS = np.array([count * dim * width for dim, count, width in SIZES[:-1]])
+_ASYMPTOTIC_ERROR = np.array([expected_error(dim, count, 1 << 62) for dim, count, _ in SIZES[:-1]])
+_ROUNDING_ERROR = np.array([ROUNDING_ERROR[width] for _, _, width in SIZES[:-1]])
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What errors of one matrix `[out_features, in_features]` cost.
+
+    `relative`: nats per token for a relative squared error of 1, spread as a codebook for scaled rows spreads it.
+    `flat`: the same for a codebook without row scales.
+    """
+
+    relative: float
+    flat: float
+
+    def cost(self, *, row_scale: bool) -> float:
+        """Nats per token for a relative squared error of 1 of a tensor with or without row scales."""
+        return self.relative if row_scale else self.flat
+
+
+@dataclass(frozen=True)
+class Member:
+    """A matrix to be stored: its name and shape, and what a relative squared error of 1 costs: alike in every row, or spread
+    evenly, as it comes with and without row scales."""
+
+    name: str
+    shape: tuple[int, int]
+    loss: float
+    flat_loss: float
+
+    @property
+    def num_weights(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Matrices that use one codebook, called `name`, of `codebook_bits` per value, or of whichever pay if that is None.
+
+    `dense_bits` is what they take unclustered, None if that is not wanted.
+    """
+
+    name: str
+    members: tuple[Member, ...]
+    row_scale: bool
+    dense_bits: int | None = None
+    codebook_bits: int | None = None
+
+    @property
+    def value_widths(self) -> tuple[int, ...]:
+        return value_widths(self.codebook_bits, row_scale=self.row_scale)
+
+
+class Table:
+    """Bits and expected loss of every candidate for every group, float64 `[groups, len(SIZES)]`.
+
+    Infinitely many bits stand for what cannot be: more clusters than vectors, values of a width or dense where that is not
+    wanted.
+    """
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self.groups = tuple(groups)
+        # By group and dimension, then by group and candidate.
+        by_dim = np.array(
+            [[float(sum(num_vectors(m.shape, dim) for m in group.members)) for dim in CLUSTER_DIMS] for group in groups]
+        )
+        vectors = by_dim.reshape(len(groups), -1).repeat(len(CLUSTER_COUNTS) * len(CODEBOOK_DTYPES), axis=1)
+        loss = np.array([sum(m.loss if group.row_scale else m.flat_loss for m in group.members) for group in groups])
+        mixed = np.array([mixing(member.name for member in group.members) for group in groups])
+        scales = np.array([ROW_SCALE_BITS * sum(m.shape[0] for m in group.members) * group.row_scale for group in groups])
+        needed = vectors * _CODE_BITS + _CODEBOOK_BITS + scales[:, None]
+        allowed = np.array([np.isin(_VALUE_BITS, group.value_widths) for group in groups])
+        dense = [np.inf if group.dense_bits is None else group.dense_bits for group in groups]
+        self.bits: Floats = np.column_stack([np.where((vectors >= _COUNTS) & allowed, needed, np.inf), dense])
+        errors = mixed[:, None] * _ASYMPTOTIC_ERROR * np.maximum(0.0, 1 - _COUNTS / vectors) + _ROUNDING_ERROR
+        self.loss: Floats = np.column_stack([loss[:, None] * errors, np.zeros(len(groups))])

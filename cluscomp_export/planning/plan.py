@@ -1,0 +1,64 @@
+"""A plan: which tensors are clustered, with which codebooks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from cluscomp_export.planning.candidates import CODEBOOK_DTYPES, ROUNDING_ERROR, expected_error, mixing, num_vectors
+
+__all__ = ["CodebookPlan", "Plan", "Share", "Treatment"]
+
+Share = Literal["none", "kind", "model"]
+
+
+@dataclass(frozen=True)
+class CodebookPlan:
+    """A codebook to be made: `num_clusters` centroids of `cluster_dim` for the tensors named in `members`.
+
+    `value_bits` is a key of `CODEBOOK_DTYPES`.
+    """
+
+    name: str
+    cluster_dim: int
+    num_clusters: int
+    members: tuple[str, ...]
+    value_bits: int
+
+    @property
+    def dtype(self) -> str:
+        return CODEBOOK_DTYPES[self.value_bits]
+
+    @property
+    def shared(self) -> bool:
+        """Whether several tensors use it; their rows are then scaled to unit variance."""
+        return len(self.members) > 1
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """How one clustered tensor is stored. `shape` is `(out_features, in_features)`."""
+
+    shape: tuple[int, int]
+    codebook: CodebookPlan
+    row_scale: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Treatments of the tensors to be clustered; every other tensor stays dense."""
+
+    treatments: Mapping[str, Treatment]
+
+    def expected_error(self, name: str) -> float:
+        """Squared error that is expected of a clustered tensor, relative to its weights'."""
+        book = self.treatments[name].codebook
+        vectors = sum(num_vectors(self.treatments[member].shape, book.cluster_dim) for member in book.members)
+        clustering = mixing(book.members) * expected_error(book.cluster_dim, book.num_clusters, vectors)
+        return clustering + ROUNDING_ERROR[book.value_bits]
+
+    @property
+    def codebooks(self) -> tuple[CodebookPlan, ...]:
+        """Every codebook once, in order of first use."""
+        return tuple({treatment.codebook.name: treatment.codebook for treatment in self.treatments.values()}.values())

@@ -1,0 +1,256 @@
+"""From what is asked for (a codebook size, bits per weight, a size, a loss) to a plan.
+
+`sensitivities` tell what errors of a tensor cost; without them every weight counts alike, and what is minimised is the squared
+error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from cluscomp_export.planning.allocation import Chain, Either, Pick, Scope, Separate, allocate
+from cluscomp_export.planning.candidates import DENSE, Group, Member, Sensitivity, Size, num_vectors
+from cluscomp_export.planning.plan import CodebookPlan, Plan, Share, Treatment
+from cluscomp_export.sources.linears import embedding_tensor, head_tensor, kind, linear_tensors
+from cluscomp_formats.errors import InvalidRequestError, Problem, UnsupportedError
+from cluscomp_formats.ir import MAX_CLUSTERS, ClusteredWeight, DenseTensor, Model
+
+__all__ = ["embedding_tensors", "plan_bits", "plan_budget", "plan_fixed", "plan_loss"]
+
+Sensitivities = Mapping[str, Sensitivity]
+
+BUDGET_STEPS = 12
+
+
+def plan_fixed(
+    model: Model,
+    *,
+    cluster_dim: int,
+    num_clusters: int,
+    share: Share,
+    embedding_bits: float,
+    codebook_bits: int | None = None,
+) -> Plan:
+    """The same (cluster_dim, num_clusters) for every linear layer; `share="none"` is the paper's setting.
+
+    `codebook_bits` is 8, the default, or 16, see `plan_bits`. Raises InvalidRequestError, UnsupportedError.
+    """
+    if not (1 <= num_clusters <= MAX_CLUSTERS and cluster_dim >= 1):
+        found = f"--dim {cluster_dim} --clusters {num_clusters}"
+        expected = f"--dim of at least 1, --clusters from 1 to {MAX_CLUSTERS}"
+        raise InvalidRequestError(Problem("bad_option", "impossible codebook size", found=found, expected=expected))
+    treatments = {}
+    for group in _shared_groups(_linears(model, None), share, codebook_bits):
+        treatments.update(_treatments(group, (cluster_dim, num_clusters, min(group.value_widths))))
+    return Plan({**_in_order(model, treatments), **_plan_embeddings(model, embedding_bits, codebook_bits, None)})
+
+
+def plan_bits(
+    model: Model,
+    *,
+    bits: float,
+    share: Share | None,
+    embedding_bits: float,
+    codebook_bits: int | None = None,
+    sensitivities: Sensitivities | None = None,
+) -> Plan:
+    """The choice with the least expected loss at no more than `bits` per weight of the linear layers, all they need counted.
+
+    `share=None` lets the planner say which matrices share a codebook. `codebook_bits`, 8 or 16 per value of a codebook, is
+    whichever pays if None; without row scales it is always 16. Raises InvalidRequestError if nothing fits the budget,
+    UnsupportedError if there is nothing to cluster.
+    """
+    members = _linears(model, sensitivities)
+    picks, _ = allocate(
+        [_linear_scope(members, share, codebook_bits)], budget=bits * sum(member.num_weights for member in members)
+    )
+    if picks is None:
+        remedy = "allow more bits, or share codebooks: --share kind, --share model"
+        found = f"--bits {bits:g}" + (f" --share {share}" if share else "")
+        raise InvalidRequestError(Problem("budget_too_small", "no codebook fits this budget", found=found, remedy=remedy))
+    embeddings = _plan_embeddings(model, embedding_bits, codebook_bits, sensitivities)
+    return Plan({**_in_order(model, _picked(picks)), **embeddings})
+
+
+def plan_budget(
+    model: Model,
+    *,
+    budget: int,
+    size_of: Callable[[Plan], int],
+    share: Share | None,
+    codebook_bits: int | None = None,
+    sensitivities: Sensitivities | None = None,
+) -> Plan:
+    """The choice with the least expected loss whose artefact is at most `budget` bytes; embedding and head take part.
+
+    `size_of` gives the bytes of a plan's artefact, at most. Raises InvalidRequestError, which tells the smallest size there
+    is, UnsupportedError if there is nothing to cluster.
+    """
+    scopes = _all_scopes(model, share, codebook_bits, sensitivities)
+    _, smallest = allocate(scopes, budget=0.0)
+    least = size_of(_plan_of(model, smallest))
+    if least > budget:
+        remedy = "allow more, or convert a smaller model"
+        found, expected = f"{budget} bytes", f"at least {least} bytes"
+        message = "not even the smallest codebooks fit this budget"
+        raise InvalidRequestError(Problem("budget_too_small", message, None, None, found, expected, remedy))
+    # Headers and padding, which depend on the plan, are not among the bits: correct these by what is left over, or where that
+    # leads out of what is known to fit and not to fit, halve the distance.
+    best, low, high = smallest, sum(pick.bits for pick in smallest), math.inf
+    bits = low + 8.0 * (budget - least)
+    for _ in range(BUDGET_STEPS):
+        picks, _ = allocate(scopes, budget=bits)
+        if picks is None:
+            break
+        left = budget - size_of(_plan_of(model, picks))
+        if left >= 0 and sum(pick.loss for pick in picks) < sum(pick.loss for pick in best):
+            best = picks
+        if left == 0:
+            break
+        low, high = (bits, high) if left > 0 else (low, bits)
+        corrected = bits + 8.0 * left
+        bits = corrected if low < corrected < high else (low + high) / 2
+    return _plan_of(model, best)
+
+
+def plan_loss(
+    model: Model, *, loss: float, share: Share | None, sensitivities: Sensitivities, codebook_bits: int | None = None
+) -> Plan:
+    """The fewest bits whose expected loss is at most `loss`; embedding and head take part.
+
+    Raises InvalidRequestError, which tells the least loss there is, UnsupportedError if there is nothing to cluster.
+    """
+    picks, finest = allocate(_all_scopes(model, share, codebook_bits, sensitivities), loss=loss)
+    if picks is None:
+        least = sum(pick.loss for pick in finest)
+        found, expected = f"--match-loss {loss:g}", f"at least {least:.3g}"
+        raise InvalidRequestError(
+            Problem("loss_too_small", "no codebooks lose as little", None, None, found, expected, "allow more loss")
+        )
+    return _plan_of(model, picks)
+
+
+def embedding_tensors(model: Model) -> list[str]:
+    """Names of the embedding and of the head, where it is not tied to the embedding."""
+    return [name for name in (embedding_tensor(model), head_tensor(model)) if name is not None]
+
+
+def _member(model: Model, name: str, sensitivities: Sensitivities | None) -> Member:
+    out_features, in_features = model.tensors[name].shape
+    weights = out_features * in_features
+    if sensitivities is None:
+        return Member(name, (out_features, in_features), weights, weights)
+    measured = sensitivities[name]
+    return Member(name, (out_features, in_features), measured.relative, measured.flat)
+
+
+def _linears(model: Model, sensitivities: Sensitivities | None) -> list[Member]:
+    """The linear layers, in the order of the model."""
+    names = linear_tensors(model)
+    if not names:
+        remedy = "check that the source is a language model with 2-D weights"
+        raise UnsupportedError(Problem("no_linears", "no linear layer was found to cluster", remedy=remedy))
+    clustered = [name for name in names if isinstance(model.tensors[name], ClusteredWeight)]
+    if clustered:
+        remedy = "convert the original model; an artefact that is already clustered is only repacked, without --bits or --dim"
+        problem = Problem("already_clustered", "the source is already clustered", tensor=clustered[0], remedy=remedy)
+        raise InvalidRequestError(problem)
+    return [_member(model, name, sensitivities) for name in names]
+
+
+def _module(name: str) -> str:
+    return name.removesuffix(".weight")
+
+
+def _by_kind(members: Sequence[Member]) -> dict[str, list[Member]]:
+    kinds: dict[str, list[Member]] = defaultdict(list)
+    for member in members:
+        kinds[_module(kind(member.name))].append(member)
+    return dict(kinds)
+
+
+def _shared_groups(members: Sequence[Member], share: Share, codebook_bits: int | None) -> list[Group]:
+    """The matrices by the codebook they would use."""
+    if share == "none":
+        return [Group(_module(member.name), (member,), row_scale=False) for member in members]
+    by_name = {"linears": list(members)} if share == "model" else _by_kind(members)
+    return [Group(name, tuple(same), row_scale=True, codebook_bits=codebook_bits) for name, same in by_name.items()]
+
+
+def _linear_scope(members: Sequence[Member], share: Share | None, codebook_bits: int | None) -> Scope:
+    if share in ("kind", "model"):
+        return Separate(_shared_groups(members, share, codebook_bits))
+    alone = _shared_groups(members, "none", codebook_bits)
+    separate = Separate(alone, [replace(group, row_scale=True, codebook_bits=codebook_bits) for group in alone])
+    if share == "none":
+        return separate
+    kinds = [Chain(name, same, codebook_bits) for name, same in _by_kind(members).items()]
+    return Either([[separate], kinds, [Chain("linears", members, codebook_bits)]])
+
+
+def _embedding_groups(model: Model, codebook_bits: int | None, sensitivities: Sensitivities | None) -> list[Group]:
+    """Embedding and untied head, a codebook and row scales each, or dense as `convert` stores them."""
+    groups = []
+    for name in embedding_tensors(model):
+        tensor = model.tensors[name]
+        if isinstance(tensor, DenseTensor) and len(tensor.shape) == 2:
+            member = _member(model, name, sensitivities)
+            dense_bits = 16 * member.num_weights
+            groups.append(Group(_module(name), (member,), row_scale=True, dense_bits=dense_bits, codebook_bits=codebook_bits))
+    return groups
+
+
+def _all_scopes(
+    model: Model, share: Share | None, codebook_bits: int | None, sensitivities: Sensitivities | None
+) -> list[Scope]:
+    linears = _linear_scope(_linears(model, sensitivities), share, codebook_bits)
+    return [linears, Separate(_embedding_groups(model, codebook_bits, sensitivities))]
+
+
+def _treatments(group: Group, size: Size) -> dict[str, Treatment]:
+    cluster_dim, num_clusters, value_bits = size
+    vectors = sum(num_vectors(member.shape, cluster_dim) for member in group.members)
+    names = tuple(member.name for member in group.members)
+    codebook = CodebookPlan(group.name, cluster_dim, min(num_clusters, vectors), names, value_bits)
+    return {member.name: Treatment(member.shape, codebook, group.row_scale) for member in group.members}
+
+
+def _picked(picks: Sequence[Pick]) -> dict[str, Treatment]:
+    treatments: dict[str, Treatment] = {}
+    for pick in picks:
+        if pick.size != DENSE:
+            treatments.update(_treatments(pick.group, pick.size))
+    return treatments
+
+
+def _in_order(model: Model, treatments: Mapping[str, Treatment]) -> dict[str, Treatment]:
+    """In the order of the model's tensors."""
+    return {name: treatments[name] for name in model.tensors if name in treatments}
+
+
+def _plan_of(model: Model, picks: Sequence[Pick]) -> Plan:
+    return Plan(_in_order(model, _picked(picks)))
+
+
+def _plan_embeddings(
+    model: Model, bits: float, codebook_bits: int | None, sensitivities: Sensitivities | None
+) -> dict[str, Treatment]:
+    """Embedding and untied head at no more than `bits` per weight; 16 keeps them dense."""
+    treatments: dict[str, Treatment] = {}
+    if bits >= 16:
+        return treatments
+    for group in _embedding_groups(model, codebook_bits, sensitivities):
+        picks, _ = allocate([Separate([group])], budget=bits * group.members[0].num_weights)
+        if picks is None:
+            problem = Problem(
+                "budget_too_small",
+                "no codebook fits this budget",
+                tensor=group.members[0].name,
+                found=f"--embedding-bits {bits:g}",
+            )
+            raise InvalidRequestError(problem)
+        treatments.update(_picked(picks))
+    return treatments

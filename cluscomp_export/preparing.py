@@ -1,0 +1,297 @@
+"""From options to a plan: what contradicts itself, what has to be measured, what the artefact and the work on it will take."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cluscomp_export.calibration import most_windows
+from cluscomp_export.clustering import cluster_model
+from cluscomp_export.conversion_options import ConversionOptions
+from cluscomp_export.effort import levels_of
+from cluscomp_export.memory_model import Peak, conversion_memory, memory_warnings
+from cluscomp_export.planning import (
+    CODEBOOK_DTYPES,
+    Plan,
+    Sensitivity,
+    embedding_tensors,
+    plan_bits,
+    plan_budget,
+    plan_fixed,
+    plan_loss,
+)
+from cluscomp_export.planning.plan_file import plan_value, read_plan
+from cluscomp_export.progress import Progress, silent
+from cluscomp_export.sensitivity import measure_sensitivities, sensitive_tensors, sensitivity_windows
+from cluscomp_export.sizes import Sizes, model_sizes
+from cluscomp_export.sources import CONFIG_ONLY, open_source, source_bytes
+from cluscomp_export.work_folder import WorkFolder
+from cluscomp_export.workers import parse_workers
+from cluscomp_export.writers import Writer, find_writer
+from cluscomp_formats.errors import InvalidRequestError, Problem
+from cluscomp_formats.ir import AnyArray, Model, canonical_json
+from cluscomp_formats.packed.writer import NO_DIGEST
+from cluscomp_formats.version import __version__
+from cluscomp_runtime.language_model import check_device
+from cluscomp_runtime.selftest import longest_record
+
+__all__ = ["Prepared", "make_plan", "prepare", "provenance_of", "sensitivities_of"]
+
+DEFAULT_BITS = 4.0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A conversion that has been planned.
+
+    `model` tells sizes, `plan` is None when a clustered source is only repacked, `memory` is what each phase needs at most.
+    `file_bytes` is the size of the artefact, at most; None where the format cannot tell. `sensitivities` are what the plan was
+    made with, None if every weight counted alike.
+    """
+
+    source: Model
+    plan: Plan | None
+    model: Model
+    sizes: Sizes
+    file_bytes: int | None
+    source_file_bytes: int
+    sensitivities: Mapping[str, Sensitivity] | None
+    memory: tuple[Peak, ...]
+    warnings: tuple[str, ...]
+
+
+def prepare(
+    source_path: Path,
+    options: ConversionOptions,
+    on_progress: Progress = silent,
+    *,
+    to_plan: bool = False,
+    measure: bool = True,
+) -> Prepared:
+    """Open, measure what the plan needs, and plan. What `--dry-run` shows.
+
+    `to_plan` asks for nothing but the plan: the source may be a folder with a `config.json` and no weights, the device another
+    machine's. Only shapes are read, unless the plan needs sensitivities; without `measure` it is made as if every weight
+    counted alike.
+
+    Raises InvalidRequestError for options that contradict each other or a budget that cannot be met, InvalidFileError,
+    UnsupportedError.
+    """
+    writer = find_writer(options.to, options.gguf_type)
+    _check_options(options, writer)
+    if not to_plan:
+        check_device(options.device)
+    source = open_source(source_path, to_plan=to_plan)
+    text = options.calibration_text()
+    plan = sensitivities = None
+    if source.clustered:
+        if options.asks_clustering:
+            remedy = "convert the original model instead, or drop the clustering options to repack it as it is"
+            raise InvalidRequestError(
+                Problem("already_clustered", "the source is clustered already", str(source_path), remedy=remedy)
+            )
+        model = source
+    else:
+        provenance = provenance_of(source, options, text, NO_DIGEST)
+        if measure:
+            sensitivities = sensitivities_of(source, options, text, None, on_progress)
+        plan = make_plan(source, options, writer, provenance, sensitivities)
+        model = cluster_model(source, plan, provenance=provenance)
+    sizes = model_sizes(model)
+    record = model.self_test or longest_record(source)
+    artefact = None if writer.size is None else writer.size(replace(model, self_test=record))
+    only_config = source.provenance.get("format") == CONFIG_ONLY
+    source_size = model_sizes(source).payload_bytes if only_config else source_bytes(source_path)
+    memory = conversion_memory(
+        source,
+        model,
+        plan,
+        output_bytes=sizes.payload_bytes if artefact is None else artefact,
+        calibrated=text is not None,
+        measures=options.measures,
+        levels=levels_of("fast") if text is None else options.levels(),
+        windows=most_windows(text or "", options.levels().windows),
+        cuda=options.device.startswith("cuda"),
+    )
+    warnings = (*_warnings(source, sizes, source_size), *memory_warnings(memory))
+    return Prepared(source, plan, model, sizes, artefact, source_size, sensitivities, memory, warnings)
+
+
+def provenance_of(source: Model, options: ConversionOptions, text: str | None, digest: str) -> dict[str, Any]:
+    """What a conversion records: the source, of that digest, and all options that determine the result."""
+    recorded = options.recorded()
+    if text is not None:
+        recorded["calibration"] = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+    if options.plan is not None:
+        plan = canonical_json(plan_value(read_plan(options.plan, source)))
+        recorded["plan"] = f"sha256:{hashlib.sha256(plan.encode()).hexdigest()}"
+    levels = levels_of("fast") if text is None else options.levels()
+    return {
+        "tool": "cluscomp-export",
+        "version": __version__,
+        "source": {**source.provenance, "digest": digest},
+        "options": {**recorded, **levels.recorded()},
+    }
+
+
+def sensitivities_of(
+    source: Model, options: ConversionOptions, text: str | None, work: WorkFolder | None, on_progress: Progress
+) -> Mapping[str, Sensitivity] | None:
+    """How much each tensor matters, if the plan is to be made from it; computed unless an earlier attempt has done so.
+
+    Raises what `measure_sensitivities` and `sensitivity_windows` do.
+    """
+    if not options.measures or text is None:
+        return None
+    names = sensitive_tensors(source)
+    forms = {key: ("float64", (len(names),)) for key in ("relative", "flat")}
+    found = None if work is None else work.load("sensitivities", forms)
+    if found is not None:
+        pairs = zip(names, found["relative"].tolist(), found["flat"].tolist(), strict=True)
+        return {name: Sensitivity(relative, flat) for name, relative, flat in pairs}
+    windows = sensitivity_windows(source, text)
+    sensitivities = measure_sensitivities(source, windows, seed=options.seed, on_progress=on_progress)
+    if work is not None:
+        arrays: dict[str, AnyArray] = {
+            "relative": np.array([sensitivities[name].relative for name in names]),
+            "flat": np.array([sensitivities[name].flat for name in names]),
+        }
+        work.save("sensitivities", arrays)
+    return sensitivities
+
+
+def make_plan(
+    source: Model,
+    options: ConversionOptions,
+    writer: Writer,
+    provenance: Mapping[str, Any],
+    sensitivities: Mapping[str, Sensitivity] | None,
+) -> Plan:
+    """The plan for what the options aim at; `provenance` is part of an artefact whose size is limited.
+
+    Raises InvalidRequestError for what cannot be met, InvalidFileError for a bad plan file, UnsupportedError if there is
+    nothing to cluster.
+    """
+    if options.plan is not None:
+        return read_plan(options.plan, source)
+    share, codebook_bits = options.share, options.codebook_bits
+    if options.budget is not None and writer.size is not None:
+        size, record = writer.size, longest_record(source)
+
+        def size_of(plan: Plan) -> int:
+            return size(replace(cluster_model(source, plan, provenance=provenance), self_test=record))
+
+        return plan_budget(
+            source,
+            budget=options.budget,
+            size_of=size_of,
+            share=share,
+            codebook_bits=codebook_bits,
+            sensitivities=sensitivities,
+        )
+    if options.match_loss is not None and sensitivities is not None:
+        return plan_loss(source, loss=options.match_loss, share=share, codebook_bits=codebook_bits, sensitivities=sensitivities)
+    stored = source.provenance.get("stored_bits", {})
+    embedding_bits = options.embedding_bits
+    if embedding_bits is None:
+        embedding_bits = max((stored.get(name, 16.0) for name in embedding_tensors(source)), default=16.0)
+    if options.cluster_dim is not None and options.num_clusters is not None:
+        return plan_fixed(
+            source,
+            cluster_dim=options.cluster_dim,
+            num_clusters=options.num_clusters,
+            share=share or "none",
+            embedding_bits=embedding_bits,
+            codebook_bits=codebook_bits,
+        )
+    return plan_bits(
+        source,
+        bits=options.bits or DEFAULT_BITS,
+        share=share,
+        embedding_bits=embedding_bits,
+        codebook_bits=codebook_bits,
+        sensitivities=sensitivities,
+    )
+
+
+def _check_options(options: ConversionOptions, writer: Writer) -> None:
+    problem = _contradiction(options, writer)
+    if problem is None:
+        problem = _out_of_range(options)
+    if problem:
+        raise InvalidRequestError(problem)
+    options.levels()
+    if options.workers is not None:
+        parse_workers(options.workers)
+
+
+def _contradiction(options: ConversionOptions, writer: Writer) -> Problem | None:
+    """Options that do not go together."""
+    targets = [option for option, value in options.targets().items() if value is not None]
+    target = targets[0] if targets else "--bits"
+    if len(targets) > 1:
+        message = f"{' and '.join(targets)} exclude each other"
+        return Problem("bad_option", message, found=" ".join(targets), remedy="give one of them")
+    if (options.cluster_dim is None) != (options.num_clusters is None):
+        return Problem("bad_option", "--dim and --clusters go together", remedy="give both, or --bits")
+    if target not in ("--bits", "--dim") and options.embedding_bits is not None:
+        message = f"{target} says what becomes of the embedding, too"
+        remedy = "drop --embedding-bits, or give --bits"
+        return Problem("bad_option", message, found=f"{target} --embedding-bits", remedy=remedy)
+    if options.plan is not None:
+        for option, value in (("--share", options.share), ("--codebook-bits", options.codebook_bits)):
+            if value is not None:
+                return Problem(
+                    "bad_option", "--plan says that already", found=option, remedy=f"drop {option}, or edit the plan"
+                )
+    if options.sensitivity is not None and not options.allocates:
+        remedy = "drop --sensitivity, or give --bits, --budget or --match-loss"
+        return Problem("bad_option", "there is nothing to allocate", found=f"{target} --sensitivity", remedy=remedy)
+    if options.match_loss is not None and options.sensitivity == "equal":
+        remedy = "drop --sensitivity"
+        return Problem("bad_option", "--match-loss needs measured sensitivities", found="--sensitivity equal", remedy=remedy)
+    if options.calibration == "none" and options.measures:
+        remedy = "give a text"
+        return Problem("bad_option", "sensitivities are measured on a text", found="--calibration none", remedy=remedy)
+    if options.budget is not None and (writer.size is None or options.gguf_type is not None):
+        message = "the size in this format does not follow from codebooks, or cannot be predicted"
+        remedy = "convert with --bits, or to packed, hf, gguf or onnx"
+        return Problem("bad_option", message, found=f"--budget --to {options.to}", remedy=remedy)
+    if options.calibration == "none" and options.levels().needs_text:
+        remedy = "give a text, or --effort fast and none of the options of other levels"
+        return Problem("bad_option", "this effort needs a calibration text", found="--calibration none", remedy=remedy)
+    return None
+
+
+def _out_of_range(options: ConversionOptions) -> Problem | None:
+    for option, bits in (("--bits", options.bits), ("--embedding-bits", options.embedding_bits)):
+        if bits is not None and not 0 < bits <= 16:
+            return Problem("bad_option", f"{option} is out of range", found=f"{bits:g}", expected="more than 0, at most 16")
+    if options.match_loss is not None and not 0 < options.match_loss < math.inf:
+        found = f"{options.match_loss:g}"
+        return Problem("bad_option", "--match-loss is out of range", found=found, expected="a positive number")
+    if options.codebook_bits not in (None, *CODEBOOK_DTYPES):
+        found, expected = str(options.codebook_bits), " or ".join(map(str, CODEBOOK_DTYPES))
+        return Problem("bad_option", "--codebook-bits is out of range", found=found, expected=expected)
+    return None
+
+
+def _warnings(source: Model, sizes: Sizes, source_file_bytes: int) -> list[str]:
+    warnings = []
+    if "tokenizer.json" not in source.files and source.provenance.get("format") != CONFIG_ONLY:
+        warnings.append("the source has no tokenizer.json; the artefact will take and give token ids only")
+    if sizes.payload_bytes > source_file_bytes:
+        dense = (
+            "; --embedding-bits 8 or 4 clusters the embedding and the head" if sizes.all_bits > 2 * sizes.linear_bits else ""
+        )
+        warnings.append(
+            f"the artefact ({sizes.payload_bytes / 1e6:.1f} MB) will be larger than the source "
+            f"({source_file_bytes / 1e6:.1f} MB): ask for fewer --bits{dense}"
+        )
+    return warnings
