@@ -84,7 +84,7 @@ def measured(
         report = convert(path, output, ConversionOptions(plan=file, effort=arguments.effort, threads=arguments.threads))
         seconds = time.perf_counter() - started
         windows = cut(reference, arguments)
-        quality = evaluate(load(output, selftest=True), windows, reference=reference)
+        quality = evaluate(load(output, kernel="dense", selftest=True), windows, reference=reference)
     predicted = sum(
         losses[name].cost(row_scale=treatment.row_scale) * plan.expected_error(name)
         for name, treatment in plan.treatments.items()

@@ -58,8 +58,8 @@ def sensitivities(source: Model, settings: DecoderSettings) -> int:
     the most of a block or of embedding and head.
 
     A block: its matrices as float32 with two trial errors and, of one window, gradients and what they need
-    (`_training_block`); or while trial errors are made, a matrix as float64. Embedding and head: as float32 and, while
-    trial errors are made, as float64; the logits of some tokens six times.
+    (`_training_block`), with two arrays of the feed-forward that flow back; or while trial errors are made, a matrix as
+    float64. Embedding and head: as float32 and, while trial errors are made, as float64; the logits of some tokens six times.
     """
     streams = 4 * WINDOWS * CONTEXT * settings.hidden_size * (settings.num_layers + 2)
     logits = 6 * 4 * HEAD_TOKENS * settings.vocab_size
@@ -68,7 +68,8 @@ def sensitivities(source: Model, settings: DecoderSettings) -> int:
         matrices = [tensor for name in names if len((tensor := source.tensors[name]).shape) == 2]
         weights, widest = (fold(tensor.num_weights for tensor in matrices) for fold in (sum, max))
         placing = max(reading(source, tensor)[0] for tensor in matrices)
-        gradients = 4 * weights + 4 * widest + _training_block(settings, CONTEXT, [])
+        backwards = 2 * 4 * CONTEXT * settings.intermediate_size
+        gradients = 4 * weights + 4 * widest + _training_block(settings, CONTEXT, []) + backwards
         most = max(most, 4 * weights + placing, 12 * weights + max(gradients, 8 * widest))
     for name in (embedding_tensor(source), head_tensor(source)):
         if name is not None:
