@@ -89,7 +89,7 @@ def test_without_a_tokenizer_the_default_goes_on_and_a_wish_is_refused(tmp_path:
     (folder / "config.json").write_text(json.dumps(dict(source.config)))
     save_file({name: tensor.decode() for name, tensor in source.tensors.items()}, folder / "model.safetensors")
     report = convert(folder, tmp_path / "out.clus", ConversionOptions(bits=5))
-    assert any("without calibration" in warning for warning in report.warnings)
+    assert any("without a calibration text" in warning for warning in report.warnings)
     (tmp_path / "text.txt").write_text("words")
     with pytest.raises(InvalidRequestError, match="no tokenizer"):
         convert(folder, tmp_path / "other.clus", ConversionOptions(bits=5, calibration=str(tmp_path / "text.txt")))

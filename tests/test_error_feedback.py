@@ -176,7 +176,7 @@ def made(stories_folder: Path, halves: tuple[Path, Path], tmp_path_factory: pyte
     folder = tmp_path_factory.mktemp("effort")
     outputs = {"fast": folder / "fast.clus", "balanced": folder / "balanced.clus"}
     for effort, output in outputs.items():
-        convert(stories_folder, output, ConversionOptions(bits=4, calibration=str(halves[0]), effort=effort))  # type: ignore[arg-type]
+        convert(stories_folder, output, ConversionOptions(bits=4, share="none", calibration=str(halves[0]), effort=effort))  # type: ignore[arg-type]
     return outputs
 
 
@@ -206,7 +206,7 @@ def test_threads_change_no_byte(made: dict[str, Path], stories_folder: Path, hal
     other = 1 if threads > 1 else 2
     torch.set_num_threads(other)
     try:
-        options = ConversionOptions(bits=4, calibration=str(halves[0]), threads=other)
+        options = ConversionOptions(bits=4, share="none", calibration=str(halves[0]), threads=other)
         convert(stories_folder, tmp_path / "again.clus", options)
     finally:
         torch.set_num_threads(threads)
@@ -217,7 +217,7 @@ def test_an_interrupted_conversion_ends_with_the_same_bytes(
     made: dict[str, Path], stories_folder: Path, halves: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "out.clus"
-    options = ConversionOptions(bits=4, calibration=str(halves[0]), effort="balanced")
+    options = ConversionOptions(bits=4, share="none", calibration=str(halves[0]), effort="balanced")
     make, blocks = BlockRunner.half, []
 
     def interrupted(self: BlockRunner, index: int, *rest: object) -> Half:
@@ -244,7 +244,7 @@ def test_a_conversion_that_is_all_but_written_runs_no_block_again(
     made: dict[str, Path], stories_folder: Path, halves: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "out.clus"
-    options = ConversionOptions(bits=4, calibration=str(halves[0]), effort="balanced")
+    options = ConversionOptions(bits=4, share="none", calibration=str(halves[0]), effort="balanced")
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt

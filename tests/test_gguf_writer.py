@@ -73,10 +73,12 @@ def test_keys(model: Model, path: Path) -> None:
 def test_names_and_types(path: Path) -> None:
     stored = {name: (tensor.tensor_type.name, tensor.shape.tolist()[::-1]) for name, tensor in tensors_of(path).items()}
     clustered_ones = {name: form for name, form in stored.items() if name.startswith(("blk.0.attn_", "codebook", "cluscomp"))}
-    # 40000 clusters: 16 bits. 5 clusters: 3 bits. 9 clusters: 4 bits.
+    # 40000 clusters: 16 bits. 300 clusters: 9 bits. 5 clusters: 3 bits. 9 clusters: 4 bits.
     assert clustered_ones == {
         "blk.0.attn_norm.weight": ("F32", [24]),
-        "blk.0.attn_output.weight": ("F32", [24, 24]),
+        "blk.0.attn_output.codebook": ("I8", [300, 6]),
+        "blk.0.attn_output.codes": ("I8", [24 * 4 * 9 // 8]),
+        "blk.0.attn_output.row_scale": ("F16", [24]),
         "blk.0.attn_q.codebook": ("F16", [40000, 4]),
         "blk.0.attn_q.codes": ("I16", [24, 6]),
         "codebook.kv": ("F16", [5, 3]),

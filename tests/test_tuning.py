@@ -105,7 +105,7 @@ def chat_file(tmp_path: Path) -> Path:
 
 def test_the_loss_falls_on_unseen_text(packed: Path, tuned: Path, texts: tuple[Path, Path]) -> None:
     before, after = (evaluate_files(packed, text=texts[1], context=128, delta=delta).perplexity for delta in (None, tuned))
-    assert after < 0.85 * before
+    assert after < 0.9 * before
 
 
 def test_the_delta_says_what_was_done(packed: Path, tuned: Path, texts: tuple[Path, Path]) -> None:

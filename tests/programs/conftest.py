@@ -42,7 +42,7 @@ def chromium() -> str:
 
 @pytest.fixture(scope="session")
 def packed(stories_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """stories260K at 4 bits, its embedding clustered too."""
+    """stories260K at 4 bits, a codebook for each matrix, its embedding clustered too."""
     output = tmp_path_factory.mktemp("packed") / "stories.clus"
-    convert(stories_folder, output, ConversionOptions(bits=4, embedding_bits=8))
+    convert(stories_folder, output, ConversionOptions(bits=4, share="none", embedding_bits=8))
     return output
