@@ -81,7 +81,9 @@ def measured(
         file, output = Path(folder) / "plan.json", Path(folder) / "model.clus"
         write_plan(plan, file)
         started = time.perf_counter()
-        report = convert(path, output, ConversionOptions(plan=file, effort=arguments.effort, threads=arguments.threads))
+        calibration = None if arguments.calibration is None else str(arguments.calibration)
+        options = ConversionOptions(plan=file, effort=arguments.effort, calibration=calibration, threads=arguments.threads)
+        report = convert(path, output, options)
         seconds = time.perf_counter() - started
         windows = cut(reference, arguments)
         quality = evaluate(load(output, kernel="dense", selftest=True), windows, reference=reference)
@@ -142,7 +144,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--text", type=Path, required=True, help="to evaluate with")
     parser.add_argument("--windows", type=int, default=20, help="windows of 512 tokens")
-    parser.add_argument("--calibration", type=Path, help="to measure sensitivities on [default: the text the package ships]")
+    parser.add_argument("--calibration", type=Path, help="text for all of that [default: the one the package ships]")
     parser.add_argument("--bits", type=float, nargs="*", default=[3.0, 2.5])
     parser.add_argument("--budget", type=parse_bytes)
     parser.add_argument("--effort", default="fast")
