@@ -144,7 +144,7 @@ def test_a_budget_holds_for_the_artefact_as_written(to: str, stories_folder: Pat
     report = convert(stories_folder, tmp_path / "out", options)
     assert report.file_bytes == size_on_disk(tmp_path / "out")
     # In a model this small the pages that ONNX arrays are aligned to weigh more than a step between candidates.
-    assert (0.85 if to == "onnx" else 0.95) * 260_000 < report.file_bytes <= 260_000
+    assert (0.75 if to == "onnx" else 0.95) * 260_000 < report.file_bytes <= 260_000
 
 
 @pytest.mark.parametrize("to", FORMATS)
