@@ -26,7 +26,7 @@ from cluscomp_export.progress import Progress, silent
 from cluscomp_export.trial_errors import trial_errors
 from cluscomp_formats.ir import Array, DenseTensor, Model, Tensor
 from cluscomp_runtime.architecture import DecoderSettings, check_tensors
-from cluscomp_runtime.decoder import Decoder, DecoderLayer
+from cluscomp_runtime.decoder import Decoder, DecoderLayer, Positions
 from cluscomp_runtime.generate import check_prompt
 from cluscomp_runtime.linear import DenseLinear, MatrixBuilder, decoded
 
@@ -116,30 +116,40 @@ class _Measurement:
         """Add what ids int64 `[windows, tokens]` tell; the first is number `first` of all."""
         positions = self.decoder.positions(0, windows.shape[1])
         blocks = self.settings.num_layers
-        with torch.no_grad():
-            inputs = [self.decoder.embedding.embedding(windows).float()]
-            for index in range(blocks):
-                layer, _ = self.layer(index)
-                inputs.append(torch.stack([layer(window[None], positions, None)[0] for window in inputs[-1]]))
-                on_block("sensitivity", index + 1, 2 * blocks)
+        inputs = [self.decoder.embedding.embedding(windows).float()]
+        for index in range(blocks):
+            inputs.append(self._outputs(index, inputs[-1], positions))
+            on_block("sensitivity", index + 1, 2 * blocks)
         gradients = self._head_gradients(inputs.pop(), first)
         for index in reversed(range(blocks)):
-            layer, weights = self.layer(index)
-            before = inputs.pop()
-            trials = {
-                name: [self.sums[name].trial(weight, row_scale=row_scale) for row_scale in (True, False)]
-                for name, weight in weights.items()
-            }
-            for number, gradient in enumerate(gradients):
-                window = before[number, None].requires_grad_()
-                found = torch.autograd.grad(layer(window, positions, None), [window, *weights.values()], gradient[None])
-                for name, of_weight in zip(weights, found[1:], strict=True):
-                    scaled, flat = trials[name]
-                    self.sums[name].relative += _square_sum(of_weight * scaled)
-                    self.sums[name].flat += _square_sum(of_weight * flat)
-                gradients[number] = found[0][0]
+            self._block_gradients(index, inputs.pop(), positions, gradients)
             on_block("sensitivity", 2 * blocks - index, 2 * blocks)
         self._embedding_gradients(windows, gradients)
+
+    @torch.no_grad()
+    def _outputs(self, index: int, inputs: torch.Tensor, positions: Positions) -> torch.Tensor:
+        """What block `index` makes of `[windows, tokens, hidden_size]`, window by window."""
+        layer, _ = self.layer(index)
+        return torch.stack([layer(window[None], positions, None)[0] for window in inputs])
+
+    def _block_gradients(self, index: int, inputs: torch.Tensor, positions: Positions, gradients: torch.Tensor) -> None:
+        """Adds the share of block `index`, and takes `gradients` from behind it to before it, both as `inputs`."""
+        layer, weights = self.layer(index)
+        trials = {
+            name: [self.sums[name].trial(weight, row_scale=row_scale) for row_scale in (True, False)]
+            for name, weight in weights.items()
+        }
+        for number, gradient in enumerate(gradients):
+            window = inputs[number, None].requires_grad_()
+            of_window, *found = torch.autograd.grad(layer(window, positions, None), [window, *weights.values()], gradient[None])
+            for name in weights:
+                # Taken off the list: a matrix's gradient goes before the next window's are computed.
+                of_weight = found.pop(0)
+                scaled, flat = trials[name]
+                self.sums[name].relative += _square_sum(of_weight * scaled)
+                self.sums[name].flat += _square_sum(of_weight.mul_(flat))
+            del of_weight
+            gradients[number] = of_window[0]
 
     def _head_gradients(self, hidden: torch.Tensor, first: int) -> torch.Tensor:
         """Adds the head's share; gradients with respect to what flows into the last norm, `[windows, tokens, hidden_size]`."""
