@@ -12,6 +12,7 @@ from model_builders import tiny_llama
 
 from cluscomp_export.clustering import cluster_model
 from cluscomp_export.planning import CLUSTER_DIMS, expected_error, plan_bits, plan_fixed
+from cluscomp_export.planning.candidates import adaptation
 from cluscomp_export.sizes import model_sizes
 from cluscomp_formats.errors import InvalidRequestError, UnsupportedError
 from cluscomp_formats.ir import Array, DenseTensor, Model

@@ -51,7 +51,7 @@ def test_the_tolerance_is_the_documented_formula(model: Model, record: dict[str,
         largest = max(largest, double.abs().max().item())
     amplification = max(worst / 2**-23, largest)
     # Another batch shape may round differently in float32; the order of magnitude is fixed by the formula.
-    assert record["tolerance"]["float32"] == pytest.approx(8 * amplification * 2**-23, rel=0.7)
+    assert record["tolerance"]["float32"] == pytest.approx(32 * amplification * 2**-23, rel=0.7)
     assert record["tolerance"]["bfloat16"] / record["tolerance"]["float32"] == pytest.approx(2**16, rel=1e-3)
     assert record["tolerance"]["float16"] / record["tolerance"]["float32"] == pytest.approx(2**13, rel=1e-3)
     assert record["tolerance"]["float32"] < 1e-4 * largest, "a tolerance this wide would prove nothing"

@@ -7,10 +7,12 @@ The tolerance is derived, not chosen. The same weights are run once in float64 a
 decode-then-multiply. With `eps` the machine epsilon of a dtype, the model's amplification of rounding errors is
 
     amplification = max(max |logits32 - logits64| / eps(float32), max |logits64|)
-    tolerance(dtype) = 8 * amplification * eps(dtype)
+    tolerance(dtype) = 32 * amplification * eps(dtype)
 
 over the recorded logits. The second term is what rounding the logits themselves costs, for models too small to show more; the
-factor of 8 allows for other orders of summation. Only the dtype of computation matters: weights are stored in dtypes of their
+factor of 32 allows for other orders of summation: a kernel that adds up channel by channel errs about sqrt(n) / log2(n) times as
+much as a matrix library, which adds up in blocks, 4 times at 1536 channels, and the one float32 run says no more than the order
+of magnitude of what roundings come to. SmolLM2 at 3 bits was seen to need 15. Only the dtype of computation matters: weights are stored in dtypes of their
 own and are the same in every run.
 """
 
@@ -41,7 +43,7 @@ __all__ = [
 ]
 
 RECORD_VERSION = 1
-SAFETY = 8.0
+SAFETY = 32.0
 SENTENCE = "The quick brown fox jumps over the lazy dog. In 1912, two small boats crossed the cold river before dawn."
 RANDOM_SEQUENCES = 2
 DEFAULT_TOKENS = 24
