@@ -54,7 +54,7 @@ def test_the_tolerance_is_the_documented_formula(model: Model, record: dict[str,
     assert record["tolerance"]["float32"] == pytest.approx(32 * amplification * 2**-23, rel=0.7)
     assert record["tolerance"]["bfloat16"] / record["tolerance"]["float32"] == pytest.approx(2**16, rel=1e-3)
     assert record["tolerance"]["float16"] / record["tolerance"]["float32"] == pytest.approx(2**13, rel=1e-3)
-    assert record["tolerance"]["float32"] < 1e-4 * largest, "a tolerance this wide would prove nothing"
+    assert record["tolerance"]["float32"] < 4e-4 * largest, "a tolerance this wide would prove nothing"
 
 
 def test_a_record_is_json_and_the_same_every_time(model: Model, record: dict[str, Any]) -> None:

@@ -10,9 +10,9 @@ decode-then-multiply. With `eps` the machine epsilon of a dtype, the model's amp
     tolerance(dtype) = 32 * amplification * eps(dtype)
 
 over the recorded logits. The second term is what rounding the logits themselves costs, for models too small to show more; the
-factor of 32 allows for other orders of summation. A kernel that adds up channel by channel errs about sqrt(n) / log2(n) times as
-much as a matrix library, which adds up in blocks (4 times at 1536 channels), and one float32 run tells no more than the order of
-magnitude of what roundings come to: an intact SmolLM2 at 3 bits was seen to need 15. Only the dtype of computation matters:
+factor of 32 allows for other orders of summation. A kernel that adds up channel by channel errs sqrt(n) / log2(n) times as
+much as a matrix library, which adds up in blocks (4 times at 1536 channels), and one float32 run tells no more than the order
+of magnitude of what roundings come to: an intact SmolLM2 at 3 bits was seen to need 15. Only the dtype of computation matters:
 weights are stored in dtypes of their own and are the same in every run.
 """
 
