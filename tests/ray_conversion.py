@@ -22,12 +22,15 @@ from ray.cluster_utils import Cluster
 NODE = {"num_cpus": 1, "object_store_memory": 80_000_000}
 
 CONVERSION = """
+import json
+import os
 import sys
 from pathlib import Path
 from cluscomp_export.convert import ConversionOptions, convert
-source, output, workers = sys.argv[1:]
-options = ConversionOptions(bits=4, share="none", workers=workers)
-convert(Path(source), Path(output), options, on_progress=lambda stage, done, total: print(f"{stage}|{done}", flush=True))
+source, output, options, workers = sys.argv[1:]
+options = ConversionOptions(**json.loads(options), workers=workers)
+# One write for a line: threads of Ray's client write to the same place.
+convert(Path(source), Path(output), options, on_progress=lambda stage, done, total: os.write(1, f"{stage}|{done}\\n".encode()))
 """
 
 
@@ -44,14 +47,14 @@ def workers(cluster: Cluster) -> list[psutil.Process]:
     return [child for child in children if child.cmdline()[0].startswith("ray::PoolActor")]
 
 
-def main(source: str, output: str) -> int:
+def main(source: str, output: str, options: str) -> int:
     port = free_port()
     cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False, "ray_client_server_port": port})
     stages: dict[str, None] = {}
     found: list[psutil.Process] = []
     try:
         cluster.add_node(**NODE)
-        command = [sys.executable, "-c", CONVERSION, source, output, f"ray://127.0.0.1:{port}"]
+        command = [sys.executable, "-c", CONVERSION, source, output, options, f"ray://127.0.0.1:{port}"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as conversion:
             for line in conversion.stdout or ():
                 stage, done = line.strip().split("|")
