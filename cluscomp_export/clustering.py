@@ -20,7 +20,7 @@ from cluscomp_export.error_feedback import ErrorFeedback, Goal, block_index
 from cluscomp_export.jobs import SCALE_RANGE, Computing, Encoding, Fit, Method
 from cluscomp_export.planning import CodebookPlan, Plan, Treatment
 from cluscomp_export.progress import Progress, silent
-from cluscomp_export.tuning.training import Curve, Trained, curve_array, curve_entries
+from cluscomp_export.tuning.training import Curve, Trained, curve_array, curve_entries, curve_form
 from cluscomp_export.work_folder import Forms, WorkFolder
 from cluscomp_export.workers import Job, Workers
 from cluscomp_formats.errors import InvalidFileError, Problem
@@ -373,7 +373,7 @@ class _Clustering:
     def _tuned(self, index: int) -> dict[str, AnyArray] | None:
         if self.tuned is None or self.tuned[0] != index or self.tuned[1] is None:
             forms = {name: (array.dtype, array.shape) for name, array in self._tunable(index).items()}
-            forms[_CURVE] = ("float64", (self._curve_rows(), 3))
+            forms[_CURVE] = curve_form(self._curve_rows())
             self.tuned = (index, self._known(_block_unit(index), forms))
         return self.tuned[1]
 

@@ -27,7 +27,7 @@ from cluscomp_export.progress import Progress, silent
 from cluscomp_export.sizes import model_sizes
 from cluscomp_export.sources import open_source
 from cluscomp_export.tuning import RecoveryOptions, TrainableModel, recover
-from cluscomp_export.tuning.training import Curve, curve_array, curve_entries, finite_curve
+from cluscomp_export.tuning.training import Curve, curve_array, curve_entries, curve_form, finite_curve
 from cluscomp_export.work_folder import WorkFolder, fingerprint, remove_work, work_folder, work_path
 from cluscomp_export.workers import Workers, open_workers, parse_workers
 from cluscomp_export.writers import Writer, find_writer
@@ -216,8 +216,7 @@ def _recovered(
 ) -> Model:
     """The model after recovery training, unless an earlier attempt has done it."""
     trainable = TrainableModel(model)
-    curve_form = {"curve": ("float64", (options.most_checks, 3))}
-    arrays = work.load("recovery", trainable.forms() | curve_form)
+    arrays = work.load("recovery", trainable.forms() | {"curve": curve_form(options.most_checks)})
     if arrays is None:
         result = recover(trainable, source, calibration_tokens(source, text), options, on_progress, work=work)
         if result.stopped is not None:

@@ -38,12 +38,12 @@ HOW = TrainingOptions(steps=8, batch=4, rate=1e-2, checks=4)
 
 @pytest.fixture(scope="module")
 def packed(stories_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """stories260K at 3 bits, with a chat template."""
+    """stories260K at 2.5 bits, where a training has much to gain, with a chat template."""
     folder = tmp_path_factory.mktemp("source") / "stories"
     shutil.copytree(stories_folder, folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     output = folder.parent / "stories.clus"
-    convert(folder, output, ConversionOptions(bits=3, share="kind", effort="fast", embedding_bits=16))
+    convert(folder, output, ConversionOptions(bits=2.5, share="kind", effort="fast", embedding_bits=16))
     return output
 
 
@@ -105,7 +105,7 @@ def chat_file(tmp_path: Path) -> Path:
 
 def test_the_loss_falls_on_unseen_text(packed: Path, tuned: Path, texts: tuple[Path, Path]) -> None:
     before, after = (evaluate_files(packed, text=texts[1], context=128, delta=delta).perplexity for delta in (None, tuned))
-    assert after < 0.9 * before
+    assert after < 0.85 * before
 
 
 def test_the_delta_says_what_was_done(packed: Path, tuned: Path, texts: tuple[Path, Path]) -> None:

@@ -97,20 +97,20 @@ def tune_block(
     """
     count = sum(len(batch) for batch in given)
     held_out = max(1, round(options.held_out * count))
-    codebooks = {stage.codebook.name for weight in runner.block(index, tensors).clustered.values() for stage in weight.stages}
-    if held_out >= count or codebooks <= set(fixed):
+    if held_out >= count:
         return None
-    wanteds = [wanted]
-    if options.same_input > 0 and original is not None:
-        attention, feed_forward = (runner.half(index, half, original, device) for half in HALVES)
-        wanteds.append([feed_forward(attention(batch.to(device))).cpu() for batch in given])
     with torch.inference_mode(False):
-        # Tensors made in inference mode cannot take part in a training: copies can.
-        windows = _Windows(torch.cat(list(given)).clone(), tuple(torch.cat(list(batches)).clone() for batches in wanteds))
         place = torch.device(device)
         block = TrainableBlock(runner, index, tensors, fixed, device=place, dtype=PRECISIONS[options.precision])
+        # Before the activations are copied.
         if not any(kind_of(name) == "codebook" for name in block.parameters):
             return None
+        wanteds = [wanted]
+        if options.same_input > 0 and original is not None:
+            attention, feed_forward = (runner.half(index, half, original, device) for half in HALVES)
+            wanteds.append([feed_forward(attention(batch.to(device))).cpu() for batch in given])
+        # Tensors made in inference mode cannot take part in a training: copies can.
+        windows = _Windows(torch.cat(list(given)).clone(), tuple(torch.cat(list(batches)).clone() for batches in wanteds))
         per_epoch = -(-(count - held_out) // options.batch)
 
         def batch(step: int) -> _Windows:

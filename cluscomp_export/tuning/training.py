@@ -31,6 +31,7 @@ __all__ = [
     "TrainingOptions",
     "curve_array",
     "curve_entries",
+    "curve_form",
     "finite_curve",
     "rate_factor",
 ]
@@ -93,6 +94,11 @@ def rate_factor(options: TrainingOptions, step: int) -> float:
 
 Curve = Sequence[Mapping[str, float]]
 """One entry per check: the `step`, the mean loss of the steps before it (`train`), the loss on what is `held_out`."""
+
+
+def curve_form(rows: int) -> tuple[str, tuple[int, ...]]:
+    """Dtype and shape of a `curve_array`."""
+    return "float64", (rows, 3)
 
 
 def curve_array(curve: Curve, rows: int) -> AnyArray:
@@ -303,7 +309,7 @@ class Training(Generic[Batch]):
         options = self.options
         forms: dict[str, tuple[str, tuple[int, ...]]] = {
             "step": ("int64", (1,)),
-            "curve": ("float64", (options.most_checks, 3)),
+            "curve": curve_form(options.most_checks),
             "losses": ("float64", (options.every,)),
         }
         for name, values in self.student.parameters.items():
