@@ -230,8 +230,9 @@ class _Clustering:
         units.sort(key=lambda unit: -books[unit].num_clusters * len(books[unit].members))
         for _ in self._arriving("fitting codebooks", units, lambda unit, how: self._fit_job(books[unit], how)):
             pass
-        fed_back = [name for name in self.plan.treatments if self.feedback is not None and self.feedback.covers(name)]
-        names = {_tensor_unit(name): name for name in self.plan.treatments if name not in fed_back}
+        fed_back = [name for name in self.plan.treatments if self._is_fed_back(name)]
+        members = [name for book in self.plan.codebooks for name in book.members]
+        names = {_tensor_unit(name): name for name in members if name not in fed_back}
         units = [unit for unit, name in names.items() if self._known(unit, self._forms(name)) is None]
         for _ in self._arriving("encoding matrices", units, lambda unit, how: self._encoding_job(names[unit], None, how)):
             pass
@@ -289,9 +290,26 @@ class _Clustering:
             arrays = self._known(unit, forms)
             if arrays is None:
                 self._reach(name)
-                arrays = self._finished(unit, forms, lambda: self._encoding_job(name, None, self.computing))
+                arrays = self._known(unit, forms)
+            if arrays is None:
+                arrays = self._encode_nearest(name)
             self.encoded = (name, arrays["codes"], arrays["row_scale"])
         return self.encoded[1:]
+
+    def _encode_nearest(self, name: str) -> dict[str, AnyArray]:
+        """Encode a matrix; where results are kept, all others of its codebook with it: a search among the same centroids is
+        set up once."""
+        job = lambda member: self._encoding_job(member, None, self.computing)  # noqa: E731
+        if self.work is not None:
+            members = [member for member in self.plan.treatments[name].codebook.members if not self._is_fed_back(member)]
+            for done, member in enumerate(members):
+                self.on_progress("encoding matrices", done, len(members))
+                self._finished(_tensor_unit(member), self._forms(member), functools.partial(job, member))
+        return self._finished(_tensor_unit(name), self._forms(name), functools.partial(job, name))
+
+    def _is_fed_back(self, name: str) -> bool:
+        """Whether the tensor belongs to a block, where blocks are compressed in order."""
+        return self.feedback is not None and block_index(name) is not None
 
     def _forms(self, name: str) -> Forms:
         treatment = self.plan.treatments[name]

@@ -74,7 +74,9 @@ _LEVEL_OPTIONS = (
         "--blockwise-patience", type=int, metavar="N", help="Stop a block after N epochs without progress. [default: 2]"
     ),
     click.option(
-        "--blockwise-precision", type=click.Choice(["float32", "bfloat16"]), help="Of activations. [default: float32]"
+        "--blockwise-precision",
+        type=click.Choice(["float32", "bfloat16"]),
+        help="What matrices are multiplied in. [default: float32]",
     ),
     click.option("--recovery-steps", type=int, metavar="N", help="Steps to train for, end to end; 0: none. [default: 48]"),
     click.option("--recovery-batch", type=int, metavar="N", help="Windows per step. [default: 4]"),
@@ -87,6 +89,11 @@ _LEVEL_OPTIONS = (
         "--recovery-warmup", type=int, metavar="N", help="Steps over which the rate rises at the beginning. [default: 0]"
     ),
     click.option("--recovery-checks", type=int, metavar="N", help="How often the held-out text is looked at. [default: 8]"),
+    click.option(
+        "--recovery-precision",
+        type=click.Choice(["float32", "bfloat16"]),
+        help="What matrices are multiplied in. [default: bfloat16 on a CPU with AMX, else float32]",
+    ),
     click.option("--recovery-patience", type=int, metavar="N", help="Stop after N checks without progress. [default: 3]"),
 )
 _Command = TypeVar("_Command", bound=Callable[..., Any])

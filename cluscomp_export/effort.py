@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 
 from cluscomp_export.tuning.blockwise import BlockwiseOptions
 from cluscomp_export.tuning.recovery import RecoveryOptions
+from cluscomp_export.tuning.training import fast_precision
 from cluscomp_formats.errors import InvalidRequestError, Problem
 
 __all__ = ["Effort", "Levels", "levels_of"]
@@ -71,7 +72,9 @@ def levels_of(
     return Levels(
         feedback=effort != "fast" if feedback is None else feedback,
         blockwise=_level("blockwise", "epochs", BlockwiseOptions(seed=seed), effort != "fast", blockwise or {}),
-        recovery=_level("recovery", "steps", RecoveryOptions(seed=seed), effort == "best", recovery or {}),
+        recovery=_level(
+            "recovery", "steps", RecoveryOptions(seed=seed, precision=fast_precision()), effort == "best", recovery or {}
+        ),
         windows=_positive("--calibration-windows", WINDOWS if windows is None else windows),
     )
 

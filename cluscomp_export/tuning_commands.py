@@ -69,7 +69,13 @@ def _weights(ctx: click.Context, param: click.Parameter, value: str | None) -> t
 )
 @click.option("--reference", type=PATH, help="The original model, to stay near to; needs --kl.")
 @click.option("--kl", type=float, default=0.0, help="Weight of the divergence from --reference in the loss, such as 0.5.")
-@click.option("--precision", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
+@click.option(
+    "--precision",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="What matrices are multiplied in; bfloat16 is many times faster where there are units for it.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same bytes.")
 @DEVICE
 @click.option("--dry-run", is_flag=True, help="Read model and data, show what training would take; train nothing.")
@@ -102,7 +108,7 @@ def tune(
     MODEL is never changed. A training that is interrupted keeps its state in a folder .DELTA.work: run the same command again
     to go on.
     """
-    from dataclasses import asdict
+    from dataclasses import asdict, fields
 
     from cluscomp_export.tuning import TrainingOptions
     from cluscomp_export.tuning.finetuning import TuneOptions, plan_tuning
@@ -115,7 +121,7 @@ def tune(
     given = click.get_current_context().get_parameter_source("epochs")
     if steps is not None and given is click.core.ParameterSource.COMMANDLINE:
         raise click.UsageError("--steps and --epochs exclude each other.")
-    how = {name: options.pop(name) for name in ("batch", "rate", "schedule", "warmup", "checks", "patience", "seed")}
+    how = {field.name: options.pop(field.name) for field in fields(TrainingOptions) if field.name in options}
     chosen = TuneOptions(data, chat is not None, training=TrainingOptions(steps=steps or 0, **how), **options)
     if dry_run:
         plan = plan_tuning(model, chosen)

@@ -200,7 +200,7 @@ def test_the_reference_keeps_the_model_near(
 
 
 def test_in_bfloat16_it_learns_too(packed: Path, options: TuneOptions, tmp_path: Path) -> None:
-    short = replace(options, precision="bfloat16", training=replace(HOW, steps=4, batch=2))
+    short = replace(options, training=replace(HOW, steps=4, batch=2, precision="bfloat16"))
     report = tune(packed, tmp_path / "half.delta", short)
     assert report.held_out[1] < report.held_out[0]
 

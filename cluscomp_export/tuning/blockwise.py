@@ -17,22 +17,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 
 from cluscomp_export.progress import Progress, silent
 from cluscomp_export.tuning.parameters import TrainableBlock
-from cluscomp_export.tuning.training import Schedule, Trained, Training, TrainingOptions
+from cluscomp_export.tuning.training import Precision, Schedule, Trained, Training, TrainingOptions
 from cluscomp_formats.ir import Tensor
 from cluscomp_formats.parameters import kind_of
 from cluscomp_runtime.blocks import HALVES, BlockRunner
 
-__all__ = ["BlockwiseOptions", "Precision", "tune_block"]
-
-Precision = Literal["float32", "bfloat16"]
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+__all__ = ["BlockwiseOptions", "tune_block"]
 
 
 @dataclass(frozen=True)
@@ -40,8 +36,7 @@ class BlockwiseOptions:
     """`epochs` over the windows that are not held out, in batches of `batch`; `rate` is relative to a parameter's size.
 
     `same_input` weighs the second loss; 0 leaves it out. `held_out` is a share of the windows; `patience` epochs in a row
-    without progress on them end the training of a block. `precision` is that of the activations; parameters and their updates
-    are float32.
+    without progress on them end the training of a block. `precision` is that of `TrainingOptions`.
     """
 
     epochs: int = 2
@@ -101,7 +96,7 @@ def tune_block(
         return None
     with torch.inference_mode(False):
         place = torch.device(device)
-        block = TrainableBlock(runner, index, tensors, fixed, device=place, dtype=PRECISIONS[options.precision])
+        block = TrainableBlock(runner, index, tensors, fixed, device=place)
         # Before the activations are copied.
         if not any(kind_of(name) == "codebook" for name in block.parameters):
             return None
@@ -119,7 +114,7 @@ def tune_block(
             return windows.take(torch.from_numpy(order[position * options.batch :][: options.batch]))
 
         def loss(batch: _Windows) -> torch.Tensor:
-            found = block(batch.given.to(place, PRECISIONS[options.precision])).float()
+            found = block(batch.given.to(place))
             weights = (1.0, options.same_input)
             errors = [weight * _error(found, target.to(place)) for weight, target in zip(weights, batch.wanted, strict=False)]
             return torch.stack(errors).sum()
@@ -131,6 +126,7 @@ def tune_block(
             schedule=options.schedule,
             checks=options.epochs,
             patience=options.patience,
+            precision=options.precision,
             seed=options.seed,
         )
         kept = [windows.take(chosen) for chosen in torch.split(torch.arange(count - held_out, count), options.batch)]

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -34,11 +34,7 @@ from cluscomp_formats.version import __version__
 from cluscomp_runtime.language_model import LanguageModel, check_device
 from cluscomp_runtime.tokenizer import Tokenizer
 
-__all__ = ["PRECISIONS", "TuneOptions", "TunePlan", "TuneReport", "checked_digest", "plan_tuning", "tune"]
-
-Precision = Literal["float32", "bfloat16"]
-PRECISIONS: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-"""What activations are computed in. Not float16, in which gradients underflow; parameters and moments are float32 anyway."""
+__all__ = ["TuneOptions", "TunePlan", "TuneReport", "checked_digest", "plan_tuning", "tune"]
 
 HELD_OUT_BATCH = 4
 
@@ -61,7 +57,6 @@ class TuneOptions:
     kinds: tuple[str, ...] = KINDS
     reference: Path | None = None
     kl: float = 0.0
-    precision: Precision = "float32"
     device: str = "cpu"
     training: TrainingOptions = field(default_factory=lambda: TrainingOptions(steps=0))
 
@@ -222,7 +217,7 @@ def _prepare(model_path: Path, options: TuneOptions) -> _Prepared:
         context=options.context,
         seed=options.training.seed,
     )
-    trainable = TrainableModel(model, options.kinds, device=check_device(options.device), dtype=PRECISIONS[options.precision])
+    trainable = TrainableModel(model, options.kinds, device=check_device(options.device))
     longest = trainable.decoder.settings.max_position_embeddings
     if options.context > longest:
         found, expected = str(options.context), f"at most {longest} (max_position_embeddings)"
@@ -287,7 +282,6 @@ def _recorded(options: TuneOptions, how: TrainingOptions, reference: str | None)
         **asdict(how),
         "context": options.context,
         "kinds": sorted(options.kinds),
-        "precision": options.precision,
         "device": torch.device(options.device).type,
         "kl": options.kl,
         "reference": reference,

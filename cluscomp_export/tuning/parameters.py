@@ -53,8 +53,8 @@ class _TrainableLinear:
 class _TrainableBuilder(MatrixBuilder):
     """Builds matrices on parameters where a clustered one has a single stage along the out axis and nothing but row scales."""
 
-    def __init__(self, model: Model, kinds: Collection[str], dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__("dense", dtype, device)
+    def __init__(self, model: Model, kinds: Collection[str], device: torch.device) -> None:
+        super().__init__("dense", torch.float32, device)
         frozen = (embedding_tensor(model), head_tensor(model))
         trained = {name for name, tensor in model.clustered.items() if name not in frozen and _trains(tensor)}
         others = (tensor for name, tensor in model.clustered.items() if name not in trained)
@@ -134,8 +134,8 @@ class TrainableModel(Trainable):
     """`decoder` computes what `model` does, from `parameters`: float32 master copies, by name.
 
     Names are those of `cluscomp_formats.parameters`.
-    `kinds` of parameters are trained, all others are constants; a shared codebook is one parameter. Activations are in `dtype`.
-    Memory: codes at 16 bits, embedding and head in `dtype`. Raises UnsupportedError for an architecture the runtime does not
+    `kinds` of parameters are trained, all others are constants; a shared codebook is one parameter.
+    Memory: codes at 16 bits, embedding and head as float32. Raises UnsupportedError for an architecture the runtime does not
     know, InvalidRequestError if there is nothing to train.
     """
 
@@ -145,11 +145,10 @@ class TrainableModel(Trainable):
         kinds: Collection[str] = KINDS,
         *,
         device: torch.device | None = None,
-        dtype: torch.dtype = torch.float32,
     ) -> None:
         settings = DecoderSettings.from_config(model.config)
         check_tensors(model, settings)
-        builder = _TrainableBuilder(model, kinds, dtype, device or torch.device("cpu"))
+        builder = _TrainableBuilder(model, kinds, device or torch.device("cpu"))
         self.decoder = Decoder(model, settings, builder)
         super().__init__(model, builder.parameters)
         if not builder.trained:
@@ -160,10 +159,7 @@ class TrainableModel(Trainable):
 
 
 class TrainableBlock(Trainable):
-    """Block `index` of a clustered model, made of its `tensors`; the codebooks named in `fixed` are left alone.
-
-    Activations are in `dtype`.
-    """
+    """Block `index` of a clustered model, made of its `tensors`; the codebooks named in `fixed` are left alone."""
 
     def __init__(
         self,
@@ -173,17 +169,16 @@ class TrainableBlock(Trainable):
         fixed: Collection[str] = (),
         *,
         device: torch.device | None = None,
-        dtype: torch.dtype = torch.float32,
     ) -> None:
         model = runner.block(index, tensors)
-        builder = _TrainableBuilder(model, KINDS, dtype, device or torch.device("cpu"))
+        builder = _TrainableBuilder(model, KINDS, device or torch.device("cpu"))
         builder.fixed.update(codebook_name(name) for name in fixed)
         self._runner = runner
         self._layer = runner.layer(index, model, builder)
         super().__init__(model, builder.parameters)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """What flows out for `hidden` `[windows, tokens, hidden_size]`, which says device and dtype; differentiable."""
+        """What flows out for `hidden` `[windows, tokens, hidden_size]`, which says the device; differentiable."""
         result: torch.Tensor = self._layer(hidden, self._runner.positions(hidden), None)
         return result
 

@@ -25,6 +25,7 @@ from cluscomp_formats.ir import AnyArray, Model
 
 __all__ = [
     "Curve",
+    "Precision",
     "Schedule",
     "Trained",
     "Training",
@@ -32,11 +33,15 @@ __all__ = [
     "curve_array",
     "curve_entries",
     "curve_form",
+    "fast_precision",
     "finite_curve",
     "rate_factor",
 ]
 
 Schedule = Literal["cosine", "linear", "constant"]
+Precision = Literal["float32", "bfloat16"]
+"""What matrices are multiplied in. Not float16, in which gradients underflow. All else is float32: what flows between layers,
+norms, losses, parameters and their updates."""
 
 CLIP = 1.0
 """Largest norm of the gradient: keeps one odd window from undoing many steps."""
@@ -71,6 +76,7 @@ class TrainingOptions:
     warmup: int = 0
     checks: int = 8
     patience: int = 3
+    precision: Precision = "float32"
     seed: int = 0
 
     @property
@@ -90,6 +96,13 @@ def rate_factor(options: TrainingOptions, step: int) -> float:
         return (step + 1) / options.warmup
     done = min(1.0, (step - options.warmup) / max(1, options.steps - options.warmup))
     return {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[options.schedule]
+
+
+def fast_precision() -> Precision:
+    """bfloat16 on a CPU that has matrix units for it (AMX), where it is several times faster, else float32."""
+    # Older releases of torch cannot tell.
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bfloat16" if capabilities.get("amx_bf16") else "float32"
 
 
 Curve = Sequence[Mapping[str, float]]
@@ -228,7 +241,8 @@ class Training(Generic[Batch]):
     def step(self, step: int) -> float:
         """One step of AdamW on a batch; the loss before it. Changes nothing if that is not finite."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.loss(self.batch(step))
+        with self._autocast():
+            loss = self.loss(self.batch(step))
         loss.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(list(self.student.parameters.values()), CLIP)
         if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
@@ -241,9 +255,13 @@ class Training(Generic[Batch]):
 
     def evaluate(self) -> float:
         """Mean loss on the held-out batches with the parameters as they would be stored, nats per token."""
-        with torch.no_grad(), self.student.as_stored():
+        with torch.no_grad(), self.student.as_stored(), self._autocast():
             total = sum(self.loss(batch).item() * batch.count for batch in self.held_out)
         return total / sum(batch.count for batch in self.held_out)
+
+    def _autocast(self) -> torch.autocast:
+        device = next(iter(self.student.parameters.values())).device
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.options.precision == "bfloat16")
 
     def _check(self) -> str | None:
         state = self.state

@@ -32,12 +32,14 @@ def linear(
     row_scale: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """`(x @ W^T) * row_scale + bias` in the dtype of `x`, differentiable.
+    """`(x @ W^T) * row_scale + bias` in the dtype of `x`, or that of torch.autocast where it is on; differentiable.
 
     `x [..., in_features]`, `codebook [num_clusters, cluster_dim]`, `codes` uint16
     `[in_features, ceil(out_features / cluster_dim)]`, `row_scale` and `bias` `[out_features]`. Raises TypeError on a wrong
     dtype, ValueError on a wrong shape, IndexError on a code past the codebook (a device-side assertion on CUDA).
     """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
     result: Tensor = torch.ops.cluscomp.linear.default(x, codebook, codes, out_features, row_scale, bias)
     return result
 
@@ -103,12 +105,15 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     for block in _blocks(in_features, out_features, exact.itemsize):
         if grad_x is not None or grad_scale is not None:
             weight = _decode(codebook, codes[block], out_features, x.dtype)
-            if grad_x is not None:
-                grad_x[:, block] = scaled @ weight.t()
-            if grad_scale is not None:
-                grad_scale += ((flat_x[:, block].t() @ flat_grad) * weight).sum(0, dtype=exact)
+        if grad_x is not None:
+            grad_x[:, block] = scaled @ weight.t()
+        if grad_codebook is not None or grad_scale is not None:
+            dense = (flat_x[:, block].t() @ flat_grad).to(exact)
+        if grad_scale is not None:
+            grad_scale += (dense * weight).sum(0)
         if grad_codebook is not None:
-            dense = (flat_x[:, block].t() @ scaled).to(exact)
+            if row_scale is not None:
+                dense *= row_scale.to(exact)
             past_end = groups * codebook.shape[1] - out_features
             vectors = torch.nn.functional.pad(dense, (0, past_end)).reshape(-1, codebook.shape[1])
             grad_codebook.index_add_(0, codes[block].reshape(-1).to(torch.int64), vectors)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from cluscomp_kernels.kmeans.groups import Groups, group, scan, update_means
 from cluscomp_kernels.kmeans.means import Indices, Means
-from cluscomp_kernels.kmeans.tiles import neighbour_lists, pack_tiles, refresh_lists
-from cluscomp_kernels.kmeans.tree import build_tree
+from cluscomp_kernels.kmeans.tiles import Tiles, neighbour_lists, pack_tiles, refresh_lists
+from cluscomp_kernels.kmeans.tree import Tree, build_tree
 
 __all__ = ["NativeEngine", "assign_native", "list_length", "spatial_order"]
 
@@ -106,14 +108,43 @@ def assign_native(points: Floats, centroids: Floats, threads: int, tick: Callabl
     A tree over the centroids gives a first guess, a scan of its neighbour list a better one, from which an exact scan has
     little left to do.
     """
-    order = np.arange(len(centroids), dtype=np.int32)
-    tree = build_tree(centroids.copy(), None, order, len(centroids), threads)
-    codes = order[tree.starts[:-1]].astype(np.uint16)[tree.descend(points, threads)]
-    tiles = pack_tiles(centroids, order)
-    length = list_length(points.shape[1], len(centroids))
-    lists = neighbour_lists(tiles, centroids, length, threads=threads, previous=None, tick=tick)
+    space = _Space.of(centroids, threads, tick)
+    codes = space.order[space.tree.starts[:-1]].astype(np.uint16)[space.tree.descend(points, threads)]
     for last in (False, True):
         groups = group(codes, len(centroids))
-        state = (tiles, lists, points, groups, centroids)
+        state = (space.tiles, space.lists, points, groups, space.centroids)
         codes = scan(*state, exact=exact and last, stale=False, threads=threads, tick=tick).codes
     return codes
+
+
+@dataclass(frozen=True)
+class _Space:
+    """What a search among `centroids` `[k, dim]` needs: a `tree` over them in its `order`, and neighbour lists.
+
+    The last one is kept, for the matrices that share a codebook: lists take longer to make than most matrices to be assigned.
+    """
+
+    centroids: Floats
+    order: Ints
+    tree: Tree
+    tiles: Tiles
+    lists: Ints
+
+    _last: ClassVar[_Space | None] = None
+
+    @classmethod
+    def of(cls, centroids: Floats, threads: int, tick: Callable[[], None]) -> _Space:
+        last = cls._last
+        if last is None or not np.array_equal(last.centroids, centroids):
+            cls._last = None
+            last = cls._last = cls._made(centroids.copy(), threads, tick)
+        return last
+
+    @classmethod
+    def _made(cls, centroids: Floats, threads: int, tick: Callable[[], None]) -> _Space:
+        order = np.arange(len(centroids), dtype=np.int32)
+        tree = build_tree(centroids.copy(), None, order, len(centroids), threads)
+        tiles = pack_tiles(centroids, order)
+        length = list_length(centroids.shape[1], len(centroids))
+        lists = neighbour_lists(tiles, centroids, length, threads=threads, previous=None, tick=tick)
+        return cls(centroids, order, tree, tiles, lists)
