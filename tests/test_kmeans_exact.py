@@ -36,6 +36,14 @@ def test_assign_equals_reference(dim: int, kind: str) -> None:
     np.testing.assert_array_equal(assign(points, centroids, threads=2), nearest(points, centroids)[0])
 
 
+def test_what_is_kept_of_a_search_serves_the_same_centroids_only() -> None:
+    points, first, second = vectors(1, 2003, 4), vectors(2, 701, 4), vectors(3, 701, 4)
+    for centroids in (first, first, second, first):
+        np.testing.assert_array_equal(assign(points, centroids), nearest(points, centroids)[0])
+    first[:] = second[::-1]
+    np.testing.assert_array_equal(assign(points, first), nearest(points, first)[0])
+
+
 @pytest.mark.parametrize("level", [0, 1, 2])
 @pytest.mark.parametrize("dim", [4, 7, 16])
 def test_instruction_sets_agree(level: int, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:

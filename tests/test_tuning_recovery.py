@@ -13,12 +13,13 @@ import torch
 from cluscomp_export.calibration import read_text
 from cluscomp_export.clustering import cluster_model
 from cluscomp_export.convert import ConversionOptions, convert
+from cluscomp_export.effort import levels_of
 from cluscomp_export.evaluate import evaluate
 from cluscomp_export.planning import plan_bits
 from cluscomp_export.sources import open_source
 from cluscomp_export.tuning import RecoveryOptions, recover
 from cluscomp_export.tuning.parameters import TrainableModel
-from cluscomp_export.tuning.training import Training
+from cluscomp_export.tuning.training import Precision, Training, fast_precision
 from cluscomp_formats.errors import InvalidRequestError
 from cluscomp_formats.ir import Array, ClusteredWeight, DenseTensor, Model
 from cluscomp_formats.packed import open_packed
@@ -81,10 +82,13 @@ def test_an_original_too_large_to_keep_teaches_the_same(
     assert all(np.array_equal(read.values[name], values) for name, values in kept.values.items())
 
 
-def test_recovery_brings_unseen_text_closer(clustered: Model, source: Model, token_ids: list[int]) -> None:
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_recovery_brings_unseen_text_closer(
+    clustered: Model, source: Model, token_ids: list[int], precision: Precision
+) -> None:
     half = len(token_ids) // 2
     windows = [token_ids[start : start + 128] for start in range(half, len(token_ids) - 128, 128)]
-    result = recover(TrainableModel(clustered), source, token_ids[:half], FEW)
+    result = recover(TrainableModel(clustered), source, token_ids[:half], replace(FEW, precision=precision))
     assert divergence(result.model, source, windows) < 0.9 * divergence(clustered, source, windows)
     assert [entry["step"] for entry in result.curve] == [0, 8, 16, 24]
     assert result.curve[-1]["held_out"] < result.curve[0]["held_out"]
@@ -94,6 +98,16 @@ def test_recovery_brings_unseen_text_closer(clustered: Model, source: Model, tok
         assert isinstance(trained, ClusteredWeight)
         np.testing.assert_array_equal(trained.stages[0].codes.read(), tensor.stages[0].codes.read())
         assert trained.stages[0].codebook.values.dtype == tensor.stages[0].codebook.values.dtype
+
+
+@pytest.mark.parametrize(("capabilities", "precision"), [({"amx_bf16": True}, "bfloat16"), ({"avx2": True}, "float32")])
+def test_the_precision_is_the_fast_one_unless_asked_for(
+    capabilities: dict[str, bool], precision: Precision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert fast_precision() == precision
+    assert levels_of("best").recorded()["recovery"]["precision"] == precision
+    assert levels_of("best", recovery={"precision": "float32"}).recorded()["recovery"]["precision"] == "float32"
 
 
 def test_the_same_training_gives_the_same_digest(clustered: Model, source: Model, token_ids: list[int]) -> None:
