@@ -308,8 +308,8 @@ class _Clustering:
         return self._finished(_tensor_unit(name), self._forms(name), functools.partial(job, name))
 
     def _is_fed_back(self, name: str) -> bool:
-        """Whether the tensor belongs to a block, where blocks are compressed in order."""
-        return self.feedback is not None and block_index(name) is not None
+        """Whether the tensor gets its codes in the order of the model."""
+        return self.feedback is not None and self.feedback.serves(name)
 
     def _forms(self, name: str) -> Forms:
         treatment = self.plan.treatments[name]
@@ -330,9 +330,12 @@ class _Clustering:
         """Block by block: have all blocks done up to that of the tensor."""
         if self.feedback is not None and self.feedback.covers(name):
             self.feedback.reach(name, self)
+            if self.work is not None and block_index(name) is None:
+                # The head was the last of all.
+                self.held = {}
 
-    def take_up(self, index: int) -> None:
-        """Take up what is finished of a block that is about to be done."""
+    def take_up(self, index: int | None) -> None:
+        """Take up what is finished of a block that is about to be done, or with None of what is outside of all."""
         if self.work is not None:
             self.held = {}
         for name in self.plan.treatments:

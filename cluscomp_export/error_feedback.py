@@ -11,7 +11,8 @@ GPTQ does (Frantar et al., arXiv 2210.17323); that H is of the compressed model 
 spirit of GPTAQ (Li et al., arXiv 2504.02692). In the reference layout a vector lies in one input channel, so GPTQ's update,
 which goes from channel to channel, serves vectors as it serves numbers.
 
-Blocks are done in order. Memory: the matrices of half a block as float32, the activations of the text between blocks in both
+Blocks are done in order, and the head, which may be the embedding as well, after them: it is encoded under the moments of what
+flows into it, uncorrected. Memory: the matrices of half a block as float32, the activations of the text between blocks in both
 models and those within half a block in one (4 bytes x tokens x features), and for the input of one matrix
 8 bytes x in_features x (in_features + out_features), a few times that while matrices are encoded.
 """
@@ -28,6 +29,7 @@ import numpy.typing as npt
 import torch
 
 from cluscomp_export.progress import Progress, silent
+from cluscomp_export.sources.linears import embedding_tensor, head_tensor
 from cluscomp_export.tuning.blockwise import BlockwiseOptions, tune_block
 from cluscomp_export.tuning.training import Curve, Trained
 from cluscomp_formats.ir import Model, Tensor
@@ -45,6 +47,8 @@ BATCH = 4
 """Windows run at a time."""
 ROWS = 512
 """Rows of moments added at a time."""
+PIECE_BYTES = 32 << 20
+"""Most bytes of the rows of a matrix that are encoded at a time: no row depends on another."""
 
 _BLOCK = re.compile(r"model\.layers\.(\d+)\..*")
 
@@ -93,27 +97,40 @@ class InputMoments:
         """Codes uint16 `[in_features, groups]` for `weights` `[in_features, groups * cluster_dim]`, the first `out_features`
         columns of which are rows of the matrix, and the factors `[out_features]` by which each row then errs least."""
         # Before the weights are copied: to factor takes most.
-        factor = self.factor()
-        ordered = assign_with_feedback(
-            weights[self._order], centroids, factor, out_features=out_features, threads=threads, device=device
-        )
-        codes = np.empty_like(ordered)
-        codes[self._order] = ordered
-        wanted = torch.from_numpy(weights[:, :out_features])
-        given = torch.from_numpy(centroids[codes].reshape(weights.shape)[:, :out_features])
-        projected = self.damped.float() @ given
-        products = (wanted * projected).sum(0, dtype=torch.float64)
-        energies = (given * projected).sum(0, dtype=torch.float64)
-        factors = torch.where((energies > 0) & (products > 0), products / energies, 1.0)
-        return codes, factors.numpy()
+        factor, damped = self.factor(), self.damped.float()
+        channels, dim = len(weights), centroids.shape[1]
+        groups = -(-out_features // dim)
+        codes = np.empty((channels, groups), dtype=np.uint16)
+        factors = np.empty(out_features)
+        step = max(1, PIECE_BYTES // (4 * channels * dim))
+        for begin in range(0, groups, step):
+            piece = slice(begin, min(begin + step, groups))
+            rows = slice(begin * dim, min(piece.stop * dim, out_features))
+            count = rows.stop - rows.start
+            ordered = assign_with_feedback(
+                weights[self._order, begin * dim : piece.stop * dim],
+                centroids,
+                factor,
+                out_features=count,
+                threads=threads,
+                device=device,
+            )
+            codes[self._order, piece] = ordered
+            wanted = torch.from_numpy(weights[:, rows])
+            given = torch.from_numpy(centroids[codes[:, piece]].reshape(channels, -1)[:, :count])
+            projected = damped @ given
+            products = (wanted * projected).sum(0, dtype=torch.float64)
+            energies = (given * projected).sum(0, dtype=torch.float64)
+            factors[rows] = torch.where((energies > 0) & (products > 0), products / energies, 1.0).numpy()
+        return codes, factors
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What codes aim at: a transposed matrix with `correction` `[in_features, out_features]` added, under `moments`."""
+    """What codes aim at under `moments`: a transposed matrix, with a `correction` `[in_features, out_features]` if given."""
 
     moments: InputMoments
-    correction: Floats
+    correction: Floats | None = None
 
 
 class BlockWork(Protocol):
@@ -123,8 +140,8 @@ class BlockWork(Protocol):
     def tensors(self) -> Mapping[str, Tensor]:
         """The compressed model as far as it is there, by name."""
 
-    def take_up(self, index: int) -> None:
-        """Take up what is finished of a block that is about to be done."""
+    def take_up(self, index: int | None) -> None:
+        """Take up what is finished of a block that is about to be done, or with None of what is outside of all."""
 
     def is_encoded(self, name: str) -> bool:
         """Whether a matrix of that block has its codes. True for what is not clustered."""
@@ -175,16 +192,22 @@ class ErrorFeedback:
         self._feedback = feedback
         self._device = device
         self._next = 0
+        self._head = (head_tensor(source) or embedding_tensor(source)) if feedback else None
+        self._head_done = False
         self._on_progress = on_progress
 
+    def serves(self, name: str) -> bool:
+        """Whether the tensor belongs to a block or is the head, if that gets its codes here."""
+        return name == self._head or block_index(name) is not None
+
     def covers(self, name: str) -> bool:
-        """Whether the tensor belongs to a block that is yet to be done."""
+        """Whether the tensor is yet to be done, with its block or as the head."""
         index = block_index(name)
-        return index is not None and index >= self._next
+        return index >= self._next if index is not None else name == self._head and not self._head_done
 
     def reach(self, name: str, work: BlockWork) -> None:
-        """Do all blocks up to that of the tensor `name`, unless `work` has them already."""
-        while self.covers(name):
+        """Do all blocks up to that of the tensor `name`, unless `work` has them already; for the head all, and then it."""
+        while self.covers(name) and self._next < self._runner.num_blocks:
             index = self._next
             self._on_progress("block by block", index, self._runner.num_blocks)
             # Before the work: what it reads of this block is what is there by then.
@@ -216,6 +239,10 @@ class ErrorFeedback:
             if self.tuning is not None:
                 self._curves[f"block {index}"] = work.curve(index)
         self._on_progress("block by block", self._next, self._runner.num_blocks)
+        if name == self._head and not self._head_done:
+            self._head_done = True
+            work.take_up(None)
+            self._encode((name,), lambda: {name: self._head_goal()}, work)
 
     def _compress(self, index: int, half: str, work: BlockWork) -> None:
         """Encode half a block, and take the activations of both models past it."""
@@ -264,32 +291,46 @@ class ErrorFeedback:
         del sums
         return {name: Goal(moments, correction) for name, correction in moments.corrections({original.writer: lacks}).items()}
 
+    def _head_goal(self) -> Goal:
+        """The head is not corrected: the embedding, which may be the same matrix, is what it was for all that is compressed."""
+        sums = _Sums()
+        for given in self._given:
+            inputs = self._runner.normed(given)
+            sums.add(inputs, None, inputs)
+        return Goal(sums.moments())
+
 
 class _Sums:
-    """Sums over tokens of `x x^T` and `x e^T`, with x the inputs of a matrix and e what is lacking."""
+    """Sums over tokens of `x x^T` and, if wanted, `x e^T`, with x the inputs of a matrix and e what is lacking."""
 
     def __init__(self) -> None:
         self._inputs: torch.Tensor | None = None
         self._lacks: torch.Tensor | None = None
         self._tokens = 0
 
-    def add(self, inputs: torch.Tensor, lacks: torch.Tensor, measure: torch.Tensor) -> None:
+    def add(self, inputs: torch.Tensor, lacks: torch.Tensor | None, measure: torch.Tensor) -> None:
         """Some windows' `inputs` `[windows, tokens, in_features]` and `lacks` `[windows, tokens, any]`.
 
         Each token counts by the inverse of the mean square of `measure` `[windows, tokens, any]`.
         """
         scale = measure.square().mean(-1, keepdim=True).sqrt().clamp(min=torch.finfo(measure.dtype).tiny)
-        scaled, lacking = ((values / scale).flatten(0, -2) for values in (inputs, lacks))
+        scaled = (inputs / scale).flatten(0, -2)
         self._inputs = _added(self._inputs, scaled.t() @ scaled)
-        self._lacks = _added(self._lacks, scaled.t() @ lacking)
+        if lacks is not None:
+            self._lacks = _added(self._lacks, scaled.t() @ (lacks / scale).flatten(0, -2))
         self._tokens += len(scaled)
+
+    def moments(self) -> InputMoments:
+        """The moments of the inputs, in place of their sums."""
+        if self._inputs is None:
+            raise ValueError("there is nothing to take the mean of")
+        return InputMoments(self._inputs.cpu().div_(self._tokens))
 
     def results(self) -> tuple[InputMoments, torch.Tensor]:
         """The moments of the inputs, and the mean of `x e^T`, float64 `[in_features, any]`, in place of the sums."""
-        if self._inputs is None or self._lacks is None:
+        if self._lacks is None:
             raise ValueError("there is nothing to take the mean of")
-        inputs, lacks = (sums.cpu().div_(self._tokens) for sums in (self._inputs, self._lacks))
-        return InputMoments(inputs), lacks
+        return self.moments(), self._lacks.cpu().div_(self._tokens)
 
 
 def _added(sums: torch.Tensor | None, products: torch.Tensor) -> torch.Tensor:

@@ -112,10 +112,11 @@ class Encoding:
             if self.scale is not None:
                 factors = _scale_factors(self.vectors, centroids[codes], self.energy, out_features)
         else:
-            weights = self.vectors.reshape(len(self.energy), -1).copy()
-            weights[:, :out_features] += self.goal.correction if self.scale is None else self.goal.correction / self.scale
-            moments = self.goal.moments
-            codes, factors = moments.encode(weights, centroids, out_features, threads=threads, device=device)
+            weights, correction = self.vectors.reshape(len(self.energy), -1), self.goal.correction
+            if correction is not None:
+                weights = weights.copy()
+                weights[:, :out_features] += correction if self.scale is None else correction / self.scale
+            codes, factors = self.goal.moments.encode(weights, centroids, out_features, threads=threads, device=device)
         row_scale = np.empty(0) if self.scale is None else np.clip(self.scale * factors * step, *SCALE_RANGE)
         return {"codes": codes, "row_scale": row_scale.astype(np.float16)}
 

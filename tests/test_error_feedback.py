@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,7 @@ class Recording:
         self.goals: dict[str, Goal | None] = {}
         self.decode = decode
 
-    def take_up(self, index: int) -> None:
+    def take_up(self, index: int | None) -> None:
         pass
 
     def is_encoded(self, name: str) -> bool:
@@ -129,6 +130,40 @@ def test_a_writer_aims_at_the_originals_residual_stream(stories_folder: Path) ->
     torch.testing.assert_close(torch.from_numpy(goal.correction).double(), correction, rtol=1e-3, atol=1e-4)
 
 
+def test_the_head_comes_last_and_aims_at_itself(stories_folder: Path) -> None:
+    source, ids = open_source(stories_folder), torch.arange(1, 241).reshape(6, 40)
+    work = Recording(source, lambda weight: weight + 0.1 * np.sin(1e3 * weight))
+    feedback, name = ErrorFeedback(source, ids), "model.embed_tokens.weight"
+    assert "lm_head.weight" not in source.tensors
+    assert feedback.serves(name)
+    feedback.reach(name, work)
+    assert not feedback.covers(name)
+    assert list(work.goals)[-1] == name
+    assert len(work.goals) == 1 + 7 * source.config["num_hidden_layers"]
+    goal = work.goals[name]
+    assert goal is not None
+    assert goal.correction is None
+    # For blocks the embedding is the original's.
+    given = inputs_of(source, {**work.tensors, name: source.tensors[name]}, ids, name)
+    x = given / given.square().mean(1, keepdim=True).sqrt()
+    damped = x.t() @ x / len(x)
+    damped += 0.1 * damped.diagonal().mean() * torch.eye(len(damped), dtype=torch.float64)
+    torch.testing.assert_close(goal.moments.damped, damped, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_are_encoded_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    weights = rng.standard_normal((24, 30), dtype=np.float32)
+    centroids = rng.standard_normal((50, 3), dtype=np.float32)
+    inputs = torch.from_numpy(rng.standard_normal((100, 24)))
+    moments = InputMoments(inputs.t() @ inputs)
+    whole = moments.encode(weights, centroids, 29, threads=1, device="cpu")
+    monkeypatch.setattr("cluscomp_export.error_feedback.PIECE_BYTES", 4 * 24 * 3 * 4)
+    pieces = moments.encode(weights, centroids, 29, threads=1, device="cpu")
+    np.testing.assert_array_equal(pieces[0], whole[0])
+    np.testing.assert_allclose(pieces[1], whole[1], rtol=1e-6)
+
+
 def test_without_feedback_there_are_no_goals(stories_folder: Path) -> None:
     source = open_source(stories_folder)
     work = Recording(source, lambda weight: weight)
@@ -201,16 +236,18 @@ def test_the_provenance_names_the_levels(made: dict[str, Path]) -> None:
     assert balanced["calibration_windows"] == levels_of("balanced").windows
 
 
-def test_threads_change_no_byte(made: dict[str, Path], stories_folder: Path, halves: tuple[Path, Path], tmp_path: Path) -> None:
+def test_threads_change_no_byte(stories_folder: Path, halves: tuple[Path, Path], tmp_path: Path) -> None:
+    """Of what is not trained: torch adds up gradients in an order that depends on the number of threads."""
     threads = torch.get_num_threads()
-    other = 1 if threads > 1 else 2
-    torch.set_num_threads(other)
+    outputs = tmp_path / "one.clus", tmp_path / "two.clus"
+    options = ConversionOptions(bits=4, share="none", calibration=str(halves[0]), blockwise={"epochs": 0})
     try:
-        options = ConversionOptions(bits=4, share="none", calibration=str(halves[0]), threads=other)
-        convert(stories_folder, tmp_path / "again.clus", options)
+        for number, output in enumerate(outputs, 1):
+            torch.set_num_threads(number)
+            convert(stories_folder, output, replace(options, threads=number))
     finally:
         torch.set_num_threads(threads)
-    assert open_packed(tmp_path / "again.clus").digest() == open_packed(made["balanced"]).digest()
+    assert open_packed(outputs[0]).digest() == open_packed(outputs[1]).digest()
 
 
 def test_an_interrupted_conversion_ends_with_the_same_bytes(

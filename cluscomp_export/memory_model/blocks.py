@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 from cluscomp_export.calibration import BATCH, CONTEXT
-from cluscomp_export.error_feedback import block_index
+from cluscomp_export.error_feedback import PIECE_BYTES, block_index
 from cluscomp_export.memory_model.matrices import (
     clustered_decoding,
     encoding,
@@ -89,8 +89,9 @@ def error_feedback(
     product that is added to them (4 n²), and the same for what is lacking, of readers n², of the writer n x hidden_size.
 
     On the host: the streams of all windows of both models, before and behind the half (five at a time, 4 bytes x tokens x
-    hidden_size), for the writer also all its inputs; the codes of the block; and what `_correcting` and `_encoding` say. Or, in
-    between, an embedding or head outside the blocks that is encoded without feedback.
+    hidden_size), for the writer also all its inputs; the codes of the block; and what `_correcting` and `_encoding` say. Or
+    what is outside the blocks: an embedding that is encoded without feedback, or the head, with it: beside its vectors and
+    codes six times the piece that is encoded, and the moments of its input (24 n²).
     """
     names = max(_blocks(source).values(), key=lambda block: sum(source.tensors[name].num_weights for name in block))
     index = block_index(names[0])
@@ -124,6 +125,11 @@ def error_feedback(
     outside = Plan({name: treatment for name, treatment in plan.treatments.items() if block_index(name) is None})
     device_outside, host_outside = encoding(source, outside, cuda=cuda)
     host = max(5 * stream + codes + host, 2 * stream + host_outside, embedding(source, settings, windows))
+    head = head_tensor(source) or embedding_tensor(source)
+    if head is not None and head in plan.treatments:
+        making, vectors = making_vectors(source, head, plan.treatments[head])
+        encoded = vectors + 2 * num_vectors(plan.treatments[head]) + 6 * min(PIECE_BYTES, vectors)
+        host = max(host, 2 * stream + 24 * settings.hidden_size**2 + max(making, encoded))
     return max(device, device_outside), host
 
 

@@ -91,6 +91,11 @@ class BlockRunner:
         with torch.inference_mode():
             return self._decoder.embedding.embedding(windows)
 
+    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What flows into the head for what flows out of the last block, on the CPU."""
+        with torch.inference_mode():
+            return self._decoder.norm(hidden)
+
     def half(self, index: int, half: str, tensors: Mapping[str, Tensor], device: torch.device | str = "cpu") -> Half:
         """A half, one of `HALVES`, of block `index` with its weights from `tensors`, all decoded at once."""
         return Half(self, index, half, self.block(index, tensors), torch.device(device))

@@ -182,6 +182,11 @@ class Decoder:
         With a cache the tokens continue what it holds, and are added to it. `last_only` computes the logits of the last
         token alone, `[batch, 1, vocab_size]`: the head is the largest matrix.
         """
+        x = self.stream(input_ids, cache)
+        return self.head(self.norm(x[:, -1:] if last_only else x))
+
+    def stream(self, input_ids: torch.Tensor, cache: KeyValueCache | None = None) -> torch.Tensor:
+        """What flows out of the last layer, before the last norm, `[batch, tokens, hidden_size]`; arguments as for logits."""
         start = 0 if cache is None else cache.length
         positions = self.positions(start, input_ids.shape[1])
         x = self.embedding.embedding(input_ids)
@@ -189,7 +194,7 @@ class Decoder:
             x = layer(x, positions, cache)
         if cache is not None:
             cache.length = start + input_ids.shape[1]
-        return self.head(self.norm(x[:, -1:] if last_only else x))
+        return x
 
     def positions(self, start: int, tokens: int) -> Positions:
         """What the layers need for `tokens` tokens from position `start` on."""

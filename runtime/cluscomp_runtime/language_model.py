@@ -193,8 +193,8 @@ class LanguageModel:
 def observe_inputs(model: Model, input_ids: torch.Tensor, observe: Callable[[str, torch.Tensor], None]) -> None:
     """Run a model once on `input_ids` `[batch, tokens]` and show `observe` each matrix's name and input.
 
-    Inputs are `[batch, tokens, in_features]`; the head sees the last token only. In float64 reference mode: nothing is kept,
-    so memory is bounded by the largest matrix and the activations. Raises UnsupportedError, InvalidFileError,
+    Inputs are `[batch, tokens, in_features]`; the head does not multiply. In float64 reference mode: nothing is kept, so memory
+    is bounded by the largest matrix and the activations. Raises UnsupportedError, InvalidFileError,
     InvalidRequestError.
     """
     settings = DecoderSettings.from_config(model.config)
@@ -203,7 +203,10 @@ def observe_inputs(model: Model, input_ids: torch.Tensor, observe: Callable[[str
         check_prompt(row, settings.vocab_size, settings.max_position_embeddings)
     builder = MatrixBuilder("reference", torch.float64, torch.device("cpu"), observe)
     with torch.inference_mode():
-        Decoder(model, settings, builder)(input_ids, last_only=True)
+        decoder = Decoder(model, settings, builder)
+        # A tied head is the embedding.
+        head = "lm_head.weight" if "lm_head.weight" in model.tensors else "model.embed_tokens.weight"
+        observe(head, decoder.norm(decoder.stream(input_ids)))
 
 
 def check_device(device: str | torch.device) -> torch.device:

@@ -15,7 +15,7 @@ import torch
 from cluscomp_kernels import native
 from cluscomp_kernels.kmeans.engine import Engine, run_lloyd
 from cluscomp_kernels.kmeans.groups import group
-from cluscomp_kernels.kmeans.native_engine import NativeEngine, assign_native, spatial_order
+from cluscomp_kernels.kmeans.native_engine import NativeEngine, SearchSpace, assign_native, spatial_order
 from cluscomp_kernels.kmeans.one_dim import assign_values, cluster_values
 from cluscomp_kernels.kmeans.torch_engine import TorchEngine, nearest_search
 from cluscomp_kernels.kmeans.tree import build_tree
@@ -91,6 +91,8 @@ def kmeans(
         raise ValueError(f"num_clusters must be 1 to {MAX_CLUSTERS} (a code fits 16 bits), got {num_clusters}")
     if method not in ("fast", "lloyd"):
         raise ValueError(f"method must be 'fast' or 'lloyd', got {method!r}")
+    # It would stand beside what a clustering needs.
+    SearchSpace.forget()
     count, dim = points.shape
     rounds = default_iterations(dim, method) if iterations is None else iterations
     if rounds < 0:
@@ -183,6 +185,7 @@ class _Job:
             centroids = self.sample()
             centroids = np.ascontiguousarray(centroids[spatial_order(centroids, self.threads)])
             near = assign_native(self.points, centroids, self.threads, self.tick, exact=False)
+            SearchSpace.forget()
             order = group(near, len(centroids)).order
             points, codes = self.points[order], near[order]
             weights = None if self.weights is None else self.weights[order]

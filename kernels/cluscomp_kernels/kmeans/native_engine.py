@@ -14,7 +14,7 @@ from cluscomp_kernels.kmeans.means import Indices, Means
 from cluscomp_kernels.kmeans.tiles import Tiles, neighbour_lists, pack_tiles, refresh_lists
 from cluscomp_kernels.kmeans.tree import Tree, build_tree
 
-__all__ = ["NativeEngine", "assign_native", "list_length", "spatial_order"]
+__all__ = ["NativeEngine", "SearchSpace", "assign_native", "list_length", "spatial_order"]
 
 Floats = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.uint16]
@@ -108,7 +108,7 @@ def assign_native(points: Floats, centroids: Floats, threads: int, tick: Callabl
     A tree over the centroids gives a first guess, a scan of its neighbour list a better one, from which an exact scan has
     little left to do.
     """
-    space = _Space.of(centroids, threads, tick)
+    space = SearchSpace.of(centroids, threads, tick)
     codes = space.order[space.tree.starts[:-1]].astype(np.uint16)[space.tree.descend(points, threads)]
     for last in (False, True):
         groups = group(codes, len(centroids))
@@ -118,7 +118,7 @@ def assign_native(points: Floats, centroids: Floats, threads: int, tick: Callabl
 
 
 @dataclass(frozen=True)
-class _Space:
+class SearchSpace:
     """What a search among `centroids` `[k, dim]` needs: a `tree` over them in its `order`, and neighbour lists.
 
     The last one is kept, for the matrices that share a codebook: lists take longer to make than most matrices to be assigned.
@@ -130,10 +130,10 @@ class _Space:
     tiles: Tiles
     lists: Ints
 
-    _last: ClassVar[_Space | None] = None
+    _last: ClassVar[SearchSpace | None] = None
 
     @classmethod
-    def of(cls, centroids: Floats, threads: int, tick: Callable[[], None]) -> _Space:
+    def of(cls, centroids: Floats, threads: int, tick: Callable[[], None]) -> SearchSpace:
         last = cls._last
         if last is None or not np.array_equal(last.centroids, centroids):
             cls._last = None
@@ -141,7 +141,12 @@ class _Space:
         return last
 
     @classmethod
-    def _made(cls, centroids: Floats, threads: int, tick: Callable[[], None]) -> _Space:
+    def forget(cls) -> None:
+        """Give back the memory of the one that is kept."""
+        cls._last = None
+
+    @classmethod
+    def _made(cls, centroids: Floats, threads: int, tick: Callable[[], None]) -> SearchSpace:
         order = np.arange(len(centroids), dtype=np.int32)
         tree = build_tree(centroids.copy(), None, order, len(centroids), threads)
         tiles = pack_tiles(centroids, order)
