@@ -165,26 +165,6 @@ def test_norms_in_half_precision_are_stored_as_such(clustered: Model) -> None:
     assert trainable.with_values(trainable.stored()).digest() == model.digest()
 
 
-def test_small_moves_of_an_int8_codebook_are_kept_on_average(source: Model) -> None:
-    plan = plan_bits(source, bits=3, share="kind", embedding_bits=16, codebook_bits=8)
-    model = TrainableModel(cluster_model(source, plan)).with_values({})
-    trainable = TrainableModel(model)
-    assert trainable.with_values(trainable.stored()).digest() == model.digest()
-    name = max(
-        (name for name in trainable.parameters if name.startswith("codebook")), key=lambda key: len(trainable.parameters[key])
-    )
-    before = trainable.stored()[name].astype(int)
-    inside = np.abs(before) < 127
-    with torch.no_grad():
-        trainable.parameters[name] += 0.25
-    after = trainable.stored()[name].astype(int)
-    moves = (after - before)[inside]
-    assert set(moves.tolist()) == {0, 1}
-    # Five standard deviations of a mean of independent moves.
-    assert abs(moves.mean() - 0.25) < 5 * math.sqrt(0.25 * 0.75 / moves.size)
-    np.testing.assert_array_equal(trainable.stored()[name], after)
-
-
 def test_convert_with_all_effort(
     source: Model, stories_folder: Path, stories_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import zlib
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -113,9 +112,7 @@ class Trainable:
     def stored(self) -> dict[str, AnyArray]:
         """The parameters rounded to the dtypes they are stored in, by name."""
         known = parameters(self.model)
-        return {
-            name: _rounded(name, values.detach().cpu().numpy(), known[name].dtype) for name, values in self.parameters.items()
-        }
+        return {name: _rounded(values.detach().cpu().numpy(), known[name].dtype) for name, values in self.parameters.items()}
 
     @contextlib.contextmanager
     def as_stored(self) -> Iterator[None]:
@@ -186,15 +183,12 @@ class TrainableBlock(Trainable):
         return result
 
 
-def _rounded(name: str, values: AnyArray, dtype: str) -> AnyArray:
+def _rounded(values: AnyArray, dtype: str) -> AnyArray:
     if dtype == "bfloat16":
         return float32_to_bfloat16(values)
     if dtype == "float16":
         # A training that leaves the range of float16 has gone wrong, but shall not store an infinity.
         values = np.clip(values, -65504.0, 65504.0)
     if dtype == "int8":
-        # Trainings move most values by less than half a step, and rounding to the nearest would undo that. Up or down by
-        # chance, they keep their moves on average. The same chance every time, and none for what is whole: hence float64.
-        chance = np.random.default_rng(zlib.crc32(name.encode())).random(values.shape)
-        values = np.clip(np.floor(values + chance), -LARGEST, LARGEST)
+        values = np.clip(np.rint(values), -LARGEST, LARGEST)
     return values.astype(dtype)
