@@ -51,7 +51,10 @@ _LEVEL_OPTIONS = (
         "--feedback/--no-feedback", default=None, help="Error feedback, or the nearest centroid. [default: by --effort]"
     ),
     click.option(
-        "--calibration-windows", type=int, metavar="N", help="Windows of 512 tokens for all but recovery. [default: 64]"
+        "--calibration-windows",
+        type=int,
+        metavar="N",
+        help="Windows of 512 tokens for all but recovery. [default: 64; best: 128]",
     ),
     click.option(
         "--blockwise-epochs", type=int, metavar="N", help="Times over the windows for each block; 0: no tuning. [default: 2]"

@@ -16,7 +16,7 @@ __all__ = ["Effort", "Levels", "levels_of"]
 Effort = Literal["fast", "balanced", "best"]
 
 WINDOWS = 64
-"""Windows of the calibration text that error feedback and block-wise tuning see."""
+"""Windows of the calibration text that error feedback and block-wise tuning see; twice as many with `best`."""
 
 _Options = TypeVar("_Options", BlockwiseOptions, RecoveryOptions)
 
@@ -75,7 +75,9 @@ def levels_of(
         recovery=_level(
             "recovery", "steps", RecoveryOptions(seed=seed, precision=fast_precision()), effort == "best", recovery or {}
         ),
-        windows=_positive("--calibration-windows", WINDOWS if windows is None else windows),
+        windows=_positive(
+            "--calibration-windows", (2 * WINDOWS if effort == "best" else WINDOWS) if windows is None else windows
+        ),
     )
 
 

@@ -181,6 +181,9 @@ def make_plan(
     if options.plan is not None:
         return read_plan(options.plan, source)
     share, codebook_bits = options.share, options.codebook_bits
+    if codebook_bits is None and options.levels().recovery is not None:
+        # Recovery moves most values by less than a step of int8.
+        codebook_bits = 16
     if options.budget is not None and writer.size is not None:
         size, record = writer.size, longest_record(source)
 

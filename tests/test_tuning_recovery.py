@@ -12,7 +12,7 @@ import torch
 
 from cluscomp_export.calibration import read_text
 from cluscomp_export.clustering import cluster_model
-from cluscomp_export.convert import ConversionOptions, convert
+from cluscomp_export.convert import ConversionOptions, convert, prepare
 from cluscomp_export.effort import levels_of
 from cluscomp_export.evaluate import evaluate
 from cluscomp_export.planning import plan_bits
@@ -198,6 +198,9 @@ def test_convert_with_all_effort(
     assert outputs[1].read_bytes() == outputs[0].read_bytes()
     provenance = open_packed(outputs[0]).provenance
     assert provenance["options"]["recovery"]["steps"] == 24
+    # In steps of int8 most of what is learnt would be lost; whoever wants it may have it.
+    assert {book.values.dtype for book in open_packed(outputs[0]).codebooks.values()} == {"float16"}
+    assert {book.dtype for book in prepare(stories_folder, replace(options, codebook_bits=8)).plan.codebooks} == {"int8"}
 
 
 def interrupt(*_: object) -> None:
