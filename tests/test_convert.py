@@ -179,14 +179,14 @@ def test_whatever_stops_it_leaves_at_most_finished_work(
             convert(stories_folder, output, options)
     assert list(tmp_path.iterdir()) == []
     with monkeypatch.context() as patch:
-        patch.setattr("cluscomp_export.jobs.assign", stop)
+        patch.setattr("cluscomp_export.error_feedback.assign_with_feedback", stop)
         with pytest.raises((type(error), ClusCompError)):
             convert(stories_folder, output, options)
     assert list(tmp_path.iterdir()) == [work_path(output)]
-    # The energies and a codebook.
-    assert len(list(work_path(output).iterdir())) == 2
+    # The energies, the codebook that is written first and that of the first matrix in the order of the model.
+    assert len(list(work_path(output).iterdir())) == 3
     report = convert(stories_folder, output, options)
-    assert report.reused == 2
+    assert report.reused == 3
     assert output.read_bytes() == packed.read_bytes()
     assert list(tmp_path.iterdir()) == [output]
 

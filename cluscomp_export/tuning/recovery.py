@@ -37,9 +37,13 @@ KEPT_TEACHER_BYTES = 4 << 30
 
 @dataclass(frozen=True)
 class RecoveryOptions(TrainingOptions):
-    """Windows are of `context` tokens, drawn from the text at random."""
+    """Windows are of `context` tokens, drawn from the text at random.
+
+    The rate is one that harms no model: the better it is already, the smaller the steps it takes (docs/lab-notes.md).
+    """
 
     context: int = 512
+    rate: float = 3e-4
 
 
 def recover(
