@@ -290,22 +290,19 @@ class _Clustering:
             arrays = self._known(unit, forms)
             if arrays is None:
                 self._reach(name)
-                arrays = self._known(unit, forms)
-            if arrays is None:
-                arrays = self._encode_nearest(name)
+                if self.work is not None and not self._is_fed_back(name):
+                    self._encode_members(self.plan.treatments[name].codebook)
+                arrays = self._finished(unit, forms, lambda: self._encoding_job(name, None, self.computing))
             self.encoded = (name, arrays["codes"], arrays["row_scale"])
         return self.encoded[1:]
 
-    def _encode_nearest(self, name: str) -> dict[str, AnyArray]:
-        """Encode a matrix; where results are kept, all others of its codebook with it: a search among the same centroids is
-        set up once."""
-        job = lambda member: self._encoding_job(member, None, self.computing)  # noqa: E731
-        if self.work is not None:
-            members = [member for member in self.plan.treatments[name].codebook.members if not self._is_fed_back(member)]
-            for done, member in enumerate(members):
-                self.on_progress("encoding matrices", done, len(members))
-                self._finished(_tensor_unit(member), self._forms(member), functools.partial(job, member))
-        return self._finished(_tensor_unit(name), self._forms(name), functools.partial(job, name))
+    def _encode_members(self, book: CodebookPlan) -> None:
+        """Have the matrices of a codebook encoded one after the other: a search among the same centroids is set up once."""
+        members = [name for name in book.members if not self._is_fed_back(name)]
+        for done, name in enumerate(members):
+            self.on_progress("encoding matrices", done, len(members))
+            job = functools.partial(self._encoding_job, name, None, self.computing)
+            self._finished(_tensor_unit(name), self._forms(name), job)
 
     def _is_fed_back(self, name: str) -> bool:
         """Whether the tensor gets its codes in the order of the model."""

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
-__all__ = ["DEVICE", "GGUF_TYPE", "JSON", "PATH", "OutputFormat", "level_options", "levels_from"]
+__all__ = ["DEVICE", "GGUF_TYPE", "JSON", "PATH", "PRECISIONS", "SCHEDULES", "OutputFormat", "level_options", "levels_from"]
 
 PATH = click.Path(path_type=Path)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
@@ -46,6 +46,7 @@ class OutputFormat(click.types.StringParamType):
 
 
 SCHEDULES = click.Choice(["cosine", "linear", "constant"])
+PRECISIONS = click.Choice(["float32", "bfloat16"])
 _LEVEL_OPTIONS = (
     click.option(
         "--feedback/--no-feedback", default=None, help="Error feedback, or the nearest centroid. [default: by --effort]"
@@ -76,11 +77,7 @@ _LEVEL_OPTIONS = (
     click.option(
         "--blockwise-patience", type=int, metavar="N", help="Stop a block after N epochs without progress. [default: 2]"
     ),
-    click.option(
-        "--blockwise-precision",
-        type=click.Choice(["float32", "bfloat16"]),
-        help="What matrices are multiplied in. [default: float32]",
-    ),
+    click.option("--blockwise-precision", type=PRECISIONS, help="What matrices are multiplied in. [default: float32]"),
     click.option("--recovery-steps", type=int, metavar="N", help="Steps to train for, end to end; 0: none. [default: 48]"),
     click.option("--recovery-batch", type=int, metavar="N", help="Windows per step. [default: 4]"),
     click.option("--recovery-context", type=int, metavar="N", help="Tokens of a window. [default: 512]"),
@@ -92,12 +89,12 @@ _LEVEL_OPTIONS = (
         "--recovery-warmup", type=int, metavar="N", help="Steps over which the rate rises at the beginning. [default: 0]"
     ),
     click.option("--recovery-checks", type=int, metavar="N", help="How often the held-out text is looked at. [default: 8]"),
+    click.option("--recovery-patience", type=int, metavar="N", help="Stop after N checks without progress. [default: 3]"),
     click.option(
         "--recovery-precision",
-        type=click.Choice(["float32", "bfloat16"]),
+        type=PRECISIONS,
         help="What matrices are multiplied in. [default: bfloat16 on a CPU with AMX, else float32]",
     ),
-    click.option("--recovery-patience", type=int, metavar="N", help="Stop after N checks without progress. [default: 3]"),
 )
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 

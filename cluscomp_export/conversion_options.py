@@ -29,10 +29,11 @@ class ConversionOptions:
     but for `match_loss`.
     `embedding_bits` is a budget per weight of embedding and head; 16 keeps them dense, None keeps the width of the source
     where that is below 16. `codebook_bits` is 8 or 16 per value of a codebook whose weights have row scales, None for whichever
-    is expected to be best. `calibration` is a text file whose activations weight the clustering, "none", or None: the text the
-    package ships with `bits`, none with the paper's setting. `effort="fast"` only clusters; "balanced", the default where there
-    is a calibration text, also chooses codes with error feedback and tunes block by block; "best" then trains codebooks, scales
-    and norms end to end. `feedback`, `calibration_windows`, `blockwise` and `recovery` change the effort: see `levels_of`.
+    is expected to be best, with recovery 16. `calibration` is a text file whose activations weight the clustering, "none", or
+    None: the text the package ships with `bits`, none with the paper's setting. `effort="fast"` only clusters; "balanced",
+    the default where there is a calibration text, also chooses codes with error feedback and tunes block by block; "best"
+    then trains codebooks, scales and norms end to end. `feedback`, `calibration_windows`, `blockwise` and `recovery` change
+    the effort: see `levels_of`.
     `gguf_type` decodes for stock llama.cpp. `workers`, what `parse_workers` takes, cluster in parallel, else this process
     does. `workers`, `threads` (of each worker) and `device` do not change the result, except that of a training.
     """

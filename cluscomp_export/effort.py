@@ -69,15 +69,13 @@ def levels_of(
     `blockwise` are settings of `BlockwiseOptions`, `recovery` of `RecoveryOptions`; 0 `epochs` or 0 `steps` leave a level out,
     any other setting puts it in. Raises InvalidRequestError for values that are out of range.
     """
+    usual = 2 * WINDOWS if effort == "best" else WINDOWS
+    with_precision = RecoveryOptions(seed=seed, precision=fast_precision())
     return Levels(
         feedback=effort != "fast" if feedback is None else feedback,
         blockwise=_level("blockwise", "epochs", BlockwiseOptions(seed=seed), effort != "fast", blockwise or {}),
-        recovery=_level(
-            "recovery", "steps", RecoveryOptions(seed=seed, precision=fast_precision()), effort == "best", recovery or {}
-        ),
-        windows=_positive(
-            "--calibration-windows", (2 * WINDOWS if effort == "best" else WINDOWS) if windows is None else windows
-        ),
+        recovery=_level("recovery", "steps", with_precision, effort == "best", recovery or {}),
+        windows=_positive("--calibration-windows", usual if windows is None else windows),
     )
 
 

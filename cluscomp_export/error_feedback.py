@@ -29,7 +29,7 @@ import numpy.typing as npt
 import torch
 
 from cluscomp_export.progress import Progress, silent
-from cluscomp_export.sources.linears import embedding_tensor, head_tensor
+from cluscomp_export.sources.linears import logits_tensor
 from cluscomp_export.tuning.blockwise import BlockwiseOptions, tune_block
 from cluscomp_export.tuning.training import Curve, Trained
 from cluscomp_formats.ir import Model, Tensor
@@ -192,7 +192,7 @@ class ErrorFeedback:
         self._feedback = feedback
         self._device = device
         self._next = 0
-        self._head = (head_tensor(source) or embedding_tensor(source)) if feedback else None
+        self._head = logits_tensor(source) if feedback else None
         self._head_done = False
         self._on_progress = on_progress
 
@@ -202,8 +202,10 @@ class ErrorFeedback:
 
     def covers(self, name: str) -> bool:
         """Whether the tensor is yet to be done, with its block or as the head."""
+        if name == self._head:
+            return not self._head_done
         index = block_index(name)
-        return index >= self._next if index is not None else name == self._head and not self._head_done
+        return index is not None and index >= self._next
 
     def reach(self, name: str, work: BlockWork) -> None:
         """Do all blocks up to that of the tensor `name`, unless `work` has them already; for the head all, and then it."""
@@ -239,7 +241,8 @@ class ErrorFeedback:
             if self.tuning is not None:
                 self._curves[f"block {index}"] = work.curve(index)
         self._on_progress("block by block", self._next, self._runner.num_blocks)
-        if name == self._head and not self._head_done:
+        if self.covers(name):
+            # All blocks are done, so this is the head.
             self._head_done = True
             work.take_up(None)
             self._encode((name,), lambda: {name: self._head_goal()}, work)

@@ -72,7 +72,7 @@ _OPTIONS = (
         "--codebook-bits",
         type=click.Choice([8, 16]),
         help="Bits per value of a codebook: 8 for int8, 16 for float16, which codebooks without row scales always have. "
-        "[default: whichever is expected to be best; 8 with --dim]",
+        "[default: whichever is expected to be best; 8 with --dim; 16 with recovery]",
     ),
     click.option(
         "--sensitivity",

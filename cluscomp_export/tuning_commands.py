@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from cluscomp_export.command_options import DEVICE, GGUF_TYPE, JSON, PATH, OutputFormat
+from cluscomp_export.command_options import DEVICE, GGUF_TYPE, JSON, PATH, PRECISIONS, SCHEDULES, OutputFormat
 from cluscomp_export.terminal import ProgressDisplay, print_json, print_table, say
 
 __all__ = ["merge", "tune"]
@@ -46,7 +46,7 @@ def _weights(ctx: click.Context, param: click.Parameter, value: str | None) -> t
 @click.option("--batch", type=int, default=4, show_default=True, help="Windows or chats per step.")
 @click.option("--context", type=int, default=512, show_default=True, help="Tokens of a window; longer chats are cut.")
 @click.option("--lr", "rate", type=float, default=1e-3, show_default=True, help="Learning rate, relative to a tensor's size.")
-@click.option("--schedule", type=click.Choice(["cosine", "linear", "constant"]), default="cosine", show_default=True)
+@click.option("--schedule", type=SCHEDULES, default="cosine", show_default=True)
 @click.option("--warmup", type=int, default=0, show_default=True, help="Steps over which the rate rises at the beginning.")
 @click.option(
     "--held-out",
@@ -71,7 +71,7 @@ def _weights(ctx: click.Context, param: click.Parameter, value: str | None) -> t
 @click.option("--kl", type=float, default=0.0, help="Weight of the divergence from --reference in the loss, such as 0.5.")
 @click.option(
     "--precision",
-    type=click.Choice(["float32", "bfloat16"]),
+    type=PRECISIONS,
     default="float32",
     show_default=True,
     help="What matrices are multiplied in; bfloat16 is many times faster where there are units for it.",

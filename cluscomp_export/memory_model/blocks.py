@@ -19,7 +19,7 @@ from cluscomp_export.memory_model.matrices import (
 )
 from cluscomp_export.planning import Plan
 from cluscomp_export.sensitivity import HEAD_TOKENS, WINDOWS
-from cluscomp_export.sources import embedding_tensor, head_tensor
+from cluscomp_export.sources import embedding_tensor, head_tensor, logits_tensor
 from cluscomp_export.tuning.blockwise import BlockwiseOptions
 from cluscomp_export.tuning.recovery import RecoveryOptions, teacher_kernel
 from cluscomp_formats.ir import ClusteredWeight, Model, Tensor
@@ -125,7 +125,7 @@ def error_feedback(
     outside = Plan({name: treatment for name, treatment in plan.treatments.items() if block_index(name) is None})
     device_outside, host_outside = encoding(source, outside, cuda=cuda)
     host = max(5 * stream + codes + host, 2 * stream + host_outside, embedding(source, settings, windows))
-    head = head_tensor(source) or embedding_tensor(source)
+    head = logits_tensor(source)
     if head is not None and head in plan.treatments:
         making, vectors = making_vectors(source, head, plan.treatments[head])
         encoded = vectors + 2 * num_vectors(plan.treatments[head]) + 6 * min(PIECE_BYTES, vectors)

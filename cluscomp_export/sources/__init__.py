@@ -1,6 +1,15 @@
 """Readers of what users have: each turns a model on disk into the lazy IR, tensors under their Hugging Face names."""
 
-from cluscomp_export.sources.linears import embedding_tensor, head_tensor, kind, linear_tensors
+from cluscomp_export.sources.linears import embedding_tensor, head_tensor, kind, linear_tensors, logits_tensor
 from cluscomp_export.sources.opening import CONFIG_ONLY, open_source, source_bytes
 
-__all__ = ["CONFIG_ONLY", "embedding_tensor", "head_tensor", "kind", "linear_tensors", "open_source", "source_bytes"]
+__all__ = [
+    "CONFIG_ONLY",
+    "embedding_tensor",
+    "head_tensor",
+    "kind",
+    "linear_tensors",
+    "logits_tensor",
+    "open_source",
+    "source_bytes",
+]

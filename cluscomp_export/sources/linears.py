@@ -14,7 +14,7 @@ import re
 
 from cluscomp_formats.ir import FLOAT_DTYPES, ClusteredWeight, Model, Tensor
 
-__all__ = ["embedding_tensor", "head_tensor", "kind", "linear_tensors"]
+__all__ = ["embedding_tensor", "head_tensor", "kind", "linear_tensors", "logits_tensor"]
 
 _LLAMA_LINEAR = re.compile(r"(?:.*\.)?layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)\.weight")
 _OPT_LINEAR = re.compile(r"(?:.*\.)?decoder\.layers\.\d+\.(?:self_attn\.(?:[qkv]|out)_proj|fc[12])\.weight")
@@ -75,3 +75,8 @@ def embedding_tensor(model: Model) -> str | None:
 def head_tensor(model: Model) -> str | None:
     """Name of the output projection, `[vocabulary, hidden_size]`, or None: the head is tied or there is none."""
     return next((name for name in model.tensors if _HEAD.fullmatch(name)), None)
+
+
+def logits_tensor(model: Model) -> str | None:
+    """Name of the matrix that gives the logits: the head or, where that is tied, the embedding."""
+    return head_tensor(model) or embedding_tensor(model)

@@ -139,13 +139,7 @@ class TrainableModel(Trainable):
     know, InvalidRequestError if there is nothing to train.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        kinds: Collection[str] = KINDS,
-        *,
-        device: torch.device | None = None,
-    ) -> None:
+    def __init__(self, model: Model, kinds: Collection[str] = KINDS, *, device: torch.device | None = None) -> None:
         settings = DecoderSettings.from_config(model.config)
         check_tensors(model, settings)
         builder = _TrainableBuilder(model, kinds, device or torch.device("cpu"))

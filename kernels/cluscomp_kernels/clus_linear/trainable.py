@@ -97,7 +97,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     in_features, groups = codes.shape
     exact = torch.promote_types(x.dtype, torch.float32)
     flat_x, flat_grad = x.reshape(-1, in_features), grad.reshape(-1, out_features)
-    scaled = flat_grad if row_scale is None else flat_grad * row_scale.to(grad.dtype)
+    scaled = flat_grad if row_scale is None or not need_x else flat_grad * row_scale.to(grad.dtype)
 
     grad_x = flat_x.new_empty(flat_x.shape) if need_x else None
     grad_codebook = codebook.new_zeros(codebook.shape, dtype=exact) if need_codebook else None

@@ -184,8 +184,7 @@ class _Job:
         else:
             centroids = self.sample()
             centroids = np.ascontiguousarray(centroids[spatial_order(centroids, self.threads)])
-            near = assign_native(self.points, centroids, self.threads, self.tick, exact=False)
-            SearchSpace.forget()
+            near = self.near_codes(centroids)
             order = group(near, len(centroids)).order
             points, codes = self.points[order], near[order]
             weights = None if self.weights is None else self.weights[order]
@@ -195,6 +194,11 @@ class _Job:
         codes = np.empty_like(moved_codes)
         codes[order] = moved_codes
         return self.result(centroids, codes, error, done)
+
+    def near_codes(self, centroids: Floats) -> Codes:
+        """A near centroid of each point. What the search needs does not stay beside the clustering."""
+        space = SearchSpace.made(centroids, self.threads, self.tick)
+        return assign_native(self.points, space, self.threads, self.tick, exact=False)
 
     def run(self, engine: Engine, centroids: Floats) -> tuple[Floats, Codes, float, int]:
         plain = self.method == "lloyd"
@@ -247,7 +251,7 @@ def _assign(points: Floats, centroids: Floats, threads: int, path: str, tick: Ca
     if path == "native":
         if points.shape[1] == 1:
             return assign_values(points[:, 0], centroids[:, 0], threads)
-        return assign_native(points, centroids, threads, tick)
+        return assign_native(points, SearchSpace.kept(centroids, threads, tick), threads, tick)
     engine = _torch_engine(points, None, path, tick)
     engine.assign(centroids, exact=True)
     return engine.codes

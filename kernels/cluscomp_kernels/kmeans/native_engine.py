@@ -102,16 +102,15 @@ def spatial_order(centroids: Floats, threads: int) -> Ints:
     return order
 
 
-def assign_native(points: Floats, centroids: Floats, threads: int, tick: Callable[[], None], *, exact: bool = True) -> Codes:
+def assign_native(points: Floats, space: SearchSpace, threads: int, tick: Callable[[], None], *, exact: bool = True) -> Codes:
     """The nearest centroid of each point, uint16 `[n]`; if not `exact`, a near one.
 
     A tree over the centroids gives a first guess, a scan of its neighbour list a better one, from which an exact scan has
     little left to do.
     """
-    space = SearchSpace.of(centroids, threads, tick)
     codes = space.order[space.tree.starts[:-1]].astype(np.uint16)[space.tree.descend(points, threads)]
     for last in (False, True):
-        groups = group(codes, len(centroids))
+        groups = group(codes, len(space.centroids))
         state = (space.tiles, space.lists, points, groups, space.centroids)
         codes = scan(*state, exact=exact and last, stale=False, threads=threads, tick=tick).codes
     return codes
@@ -119,10 +118,7 @@ def assign_native(points: Floats, centroids: Floats, threads: int, tick: Callabl
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """What a search among `centroids` `[k, dim]` needs: a `tree` over them in its `order`, and neighbour lists.
-
-    The last one is kept, for the matrices that share a codebook: lists take longer to make than most matrices to be assigned.
-    """
+    """What a search among `centroids` `[k, dim]` needs: a `tree` over them in its `order`, and neighbour lists."""
 
     centroids: Floats
     order: Ints
@@ -133,11 +129,15 @@ class SearchSpace:
     _last: ClassVar[SearchSpace | None] = None
 
     @classmethod
-    def of(cls, centroids: Floats, threads: int, tick: Callable[[], None]) -> SearchSpace:
+    def kept(cls, centroids: Floats, threads: int, tick: Callable[[], None]) -> SearchSpace:
+        """The last one that was made here, if it is of these centroids, else a new one that is kept in its place.
+
+        For the matrices that share a codebook: lists take longer to make than most matrices to be assigned.
+        """
         last = cls._last
         if last is None or not np.array_equal(last.centroids, centroids):
-            cls._last = None
-            last = cls._last = cls._made(centroids.copy(), threads, tick)
+            cls.forget()
+            last = cls._last = cls.made(centroids.copy(), threads, tick)
         return last
 
     @classmethod
@@ -146,7 +146,7 @@ class SearchSpace:
         cls._last = None
 
     @classmethod
-    def _made(cls, centroids: Floats, threads: int, tick: Callable[[], None]) -> SearchSpace:
+    def made(cls, centroids: Floats, threads: int, tick: Callable[[], None]) -> SearchSpace:
         order = np.arange(len(centroids), dtype=np.int32)
         tree = build_tree(centroids.copy(), None, order, len(centroids), threads)
         tiles = pack_tiles(centroids, order)
