@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,9 @@ from cluscomp_formats.errors import InvalidRequestError, Problem
 from cluscomp_formats.ir import AnyArray
 
 __all__ = ["RayWorkers", "connect"]
+
+CONNECTION_SECONDS = 120
+"""How long an answer of the cluster is waited for. A start of Ray on this machine takes up to half a minute."""
 
 RESERVATION_SECONDS = 10
 RESERVATION_ATTEMPTS = 30
@@ -38,7 +42,7 @@ def connect(address: str | None) -> Iterator[None]:
     # Nobody is told what is run here.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+        _init(address)
     except (OSError, RuntimeError, ValueError, ImportError) as error:
         found = f"{address or os.environ.get('RAY_ADDRESS') or 'ray'}: {_last_line(error)}"
         remedy = "check that the cluster runs (`ray status` on its head) with the same versions of ray and Python"
@@ -47,6 +51,26 @@ def connect(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _init(address: str | None) -> None:
+    """`ray.init`, which never ends if the server that a cluster starts for its client dies at once. Raises what it raises and
+    TimeoutError."""
+    raised: list[BaseException] = []
+
+    def init() -> None:
+        try:
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+        except BaseException as error:  # noqa: BLE001 - for who waits
+            raised.append(error)
+
+    thread = threading.Thread(target=init, name="ray.init", daemon=True)
+    thread.start()
+    thread.join(CONNECTION_SECONDS)
+    if thread.is_alive():
+        raise TimeoutError(f"no answer within {CONNECTION_SECONDS} s")
+    if raised:
+        raise raised[0]
 
 
 class RayWorkers(Workers):

@@ -14,8 +14,9 @@ import sys
 
 import psutil
 
-# A busy machine is no failure.
-os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "600"}
+# gRPC's fork handlers kill, now and then, the server that Ray forks for a client. A busy machine is no failure.
+os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "GRPC_ENABLE_FORK_SUPPORT": "0"}
+os.environ["RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S"] = "600"
 
 from ray.cluster_utils import Cluster
 

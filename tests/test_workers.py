@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,19 @@ def test_without_ray_it_says_what_to_install(stories_folder: Path, tmp_path: Pat
     monkeypatch.delitem(sys.modules, "cluscomp_export.ray_workers", raising=False)
     with pytest.raises(InvalidRequestError, match=r"cluscomp-export\[ray\]"):
         convert(stories_folder, tmp_path / "out.clus", ConversionOptions(workers="ray"))
+
+
+def test_a_cluster_that_never_answers_is_an_error(
+    stories_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cluscomp_export import ray_workers
+
+    released = threading.Event()
+    monkeypatch.setattr(ray_workers, "CONNECTION_SECONDS", 0.1)
+    monkeypatch.setattr(ray_workers.ray, "init", lambda *_, **__: released.wait())
+    with pytest.raises(InvalidRequestError, match=r"ray://192\.0\.2\.1:10001: no answer within"):
+        convert(stories_folder, tmp_path / "out.clus", ConversionOptions(workers="ray://192.0.2.1:10001"))
+    released.set()
 
 
 def test_a_ray_cluster_of_which_a_worker_is_killed_makes_the_same_bytes(
