@@ -32,7 +32,9 @@ from cluscomp_export.clustering import cluster_model
 from cluscomp_export.convert import ConversionOptions, Prepared, convert, prepare, scan_source
 from cluscomp_export.effort import Effort, levels_of
 from cluscomp_export.error_feedback import ErrorFeedback
+from cluscomp_export.fisher import WINDOWS
 from cluscomp_export.memory_model import Peak, conversion_memory
+from cluscomp_export.row_importance import row_importance
 from cluscomp_export.terminal import print_table, say
 from cluscomp_export.tuning import RecoveryOptions, TrainableModel, recover
 from cluscomp_export.tuning.blockwise import BlockwiseOptions
@@ -116,6 +118,11 @@ def calibrate(stand: Stand) -> None:
     stand.work.save("energies", channel_energies(stand.prepared.source, text))
 
 
+def weigh_rows(stand: Stand) -> None:
+    source = stand.prepared.source
+    row_importance(source, calibration_windows(source, shipped_text(), WINDOWS))
+
+
 def fit(stand: Stand) -> None:
     for codebook in stand.clustered().codebooks.values():
         codebook.values.read()
@@ -156,6 +163,7 @@ def self_test(stand: Stand) -> None:
 PHASES: dict[str, Callable[[Stand], None]] = {
     "checking the source": check,
     "calibration": calibrate,
+    "row importance": weigh_rows,
     "fitting codebooks": fit,
     "choosing codes": encode,
     "error feedback": encode_with_feedback,

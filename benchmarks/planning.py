@@ -23,13 +23,14 @@ from typing import Any
 
 import numpy as np
 
-from cluscomp_export.calibration import read_text, shipped_text
+from cluscomp_export.calibration import calibration_windows, read_text, shipped_text
 from cluscomp_export.convert import ConversionOptions, convert, prepare
 from cluscomp_export.evaluate import evaluate, tokenize, tokenizer_of
+from cluscomp_export.fisher import WINDOWS
 from cluscomp_export.planning import Plan, Sensitivity, embedding_tensors, plan_bits, plan_budget
 from cluscomp_export.planning.plan_file import write_plan
 from cluscomp_export.protocols import choose_protocol
-from cluscomp_export.sensitivity import measure_sensitivities, sensitivity_windows
+from cluscomp_export.sensitivity import measure_sensitivities
 from cluscomp_export.sizes import parse_bytes
 from cluscomp_export.sources import open_source
 from cluscomp_export.sources.linears import kind
@@ -154,7 +155,7 @@ def main() -> None:
     source = open_source(arguments.model)
     text = shipped_text() if arguments.calibration is None else read_text(arguments.calibration)
     started = time.perf_counter()
-    sensitivities = measure_sensitivities(source, sensitivity_windows(source, text))
+    sensitivities = measure_sensitivities(source, calibration_windows(source, text, WINDOWS))
     say(f"measured sensitivities in {time.perf_counter() - started:.0f} s")
     if arguments.probes:
         rows = probe(source, sensitivities, arguments)

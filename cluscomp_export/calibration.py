@@ -61,14 +61,16 @@ def calibration_tokens(model: Model, text: str) -> list[int]:
 
 
 def calibration_windows(model: Model, text: str, most: int) -> torch.Tensor:
-    """Up to `most` windows of 512 token ids, int64 `[windows, tokens]`; a shorter text is one window.
+    """Up to `most` windows of 512 token ids, int64 `[windows, tokens]`, spread over the text; a shorter text is one window.
 
     Raises what `calibration_tokens` does.
     """
     token_ids = calibration_tokens(model, text)
     length = min(CONTEXT, len(token_ids))
-    count = min(most, len(token_ids) // length)
-    return torch.tensor(token_ids[: count * length]).reshape(count, length)
+    count = len(token_ids) // length
+    windows = torch.tensor(token_ids[: count * length]).reshape(count, length)
+    chosen = min(most, count)
+    return windows[[(2 * number + 1) * count // (2 * chosen) for number in range(chosen)]]
 
 
 def most_windows(text: str, most: int) -> int:

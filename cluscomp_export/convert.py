@@ -21,9 +21,11 @@ from cluscomp_export.clustering import cluster_model
 from cluscomp_export.conversion_options import ConversionOptions
 from cluscomp_export.effort import levels_of
 from cluscomp_export.error_feedback import ErrorFeedback
+from cluscomp_export.fisher import WINDOWS
 from cluscomp_export.jobs import Computing
 from cluscomp_export.preparing import Prepared, make_plan, prepare, provenance_of, sensitivities_of
 from cluscomp_export.progress import Progress, silent
+from cluscomp_export.row_importance import block_matrices, row_importance
 from cluscomp_export.sizes import model_sizes
 from cluscomp_export.sources import open_source
 from cluscomp_export.tuning import RecoveryOptions, TrainableModel, recover
@@ -174,6 +176,7 @@ def _clustered(
                     calibration_windows(source, text, levels.windows),
                     levels.blockwise,
                     feedback=levels.feedback,
+                    importance=_importance(source, text, work, options.seed, on_progress) if levels.feedback else None,
                     curves=curves,
                     device=options.device,
                     on_progress=on_progress,
@@ -236,6 +239,16 @@ def _energies(source: Model, text: str, work: WorkFolder, on_progress: Progress)
     energies = channel_energies(source, text, on_progress)
     work.save("energies", energies)
     return energies
+
+
+def _importance(source: Model, text: str, work: WorkFolder, seed: int, on_progress: Progress) -> Mapping[str, AnyArray]:
+    """`row_importance`, computed unless an earlier attempt has done so."""
+    found = work.load("row importance", {name: ("float32", (rows,)) for name, rows in block_matrices(source).items()})
+    if found is not None:
+        return found
+    importance = row_importance(source, calibration_windows(source, text, WINDOWS), seed=seed, on_progress=on_progress)
+    work.save("row importance", importance)
+    return importance
 
 
 def _remove_finished_work(output: Path) -> None:

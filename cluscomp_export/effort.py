@@ -16,7 +16,7 @@ __all__ = ["Effort", "Levels", "levels_of"]
 Effort = Literal["fast", "balanced", "best"]
 
 WINDOWS = 64
-"""Windows of the calibration text that error feedback and block-wise tuning see; twice as many with `best`."""
+"""Windows of the calibration text that error feedback and block-wise tuning see; four times as many with `best`."""
 
 _Options = TypeVar("_Options", BlockwiseOptions, RecoveryOptions)
 
@@ -69,7 +69,7 @@ def levels_of(
     `blockwise` are settings of `BlockwiseOptions`, `recovery` of `RecoveryOptions`; 0 `epochs` or 0 `steps` leave a level out,
     any other setting puts it in. Raises InvalidRequestError for values that are out of range.
     """
-    usual = 2 * WINDOWS if effort == "best" else WINDOWS
+    usual = 4 * WINDOWS if effort == "best" else WINDOWS
     with_precision = RecoveryOptions(seed=seed, precision=fast_precision())
     return Levels(
         feedback=effort != "fast" if feedback is None else feedback,

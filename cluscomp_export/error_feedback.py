@@ -7,7 +7,8 @@ matrix adds to the residual stream, what that stream lacks by then. Over a text 
     sum over rows of (w' - q) H (w' - q)^T,   H = E[x x^T] + damping,   W' = W + E[(t - W x) x^T] H^-1
 
 so the matrix is first corrected by ridge regression, which damping keeps near W, and then encoded under H. Codes are chosen as
-GPTQ does (Frantar et al., arXiv 2210.17323); that H is of the compressed model and t of the original one is in the
+GPTQ does (Frantar et al., arXiv 2210.17323); among the rows that a vector crosses, errors go where they matter least to the
+predictions (`row_importance.py`). That H is of the compressed model and t of the original one is in the
 spirit of GPTAQ (Li et al., arXiv 2504.02692). In the reference layout a vector lies in one input channel, so GPTQ's update,
 which goes from channel to channel, serves vectors as it serves numbers.
 
@@ -92,13 +93,16 @@ class InputMoments:
         return {name: torch.cholesky_solve(lacking, lower).float().numpy() for name, lacking in lacks.items()}
 
     def encode(
-        self, weights: Floats, centroids: Floats, out_features: int, *, threads: int | None, device: str
+        self, weights: Floats, centroids: Floats, importance: Floats, *, threads: int | None, device: str
     ) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.float64]]:
-        """Codes uint16 `[in_features, groups]` for `weights` `[in_features, groups * cluster_dim]`, the first `out_features`
-        columns of which are rows of the matrix, and the factors `[out_features]` by which each row then errs least."""
+        """Codes uint16 `[in_features, groups]` for `weights` `[in_features, groups * cluster_dim]`, the first columns of which
+        are rows of the matrix, of some `importance` `[out_features]`; and the factors `[out_features]` by which each row then
+        errs least."""
         # Before the weights are copied: to factor takes most.
         factor, damped = self.factor(), self.damped.float()
-        channels, dim = len(weights), centroids.shape[1]
+        channels, dim, out_features = len(weights), centroids.shape[1], len(importance)
+        padded = np.ones(weights.shape[1], dtype=np.float32)
+        padded[:out_features] = importance
         groups = -(-out_features // dim)
         codes = np.empty((channels, groups), dtype=np.uint16)
         factors = np.empty(out_features)
@@ -112,6 +116,7 @@ class InputMoments:
                 centroids,
                 factor,
                 out_features=count,
+                importance=padded[begin * dim : piece.stop * dim],
                 threads=threads,
                 device=device,
             )
@@ -127,10 +132,14 @@ class InputMoments:
 
 @dataclass(frozen=True)
 class Goal:
-    """What codes aim at under `moments`: a transposed matrix, with a `correction` `[in_features, out_features]` if given."""
+    """What codes aim at under `moments`: a transposed matrix, with a `correction` `[in_features, out_features]` if given.
+
+    Squared errors of the outputs count by `importance` `[out_features]`, all alike if that is None.
+    """
 
     moments: InputMoments
     correction: Floats | None = None
+    importance: Floats | None = None
 
 
 class BlockWork(Protocol):
@@ -166,7 +175,8 @@ class ErrorFeedback:
     """Takes a model's blocks in order, has their matrices encoded and then their parameters tuned, and goes on with the result.
 
     `windows` int64 `[windows, tokens]` are the calibration text; `tuning=None` leaves out the tuning, and with `feedback=False`
-    every vector takes its nearest centroid. `curves` takes the losses of blocks that are tuned, as "block 0" and so on.
+    every vector takes its nearest centroid. `importance` is that of the rows of matrices (`row_importance`). `curves` takes the
+    losses of blocks that are tuned, as "block 0" and so on.
 
     Raises UnsupportedError for an architecture the runtime does not know, InvalidRequestError for ids the model does not have.
     """
@@ -178,6 +188,7 @@ class ErrorFeedback:
         tuning: BlockwiseOptions | None = None,
         *,
         feedback: bool = True,
+        importance: Mapping[str, Floats] | None = None,
         curves: dict[str, Curve] | None = None,
         device: str = "cpu",
         on_progress: Progress = silent,
@@ -190,6 +201,7 @@ class ErrorFeedback:
         self.tuning = tuning
         self._curves = {} if curves is None else curves
         self._feedback = feedback
+        self._importance = {} if importance is None else importance
         self._device = device
         self._next = 0
         self._head = logits_tensor(source) if feedback else None
@@ -282,7 +294,7 @@ class ErrorFeedback:
         }
         # What follows needs the space.
         del sums, input_lacks
-        return {name: Goal(moments, correction) for name, correction in moments.corrections(lacks).items()}
+        return self._goals(moments, lacks)
 
     def _writer_goal(self, original: Half, mixed: Sequence[torch.Tensor], behind: Sequence[torch.Tensor]) -> dict[str, Goal]:
         """The writer is to bring the compressed model's residual stream to the original's, `behind`."""
@@ -292,7 +304,11 @@ class ErrorFeedback:
             sums.add(features, target - original.written(stream, features), target)
         moments, lacks = sums.results()
         del sums
-        return {name: Goal(moments, correction) for name, correction in moments.corrections({original.writer: lacks}).items()}
+        return self._goals(moments, {original.writer: lacks})
+
+    def _goals(self, moments: InputMoments, lacks: Mapping[str, torch.Tensor]) -> dict[str, Goal]:
+        corrections = moments.corrections(lacks)
+        return {name: Goal(moments, correction, self._importance.get(name)) for name, correction in corrections.items()}
 
     def _head_goal(self) -> Goal:
         """The head is not corrected: the embedding, which may be the same matrix, is what it was for all that is compressed."""

@@ -29,6 +29,9 @@ Method = Literal["fast", "lloyd"]
 SCALE_RANGE = (2.0**-24, 65504.0)
 """The magnitudes float16 can hold."""
 
+LEAST_IMPORTANCE = 0.05
+"""Added to the importance of every row, in units of the mean."""
+
 
 @dataclass(frozen=True)
 class Computing:
@@ -116,9 +119,20 @@ class Encoding:
             if correction is not None:
                 weights = weights.copy()
                 weights[:, :out_features] += correction if self.scale is None else correction / self.scale
-            codes, factors = self.goal.moments.encode(weights, centroids, out_features, threads=threads, device=device)
+            codes, factors = self.goal.moments.encode(weights, centroids, self._importance(), threads=threads, device=device)
         row_scale = np.empty(0) if self.scale is None else np.clip(self.scale * factors * step, *SCALE_RANGE)
         return {"codes": codes, "row_scale": row_scale.astype(np.float16)}
+
+    def _importance(self) -> Floats:
+        """What a squared error of each row of the vectors counts, `[out_features]`: of a row that was scaled down, more."""
+        importance = None if self.goal is None else self.goal.importance
+        if importance is None:
+            return np.ones(self.out_features, dtype=np.float32)
+        counts = importance.astype(np.float64) * (1.0 if self.scale is None else np.square(self.scale, dtype=np.float64))
+        mean = counts.mean()
+        # A row that does not matter on one text may on another.
+        counts = counts / mean + LEAST_IMPORTANCE if mean > 0 else np.ones_like(counts)
+        return np.asarray(counts, dtype=np.float32)
 
 
 def _scale_factors(vectors: Floats, decoded: Floats, energy: Floats, out_features: int) -> npt.NDArray[np.float64]:

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from cluscomp_export.calibration import most_windows
+from cluscomp_export.calibration import calibration_windows, most_windows
 from cluscomp_export.clustering import cluster_model
 from cluscomp_export.conversion_options import ConversionOptions
 from cluscomp_export.effort import levels_of
+from cluscomp_export.fisher import WINDOWS
 from cluscomp_export.memory_model import Peak, conversion_memory, memory_warnings
 from cluscomp_export.planning import (
     CODEBOOK_DTYPES,
@@ -28,7 +29,7 @@ from cluscomp_export.planning import (
 )
 from cluscomp_export.planning.plan_file import plan_value, read_plan
 from cluscomp_export.progress import Progress, silent
-from cluscomp_export.sensitivity import measure_sensitivities, sensitive_tensors, sensitivity_windows
+from cluscomp_export.sensitivity import measure_sensitivities, sensitive_tensors
 from cluscomp_export.sizes import Sizes, model_sizes
 from cluscomp_export.sources import CONFIG_ONLY, open_source, source_bytes
 from cluscomp_export.work_folder import WorkFolder
@@ -145,7 +146,7 @@ def sensitivities_of(
 ) -> Mapping[str, Sensitivity] | None:
     """How much each tensor matters, if the plan is to be made from it; computed unless an earlier attempt has done so.
 
-    Raises what `measure_sensitivities` and `sensitivity_windows` do.
+    Raises what `measure_sensitivities` and `calibration_windows` do.
     """
     if not options.measures or text is None:
         return None
@@ -155,7 +156,7 @@ def sensitivities_of(
     if found is not None:
         pairs = zip(names, found["relative"].tolist(), found["flat"].tolist(), strict=True)
         return {name: Sensitivity(relative, flat) for name, relative, flat in pairs}
-    windows = sensitivity_windows(source, text)
+    windows = calibration_windows(source, text, WINDOWS)
     sensitivities = measure_sensitivities(source, windows, seed=options.seed, on_progress=on_progress)
     if work is not None:
         arrays: dict[str, AnyArray] = {

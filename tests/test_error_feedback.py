@@ -157,9 +157,9 @@ def test_rows_are_encoded_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     centroids = rng.standard_normal((50, 3), dtype=np.float32)
     inputs = torch.from_numpy(rng.standard_normal((100, 24)))
     moments = InputMoments(inputs.t() @ inputs)
-    whole = moments.encode(weights, centroids, 29, threads=1, device="cpu")
+    whole = moments.encode(weights, centroids, np.ones(29, np.float32), threads=1, device="cpu")
     monkeypatch.setattr("cluscomp_export.error_feedback.PIECE_BYTES", 4 * 24 * 3 * 4)
-    pieces = moments.encode(weights, centroids, 29, threads=1, device="cpu")
+    pieces = moments.encode(weights, centroids, np.ones(29, np.float32), threads=1, device="cpu")
     np.testing.assert_array_equal(pieces[0], whole[0])
     np.testing.assert_allclose(pieces[1], whole[1], rtol=1e-6)
 
@@ -175,7 +175,7 @@ def test_without_feedback_there_are_no_goals(stories_folder: Path) -> None:
 def test_moments_of_inputs_that_are_zero_still_encode() -> None:
     moments = InputMoments(torch.zeros(4, 4, dtype=torch.float64))
     weights = np.arange(16, dtype=np.float32).reshape(4, 4)
-    codes, factors = moments.encode(weights, weights.reshape(-1, 2).copy(), 3, threads=1, device="cpu")
+    codes, factors = moments.encode(weights, weights.reshape(-1, 2).copy(), np.ones(3, np.float32), threads=1, device="cpu")
     assert codes.reshape(-1).tolist() == list(range(8))
     np.testing.assert_allclose(factors, 1, rtol=1e-6)
 
@@ -186,7 +186,7 @@ def test_factors_are_least_squares_under_the_moments() -> None:
     moments = InputMoments(torch.from_numpy(inputs.T @ inputs / 60))
     weights = generator.standard_normal((12, 10), dtype=np.float32)
     centroids = generator.standard_normal((30, 2), dtype=np.float32)
-    codes, factors = moments.encode(weights, centroids, 9, threads=1, device="cpu")
+    codes, factors = moments.encode(weights, centroids, np.ones(9, np.float32), threads=1, device="cpu")
     given, damped = centroids[codes].reshape(12, 10).astype(np.float64), moments.damped.numpy()
 
     def error(scales: np.ndarray) -> float:
@@ -319,9 +319,11 @@ def test_channels_are_coded_in_descending_order_of_energy() -> None:
     factor = np.ascontiguousarray(feedback_factor(damped).numpy().astype(np.float32))
     expected = np.empty((12, 5), np.uint16)
     expected[order] = feedback_codes(weights[order], centroids, factor, 10)
-    found, _ = InputMoments(moments.clone()).encode(weights, centroids, 10, threads=1, device="cpu")
+    found, _ = InputMoments(moments.clone()).encode(weights, centroids, np.ones(10, np.float32), threads=1, device="cpu")
     np.testing.assert_array_equal(found, expected)
     # The order in which the channels come says nothing.
     moved = generator.permutation(12)
-    again, _ = InputMoments(moments[moved][:, moved]).encode(weights[moved], centroids, 10, threads=1, device="cpu")
+    again, _ = InputMoments(moments[moved][:, moved]).encode(
+        weights[moved], centroids, np.ones(10, np.float32), threads=1, device="cpu"
+    )
     np.testing.assert_array_equal(again, expected[moved])

@@ -137,3 +137,8 @@ def test_torch_search_equals_reference(kind: str) -> None:
     expected_codes, expected = nearest(points, centroids)
     np.testing.assert_array_equal(codes.numpy(), expected_codes)
     np.testing.assert_array_equal(distances.numpy(), expected)
+    importance = np.random.default_rng(14).exponential(size=points.shape).astype(np.float32) ** 3
+    codes, distances = nearest_torch(*map(torch.from_numpy, (points, centroids, importance)))
+    expected_codes, expected = nearest(points, centroids, importance)
+    np.testing.assert_array_equal(codes.numpy(), expected_codes)
+    np.testing.assert_array_equal(distances.numpy(), expected)

@@ -81,6 +81,24 @@ def test_equals_the_reference(dim: int) -> None:
         np.testing.assert_array_equal(found, feedback_codes(weights, centroids, factor, out_features))
 
 
+@pytest.mark.parametrize("dim", [1, 3, 4, 9])
+def test_equals_the_reference_where_rows_matter_differently(dim: int) -> None:
+    weights, centroids, factor, _ = case(70, 21, dim, 701, seed=dim)
+    importance = np.random.default_rng(dim).exponential(size=21 * dim).astype(np.float32) ** 3
+    found = assign_with_feedback(weights, centroids, factor, importance=importance, threads=2)
+    np.testing.assert_array_equal(found, feedback_codes(weights, centroids, factor, 21 * dim, importance))
+    assert dim == 1 or (found != assign_with_feedback(weights, centroids, factor)).mean() > 0.3
+
+
+def test_errors_go_where_they_matter_least() -> None:
+    # (.4, .6) is nearest to (0, 1), but where the second row hardly counts, (.5, 0) is nearer.
+    weights = np.array([[0.4, 0.6]], dtype=np.float32)
+    centroids = np.array([[0, 1], [0.5, 0]], dtype=np.float32)
+    factor = np.eye(1, dtype=np.float32)
+    assert assign_with_feedback(weights, centroids, factor).tolist() == [[0]]
+    assert assign_with_feedback(weights, centroids, factor, importance=np.array([1, 0.1], np.float32)).tolist() == [[1]]
+
+
 @needs_library
 @pytest.mark.parametrize("clusters", [1, 15, 16, 17, 255, 257, 4097, 65536])
 def test_without_correlations_it_is_plain_assignment(clusters: int) -> None:
@@ -127,6 +145,14 @@ def test_the_path_without_the_library_gives_the_same(monkeypatch: pytest.MonkeyP
     np.testing.assert_array_equal(assign_with_feedback(weights, centroids, factor, out_features=58), expected)
 
 
+def test_that_path_weights_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, centroids, factor, _ = case(70, 12, 5, 200)
+    importance = np.random.default_rng(0).exponential(size=60).astype(np.float32)
+    expected = assign_with_feedback(weights, centroids, factor, importance=importance)
+    monkeypatch.setattr("cluscomp_kernels.kmeans.feedback.compute_path", lambda device: "torch")
+    np.testing.assert_array_equal(assign_with_feedback(weights, centroids, factor, importance=importance), expected)
+
+
 def test_what_cannot_be_is_refused() -> None:
     weights, centroids, factor, _ = case(10, 3, 4, 20)
     with pytest.raises(ValueError, match="groups"):
@@ -137,5 +163,9 @@ def test_what_cannot_be_is_refused() -> None:
         assign_with_feedback(weights, centroids, np.full_like(factor, np.nan))
     with pytest.raises(ValueError, match="out_features"):
         assign_with_feedback(weights, centroids, factor, out_features=8)
+    with pytest.raises(ValueError, match="importance must be float32"):
+        assign_with_feedback(weights, centroids, factor, importance=np.ones(11, dtype=np.float32))
+    with pytest.raises(ValueError, match="importance must be finite and positive"):
+        assign_with_feedback(weights, centroids, factor, importance=np.zeros(12, dtype=np.float32))
     with pytest.raises(torch.linalg.LinAlgError):
         feedback_factor(torch.zeros(3, 3, dtype=torch.float64))

@@ -43,13 +43,14 @@ print(json.dumps({"measured": resident("VmHWM:") - before, "predicted": largest.
 
 
 @pytest.fixture
-def synthetic(tmp_path: Path, stories_folder: Path) -> Path:
-    """A block whose feed-forward is wide beside its stream: its moments are what takes memory, 24 x 3072² bytes = 226 MB."""
+def synthetic(tmp_path: Path, stories_folder: Path, sensitivity: str) -> Path:
+    """A block whose feed-forward is wide beside its stream: its moments are what takes memory, 24 x 3072² bytes = 226 MB. For
+    sensitivities, which have none, a larger one."""
     from synthetic_model import llama_config, write_model
 
     folder = tmp_path / "source"
     folder.mkdir()
-    write_model(folder, llama_config(256, 3072, 1, 4, 4, 512))
+    write_model(folder, llama_config(256 if sensitivity == "equal" else 512, 3072, 1, 4, 4, 512))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((stories_folder / name).read_bytes())
     return folder
@@ -68,9 +69,10 @@ def test_a_conversion_needs_what_was_predicted(sensitivity: str, synthetic: Path
     child = subprocess.run([*map(str, command)], stdout=subprocess.PIPE, text=True, check=True)
     found = json.loads(child.stdout)
     assert found["phase"] == ("error feedback" if sensitivity == "equal" else "sensitivities"), found
-    # An upper bound; and a tight one: what it leaves is the slack for the heap (34 MB) and rounding up of what overlaps.
+    # An upper bound; and a tight one: what it leaves is the slack for the heap (50 MB), which varies by half of that from run to
+    # run, and rounding up of what overlaps.
     assert found["measured"] <= found["predicted"], found
-    assert found["measured"] >= 0.7 * found["predicted"], found
+    assert found["measured"] >= 0.6 * found["predicted"], found
 
 
 def prepared(name: str, folder: Path, **options: Any) -> Prepared:
@@ -83,12 +85,12 @@ def peaks(name: str, folder: Path, **options: Any) -> dict[str, Peak]:
 
 
 def test_the_phases_are_those_of_the_effort(tmp_path: Path) -> None:
-    before = ["checking the source", "calibration", "fitting codebooks"]
-    after = ["writing", "self-test"]
-    assert [*peaks("Mistral-7B", tmp_path, bits=3)] == [*before, "error feedback", "block-wise tuning", *after]
-    assert [*peaks("Mistral-7B", tmp_path, bits=3, effort="fast")] == [*before, "choosing codes", *after]
+    before, after = ["checking the source", "calibration"], ["writing", "self-test"]
+    to_feed_back = [*before, "row importance", "fitting codebooks"]
+    assert [*peaks("Mistral-7B", tmp_path, bits=3)] == [*to_feed_back, "error feedback", "block-wise tuning", *after]
+    assert [*peaks("Mistral-7B", tmp_path, bits=3, effort="fast")] == [*before, "fitting codebooks", "choosing codes", *after]
     assert [*peaks("Mistral-7B", tmp_path, bits=3, effort="best")] == [
-        *before,
+        *to_feed_back,
         "error feedback",
         "block-wise tuning",
         "recovery",
@@ -99,7 +101,7 @@ def test_the_phases_are_those_of_the_effort(tmp_path: Path) -> None:
 
 
 def test_no_phase_grows_with_the_number_of_blocks_but_those_that_say_so(tmp_path: Path) -> None:
-    """Twice the blocks change the disk, and of the host's peaks only those of recovery."""
+    """Twice the blocks change the disk, and of the host's peaks only those of what runs through the whole model and back."""
     long = {**KNOWN["Llama-2-7B"][0], "num_hidden_layers": 64}
     short = peaks("Llama-2-7B", tmp_path, bits=3, effort="best", share="none")
     (tmp_path / "config.json").write_text(json.dumps(long), encoding="utf-8")
@@ -107,7 +109,7 @@ def test_no_phase_grows_with_the_number_of_blocks_but_those_that_say_so(tmp_path
     twice = {peak.phase: peak for peak in prepare(tmp_path, options, to_plan=True).memory}
     for phase, peak in short.items():
         grown = twice[phase].host / peak.host
-        assert grown > 1.4 if phase == "recovery" else grown < 1.01, (phase, grown)
+        assert grown > 1.4 if phase in ("recovery", "row importance") else grown < 1.01, (phase, grown)
     assert twice["writing"].disk > 1.8 * short["writing"].disk
 
 

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from cluscomp_export.calibration import BATCH, CONTEXT
 from cluscomp_export.error_feedback import PIECE_BYTES, block_index
+from cluscomp_export.fisher import HEAD_TOKENS, WINDOWS
 from cluscomp_export.memory_model.matrices import (
     clustered_decoding,
     encoding,
@@ -18,7 +19,6 @@ from cluscomp_export.memory_model.matrices import (
     to_float64,
 )
 from cluscomp_export.planning import Plan
-from cluscomp_export.sensitivity import HEAD_TOKENS, WINDOWS
 from cluscomp_export.sources import embedding_tensor, head_tensor, logits_tensor
 from cluscomp_export.tuning.blockwise import BlockwiseOptions
 from cluscomp_export.tuning.recovery import RecoveryOptions, teacher_kernel
@@ -27,7 +27,7 @@ from cluscomp_kernels.clus_linear.trainable import BLOCK_BYTES
 from cluscomp_runtime.architecture import DecoderSettings
 from cluscomp_runtime.selftest import MAX_SENTENCE_TOKENS, RANDOM_SEQUENCES
 
-__all__ = ["calibration", "embedding", "error_feedback", "recovery", "self_test", "sensitivities", "tuning"]
+__all__ = ["calibration", "embedding", "error_feedback", "recovery", "row_importance", "self_test", "sensitivities", "tuning"]
 
 HALVES = (("self_attn", ("q_proj", "k_proj", "v_proj"), "o_proj"), ("mlp", ("gate_proj", "up_proj"), "down_proj"))
 """Module, readers and writer of the halves of a block (`cluscomp_runtime.blocks.Half`)."""
@@ -61,21 +61,48 @@ def sensitivities(source: Model, settings: DecoderSettings) -> int:
     (`_training_block`), with two arrays of the feed-forward that flow back; or while trial errors are made, a matrix as
     float64. Embedding and head: as float32 and, while trial errors are made, as float64; the logits of some tokens six times.
     """
-    streams = 4 * WINDOWS * CONTEXT * settings.hidden_size * (settings.num_layers + 2)
-    logits = 6 * 4 * HEAD_TOKENS * settings.vocab_size
     most = 0
     for names in _blocks(source).values():
         matrices = [tensor for name in names if len((tensor := source.tensors[name]).shape) == 2]
         weights, widest = (fold(tensor.num_weights for tensor in matrices) for fold in (sum, max))
         placing = max(reading(source, tensor)[0] for tensor in matrices)
-        backwards = 2 * 4 * CONTEXT * settings.intermediate_size
-        gradients = 4 * weights + 4 * widest + _training_block(settings, CONTEXT, []) + backwards
+        gradients = 4 * weights + 4 * widest + _backwards(settings)
         most = max(most, 4 * weights + placing, 12 * weights + max(gradients, 8 * widest))
     for name in (embedding_tensor(source), head_tensor(source)):
         if name is not None:
             tensor = source.tensors[name]
-            most = max(most, reading(source, tensor)[0], 12 * tensor.num_weights + logits)
-    return streams + most
+            most = max(most, reading(source, tensor)[0], 12 * tensor.num_weights + _noise(settings))
+    return _between_blocks(settings) + most
+
+
+def row_importance(source: Model, settings: DecoderSettings) -> int:
+    """`row_importance`: the streams of a few windows before and behind every block, with their gradients; beside them a block's
+    matrices as float32, and of one window what it keeps and what flows back, once as float64 and squared. Or the head as
+    float32 with the logits of some tokens six times."""
+    most = 0
+    for names in _blocks(source).values():
+        matrices = [tensor for name in names if len((tensor := source.tensors[name]).shape) == 2]
+        placing = max(reading(source, tensor)[0] for tensor in matrices)
+        observed = 16 * CONTEXT * max(tensor.shape[0] for tensor in matrices)
+        most = max(most, 4 * sum(tensor.num_weights for tensor in matrices) + max(placing, _backwards(settings) + observed))
+    head = source.tensors[logits_tensor(source) or ""]
+    decoding, decoded = reading(source, head)
+    return _between_blocks(settings) + max(most, decoding, decoded + 4 * head.num_weights + _noise(settings))
+
+
+def _between_blocks(settings: DecoderSettings) -> int:
+    """The streams before and behind every block for the windows of a `FisherPass`, and their gradients."""
+    return 4 * WINDOWS * CONTEXT * settings.hidden_size * (settings.num_layers + 2)
+
+
+def _backwards(settings: DecoderSettings) -> int:
+    """What a block keeps of one window for its gradients, with two arrays of the feed-forward that flow back."""
+    return _training_block(settings, CONTEXT, []) + 2 * 4 * CONTEXT * settings.intermediate_size
+
+
+def _noise(settings: DecoderSettings) -> int:
+    """The logits of some tokens, six times."""
+    return 6 * 4 * HEAD_TOKENS * settings.vocab_size
 
 
 def error_feedback(

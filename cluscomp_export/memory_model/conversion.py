@@ -13,6 +13,7 @@ from cluscomp_export.memory_model.blocks import (
     embedding,
     error_feedback,
     recovery,
+    row_importance,
     self_test,
     sensitivities,
     tuning,
@@ -30,9 +31,9 @@ PROCESS_BYTES = 300_000_000
 """The process before it touches a model: the interpreter with torch and a tokenizer. On a GPU the driver's context comes on
 top of both columns, about half a gigabyte each."""
 
-HEAP_BYTES = 32 << 20
+HEAP_BYTES = 48 << 20
 """What the allocator may keep of arrays that are gone (`return_freed_arrays` bounds it), and what libraries need for their
-products: a few times 8 MB."""
+products: several times 8 MB. The same conversion took 270 to 300 MB in a dozen runs."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,9 @@ def conversion_memory(
     if calibrated and settings is not None:
         disk = sum(4 * tensor.shape[1] for tensor in source.tensors.values() if len(tensor.shape) == 2)
         rows.append(("calibration", 0, calibration(source, settings, windows), disk))
+        if levels.feedback:
+            disk += sum(4 * tensor.shape[0] for name, tensor in source.tensors.items() if block_index(name) is not None)
+            rows.append(("row importance", 0, row_importance(source, settings), disk))
     sizes = unit_bytes(model)
     disk += sizes["codebooks"]
     rows.append(("fitting codebooks", *fitting(source, plan, calibrated=calibrated, cuda=cuda), disk))

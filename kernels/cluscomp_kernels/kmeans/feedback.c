@@ -14,6 +14,8 @@ typedef struct {
     const float *outer_low, *outer_high;
     const float *centroids;
     const float *weights;
+    /* What a squared difference counts in each column [width]. */
+    const float *importance;
     float *targets, *errors;
     uint16_t *codes;
     const float *factor;
@@ -21,17 +23,34 @@ typedef struct {
     int dim;
 } feedback_job;
 
+/* cc_tile_distances with weights: rounding stays monotone. */
+static CC_INLINE void weighted_tile_distances(const float *x, const float *importance, const float *tile, float *out, int dim)
+{
+    float sum[CC_LANES] = {0};
+    for (int d = 0; d < dim; d++) {
+        const float *row = tile + d * CC_LANES;
+        float point = x[d], weight = importance[d];
+        CC_EACH_LANE(lane)
+        {
+            float difference = point - row[lane];
+            sum[lane] += difference * difference * weight;
+        }
+    }
+    memcpy(out, sum, sizeof sum);
+}
+
 /* Distances are kept as their bits, as in cc_best: their integer minimum vectorises. */
 typedef struct {
     int32_t distance, id;
 } nearest_centroid;
 
-static CC_INLINE void look_into_tile(const cc_tiles *space, const float *x, int64_t tile, nearest_centroid *best, int dim)
+static CC_INLINE void look_into_tile(const cc_tiles *space, const float *x, const float *importance, int64_t tile,
+                                     nearest_centroid *best, int dim)
 {
     float distances[CC_LANES];
     int32_t bits[CC_LANES];
     const int32_t *ids = space->ids + tile * CC_LANES;
-    cc_tile_distances(x, space->tiles + tile * dim * CC_LANES, distances, dim);
+    weighted_tile_distances(x, importance, space->tiles + tile * dim * CC_LANES, distances, dim);
     memcpy(bits, distances, sizeof bits);
     int32_t least = bits[0], least_id = CC_NO_ID;
     CC_EACH_LANE(lane) least = bits[lane] < least ? bits[lane] : least;
@@ -49,19 +68,19 @@ static CC_INLINE void look_into_tile(const cc_tiles *space, const float *x, int6
 }
 
 /* Lower bounds of the distances from x to CC_LANES boxes: cc_box_distances of a point, without what keeps it from vectorising. */
-static CC_INLINE void point_box_distances(const float *x, const float *lows, const float *highs, int64_t box, int32_t *out,
-                                          int dim)
+static CC_INLINE void point_box_distances(const float *x, const float *importance, const float *lows, const float *highs,
+                                          int64_t box, int32_t *out, int dim)
 {
     float sum[CC_LANES] = {0};
     for (int d = 0; d < dim; d++) {
         const float *low = lows + (box * dim + d) * CC_LANES, *high = highs + (box * dim + d) * CC_LANES;
-        float point = x[d];
+        float point = x[d], weight = importance[d];
         CC_EACH_LANE(lane)
         {
             /* u + |u| is exactly twice the greater of u and 0, and one of the two is 0. */
             float under = low[lane] - point, over = point - high[lane];
             float gap = 0.5f * ((under + fabsf(under)) + (over + fabsf(over)));
-            sum[lane] += gap * gap;
+            sum[lane] += gap * gap * weight;
         }
     }
     memcpy(out, sum, sizeof sum);
@@ -101,7 +120,7 @@ static CC_INLINE int first_lane(uint32_t lanes)
 
 /* Boxes within boxes within boxes: the nearest at every level give a first centroid, whatever may be nearer is looked into.
  * Where a target is not finite no centroid is near, and the first is taken. */
-static CC_INLINE int32_t find_nearest(const feedback_job *job, const float *x, int dim)
+static CC_INLINE int32_t find_nearest(const feedback_job *job, const float *x, const float *importance, int dim)
 {
     const cc_tiles *space = &job->space;
     int64_t inner_boxes = (space->num_tiles + CC_LANES - 1) / CC_LANES, outer_boxes = (inner_boxes + CC_LANES - 1) / CC_LANES;
@@ -109,23 +128,23 @@ static CC_INLINE int32_t find_nearest(const feedback_job *job, const float *x, i
     int64_t nearest_inner = 0;
     nearest_centroid best = {INT32_MAX, CC_NO_ID};
     for (int64_t box = 0; box < outer_boxes; box++) {
-        point_box_distances(x, job->outer_low, job->outer_high, box, outer + box * CC_LANES, dim);
+        point_box_distances(x, importance, job->outer_low, job->outer_high, box, outer + box * CC_LANES, dim);
         int64_t lane = box * CC_LANES + least_lane(outer + box * CC_LANES);
         nearest_inner = outer[lane] < outer[nearest_inner] ? lane : nearest_inner;
     }
-    point_box_distances(x, space->low, space->high, nearest_inner, inner, dim);
-    look_into_tile(space, x, nearest_inner * CC_LANES + least_lane(inner), &best, dim);
+    point_box_distances(x, importance, space->low, space->high, nearest_inner, inner, dim);
+    look_into_tile(space, x, importance, nearest_inner * CC_LANES + least_lane(inner), &best, dim);
     for (int64_t box = 0; box < outer_boxes; box++) {
         uint32_t within = lanes_within(outer + box * CC_LANES, best.distance);
         for (; within != 0; within &= within - 1) {
             int64_t candidate = box * CC_LANES + first_lane(within);
             if (outer[candidate] > best.distance || candidate >= inner_boxes)
                 continue;
-            point_box_distances(x, space->low, space->high, candidate, inner, dim);
+            point_box_distances(x, importance, space->low, space->high, candidate, inner, dim);
             for (uint32_t lanes = lanes_within(inner, best.distance); lanes != 0; lanes &= lanes - 1) {
                 int lane = first_lane(lanes);
                 if (inner[lane] <= best.distance && candidate * CC_LANES + lane < space->num_tiles)
-                    look_into_tile(space, x, candidate * CC_LANES + lane, &best, dim);
+                    look_into_tile(space, x, importance, candidate * CC_LANES + lane, &best, dim);
             }
         }
     }
@@ -140,7 +159,7 @@ static CC_INLINE void choose_groups(const feedback_job *job, int64_t first, int6
         float *restrict errors = job->errors + channel * width + begin;
         const float *targets = job->targets + channel * width + begin;
         for (int64_t group = 0; group < last - first; group++) {
-            int32_t code = find_nearest(job, targets + group * dim, dim);
+            int32_t code = find_nearest(job, targets + group * dim, job->importance + begin + group * dim, dim);
             const float *centroid = job->centroids + (int64_t)code * dim;
             job->codes[channel * job->groups + first + group] = (uint16_t)code;
             for (int d = 0; d < dim; d++) {
@@ -174,20 +193,22 @@ static CC_INLINE void choose_body(void *arg, int64_t begin, int64_t end, int thr
 
 CC_TASK_VARIANTS(choose_task, choose_body)
 
-/* For each channel in turn: `codes` [channels, groups] become the nearest centroids of `targets` [channels, groups * dim],
- * `errors` (same shape) become `weights` minus those centroids, 0 past out_features, and these times `factor` [channels, channels]
- * are added to the targets of the channels that follow. */
+/* For each channel in turn: `codes` [channels, groups] become the nearest centroids of `targets` [channels, groups * dim], with
+ * squared differences weighted by `importance` [groups * dim]; `errors` [channels, groups * dim] become `weights` minus those
+ * centroids, 0 past out_features, and these times `factor` [channels, channels] are added to the targets of the channels that
+ * follow. */
 CC_EXPORT void cc_kmeans_feedback(const float *tiles, const int32_t *ids, const float *low, const float *high,
                                   const float *half_norms, float largest, int64_t num_tiles, const float *outer_low,
                                   const float *outer_high, const float *centroids, int32_t dim, const float *weights,
-                                  float *targets, float *errors, uint16_t *codes, const float *factor, int64_t channels,
-                                  int64_t groups, int64_t out_features, int threads, int level)
+                                  const float *importance, float *targets, float *errors, uint16_t *codes, const float *factor,
+                                  int64_t channels, int64_t groups, int64_t out_features, int threads, int level)
 {
     feedback_job job = {{tiles, low, high, half_norms, ids, num_tiles, largest},
                         outer_low,
                         outer_high,
                         centroids,
                         weights,
+                        importance,
                         targets,
                         errors,
                         codes,

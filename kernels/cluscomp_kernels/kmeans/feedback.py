@@ -20,9 +20,10 @@ __all__ = ["assign_with_feedback", "feedback_factor"]
 Floats = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.uint16]
 
-Search = Callable[[Floats, Floats, Floats, Floats], Codes]
-"""`(weights, targets, errors, factor) -> codes` for a block of channels, of which the first two are `[channels, width]`; fills
-`errors` `[channels, width]`, and feeds back into `targets` by `factor` `[channels, channels]`."""
+Search = Callable[[Floats, Floats, Floats, Floats, Floats], Codes]
+"""`(weights, importance, targets, errors, factor) -> codes` for a block of channels, with `weights` and `targets` `[channels,
+width]`, `importance` `[width]`; fills `errors` `[channels, width]`, and feeds back into `targets` by `factor` `[channels,
+channels]`."""
 
 BLOCK = 64
 """Channels that feed back to each other one by one; a matrix product then feeds back to all that follow."""
@@ -48,6 +49,7 @@ def assign_with_feedback(
     factor: Floats,
     *,
     out_features: int | None = None,
+    importance: Floats | None = None,
     threads: int | None = None,
     device: str = "cpu",
 ) -> Codes:
@@ -59,8 +61,10 @@ def assign_with_feedback(
         w_k + sum over j < k of (w_j - q_j) factor[j, k]
 
     where q are the decoded weights: the greedy choice of GPTQ (Frantar et al., arXiv 2210.17323) in the form of LDLQ (Chee et
-    al., arXiv 2307.13304), which needs no inverse. Columns past `out_features` only pad the last group: their errors do
-    not count. The result does not depend on the number of threads as long as torch's float32 matrix products do not.
+    al., arXiv 2307.13304), which needs no inverse. Near is what differs little, with squared differences weighted by the
+    `importance` of their columns, float32 `[groups * dim]`, positive, 1 by default: a vector that crosses several columns
+    then errs where it matters least. Columns past `out_features` only pad the last group: their errors do not count. The result
+    does not depend on the number of threads as long as torch's float32 matrix products do not.
 
     Raises TypeError for arguments of the wrong type; ValueError for values out of range or shapes that do not agree.
     """
@@ -77,6 +81,13 @@ def assign_with_feedback(
     rows = width if out_features is None else out_features
     if not width - dim < rows <= width:
         raise ValueError(f"out_features must be {width - dim + 1} to {width} for {width // dim} groups of {dim}, got {rows}")
+    if importance is None:
+        importance = np.ones(width, dtype=np.float32)
+    if importance.dtype != np.float32 or importance.shape != (width,):
+        raise ValueError(f"importance must be float32 [{width}], got {importance.dtype} {list(importance.shape)}")
+    # Squared distances from far points, which fill up tiles, are infinite, and would not be numbers times 0.
+    if not (np.isfinite(importance).all() and (importance > 0).all()):
+        raise ValueError("importance must be finite and positive")
     path = compute_path(device)
     search = (
         _native_search(centroids, rows, checked_threads(threads))
@@ -89,7 +100,7 @@ def assign_with_feedback(
         end = min(begin + BLOCK, channels)
         errors = np.empty((end - begin, width), dtype=np.float32)
         inside = np.ascontiguousarray(factor[begin:end, begin:end])
-        codes[begin:end] = search(weights[begin:end], targets[begin:end].numpy(), errors, inside)
+        codes[begin:end] = search(weights[begin:end], importance, targets[begin:end].numpy(), errors, inside)
         targets[end:].addmm_(shares[begin:end, end:].t(), torch.from_numpy(errors))
     return codes
 
@@ -99,11 +110,11 @@ def _native_search(centroids: Floats, out_features: int, threads: int) -> Search
     tiles = pack_tiles(centroids, spatial_order(centroids, threads))
     space = (*tiles.arguments(), *outer_boxes(tiles), centroids, dim)
 
-    def search(weights: Floats, targets: Floats, errors: Floats, factor: Floats) -> Codes:
+    def search(weights: Floats, importance: Floats, targets: Floats, errors: Floats, factor: Floats) -> Codes:
         channels, width = weights.shape
         codes = np.empty((channels, width // dim), dtype=np.uint16)
         sizes = (channels, width // dim, out_features, threads, library.INSTRUCTION_LEVEL)
-        library.call("cc_kmeans_feedback", *space, weights, targets, errors, codes, factor, *sizes)
+        library.call("cc_kmeans_feedback", *space, weights, importance, targets, errors, codes, factor, *sizes)
         return codes
 
     return search
@@ -114,12 +125,13 @@ def _torch_search(centroids: Floats, out_features: int, device: str) -> Search:
     nearest, space = nearest_search(target), torch.from_numpy(centroids).to(target)
     dim = centroids.shape[1]
 
-    def search(weights: Floats, targets: Floats, errors: Floats, factor: Floats) -> Codes:
+    def search(weights: Floats, importance: Floats, targets: Floats, errors: Floats, factor: Floats) -> Codes:
         channels, width = weights.shape
         wanted, aims, shares = (torch.from_numpy(values).to(target) for values in (weights, targets, factor))
+        counts = torch.from_numpy(importance).to(target).reshape(-1, dim)
         codes = torch.empty((channels, width // dim), dtype=torch.int64, device=target)
         for channel in range(channels):
-            codes[channel] = nearest(aims[channel].reshape(-1, dim), space)[0]
+            codes[channel] = nearest(aims[channel].reshape(-1, dim), space, counts)[0]
             error = wanted[channel] - space[codes[channel]].reshape(-1)
             error[out_features:] = 0
             errors[channel] = error.cpu().numpy()

@@ -31,7 +31,7 @@ _SIGNATURES = {
     "cc_kmeans_group": "pli pp",
     "cc_kmeans_update": "ppppp ii pppp ii",
     "cc_kmeans_sorted": "pl ppi p i",
-    "cc_kmeans_feedback": "pppppfl ppp i pppp p lll ii",
+    "cc_kmeans_feedback": "pppppfl ppp i ppppp p lll ii",
 }
 """Argument types by function: p pointer, i int32, l int64, f float32."""
 

@@ -15,23 +15,28 @@ __all__ = ["feedback_codes", "lloyd_step", "nearest", "squared_distances"]
 Floats = npt.NDArray[np.float32]
 
 
-def squared_distances(points: Floats, centroids: Floats) -> Floats:
-    """All distances, float32 `[n, k]`, of `points` `[n, dim]` and `centroids` `[k, dim]`."""
+def squared_distances(points: Floats, centroids: Floats, importance: Floats | None = None) -> Floats:
+    """All distances, float32 `[n, k]`, of `points` `[n, dim]` and `centroids` `[k, dim]`; `importance` `[n, dim]` weights the
+    squared differences."""
     total = np.zeros((len(points), len(centroids)), dtype=np.float32)
     for d in range(points.shape[1]):
-        total += np.square(points[:, d, None] - centroids[None, :, d])
+        squares = np.square(points[:, d, None] - centroids[None, :, d])
+        total += squares if importance is None else squares * importance[:, d, None]
     return total
 
 
-def nearest(points: Floats, centroids: Floats, chunk: int = 256) -> tuple[npt.NDArray[np.uint16], Floats]:
-    """The nearest centroid of each point, uint16 `[n]`, and its squared distance, float32 `[n]`."""
+def nearest(
+    points: Floats, centroids: Floats, importance: Floats | None = None, chunk: int = 256
+) -> tuple[npt.NDArray[np.uint16], Floats]:
+    """The nearest centroid of each point, uint16 `[n]`, and its squared distance, float32 `[n]`, as `squared_distances`."""
     codes = np.empty(len(points), dtype=np.uint16)
     least = np.empty(len(points), dtype=np.float32)
     for begin in range(0, len(points), chunk):
-        distances = squared_distances(points[begin : begin + chunk], centroids)
+        some = slice(begin, begin + chunk)
+        distances = squared_distances(points[some], centroids, None if importance is None else importance[some])
         index = distances.argmin(axis=1)
-        codes[begin : begin + chunk] = index
-        least[begin : begin + chunk] = distances[np.arange(len(index)), index]
+        codes[some] = index
+        least[some] = distances[np.arange(len(index)), index]
     return codes, least
 
 
@@ -47,14 +52,20 @@ def lloyd_step(points: Floats, weights: Floats | None, centroids: Floats) -> Flo
     return moved
 
 
-def feedback_codes(weights: Floats, centroids: Floats, factor: Floats, out_features: int) -> npt.NDArray[np.uint16]:
-    """Codes uint16 `[channels, groups]` of `weights` `[channels, groups * dim]`, channel after channel; sums in float64."""
+def feedback_codes(
+    weights: Floats, centroids: Floats, factor: Floats, out_features: int, importance: Floats | None = None
+) -> npt.NDArray[np.uint16]:
+    """Codes uint16 `[channels, groups]` of `weights` `[channels, groups * dim]`, channel after channel; sums in float64.
+
+    `importance` `[groups * dim]` weights the squared differences.
+    """
     dim = centroids.shape[1]
+    counts = None if importance is None else importance.reshape(-1, dim)
     codes = np.empty((len(weights), weights.shape[1] // dim), dtype=np.uint16)
     errors = np.zeros(weights.shape)
     for channel in range(len(weights)):
         target = weights[channel] + factor[:channel, channel] @ errors[:channel]
-        codes[channel] = nearest(target.astype(np.float32).reshape(-1, dim), centroids)[0]
+        codes[channel] = nearest(target.astype(np.float32).reshape(-1, dim), centroids, counts)[0]
         errors[channel] = weights[channel] - centroids[codes[channel]].reshape(-1)
         errors[channel, out_features:] = 0
     return codes

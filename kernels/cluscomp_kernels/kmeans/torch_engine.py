@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,10 +16,22 @@ __all__ = ["Search", "TorchEngine", "nearest_search", "nearest_torch"]
 
 Floats = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.uint16]
-Search = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 POINTS_PER_LAUNCH = 1 << 20
 DISTANCES_PER_CHUNK = 1 << 23
+
+
+class Search(Protocol):
+    """Finds the nearest centroids."""
+
+    def __call__(
+        self, points: torch.Tensor, centroids: torch.Tensor, importance: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """For each of `points` `[n, dim]` the nearest of `centroids` `[k, dim]`: int32 codes and squared distances `[n]`.
+
+        All are contiguous float32 on one device. `importance` `[n, dim]`, positive, weights the squared differences. Of
+        equally near centroids the lowest index.
+        """
 
 
 def nearest_search(device: torch.device) -> Search:
@@ -30,16 +43,19 @@ def nearest_search(device: torch.device) -> Search:
     return nearest_torch
 
 
-def _distances(points: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
-    """The squared distances of `reference.py`, float32 `[n, k]`."""
-    total = torch.zeros(len(points), len(centroids), device=points.device)
+def _distances(points: torch.Tensor, centroids: torch.Tensor, importance: torch.Tensor | None) -> torch.Tensor:
+    """The squared distances of `reference.py`, float32, of `points` `[n, dim]` to `centroids` `[n or 1, k or 1, dim]`."""
+    total = torch.zeros(1, device=points.device)
     for d in range(points.shape[1]):
-        total += (points[:, d, None] - centroids[None, :, d]).square_()
+        squares = (points[:, None, d] - centroids[:, :, d]).square_()
+        total = total + (squares if importance is None else squares.mul_(importance[:, None, d]))
     return total
 
 
-def nearest_torch(points: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The nearest of `centroids` `[k, dim]` for each of `points` `[n, dim]`: int32 codes and float32 squared distances `[n]`.
+def nearest_torch(
+    points: torch.Tensor, centroids: torch.Tensor, importance: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A `Search`.
 
     A float64 matrix product ranks the centroids; only where the first and the second are closer together than float32
     distances are accurate, the float32 distances to all centroids are computed.
@@ -48,28 +64,28 @@ def nearest_torch(points: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.
     codes = torch.empty(len(points), dtype=torch.int32, device=points.device)
     distances = torch.empty(len(points), dtype=torch.float32, device=points.device)
     wide = centroids.double()
-    half_norms = wide.square().sum(1) / 2
+    half_squares = wide.square() / 2
+    half_norms = half_squares.sum(1)
     # Twice the relative error of a float32 distance; the second term covers float64 cancellation and float32 underflow.
-    relative = 4 * (dim + 2) * 2.0**-24
-    largest = half_norms.max()
+    relative = 4 * (dim + 3) * 2.0**-24
+    largest = half_norms.max() * (1.0 if importance is None else importance.max())
     step = max(1, DISTANCES_PER_CHUNK // len(centroids))
     for begin in range(0, len(points), step):
         x = points[begin : begin + step]
+        weight = None if importance is None else importance[begin : begin + step]
         x_wide = x.double()
-        x_half = x_wide.square().sum(1) / 2
-        scores = torch.addmm(half_norms, x_wide, wide.t(), alpha=-1)
+        weighted = x_wide if weight is None else x_wide * weight
+        x_half = (weighted * x_wide).sum(1) / 2
+        norms = half_norms if weight is None else weight.double() @ half_squares.t()
+        scores = torch.addmm(norms, weighted, wide.t(), alpha=-1)
         least, code = scores.min(1)
         margin = relative * (least + x_half).clamp(min=0) + 1e-12 * (x_half + largest) + 1e-36
         unclear = (scores <= (least + margin)[:, None]).sum(1) > 1
         rows = unclear.nonzero()[:, 0]
         if len(rows):
-            code[rows] = _distances(x[rows], centroids).argmin(1)
-        chosen = centroids[code]
-        distance = torch.zeros_like(x[:, 0])
-        for d in range(dim):
-            distance += (x[:, d] - chosen[:, d]).square_()
+            code[rows] = _distances(x[rows], centroids[None], None if weight is None else weight[rows]).argmin(1)
         codes[begin : begin + step] = code.to(torch.int32)
-        distances[begin : begin + step] = distance
+        distances[begin : begin + step] = _distances(x, centroids[code, None], weight)[:, 0]
     return codes, distances
 
 

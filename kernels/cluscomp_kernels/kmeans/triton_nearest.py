@@ -22,6 +22,7 @@ WARPS = 4
 def nearest_kernel(  # type: ignore[no-untyped-def]
     points,
     centroids,
+    importance,
     codes,
     distances,
     num_points,
@@ -29,8 +30,12 @@ def nearest_kernel(  # type: ignore[no-untyped-def]
     DIM: tl.constexpr,  # noqa: N803
     POINTS: tl.constexpr,  # noqa: N803
     CENTROIDS: tl.constexpr,  # noqa: N803
+    WEIGHTED: tl.constexpr,  # noqa: N803
 ):
-    """`points` float32 `[n, DIM]`, `centroids` float32 `[DIM, k]` -> `codes` int32 `[n]`, squared `distances` float32 `[n]`."""
+    """`points` float32 `[n, DIM]`, `centroids` float32 `[DIM, k]` -> `codes` int32 `[n]`, squared `distances` float32 `[n]`.
+
+    `importance` float32 `[n, DIM]` weights the squared differences; it is not read unless `WEIGHTED`.
+    """
     row = tl.program_id(0).to(tl.int64) * POINTS + tl.arange(0, POINTS)
     inside = row < num_points
     least = tl.full((POINTS, CENTROIDS), float("inf"), tl.float32)
@@ -43,7 +48,10 @@ def nearest_kernel(  # type: ignore[no-untyped-def]
             x = tl.load(points + row * DIM + d, mask=inside, other=0.0)
             c = tl.load(centroids + d * num_centroids + column, mask=there, other=0.0)
             difference = x[:, None] - c[None, :]
-            total += difference * difference
+            square = difference * difference
+            if WEIGHTED:
+                square *= tl.load(importance + row * DIM + d, mask=inside, other=0.0)[:, None]
+            total += square
         nearer = (total < least) & there[None, :]
         least = tl.where(nearer, total, least)
         nearest = tl.where(nearer, column[None, :], nearest)
@@ -53,17 +61,17 @@ def nearest_kernel(  # type: ignore[no-untyped-def]
     tl.store(distances + row, distance, mask=inside)
 
 
-def nearest_triton(points: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The nearest of `centroids` `[k, dim]` for each of `points` `[n, dim]`: int32 codes and float32 squared distances `[n]`.
-
-    Both contiguous float32 on one device; of equally near centroids the lowest index.
-    """
+def nearest_triton(
+    points: torch.Tensor, centroids: torch.Tensor, importance: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A `Search`: see `torch_engine.py`."""
     num_points, dim = points.shape
     codes = torch.empty(num_points, dtype=torch.int32, device=points.device)
     distances = torch.empty(num_points, dtype=torch.float32, device=points.device)
     nearest_kernel[(triton.cdiv(num_points, BLOCK_POINTS),)](
         points,
         centroids.t().contiguous(),
+        points if importance is None else importance,
         codes,
         distances,
         num_points,
@@ -71,6 +79,7 @@ def nearest_triton(points: torch.Tensor, centroids: torch.Tensor) -> tuple[torch
         DIM=dim,
         POINTS=BLOCK_POINTS,
         CENTROIDS=BLOCK_CENTROIDS,
+        WEIGHTED=importance is not None,
         num_warps=WARPS,
         enable_fp_fusion=False,
     )

@@ -1,0 +1,121 @@
+"""The importance of rows: it tells what errors of a row cost, and conversions choose codes by it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from model_builders import tiny_llama
+
+from cluscomp_export import convert as convert_module
+from cluscomp_export.calibration import calibration_windows, read_text
+from cluscomp_export.convert import ConversionOptions, convert
+from cluscomp_export.error_feedback import Goal, InputMoments
+from cluscomp_export.jobs import LEAST_IMPORTANCE, Computing, Encoding
+from cluscomp_export.row_importance import block_matrices, row_importance
+from cluscomp_export.sources import open_source
+from cluscomp_formats.errors import UnsupportedError
+from cluscomp_formats.ir import Array, DenseTensor, Model
+from cluscomp_kernels.kmeans import feedback_factor
+from cluscomp_kernels.kmeans.reference import feedback_codes
+from cluscomp_runtime import LanguageModel
+
+
+@pytest.fixture(scope="module")
+def stories(stories_folder: Path) -> Model:
+    return open_source(stories_folder)
+
+
+@pytest.fixture(scope="module")
+def windows(stories: Model, stories_text: Path) -> torch.Tensor:
+    return calibration_windows(stories, read_text(stories_text), 4)[:, :128]
+
+
+def log_probabilities(model: Model, windows: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return torch.log_softmax(LanguageModel.from_model(model, dtype=torch.float64).forward(windows), dim=-1)
+
+
+@pytest.mark.parametrize("name", ["1.mlp.up_proj", "4.mlp.gate_proj", "3.self_attn.q_proj"])
+def test_it_tells_what_errors_of_rows_cost(name: str, stories: Model, windows: torch.Tensor) -> None:
+    name = f"model.layers.{name}.weight"
+    importance = row_importance(stories, windows)[name]
+    assert importance.mean() == pytest.approx(1, rel=1e-5)
+    weight, expected = stories.tensors[name].decode(), log_probabilities(stories, windows)
+    order = np.argsort(importance)
+    few = len(order) // 8
+    costs = []
+    for rows in (order[:few], order[-few:]):
+        noisy = weight.copy()
+        noisy[rows] += 0.01 * np.random.default_rng(0).choice([-1.0, 1.0], noisy[rows].shape)
+        model = replace(stories, tensors={**stories.tensors, name: DenseTensor(name, Array.of(noisy.astype(np.float32)))})
+        costs.append(float((expected.exp() * (expected - log_probabilities(model, windows))).sum(-1).mean()))
+    # Every token counts alike in the importance, but not in the divergence; and there is one draw of the noise. (Of values, which
+    # attention averages, less is left: there errors of one row add up over tokens.)
+    ratio = importance[order[-few:]].mean() / importance[order[:few]].mean()
+    assert ratio > 2
+    assert 0.5 * ratio < costs[1] / costs[0] < 2 * ratio
+
+
+def test_it_is_the_same_for_any_number_of_threads(stories: Model, windows: torch.Tensor) -> None:
+    measured = row_importance(stories, windows)
+    assert {name: len(values) for name, values in measured.items()} == block_matrices(stories)
+    assert len(measured) == 5 * 7
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        again = row_importance(stories, windows)
+    finally:
+        torch.set_num_threads(threads)
+    for name, values in measured.items():
+        np.testing.assert_array_equal(values, again[name])
+
+
+def test_an_unknown_architecture_is_refused(windows: torch.Tensor) -> None:
+    source = tiny_llama()
+    with pytest.raises(UnsupportedError):
+        row_importance(replace(source, config={**source.config, "model_type": "other"}), windows)
+
+
+def test_errors_of_rows_that_were_scaled_down_count_more() -> None:
+    rng = np.random.default_rng(0)
+    weights, centroids = rng.standard_normal((24, 12), dtype=np.float32), rng.standard_normal((50, 3), dtype=np.float32)
+    inputs = torch.from_numpy(rng.standard_normal((100, 24)).cumsum(axis=1))
+    importance, scale = rng.exponential(size=(2, 10)).astype(np.float32)
+    moments = InputMoments(inputs.t() @ inputs / 100)
+    counts = np.ones(12, dtype=np.float32)
+    counts[:10] = importance * scale**2 / np.mean(importance * scale**2, dtype=np.float64) + LEAST_IMPORTANCE
+    order = np.argsort(-moments.damped.diagonal().numpy(), kind="stable")
+    factor = np.ascontiguousarray(feedback_factor(moments.damped[order][:, order]).numpy().astype(np.float32))
+    expected = np.empty((24, 4), np.uint16)
+    expected[order] = feedback_codes(weights[order], centroids, factor, 10, counts)
+    fitted = {"centroids": centroids, "step": np.ones(1, dtype=np.float32)}
+    goal = Goal(moments, importance=importance)
+    job = Encoding(weights.reshape(-1, 3), scale, fitted, np.ones(24, dtype=np.float32), 10, goal, Computing(threads=1))
+    np.testing.assert_array_equal(job.run()["codes"], expected)
+    alike = replace(job, goal=Goal(moments)).run()["codes"]
+    assert (alike != expected).mean() > 0.1
+    nothing = replace(job, goal=Goal(moments, importance=np.zeros(10, dtype=np.float32))).run()["codes"]
+    np.testing.assert_array_equal(nothing, alike)
+
+
+def test_a_conversion_that_goes_on_does_not_measure_again(
+    stories_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    output = tmp_path / "out.clus"
+    options = ConversionOptions(bits=3, effort="balanced", blockwise={"epochs": 0})
+    with monkeypatch.context() as patch:
+        patch.setattr("cluscomp_export.error_feedback.assign_with_feedback", stop)
+        with pytest.raises(KeyboardInterrupt):
+            convert(stories_folder, output, options)
+    monkeypatch.setattr(convert_module, "row_importance", stop)
+    convert(stories_folder, output, options)
+    with pytest.raises(KeyboardInterrupt):
+        convert(stories_folder, tmp_path / "other.clus", options)
+    convert(stories_folder, tmp_path / "fast.clus", replace(options, effort="fast", blockwise={}))
