@@ -53,8 +53,8 @@ def test_it_tells_what_errors_of_rows_cost(name: str, stories: Model, windows: t
         noisy[rows] += 0.01 * np.random.default_rng(0).choice([-1.0, 1.0], noisy[rows].shape)
         model = replace(stories, tensors={**stories.tensors, name: DenseTensor(name, Array.of(noisy.astype(np.float32)))})
         costs.append(float((expected.exp() * (expected - log_probabilities(model, windows))).sum(-1).mean()))
-    # Every token counts alike in the importance, but not in the divergence; and there is one draw of the noise. (Of values, which
-    # attention averages, less is left: there errors of one row add up over tokens.)
+    # Every token counts alike in the importance, but not in the divergence; and there is one draw of the noise. (Values are not
+    # among these: attention averages them, and errors of one row add up over tokens.)
     ratio = importance[order[-few:]].mean() / importance[order[:few]].mean()
     assert ratio > 2
     assert 0.5 * ratio < costs[1] / costs[0] < 2 * ratio
