@@ -55,7 +55,7 @@ _LEVEL_OPTIONS = (
         "--calibration-windows",
         type=int,
         metavar="N",
-        help="Windows of 512 tokens for all but recovery. [default: 64; best: 128]",
+        help="Windows of 512 tokens, spread over the text, for all but recovery. [default: 64; best: 256]",
     ),
     click.option(
         "--blockwise-epochs", type=int, metavar="N", help="Times over the windows for each block; 0: no tuning. [default: 2]"
