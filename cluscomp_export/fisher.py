@@ -11,6 +11,8 @@ computed again in the backward pass.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from cluscomp_export.progress import Progress, silent
@@ -95,11 +97,14 @@ class FisherPass:
         """Take `gradients` from behind block `index` to before it; both are as `inputs`, `[windows, tokens, hidden_size]`."""
         raise NotImplementedError
 
-    def see_head(self, hidden: torch.Tensor, weight: torch.Tensor) -> None:
-        """What flows into the head's norm, `[windows, tokens, hidden_size]`, and the head's weight."""
+    def watch_head(self, hidden: torch.Tensor, weight: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], None]:
+        """What flows into the head's norm, `[windows, tokens, hidden_size]`, and the head's weight.
 
-    def see_predictions(self, normed: torch.Tensor, probabilities: torch.Tensor) -> None:
-        """What flows into the head for some tokens, `[tokens, hidden_size]`, and what comes of it, `[tokens, vocab_size]`."""
+        What is returned is called with what flows into the head for some tokens, `[tokens, hidden_size]`, and the probabilities
+        that come of it, `[tokens, vocab_size]`; it is not kept longer than the head's weight.
+        """
+        del hidden, weight
+        return lambda normed, probabilities: None
 
     def see_embedding(self, windows: torch.Tensor, gradients: torch.Tensor) -> None:
         """Ids `[windows, tokens]` and gradients with respect to their embeddings, `[windows, tokens, hidden_size]`."""
@@ -115,7 +120,7 @@ class FisherPass:
         `first` of all."""
         weight = decoded(self.source.tensors[self.head]).float()
         with torch.no_grad():
-            self.see_head(hidden, weight)
+            see_predictions = self.watch_head(hidden, weight)
         gradients = torch.empty_like(hidden)
         for number, window in enumerate(hidden):
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + first + number)
@@ -130,6 +135,6 @@ class FisherPass:
                     noise = probabilities.sqrt() * (2 * signs - 1)
                     noise -= probabilities * noise.sum(-1, keepdim=True)
                     of_normed[begin : begin + HEAD_TOKENS] = noise @ weight
-                    self.see_predictions(some, probabilities)
+                    see_predictions(some, probabilities)
             gradients[number] = torch.autograd.grad(normed, leaf, of_normed)[0]
         return gradients

@@ -12,7 +12,7 @@ Memory: beside what `FisherPass` says, the gradients of one block's matrices and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -74,7 +74,6 @@ class _Measurement(FisherPass):
         self.sums = {}
         for name in sensitive_tensors(source):
             self.sums[name] = _Sums(source.tensors[name].shape[1])
-        self._head_errors = torch.empty(0)
 
     def builder(self) -> MatrixBuilder:
         return _Leaves(self.sums)
@@ -98,20 +97,21 @@ class _Measurement(FisherPass):
             del of_weight
             gradients[number] = of_window[0]
 
-    def see_head(self, hidden: torch.Tensor, weight: torch.Tensor) -> None:
+    def watch_head(self, hidden: torch.Tensor, weight: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], None]:
         sums = self.sums[self.head]
         sums.energy += token_shares(self.decoder.norm(hidden))
-        self._head_errors = sums.trial(weight)
+        errors = sums.trial(weight)
 
-    def see_predictions(self, normed: torch.Tensor, probabilities: torch.Tensor) -> None:
-        changes = normed @ self._head_errors.t()
-        # What all logits have in common changes nothing: here the whole covariance counts.
-        means = (probabilities * changes).sum(-1, keepdim=True)
-        self.sums[self.head].relative += float((probabilities * (changes - means).square_()).sum(dtype=torch.float64))
+        def see_predictions(normed: torch.Tensor, probabilities: torch.Tensor) -> None:
+            changes = normed @ errors.t()
+            # What all logits have in common changes nothing: here the whole covariance counts.
+            means = (probabilities * changes).sum(-1, keepdim=True)
+            sums.relative += float((probabilities * (changes - means).square_()).sum(dtype=torch.float64))
+
+        return see_predictions
 
     def see_embedding(self, windows: torch.Tensor, gradients: torch.Tensor) -> None:
         """Adds the share of the look-up; its product with the share of a tied head, which has either sign, is left out."""
-        self._head_errors = torch.empty(0)
         sums = self.sums[EMBEDDING]
         if self.head != EMBEDDING:
             sums.energy += 1.0
