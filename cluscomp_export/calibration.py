@@ -60,12 +60,13 @@ def calibration_tokens(model: Model, text: str) -> list[int]:
     return token_ids
 
 
-def calibration_windows(model: Model, text: str, most: int) -> torch.Tensor:
+def calibration_windows(model: Model, text: str, most: int, *, held_out: float = 0.0) -> torch.Tensor:
     """Up to `most` windows of 512 token ids, int64 `[windows, tokens]`, spread over the text; a shorter text is one window.
 
-    Raises what `calibration_tokens` does.
+    `held_out` is the share of the text's tokens, at its end, that is left to others. Raises what `calibration_tokens` does.
     """
     token_ids = calibration_tokens(model, text)
+    token_ids = token_ids[: max(1, len(token_ids) - round(held_out * len(token_ids)))]
     length = min(CONTEXT, len(token_ids))
     count = len(token_ids) // length
     windows = torch.tensor(token_ids[: count * length]).reshape(count, length)

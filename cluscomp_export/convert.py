@@ -28,7 +28,7 @@ from cluscomp_export.progress import Progress, silent
 from cluscomp_export.row_importance import block_matrices, row_importance
 from cluscomp_export.sizes import model_sizes
 from cluscomp_export.sources import open_source
-from cluscomp_export.tuning import RecoveryOptions, TrainableModel, recover
+from cluscomp_export.tuning import HELD_OUT, RecoveryOptions, TrainableModel, recover
 from cluscomp_export.tuning.training import Curve, curve_array, curve_entries, curve_form, finite_curve
 from cluscomp_export.work_folder import WorkFolder, fingerprint, remove_work, work_folder, work_path
 from cluscomp_export.workers import Workers, open_workers, parse_workers
@@ -171,9 +171,11 @@ def _clustered(
         try:
             energies = _energies(source, text, work, on_progress)
             if levels.block_by_block:
+                # Recovery judges itself by text that nothing was fitted to.
+                held_out = 0.0 if levels.recovery is None else HELD_OUT
                 feedback = ErrorFeedback(
                     source,
-                    calibration_windows(source, text, levels.windows),
+                    calibration_windows(source, text, levels.windows, held_out=held_out),
                     levels.blockwise,
                     feedback=levels.feedback,
                     importance=_importance(source, text, work, options.seed, on_progress) if levels.feedback else None,

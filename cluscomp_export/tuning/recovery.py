@@ -26,10 +26,10 @@ from cluscomp_formats.errors import InvalidRequestError, Problem
 from cluscomp_formats.ir import Model
 from cluscomp_runtime.language_model import LanguageModel
 
-__all__ = ["RecoveryOptions", "recover", "teacher_kernel"]
+__all__ = ["HELD_OUT", "RecoveryOptions", "recover", "teacher_kernel"]
 
 HELD_OUT = 0.1
-"""Share of the text that is not trained on."""
+"""Share of the text, at its end, that is not trained on."""
 MAX_HELD_OUT_WINDOWS = 4
 KEPT_TEACHER_BYTES = 4 << 30
 """An original of no more than this as float32 is kept in memory."""
