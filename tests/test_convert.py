@@ -183,10 +183,10 @@ def test_whatever_stops_it_leaves_at_most_finished_work(
         with pytest.raises((type(error), ClusCompError)):
             convert(stories_folder, output, options)
     assert list(tmp_path.iterdir()) == [work_path(output)]
-    # The energies, the codebook that is written first and that of the first matrix in the order of the model.
-    assert len(list(work_path(output).iterdir())) == 3
+    # Energies, importance of rows, the codebook that is written first and that of the first matrix in the order of the model.
+    assert len(list(work_path(output).iterdir())) == 4
     report = convert(stories_folder, output, options)
-    assert report.reused == 3
+    assert report.reused == 4
     assert output.read_bytes() == packed.read_bytes()
     assert list(tmp_path.iterdir()) == [output]
 

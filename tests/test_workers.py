@@ -110,7 +110,7 @@ def test_what_workers_finished_is_taken_up_by_whoever_goes_on(alone: bytes, stor
     with pytest.raises(KeyboardInterrupt):
         convert(stories_folder, output, ConversionOptions(**OPTIONS, workers="threads:2"), on_progress=interrupt)
     kept = len(list(work_path(output).glob("*.safetensors")))
-    assert kept == 6, "the energies and five codebooks"
+    assert kept == 7, "the energies, the importance of rows and five codebooks"
     assert convert(stories_folder, output, ConversionOptions(**OPTIONS)).reused == kept
     assert output.read_bytes() == alone
 
