@@ -23,7 +23,16 @@ from cluscomp_formats.ir import Model
 from cluscomp_runtime.language_model import observe_inputs
 from cluscomp_runtime.tokenizer import Tokenizer
 
-__all__ = ["calibration_tokens", "calibration_windows", "channel_energies", "most_windows", "read_text", "shipped_text"]
+__all__ = [
+    "calibration_tokens",
+    "calibration_windows",
+    "channel_energies",
+    "most_windows",
+    "normalised",
+    "read_text",
+    "shipped_text",
+    "token_shares",
+]
 
 CONTEXT = 512
 MAX_WINDOWS = 16
@@ -97,20 +106,27 @@ def channel_energies(model: Model, text: str, on_progress: Progress = silent) ->
     batches = [windows[start : start + BATCH] for start in range(0, len(windows), BATCH)]
 
     def observe(name: str, inputs: torch.Tensor) -> None:
-        energy = inputs.square().flatten(0, -2)
-        # Every token counts alike: the first of a text can have a thousand times the energy of the others, in few channels.
-        sums[name] += (energy / energy.mean(1, keepdim=True).clamp(min=torch.finfo(energy.dtype).tiny)).sum(0)
+        sums[name] += token_shares(inputs)
 
     for done, batch in enumerate(batches):
         on_progress("calibrating", done, len(batches))
         observe_inputs(model, batch, observe)
     on_progress("calibrating", len(batches), len(batches))
-    return {name: _normalised(energy) for name, energy in sums.items()}
+    return {name: normalised(energy) for name, energy in sums.items()}
 
 
-def _normalised(energy: torch.Tensor) -> npt.NDArray[np.float32]:
-    """Scaled to mean 1; a matrix that saw nothing but zeros counts every channel alike."""
-    mean = energy.mean()
-    scaled = energy / mean if mean > 0 else torch.ones_like(energy)
+def token_shares(values: torch.Tensor) -> torch.Tensor:
+    """Each channel's share of a token's energy, summed over all tokens of `[..., channels]`, float64 `[channels]`.
+
+    So every token counts alike: the first of a text can have a thousand times the energy of the others, in few channels.
+    """
+    energy = values.double().square().flatten(0, -2)
+    return (energy / energy.mean(1, keepdim=True).clamp(min=torch.finfo(energy.dtype).tiny)).sum(0)
+
+
+def normalised(sums: torch.Tensor) -> npt.NDArray[np.float32]:
+    """Scaled to mean 1; where there is nothing but zeros all channels, or rows, count alike."""
+    mean = sums.mean()
+    scaled = sums / mean if mean > 0 else torch.ones_like(sums)
     values: npt.NDArray[np.float32] = scaled.numpy().astype(np.float32)
     return values

@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from cluscomp_export.sizes import model_sizes
 from cluscomp_export.sources import open_source
 from cluscomp_export.tuning import HELD_OUT, RecoveryOptions, TrainableModel, recover
 from cluscomp_export.tuning.training import Curve, curve_array, curve_entries, curve_form, finite_curve
-from cluscomp_export.work_folder import WorkFolder, fingerprint, remove_work, work_folder, work_path
+from cluscomp_export.work_folder import Forms, WorkFolder, fingerprint, remove_work, work_folder, work_path
 from cluscomp_export.workers import Workers, open_workers, parse_workers
 from cluscomp_export.writers import Writer, find_writer
 from cluscomp_formats.errors import (
@@ -234,23 +234,27 @@ def _recovered(
 
 def _energies(source: Model, text: str, work: WorkFolder, on_progress: Progress) -> Mapping[str, AnyArray]:
     """`channel_energies`, computed unless an earlier attempt has done so."""
-    matrices = {name: tensor.shape for name, tensor in source.tensors.items() if len(tensor.shape) == 2}
-    found = work.load("energies", {name: ("float32", (shape[1],)) for name, shape in matrices.items()})
-    if found is not None:
-        return found
-    energies = channel_energies(source, text, on_progress)
-    work.save("energies", energies)
-    return energies
+    forms = {name: ("float32", (tensor.shape[1],)) for name, tensor in source.tensors.items() if len(tensor.shape) == 2}
+    return _kept(work, "energies", forms, lambda: channel_energies(source, text, on_progress))
 
 
 def _importance(source: Model, text: str, work: WorkFolder, seed: int, on_progress: Progress) -> Mapping[str, AnyArray]:
     """`row_importance`, computed unless an earlier attempt has done so."""
-    found = work.load("row importance", {name: ("float32", (rows,)) for name, rows in block_matrices(source).items()})
-    if found is not None:
-        return found
-    importance = row_importance(source, calibration_windows(source, text, WINDOWS), seed=seed, on_progress=on_progress)
-    work.save("row importance", importance)
-    return importance
+    forms = {name: ("float32", (rows,)) for name, rows in block_matrices(source).items()}
+
+    def measure() -> Mapping[str, AnyArray]:
+        return row_importance(source, calibration_windows(source, text, WINDOWS), seed=seed, on_progress=on_progress)
+
+    return _kept(work, "row importance", forms, measure)
+
+
+def _kept(work: WorkFolder, unit: str, forms: Forms, compute: Callable[[], Mapping[str, AnyArray]]) -> Mapping[str, AnyArray]:
+    """The arrays of a unit of work, computed unless they were before."""
+    arrays: Mapping[str, AnyArray] | None = work.load(unit, forms)
+    if arrays is None:
+        arrays = compute()
+        work.save(unit, arrays)
+    return arrays
 
 
 def _remove_finished_work(output: Path) -> None:

@@ -22,7 +22,7 @@ from cluscomp_runtime.decoder import Decoder, DecoderLayer, Positions
 from cluscomp_runtime.generate import check_prompt
 from cluscomp_runtime.linear import MatrixBuilder, decoded
 
-__all__ = ["EMBEDDING", "HEAD", "HEAD_TOKENS", "WINDOWS", "FisherPass", "token_shares"]
+__all__ = ["EMBEDDING", "HEAD", "HEAD_TOKENS", "WINDOWS", "FisherPass", "head_name"]
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -35,13 +35,9 @@ HEAD_TOKENS = 128
 """Tokens whose logits are in memory at a time."""
 
 
-def token_shares(values: torch.Tensor) -> torch.Tensor:
-    """Each channel's share of a token's energy, summed over all tokens of `[..., channels]`, float64 `[channels]`.
-
-    So every token counts alike: the first of a text can have a thousand times the energy of the others.
-    """
-    energy = values.double().square().flatten(0, -2)
-    return (energy / energy.mean(1, keepdim=True).clamp(min=torch.finfo(energy.dtype).tiny)).sum(0)
+def head_name(model: Model) -> str:
+    """The matrix that gives a decoder's logits: its head, or the embedding."""
+    return HEAD if HEAD in model.tensors else EMBEDDING
 
 
 class FisherPass:
@@ -57,7 +53,7 @@ class FisherPass:
         check_tensors(source, self.settings)
         # This builder reads no matrix before it is used.
         self.decoder = Decoder(source, self.settings, MatrixBuilder("reference", torch.float32, torch.device("cpu")))
-        self.head = HEAD if HEAD in source.tensors else EMBEDDING
+        self.head = head_name(source)
         self.seed = seed
 
     def run(self, windows: torch.Tensor, stage: str, on_progress: Progress = silent) -> None:

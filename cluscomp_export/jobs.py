@@ -119,20 +119,21 @@ class Encoding:
             if correction is not None:
                 weights = weights.copy()
                 weights[:, :out_features] += correction if self.scale is None else correction / self.scale
-            codes, factors = self.goal.moments.encode(weights, centroids, self._importance(), threads=threads, device=device)
+            importance = _importance(self.goal.importance, self.scale, out_features)
+            codes, factors = self.goal.moments.encode(weights, centroids, importance, threads=threads, device=device)
         row_scale = np.empty(0) if self.scale is None else np.clip(self.scale * factors * step, *SCALE_RANGE)
         return {"codes": codes, "row_scale": row_scale.astype(np.float16)}
 
-    def _importance(self) -> Floats:
-        """What a squared error of each row of the vectors counts, `[out_features]`: of a row that was scaled down, more."""
-        importance = None if self.goal is None else self.goal.importance
-        if importance is None:
-            return np.ones(self.out_features, dtype=np.float32)
-        counts = importance.astype(np.float64) * (1.0 if self.scale is None else np.square(self.scale, dtype=np.float64))
-        mean = counts.mean()
-        # A row that does not matter on one text may on another.
-        counts = counts / mean + LEAST_IMPORTANCE if mean > 0 else np.ones_like(counts)
-        return np.asarray(counts, dtype=np.float32)
+
+def _importance(importance: Floats | None, scale: Floats | None, out_features: int) -> Floats:
+    """What a squared error of each row of the vectors counts, `[out_features]`: of a row that was scaled down, more."""
+    if importance is None:
+        return np.ones(out_features, dtype=np.float32)
+    counts = importance.astype(np.float64) * (1.0 if scale is None else np.square(scale, dtype=np.float64))
+    mean = counts.mean()
+    # A row that does not matter on one text may on another.
+    counts = counts / mean + LEAST_IMPORTANCE if mean > 0 else np.ones_like(counts)
+    return np.asarray(counts, dtype=np.float32)
 
 
 def _scale_factors(vectors: Floats, decoded: Floats, energy: Floats, out_features: int) -> npt.NDArray[np.float64]:

@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cluscomp_export.fisher import FisherPass, token_shares
+from cluscomp_export.calibration import normalised, token_shares
+from cluscomp_export.fisher import FisherPass
 from cluscomp_export.progress import Progress, silent
 from cluscomp_formats.ir import Model, Tensor
 from cluscomp_runtime.decoder import Positions
@@ -86,12 +87,4 @@ def row_importance(
     """
     measurement = _Measurement(source, seed)
     measurement.run(windows, "row importance", on_progress)
-    return {name: _normalised(sums) for name, sums in measurement.sums.items()}
-
-
-def _normalised(sums: torch.Tensor) -> npt.NDArray[np.float32]:
-    """Scaled to mean 1; where nothing flows back all rows count alike."""
-    mean = sums.mean()
-    scaled = sums / mean if mean > 0 else torch.ones_like(sums)
-    values: npt.NDArray[np.float32] = scaled.numpy().astype(np.float32)
-    return values
+    return {name: normalised(sums) for name, sums in measurement.sums.items()}

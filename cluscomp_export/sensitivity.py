@@ -17,7 +17,8 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 
-from cluscomp_export.fisher import EMBEDDING, HEAD, FisherPass, token_shares
+from cluscomp_export.calibration import token_shares
+from cluscomp_export.fisher import EMBEDDING, HEAD, FisherPass
 from cluscomp_export.planning import Sensitivity
 from cluscomp_export.progress import Progress, silent
 from cluscomp_export.trial_errors import trial_errors

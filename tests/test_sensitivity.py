@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from model_builders import tiny_llama
+from noise_costs import divergence
 
 from cluscomp_export import convert as convert_module
 from cluscomp_export import preparing
@@ -20,7 +21,6 @@ from cluscomp_export.sources import open_source
 from cluscomp_export.trial_errors import trial_errors
 from cluscomp_formats.errors import InvalidRequestError, UnsupportedError
 from cluscomp_formats.ir import Array, DenseTensor, Model
-from cluscomp_runtime import LanguageModel
 from cluscomp_runtime.language_model import observe_inputs
 
 HEAD = "lm_head.weight"
@@ -36,19 +36,6 @@ def stories(stories_folder: Path) -> Model:
 @pytest.fixture(scope="module")
 def windows(stories: Model, stories_text: Path) -> torch.Tensor:
     return calibration_windows(stories, read_text(stories_text), 4)[:, :128]
-
-
-def log_probabilities(model: Model, windows: torch.Tensor) -> torch.Tensor:
-    with torch.inference_mode():
-        return torch.log_softmax(LanguageModel.from_model(model, dtype=torch.float64).forward(windows), dim=-1)
-
-
-def divergence(source: Model, name: str, noise: np.ndarray, windows: torch.Tensor) -> float:
-    """Mean over tokens of the divergence of the source from itself with `noise` added to a tensor."""
-    weight = (source.tensors[name].decode() + noise).astype(np.float32)
-    noisy = replace(source, tensors={**source.tensors, name: DenseTensor(name, Array.of(weight))})
-    expected = log_probabilities(source, windows)
-    return float((expected.exp() * (expected - log_probabilities(noisy, windows))).sum(-1).mean())
 
 
 def input_energy(source: Model, name: str, windows: torch.Tensor) -> np.ndarray:

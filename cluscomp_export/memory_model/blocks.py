@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from cluscomp_export.calibration import BATCH, CONTEXT
 from cluscomp_export.error_feedback import PIECE_BYTES, block_index
-from cluscomp_export.fisher import HEAD_TOKENS, WINDOWS
+from cluscomp_export.fisher import HEAD_TOKENS, WINDOWS, head_name
 from cluscomp_export.memory_model.matrices import (
     clustered_decoding,
     encoding,
@@ -85,7 +85,7 @@ def row_importance(source: Model, settings: DecoderSettings) -> int:
         placing = max(reading(source, tensor)[0] for tensor in matrices)
         observed = 16 * CONTEXT * max(tensor.shape[0] for tensor in matrices)
         most = max(most, 4 * sum(tensor.num_weights for tensor in matrices) + max(placing, _backwards(settings) + observed))
-    head = source.tensors[logits_tensor(source) or ""]
+    head = source.tensors[head_name(source)]
     decoding, decoded = reading(source, head)
     return _between_blocks(settings) + max(most, decoding, decoded + 4 * head.num_weights + _noise(settings))
 
