@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -18,8 +19,17 @@ from cluscomp_formats.errors import printable
 __all__ = ["ProgressDisplay", "json_document", "print_json", "print_table", "say"]
 
 
+LINE_SECONDS = 60.0
+"""How often progress is told where there is no terminal to show bars on: rare enough for a log."""
+SPEED_SECONDS = 3600.0
+"""The estimate of the time left looks back so far: steps of large models take minutes."""
+
+
 class ProgressDisplay:
-    """One bar per stage of a long job; silent where standard error is not a terminal. Call it as `(stage, done, total)`."""
+    """One bar per stage of a long job; a line now and then where standard error is not a terminal.
+
+    Call it as `(stage, done, total)`.
+    """
 
     def __init__(self, prefix: str = "") -> None:
         self._prefix = prefix
@@ -32,8 +42,16 @@ class ProgressDisplay:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._progress = Progress(
+            *columns,
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+            speed_estimate_period=SPEED_SECONDS,
+            get_time=time.monotonic,
+        )
         self._tasks: dict[str, TaskID] = {}
+        self._told = time.monotonic()
 
     def __enter__(self) -> ProgressDisplay:
         self._progress.start()
@@ -48,6 +66,11 @@ class ProgressDisplay:
         if key not in self._tasks:
             self._tasks[key] = self._progress.add_task(self._prefix + stage, total=total)
         self._progress.update(self._tasks[key], description=self._prefix + stage, completed=done, total=total)
+        if self._progress.disable and time.monotonic() - self._told >= LINE_SECONDS:
+            self._told = time.monotonic()
+            left = next(task.time_remaining for task in self._progress.tasks if task.id == self._tasks[key])
+            about = f", about {max(1, round(left / 60))} min left" if left else ""
+            say(printable(f"{self._prefix}{stage}: {done}/{total}{about}"))
 
 
 def say(text: str) -> None:

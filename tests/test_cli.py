@@ -242,6 +242,26 @@ def test_progress_shows_names_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
         progress("clustering [/]", 1, 2)
 
 
+def test_progress_is_told_line_by_line_where_there_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    with ProgressDisplay() as progress:
+        for done in range(11):
+            progress("training \x1b[2J", done, 10)
+            now += 40.0
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.splitlines() == [
+        "training \\x1b[2J: 2/10, about 5 min left",
+        "training \\x1b[2J: 4/10, about 4 min left",
+        "training \\x1b[2J: 6/10, about 3 min left",
+        "training \\x1b[2J: 8/10, about 1 min left",
+        "training \\x1b[2J: 10/10",
+    ]
+
+
 def test_verify_speaks_in_exit_codes(run: Run, stories_folder: Path, packed: Path, tmp_path: Path) -> None:
     code, out, _ = run("verify", stories_folder, packed)
     assert code == 0
