@@ -7,11 +7,12 @@ from collections.abc import Collection, Mapping, Sequence
 
 from cluscomp_export.calibration import BATCH, CONTEXT
 from cluscomp_export.error_feedback import PIECE_BYTES, block_index
-from cluscomp_export.fisher import HEAD_TOKENS, WINDOWS, head_name
+from cluscomp_export.fisher import EMBEDDING, HEAD_TOKENS, WINDOWS, head_name
 from cluscomp_export.memory_model.matrices import (
     clustered_decoding,
     encoding,
     feedback_search,
+    looking_up,
     making_vectors,
     num_vectors,
     quantised,
@@ -43,14 +44,17 @@ def _layer_activations(settings: DecoderSettings, tokens: int, width: int) -> in
 
 
 def calibration(source: Model, settings: DecoderSettings, windows: int) -> int:
-    """`channel_energies`: a matrix as float64, the sums of all channels, and the activations of `BATCH` windows as float64;
-    with embedding and head, of which the latter sees one token, two streams of them."""
+    """`channel_energies`: the sums of all channels, and the most of a block's matrix as float64 with the activations of `BATCH`
+    windows as float64, or the embedding with two streams of them. The head does not multiply."""
     matrices = [tensor for tensor in source.tensors.values() if len(tensor.shape) == 2]
     sums = sum(8 * tensor.shape[1] for tensor in matrices)
     tokens = min(windows, BATCH) * CONTEXT
-    running, streams = _layer_activations(settings, tokens, 8), 16 * tokens * settings.hidden_size
-    beside = [running if block_index(tensor.name) is not None else streams for tensor in matrices]
-    return sums + max(to_float64(source, tensor) + held for tensor, held in zip(matrices, beside, strict=True))
+    multiplying = max(to_float64(source, tensor) for tensor in matrices if block_index(tensor.name) is not None)
+    embedding = source.tensors[EMBEDDING]
+    return sums + max(
+        multiplying + _layer_activations(settings, tokens, 8),
+        looking_up(source, embedding) + 16 * tokens * settings.hidden_size,
+    )
 
 
 def sensitivities(source: Model, settings: DecoderSettings) -> int:
@@ -162,7 +166,7 @@ def error_feedback(
 
 def embedding(source: Model, settings: DecoderSettings, windows: int) -> int:
     """What flows into the first block: the embedding copied off the map, or decoded, and the streams of all windows."""
-    tensor = source.tensors["model.embed_tokens.weight"]
+    tensor = source.tensors[EMBEDDING]
     if quantised(source, tensor.name) or isinstance(tensor, ClusteredWeight):
         held = reading(source, tensor)[0]
     else:

@@ -15,6 +15,7 @@ __all__ = [
     "encoding",
     "feedback_search",
     "fitting",
+    "looking_up",
     "making_vectors",
     "num_vectors",
     "quantised",
@@ -74,6 +75,14 @@ def to_float64(source: Model, tensor: Tensor) -> int:
         return 12 * tensor.num_weights
     width = DTYPES[tensor.values.dtype].itemsize
     return max(2 * width, width + 8) * tensor.num_weights
+
+
+def looking_up(source: Model, tensor: Tensor) -> int:
+    """Rows of an embedding in the runtime's reference mode: decoded whole, or looked up in the stored values."""
+    if isinstance(tensor, ClusteredWeight):
+        return clustered_decoding(tensor)
+    width = QUANTISED if quantised(source, tensor.name) else DTYPES[tensor.values.dtype].itemsize
+    return width * tensor.num_weights
 
 
 def making_vectors(source: Model, name: str, treatment: Treatment) -> tuple[int, int]:
