@@ -63,9 +63,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 """Few clusters, for the sake of time; `benchmarks/kmeans.py` has the full number."""
 
-CHARACTERS_PER_WINDOW = 2500
-"""At least a window of text, with any tokenizer."""
-
 
 @dataclass
 class Stand:
@@ -77,6 +74,9 @@ class Stand:
     windows: int
     prepared: Prepared
     work: WorkFolder
+
+    def calibration(self, windows: int) -> torch.Tensor:
+        return calibration_windows(calibration_tokens(self.prepared.source, shipped_text()), windows)
 
     def clustered(self, feedback: ErrorFeedback | None = None) -> Model:
         source, plan = self.prepared.source, self.prepared.plan
@@ -114,13 +114,11 @@ def check(stand: Stand) -> None:
 
 def calibrate(stand: Stand) -> None:
     # Energies of more windows than are run at a time take longer, not more memory.
-    text = shipped_text()[: CHARACTERS_PER_WINDOW * stand.windows]
-    stand.work.save("energies", channel_energies(stand.prepared.source, text))
+    stand.work.save("energies", channel_energies(stand.prepared.source, stand.calibration(stand.windows)))
 
 
 def weigh_rows(stand: Stand) -> None:
-    source = stand.prepared.source
-    row_importance(source, calibration_windows(source, shipped_text(), WINDOWS))
+    row_importance(stand.prepared.source, stand.calibration(WINDOWS))
 
 
 def fit(stand: Stand) -> None:
@@ -134,15 +132,14 @@ def encode(stand: Stand) -> None:
 
 
 def encode_with_feedback(stand: Stand) -> None:
-    windows = calibration_windows(stand.prepared.source, shipped_text(), stand.windows)
-    for weight in stand.clustered(ErrorFeedback(stand.prepared.source, windows)).clustered.values():
+    feedback = ErrorFeedback(stand.prepared.source, stand.calibration(stand.windows))
+    for weight in stand.clustered(feedback).clustered.values():
         weight.stages[0].codes.read()
 
 
 def tune(stand: Stand) -> None:
     """On codes that are there: the blocks are run, but nothing is encoded."""
-    windows = calibration_windows(stand.prepared.source, shipped_text(), stand.windows)
-    feedback = ErrorFeedback(stand.prepared.source, windows, BlockwiseOptions(epochs=1))
+    feedback = ErrorFeedback(stand.prepared.source, stand.calibration(stand.windows), BlockwiseOptions(epochs=1))
     for codebook in stand.clustered(feedback).clustered.values():
         codebook.stages[0].codes.read()
 

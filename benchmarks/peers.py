@@ -40,7 +40,7 @@ from ggml import Ggml, Type, check_blocks
 from grids import Grid, check_gptq, check_rtn, gptq, grid_bits, huggingface_model, round_to_nearest
 from measuring import quality_cells, quality_parser
 
-from cluscomp_export.calibration import calibration_windows, read_text, shipped_text
+from cluscomp_export.calibration import calibration_tokens, calibration_windows, read_text, shipped_text
 from cluscomp_export.effort import WINDOWS
 from cluscomp_export.evaluate import evaluate, tokenize, tokenizer_of
 from cluscomp_export.protocols import choose_protocol
@@ -81,7 +81,7 @@ class Subject:
         self.threads = threads
         self.linears = linear_tensors(self.source)
         text = read_text(calibration) if calibration else shipped_text()
-        self.windows = calibration_windows(self.source, text, WINDOWS)
+        self.windows = calibration_windows(calibration_tokens(self.source, text), WINDOWS)
         self._importance: dict[str, Floats] = {}
         self.importance_seconds = 0.0
 

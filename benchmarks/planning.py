@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from cluscomp_export.calibration import calibration_windows, read_text, shipped_text
+from cluscomp_export.calibration import calibration_tokens, calibration_windows, read_text, shipped_text
 from cluscomp_export.convert import ConversionOptions, convert, prepare
 from cluscomp_export.evaluate import evaluate, tokenize, tokenizer_of
 from cluscomp_export.fisher import WINDOWS
@@ -155,7 +155,7 @@ def main() -> None:
     source = open_source(arguments.model)
     text = shipped_text() if arguments.calibration is None else read_text(arguments.calibration)
     started = time.perf_counter()
-    sensitivities = measure_sensitivities(source, calibration_windows(source, text, WINDOWS))
+    sensitivities = measure_sensitivities(source, calibration_windows(calibration_tokens(source, text), WINDOWS))
     say(f"measured sensitivities in {time.perf_counter() - started:.0f} s")
     if arguments.probes:
         rows = probe(source, sensitivities, arguments)

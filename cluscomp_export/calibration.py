@@ -9,7 +9,7 @@ Runs the source in reference mode: memory stays bounded by the largest matrix an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from cluscomp_runtime.language_model import observe_inputs
 from cluscomp_runtime.tokenizer import Tokenizer
 
 __all__ = [
+    "ENERGY_WINDOWS",
     "calibration_tokens",
     "calibration_windows",
     "channel_energies",
@@ -35,7 +36,8 @@ __all__ = [
 ]
 
 CONTEXT = 512
-MAX_WINDOWS = 16
+ENERGY_WINDOWS = 16
+"""Windows that tell the energies of channels."""
 BATCH = 4
 """Windows run at a time: every batch decodes every matrix once more, and activations take memory by the batch."""
 
@@ -69,13 +71,8 @@ def calibration_tokens(model: Model, text: str) -> list[int]:
     return token_ids
 
 
-def calibration_windows(model: Model, text: str, most: int, *, held_out: float = 0.0) -> torch.Tensor:
-    """Up to `most` windows of 512 token ids, int64 `[windows, tokens]`, spread over the text; a shorter text is one window.
-
-    `held_out` is the share of the text's tokens, at its end, that is left to others. Raises what `calibration_tokens` does.
-    """
-    token_ids = calibration_tokens(model, text)
-    token_ids = token_ids[: max(1, len(token_ids) - round(held_out * len(token_ids)))]
+def calibration_windows(token_ids: Sequence[int], most: int) -> torch.Tensor:
+    """Up to `most` windows of 512 token ids, int64 `[windows, tokens]`, spread over a text; a shorter one is one window."""
     length = min(CONTEXT, len(token_ids))
     count = len(token_ids) // length
     windows = torch.tensor(token_ids[: count * length]).reshape(count, length)
@@ -88,15 +85,17 @@ def most_windows(text: str, most: int) -> int:
     return max(1, min(most, len(text.encode()) // CONTEXT))
 
 
-def channel_energies(model: Model, text: str, on_progress: Progress = silent) -> Mapping[str, npt.NDArray[np.float32]]:
-    """Energy of each input channel, float32 `[in_features]` with mean 1, by name of the matrix.
+def channel_energies(
+    model: Model, windows: torch.Tensor, on_progress: Progress = silent
+) -> Mapping[str, npt.NDArray[np.float32]]:
+    """Energy of each input channel on windows of token ids `[windows, tokens]`, float32 `[in_features]` with mean 1, by name of
+    the matrix.
 
     The mean over all tokens of the channel's square over the mean square of that token's channels.
 
-    Uses up to 16 windows. Computed in float64 and rounded to float32, so that the result does not depend on the order in which
-    threads add. Raises what `calibration_windows` does, UnsupportedError if the runtime does not know the architecture.
+    Computed in float64 and rounded to float32, so that the result does not depend on the order in which threads add. Raises
+    UnsupportedError if the runtime does not know the architecture.
     """
-    windows = calibration_windows(model, text, MAX_WINDOWS)
     # Made beforehand: small results among large temporaries would keep the heap from shrinking, by gigabytes.
     sums = {
         name: torch.zeros(tensor.shape[1], dtype=torch.float64)

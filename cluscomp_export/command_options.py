@@ -82,7 +82,10 @@ _LEVEL_OPTIONS = (
     click.option("--recovery-batch", type=int, metavar="N", help="Windows per step. [default: 4]"),
     click.option("--recovery-context", type=int, metavar="N", help="Tokens of a window. [default: 512]"),
     click.option(
-        "--recovery-lr", "recovery_rate", type=float, help="Learning rate, relative to a tensor's size. [default: 0.0003]"
+        "--recovery-lr",
+        "recovery_rate",
+        type=float,
+        help="Learning rate, relative to a tensor's size. [default: 0.0015 times the square root of the divergence before]",
     ),
     click.option("--recovery-schedule", type=SCHEDULES, help="[default: cosine]"),
     click.option(

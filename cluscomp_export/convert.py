@@ -9,14 +9,14 @@ import contextlib
 import itertools
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cluscomp_export.calibration import calibration_tokens, calibration_windows, channel_energies
+from cluscomp_export.calibration import ENERGY_WINDOWS, calibration_tokens, calibration_windows, channel_energies
 from cluscomp_export.clustering import cluster_model
 from cluscomp_export.conversion_options import ConversionOptions
 from cluscomp_export.effort import levels_of
@@ -28,7 +28,7 @@ from cluscomp_export.progress import Progress, silent
 from cluscomp_export.row_importance import block_matrices, row_importance
 from cluscomp_export.sizes import model_sizes
 from cluscomp_export.sources import open_source
-from cluscomp_export.tuning import HELD_OUT, RecoveryOptions, TrainableModel, recover
+from cluscomp_export.tuning import RecoveryOptions, TrainableModel, recover
 from cluscomp_export.tuning.training import Curve, curve_array, curve_entries, curve_form, finite_curve
 from cluscomp_export.work_folder import Forms, WorkFolder, fingerprint, remove_work, work_folder, work_path
 from cluscomp_export.workers import Workers, open_workers, parse_workers
@@ -167,18 +167,21 @@ def _clustered(
     if sensitivities is not None or plan is None:
         plan = make_plan(source, options, writer, provenance, sensitivities)
     energies = feedback = None
+    token_ids: Sequence[int] = ()
     if text is not None:
         try:
-            energies = _energies(source, text, work, on_progress)
+            token_ids = calibration_tokens(source, text)
+            # Recovery judges itself by text that nothing was fitted to.
+            held_out = 0 if levels.recovery is None else levels.recovery.held_out(len(token_ids))
+            seen = token_ids[: max(1, len(token_ids) - held_out)]
+            energies = _energies(source, seen, work, on_progress)
             if levels.block_by_block:
-                # Recovery judges itself by text that nothing was fitted to.
-                held_out = 0.0 if levels.recovery is None else HELD_OUT
                 feedback = ErrorFeedback(
                     source,
-                    calibration_windows(source, text, levels.windows, held_out=held_out),
+                    calibration_windows(seen, levels.windows),
                     levels.blockwise,
                     feedback=levels.feedback,
-                    importance=_importance(source, text, work, options.seed, on_progress) if levels.feedback else None,
+                    importance=_importance(source, seen, work, options.seed, on_progress) if levels.feedback else None,
                     curves=curves,
                     device=options.device,
                     on_progress=on_progress,
@@ -204,15 +207,15 @@ def _clustered(
         workers=workers,
         on_progress=on_progress,
     )
-    if levels.recovery is not None and text is not None:
-        return _recovered(model, source, text, levels.recovery, work, curves, warnings, on_progress)
+    if levels.recovery is not None:
+        return _recovered(model, source, token_ids, levels.recovery, work, curves, warnings, on_progress)
     return model
 
 
 def _recovered(
     model: Model,
     source: Model,
-    text: str,
+    token_ids: Sequence[int],
     options: RecoveryOptions,
     work: WorkFolder,
     curves: dict[str, Curve],
@@ -223,7 +226,7 @@ def _recovered(
     trainable = TrainableModel(model)
     arrays = work.load("recovery", trainable.forms() | {"curve": curve_form(options.most_checks)})
     if arrays is None:
-        result = recover(trainable, source, calibration_tokens(source, text), options, on_progress, work=work)
+        result = recover(trainable, source, token_ids, options, on_progress, work=work)
         if result.stopped is not None:
             warnings.append(f"recovery: {result.stopped}")
         arrays = {**result.values, "curve": curve_array(result.curve, options.most_checks)}
@@ -232,18 +235,24 @@ def _recovered(
     return trainable.with_values({name: values for name, values in arrays.items() if name != "curve"})
 
 
-def _energies(source: Model, text: str, work: WorkFolder, on_progress: Progress) -> Mapping[str, AnyArray]:
+def _energies(source: Model, token_ids: Sequence[int], work: WorkFolder, on_progress: Progress) -> Mapping[str, AnyArray]:
     """`channel_energies`, computed unless an earlier attempt has done so."""
     forms = {name: ("float32", (tensor.shape[1],)) for name, tensor in source.tensors.items() if len(tensor.shape) == 2}
-    return _kept(work, "energies", forms, lambda: channel_energies(source, text, on_progress))
+
+    def measure() -> Mapping[str, AnyArray]:
+        return channel_energies(source, calibration_windows(token_ids, ENERGY_WINDOWS), on_progress)
+
+    return _kept(work, "energies", forms, measure)
 
 
-def _importance(source: Model, text: str, work: WorkFolder, seed: int, on_progress: Progress) -> Mapping[str, AnyArray]:
+def _importance(
+    source: Model, token_ids: Sequence[int], work: WorkFolder, seed: int, on_progress: Progress
+) -> Mapping[str, AnyArray]:
     """`row_importance`, computed unless an earlier attempt has done so."""
     forms = {name: ("float32", (rows,)) for name, rows in block_matrices(source).items()}
 
     def measure() -> Mapping[str, AnyArray]:
-        return row_importance(source, calibration_windows(source, text, WINDOWS), seed=seed, on_progress=on_progress)
+        return row_importance(source, calibration_windows(token_ids, WINDOWS), seed=seed, on_progress=on_progress)
 
     return _kept(work, "row importance", forms, measure)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cluscomp_export.calibration import calibration_windows, most_windows
+from cluscomp_export.calibration import calibration_tokens, calibration_windows, most_windows
 from cluscomp_export.clustering import cluster_model
 from cluscomp_export.conversion_options import ConversionOptions
 from cluscomp_export.effort import levels_of
@@ -146,7 +146,7 @@ def sensitivities_of(
 ) -> Mapping[str, Sensitivity] | None:
     """How much each tensor matters, if the plan is to be made from it; computed unless an earlier attempt has done so.
 
-    Raises what `measure_sensitivities` and `calibration_windows` do.
+    Raises what `measure_sensitivities` and `calibration_tokens` do.
     """
     if not options.measures or text is None:
         return None
@@ -156,7 +156,7 @@ def sensitivities_of(
     if found is not None:
         pairs = zip(names, found["relative"].tolist(), found["flat"].tolist(), strict=True)
         return {name: Sensitivity(relative, flat) for name, relative, flat in pairs}
-    windows = calibration_windows(source, text, WINDOWS)
+    windows = calibration_windows(calibration_tokens(source, text), WINDOWS)
     sensitivities = measure_sensitivities(source, windows, seed=options.seed, on_progress=on_progress)
     if work is not None:
         arrays: dict[str, AnyArray] = {

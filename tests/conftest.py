@@ -20,7 +20,7 @@ def few_windows() -> Iterator[None]:
     """Calibrates on little of a text: what a model that small gains from more is not what tests ask."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cluscomp_export.effort.WINDOWS", 6)
-        patch.setattr("cluscomp_export.calibration.MAX_WINDOWS", 6)
+        patch.setattr("cluscomp_export.convert.ENERGY_WINDOWS", 6)
         yield
 
 

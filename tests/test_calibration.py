@@ -10,7 +10,14 @@ import torch
 from model_builders import tiny_llama
 
 from cluscomp_export import calibration
-from cluscomp_export.calibration import channel_energies, read_text, shipped_text
+from cluscomp_export.calibration import (
+    ENERGY_WINDOWS,
+    calibration_tokens,
+    calibration_windows,
+    channel_energies,
+    read_text,
+    shipped_text,
+)
 from cluscomp_export.convert import ConversionOptions, convert
 from cluscomp_export.evaluate import evaluate_files
 from cluscomp_export.sources import open_source
@@ -24,7 +31,7 @@ def energies_of(inputs: torch.Tensor, source: Model, monkeypatch: pytest.MonkeyP
     matrix = DenseTensor(name, Array.of(np.zeros((3, inputs.shape[-1]), np.float32)))
     model = Model(source.config, {name: matrix}, source.files)
     monkeypatch.setattr(calibration, "observe_inputs", lambda model, ids, observe: observe(name, inputs))
-    return channel_energies(model, "Once upon a time")[name]
+    return channel_energies(model, torch.zeros(1, 4, dtype=torch.int64))[name]
 
 
 def test_every_token_counts_alike(stories_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,7 +50,8 @@ def test_energies_of_a_real_model_cover_every_matrix_for_any_number_of_threads(
     stories_folder: Path, stories_text: Path
 ) -> None:
     source = open_source(stories_folder)
-    energies = channel_energies(source, read_text(stories_text))
+    windows = calibration_windows(calibration_tokens(source, read_text(stories_text)), ENERGY_WINDOWS)
+    energies = channel_energies(source, windows)
     for name, tensor in source.tensors.items():
         if name.startswith("model.layers") and "proj" in name:
             assert energies[name].shape == (tensor.shape[1],)
@@ -52,7 +60,7 @@ def test_energies_of_a_real_model_cover_every_matrix_for_any_number_of_threads(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        again = channel_energies(source, read_text(stories_text))
+        again = channel_energies(source, windows)
     finally:
         torch.set_num_threads(threads)
     assert all(np.array_equal(energies[name], again[name]) for name in energies)

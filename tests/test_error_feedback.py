@@ -17,7 +17,6 @@ from cluscomp_export.effort import Effort, levels_of
 from cluscomp_export.error_feedback import ErrorFeedback, Goal, InputMoments, block_index
 from cluscomp_export.evaluate import evaluate_files
 from cluscomp_export.sources import open_source
-from cluscomp_export.tuning import HELD_OUT
 from cluscomp_export.tuning.training import Curve, Trained
 from cluscomp_export.work_folder import work_path
 from cluscomp_formats.errors import InvalidRequestError
@@ -301,32 +300,21 @@ def test_feedback_without_a_text_is_refused(stories_folder: Path, tmp_path: Path
         convert(stories_folder, tmp_path / "out.clus", ConversionOptions(bits=3, calibration="none", effort="balanced"))
 
 
-def test_windows_are_bounded(stories_folder: Path, stories_text: Path) -> None:
-    source = open_source(stories_folder)
-    text = read_text(stories_text)
-    assert calibration_windows(source, text * 40, 3).shape == (3, 512)
-    assert calibration_windows(source, text[:50], 3).shape[0] == 1
-    assert ErrorFeedback(source, calibration_windows(source, text[:50], 1)).covers("model.layers.4.mlp.up_proj.weight")
+def test_windows_are_bounded_and_spread_over_the_text() -> None:
+    token_ids = list(range(40 * 512 + 7))
+    found = calibration_windows(token_ids, 3)
+    assert found.tolist() == [token_ids[start : start + 512] for start in (6 * 512, 20 * 512, 33 * 512)]
+    assert calibration_windows(token_ids, 100).shape == (40, 512)
+    assert calibration_windows(token_ids[:50], 3).tolist() == [token_ids[:50]]
 
 
-def test_windows_are_spread_over_the_text_but_for_what_is_held_out(stories_folder: Path) -> None:
-    source = open_source(stories_folder)
-    token_ids = torch.tensor(calibration_tokens(source, shipped_text()))
-    text_windows = list(token_ids.split(512))[: len(token_ids) // 512]
-    found = calibration_windows(source, shipped_text(), 3)
-    places = [next(place for place, window in enumerate(text_windows) if torch.equal(window, row)) for row in found]
-    assert places == [(2 * third + 1) * len(text_windows) // 6 for third in range(3)]
-    early = calibration_windows(source, shipped_text(), len(text_windows), held_out=0.1)
-    count = (len(token_ids) - round(0.1 * len(token_ids))) // 512
-    assert torch.equal(early, torch.stack(text_windows[:count]))
-
-
-@pytest.mark.parametrize(("effort", "held_out"), [("balanced", 0.0), ("best", HELD_OUT)])
+@pytest.mark.parametrize(("effort", "held_out"), [("balanced", 0), ("best", 4 * 512)])
 def test_recovery_is_judged_by_text_that_feedback_has_not_seen(
-    effort: Effort, held_out: float, stories_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    effort: Effort, held_out: int, stories_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def seen(source: Model, windows: torch.Tensor, *_: object, **__: object) -> None:
-        assert torch.equal(windows, calibration_windows(source, shipped_text(), 10**6, held_out=held_out))
+        token_ids = calibration_tokens(source, shipped_text())
+        assert torch.equal(windows, calibration_windows(token_ids[: len(token_ids) - held_out], 10**6))
         raise KeyboardInterrupt
 
     monkeypatch.setattr("cluscomp_export.convert.ErrorFeedback", seen)

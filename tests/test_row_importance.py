@@ -12,7 +12,7 @@ from model_builders import tiny_llama
 from noise_costs import divergence
 
 from cluscomp_export import convert as convert_module
-from cluscomp_export.calibration import calibration_windows, read_text
+from cluscomp_export.calibration import calibration_tokens, calibration_windows, read_text
 from cluscomp_export.convert import ConversionOptions, convert
 from cluscomp_export.error_feedback import Goal, InputMoments
 from cluscomp_export.jobs import LEAST_IMPORTANCE, Computing, Encoding
@@ -31,7 +31,7 @@ def stories(stories_folder: Path) -> Model:
 
 @pytest.fixture(scope="module")
 def windows(stories: Model, stories_text: Path) -> torch.Tensor:
-    return calibration_windows(stories, read_text(stories_text), 4)[:, :128]
+    return calibration_windows(calibration_tokens(stories, read_text(stories_text)), 4)[:, :128]
 
 
 @pytest.mark.parametrize("name", ["1.mlp.up_proj", "4.mlp.gate_proj", "3.self_attn.q_proj"])

@@ -14,7 +14,7 @@ from noise_costs import divergence
 
 from cluscomp_export import convert as convert_module
 from cluscomp_export import preparing
-from cluscomp_export.calibration import calibration_windows, read_text
+from cluscomp_export.calibration import calibration_tokens, calibration_windows, read_text
 from cluscomp_export.convert import ConversionOptions, convert
 from cluscomp_export.sensitivity import measure_sensitivities, sensitive_tensors
 from cluscomp_export.sources import open_source
@@ -35,7 +35,7 @@ def stories(stories_folder: Path) -> Model:
 
 @pytest.fixture(scope="module")
 def windows(stories: Model, stories_text: Path) -> torch.Tensor:
-    return calibration_windows(stories, read_text(stories_text), 4)[:, :128]
+    return calibration_windows(calibration_tokens(stories, read_text(stories_text)), 4)[:, :128]
 
 
 def input_energy(source: Model, name: str, windows: torch.Tensor) -> np.ndarray:

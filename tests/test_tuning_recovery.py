@@ -19,7 +19,7 @@ from cluscomp_export.planning import plan_bits
 from cluscomp_export.sources import open_source
 from cluscomp_export.tuning import RecoveryOptions, recover
 from cluscomp_export.tuning.parameters import TrainableModel
-from cluscomp_export.tuning.training import Precision, Training, fast_precision
+from cluscomp_export.tuning.training import RATE_OF_ROOT, Precision, Training, fast_precision
 from cluscomp_formats.errors import InvalidRequestError
 from cluscomp_formats.ir import Array, ClusteredWeight, DenseTensor, Model
 from cluscomp_formats.packed import open_packed
@@ -117,6 +117,15 @@ def test_the_same_training_gives_the_same_digest(clustered: Model, source: Model
         TrainableModel(clustered), source, token_ids, RecoveryOptions(steps=2, batch=1, context=32, seed=1)
     ).model.digest()
     assert first == second != other
+
+
+def test_the_rate_goes_with_the_way_there_is_to_go(clustered: Model, source: Model, token_ids: list[int]) -> None:
+    options = RecoveryOptions(steps=2, batch=1, context=32)
+    usual = recover(TrainableModel(clustered), source, token_ids, options)
+    rate = RATE_OF_ROOT * math.sqrt(usual.curve[0]["held_out"])
+    same = recover(TrainableModel(clustered), source, token_ids, replace(options, rate=rate))
+    other = recover(TrainableModel(clustered), source, token_ids, replace(options, rate=2 * rate))
+    assert same.model.digest() == usual.model.digest() != other.model.digest()
 
 
 def test_a_loss_that_is_not_finite_keeps_the_best_state(

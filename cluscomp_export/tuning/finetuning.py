@@ -254,7 +254,9 @@ def _check_options(options: TuneOptions) -> None:
         problem = Problem("bad_option", "--context is at least 2; --batch, --checks, --patience and --epochs are positive")
     elif min(training.steps, training.warmup, training.seed) < 0:
         problem = Problem("bad_option", "--steps, --warmup and --seed are not negative")
-    elif not (math.isfinite(training.rate) and training.rate > 0 and math.isfinite(options.kl) and options.kl >= 0):
+    elif not (
+        training.rate and math.isfinite(training.rate) and training.rate > 0 and math.isfinite(options.kl) and options.kl >= 0
+    ):
         problem = Problem("bad_option", "--lr is positive, and --kl is not negative")
     if problem:
         raise InvalidRequestError(problem)

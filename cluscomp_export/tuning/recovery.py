@@ -1,7 +1,7 @@
 """Recovery: codebooks, row scales and norms trained so that the compressed model predicts what the original does.
 
 The last level of ClusComp (Liao et al., arXiv 2503.13089, recovery training): end to end, the Kullback-Leibler divergence from
-the original's predictions on a calibration text as loss, codes fixed. A tenth of the text is held out; what it is divergent by
+the original's predictions on a calibration text as loss, codes fixed. The end of the text is held out; the divergence there
 decides which state is kept.
 
 Memory: the original as float32 (a large one is read matrix by matrix at every pass), the compressed model's codes, the
@@ -26,24 +26,23 @@ from cluscomp_formats.errors import InvalidRequestError, Problem
 from cluscomp_formats.ir import Model
 from cluscomp_runtime.language_model import LanguageModel
 
-__all__ = ["HELD_OUT", "RecoveryOptions", "recover", "teacher_kernel"]
+__all__ = ["RecoveryOptions", "recover", "teacher_kernel"]
 
-HELD_OUT = 0.1
-"""Share of the text, at its end, that is not trained on."""
-MAX_HELD_OUT_WINDOWS = 4
+HELD_OUT_WINDOWS = 4
 KEPT_TEACHER_BYTES = 4 << 30
 """An original of no more than this as float32 is kept in memory."""
 
 
 @dataclass(frozen=True)
 class RecoveryOptions(TrainingOptions):
-    """Windows are of `context` tokens, drawn from the text at random.
-
-    The rate is one that harms no model: the better it is already, the smaller the steps it takes (docs/lab-notes.md).
-    """
+    """Windows are of `context` tokens, drawn from the text at random."""
 
     context: int = 512
-    rate: float = 3e-4
+    rate: float | None = None
+
+    def held_out(self, tokens: int) -> int:
+        """How many of a text's `tokens`, at its end, are not trained on: four windows, or a tenth of a short text."""
+        return min(HELD_OUT_WINDOWS * self.context, max(2, round(tokens / 10)))
 
 
 def recover(
@@ -66,11 +65,10 @@ def recover(
     if len(ids) < 20:
         problem = Problem("text_too_short", "the text is too short to train on", found=f"{len(ids)} tokens", expected="20")
         raise InvalidRequestError(problem)
-    reserved = max(2, round(HELD_OUT * len(ids)))
+    reserved = options.held_out(len(ids))
     context = min(options.context, reserved)
-    text = ids[:-reserved]
-    count = min(MAX_HELD_OUT_WINDOWS, reserved // context)
-    held_out = ids[-reserved:][: count * context].reshape(count, context)
+    text, judge = ids[:-reserved], ids[-reserved:]
+    held_out = judge[: reserved // context * context].reshape(-1, context)
 
     def batch(step: int) -> Batch:
         length = min(context, len(text))

@@ -24,6 +24,7 @@ from cluscomp_formats.hf.safetensors import Forms
 from cluscomp_formats.ir import AnyArray, Model
 
 __all__ = [
+    "RATE_OF_ROOT",
     "Curve",
     "Precision",
     "Schedule",
@@ -45,6 +46,8 @@ norms, losses, parameters and their updates."""
 
 CLIP = 1.0
 """Largest norm of the gradient: keeps one odd window from undoing many steps."""
+RATE_OF_ROOT = 1.5e-3
+"""Rate for a held-out divergence of 1 nat per token (docs/lab-notes.md)."""
 SAVE_SECONDS = 60.0
 """A checkpoint is kept at every check, and in between when the last one is this old."""
 _CHECKPOINT = "training"
@@ -64,6 +67,9 @@ Batch = TypeVar("Batch", bound=Counted)
 class TrainingOptions:
     """`steps` steps on `batch` windows each; `rate` is relative to a parameter's size.
 
+    A `rate` of None is `RATE_OF_ROOT` times the square root of the held-out loss before the training, for losses that are
+    divergences: these are quadratic in what is wrong, so a step stays in proportion to the way there is to go.
+
     The rate rises over `warmup` steps, then follows `schedule`: falls to 0 by half a cosine, falls to 0 in a line, or stays.
     `checks` evaluations on held-out batches are spread over the training; it stops when `patience` of them in a row bring no
     progress.
@@ -71,7 +77,7 @@ class TrainingOptions:
 
     steps: int = 48
     batch: int = 4
-    rate: float = 1e-3
+    rate: float | None = 1e-3
     schedule: Schedule = "cosine"
     warmup: int = 0
     checks: int = 8
@@ -197,10 +203,10 @@ class Training(Generic[Batch]):
         self.work = work
         self.name = name
         self.on_progress = on_progress
-        # Adam moves every value by about the rate: relative to the parameter's size, one rate serves all.
-        self.rates = {name: options.rate * _size(values) for name, values in student.parameters.items()}
-        groups = [{"params": [values], "lr": self.rates[name]} for name, values in student.parameters.items()]
+        groups = [{"params": [values]} for values in student.parameters.values()]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+        # Adam moves every value by about the rate: relative to the parameter's size, one rate serves all.
+        self.sizes = [_size(values) for values in student.parameters.values()]
         self.state = _State()
         self.resumed_at = 0
 
@@ -247,11 +253,18 @@ class Training(Generic[Batch]):
         norm = torch.nn.utils.clip_grad_norm_(list(self.student.parameters.values()), CLIP)
         if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
             return math.nan
-        factor = rate_factor(self.options, step)
-        for group, rate in zip(self.optimizer.param_groups, self.rates.values(), strict=True):
-            group["lr"] = rate * factor
+        rate = self.rate * rate_factor(self.options, step)
+        for group, size in zip(self.optimizer.param_groups, self.sizes, strict=True):
+            group["lr"] = rate * size
         self.optimizer.step()
         return loss.item()
+
+    @property
+    def rate(self) -> float:
+        """The learning rate at its highest, relative to a parameter's size."""
+        if self.options.rate is not None:
+            return self.options.rate
+        return RATE_OF_ROOT * math.sqrt(self.state.curve[0]["held_out"])
 
     def evaluate(self) -> float:
         """Mean loss on the held-out batches with the parameters as they would be stored, nats per token."""
