@@ -66,7 +66,7 @@ class ProgressDisplay:
         if key not in self._tasks:
             self._tasks[key] = self._progress.add_task(self._prefix + stage, total=total)
         self._progress.update(self._tasks[key], description=self._prefix + stage, completed=done, total=total)
-        if self._progress.disable and time.monotonic() - self._told >= LINE_SECONDS:
+        if self._progress.disable and total > 1 and time.monotonic() - self._told >= LINE_SECONDS:
             self._told = time.monotonic()
             left = next(task.time_remaining for task in self._progress.tasks if task.id == self._tasks[key])
             about = f", about {max(1, round(left / 60))} min left" if left else ""
