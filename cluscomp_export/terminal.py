@@ -23,6 +23,8 @@ LINE_SECONDS = 60.0
 """How often progress is told where there is no terminal to show bars on: rare enough for a log."""
 SPEED_SECONDS = 3600.0
 """The estimate of the time left looks back so far: steps of large models take minutes."""
+EARLIEST_ESTIMATE = 0.05
+"""Share of a stage that must be done before a line tells the time left."""
 
 
 class ProgressDisplay:
@@ -69,7 +71,8 @@ class ProgressDisplay:
         if self._progress.disable and total > 1 and time.monotonic() - self._told >= LINE_SECONDS:
             self._told = time.monotonic()
             left = next(task.time_remaining for task in self._progress.tasks if task.id == self._tasks[key])
-            about = f", about {max(1, round(left / 60))} min left" if left else ""
+            # Too early it misleads: what is written first may have been computed for minutes.
+            about = f", about {max(1, round(left / 60))} min left" if left and done >= EARLIEST_ESTIMATE * total else ""
             say(printable(f"{self._prefix}{stage}: {done}/{total}{about}"))
 
 

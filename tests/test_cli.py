@@ -248,12 +248,17 @@ def test_progress_is_told_line_by_line_where_there_is_no_terminal(
     now = 0.0
     monkeypatch.setattr("time.monotonic", lambda: now)
     with ProgressDisplay() as progress:
+        progress("writing", 0, 100)
+        now += 100.0
+        progress("reading", 0, 1)
+        progress("writing", 1, 100)
         for done in range(11):
             progress("training \x1b[2J", done, 10)
             now += 40.0
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.splitlines() == [
+        "writing: 1/100",
         "training \\x1b[2J: 2/10, about 5 min left",
         "training \\x1b[2J: 4/10, about 4 min left",
         "training \\x1b[2J: 6/10, about 3 min left",
