@@ -8,11 +8,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 # A busy machine is no failure; a change lands or not by the same examples whoever runs them.
 settings.register_profile("project", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("project")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def said_threads() -> None:
+    """As many threads as torch has chosen, but said: tests that change and restore their number then leave products as they were.
+
+    Unsaid, the library behind them may use fewer, and the bits of a training depend on that.
+    """
+    torch.set_num_threads(torch.get_num_threads())
 
 
 @pytest.fixture(scope="session", autouse=True)
