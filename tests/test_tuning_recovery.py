@@ -128,6 +128,14 @@ def test_the_rate_goes_with_the_way_there_is_to_go(clustered: Model, source: Mod
     assert same.model.digest() == usual.model.digest() != other.model.digest()
 
 
+def test_a_divergence_that_rounding_made_negative_is_none(
+    clustered: Model, source: Model, token_ids: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Training, "evaluate", lambda self: -1e-9)
+    result = recover(TrainableModel(clustered), source, token_ids, RecoveryOptions(steps=2, batch=1, context=32))
+    assert result.model.digest() == clustered.digest()
+
+
 def test_a_loss_that_is_not_finite_keeps_the_best_state(
     clustered: Model, source: Model, token_ids: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

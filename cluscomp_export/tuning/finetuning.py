@@ -254,9 +254,7 @@ def _check_options(options: TuneOptions) -> None:
         problem = Problem("bad_option", "--context is at least 2; --batch, --checks, --patience and --epochs are positive")
     elif min(training.steps, training.warmup, training.seed) < 0:
         problem = Problem("bad_option", "--steps, --warmup and --seed are not negative")
-    elif not (
-        training.rate and math.isfinite(training.rate) and training.rate > 0 and math.isfinite(options.kl) and options.kl >= 0
-    ):
+    elif not (0 < (training.rate or 0) < math.inf and 0 <= options.kl < math.inf):
         problem = Problem("bad_option", "--lr is positive, and --kl is not negative")
     if problem:
         raise InvalidRequestError(problem)

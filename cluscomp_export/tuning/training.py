@@ -264,7 +264,8 @@ class Training(Generic[Batch]):
         """The learning rate at its highest, relative to a parameter's size."""
         if self.options.rate is not None:
             return self.options.rate
-        return RATE_OF_ROOT * math.sqrt(self.state.curve[0]["held_out"])
+        # Rounding can make a divergence of nothing negative.
+        return RATE_OF_ROOT * math.sqrt(max(0.0, self.state.curve[0]["held_out"]))
 
     def evaluate(self) -> float:
         """Mean loss on the held-out batches with the parameters as they would be stored, nats per token."""
