@@ -300,6 +300,12 @@ def test_feedback_without_a_text_is_refused(stories_folder: Path, tmp_path: Path
         convert(stories_folder, tmp_path / "out.clus", ConversionOptions(bits=3, calibration="none", effort="balanced"))
 
 
+def test_feedback_takes_a_text_shorter_than_a_window(stories_folder: Path, stories_text: Path) -> None:
+    source = open_source(stories_folder)
+    windows = calibration_windows(calibration_tokens(source, read_text(stories_text)[:50]), 1)
+    assert ErrorFeedback(source, windows).covers("model.layers.4.mlp.up_proj.weight")
+
+
 def test_windows_are_bounded_and_spread_over_the_text() -> None:
     token_ids = list(range(40 * 512 + 7))
     found = calibration_windows(token_ids, 3)
