@@ -15,7 +15,6 @@ from cluscomp_export.memory_model.matrices import (
     looking_up,
     making_vectors,
     num_vectors,
-    quantised,
     reading,
     to_float64,
 )
@@ -50,10 +49,9 @@ def calibration(source: Model, settings: DecoderSettings, windows: int) -> int:
     sums = sum(8 * tensor.shape[1] for tensor in matrices)
     tokens = min(windows, BATCH) * CONTEXT
     multiplying = max(to_float64(source, tensor) for tensor in matrices if block_index(tensor.name) is not None)
-    embedding = source.tensors[EMBEDDING]
     return sums + max(
         multiplying + _layer_activations(settings, tokens, 8),
-        looking_up(source, embedding) + 16 * tokens * settings.hidden_size,
+        looking_up(source, source.tensors[EMBEDDING]) + 16 * tokens * settings.hidden_size,
     )
 
 
@@ -165,13 +163,8 @@ def error_feedback(
 
 
 def embedding(source: Model, settings: DecoderSettings, windows: int) -> int:
-    """What flows into the first block: the embedding copied off the map, or decoded, and the streams of all windows."""
-    tensor = source.tensors[EMBEDDING]
-    if quantised(source, tensor.name) or isinstance(tensor, ClusteredWeight):
-        held = reading(source, tensor)[0]
-    else:
-        held = 2 * tensor.values.nbytes
-    return held + 4 * windows * CONTEXT * settings.hidden_size
+    """What flows into the first block: the embedding, and the streams of all windows."""
+    return looking_up(source, source.tensors[EMBEDDING]) + 4 * windows * CONTEXT * settings.hidden_size
 
 
 def _to_float32(tensor: Tensor) -> int:

@@ -78,11 +78,10 @@ def to_float64(source: Model, tensor: Tensor) -> int:
 
 
 def looking_up(source: Model, tensor: Tensor) -> int:
-    """Rows of an embedding in the runtime's reference mode: decoded whole, or looked up in the stored values."""
-    if isinstance(tensor, ClusteredWeight):
-        return clustered_decoding(tensor)
-    width = QUANTISED if quantised(source, tensor.name) else DTYPES[tensor.values.dtype].itemsize
-    return width * tensor.num_weights
+    """Rows of an embedding in the runtime's reference mode: the stored values copied off the map, or decoded."""
+    if quantised(source, tensor.name) or isinstance(tensor, ClusteredWeight):
+        return reading(source, tensor)[0]
+    return 2 * tensor.values.nbytes
 
 
 def making_vectors(source: Model, name: str, treatment: Treatment) -> tuple[int, int]:
