@@ -18,7 +18,7 @@ settings.load_profile("project")
 
 @pytest.fixture(scope="session", autouse=True)
 def said_threads() -> None:
-    """As many threads as torch has chosen, but said: tests that change and restore their number then leave products as they were.
+    """As many threads as torch has chosen, but said: tests that change and restore their number then change nothing.
 
     Unsaid, the library behind them may use fewer, and the bits of a training depend on that.
     """
