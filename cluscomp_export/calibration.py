@@ -40,6 +40,8 @@ ENERGY_WINDOWS = 16
 """Windows that tell the energies of channels."""
 BATCH = 4
 """Windows run at a time: every batch decodes every matrix once more, and activations take memory by the batch."""
+NEGLIGIBLE = 1e-8
+"""Of the mean energy of tokens: what float32 leaves of a gradient that is zero, as that of a text's first query, has less."""
 
 
 def shipped_text() -> str:
@@ -117,10 +119,12 @@ def channel_energies(
 def token_shares(values: torch.Tensor) -> torch.Tensor:
     """Each channel's share of a token's energy, summed over all tokens of `[..., channels]`, float64 `[channels]`.
 
-    So every token counts alike: the first of a text can have a thousand times the energy of the others, in few channels.
+    So every token counts alike: the first of a text can have a thousand times the energy of the others, in few channels. Only
+    what has less than `NEGLIGIBLE` of their mean energy counts less.
     """
     energy = values.double().square().flatten(0, -2)
-    return (energy / energy.mean(1, keepdim=True).clamp(min=torch.finfo(energy.dtype).tiny)).sum(0)
+    least = max(NEGLIGIBLE * float(energy.mean()), torch.finfo(energy.dtype).tiny)
+    return (energy / energy.mean(1, keepdim=True).clamp(min=least)).sum(0)
 
 
 def normalised(sums: torch.Tensor) -> npt.NDArray[np.float32]:

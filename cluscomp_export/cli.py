@@ -269,22 +269,21 @@ def evaluate(
         raise click.UsageError("--limit, --num-fewshot: only with --tasks.")
     if output is not None:
         check_output(output, force=force)
-    if threads is not None:
-        import torch
+    from cluscomp_export.torch_threads import torch_threads
 
-        torch.set_num_threads(threads)
     if text is not None:
         from cluscomp_export.evaluate import evaluate_files
 
-        with ProgressDisplay() as progress:
+        with torch_threads(threads), ProgressDisplay() as progress:
             scores = evaluate_files(model, text=text, device=device, dtype=dtype, on_progress=progress, **options)
         document = dict(vars(scores))
     else:
         from cluscomp_export.harness import evaluate_tasks
 
-        document = evaluate_tasks(
-            model, str(tasks).split(","), limit=limit, num_fewshot=num_fewshot, device=device, dtype=dtype
-        )
+        with torch_threads(threads):
+            document = evaluate_tasks(
+                model, str(tasks).split(","), limit=limit, num_fewshot=num_fewshot, device=device, dtype=dtype
+            )
     document["record"] = {**document["record"], "command": ["cluscomp-export", *sys.argv[1:]]}
     if output is not None:
         _write_json(output, document, force=force)

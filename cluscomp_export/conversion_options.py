@@ -35,7 +35,8 @@ class ConversionOptions:
     then trains codebooks, scales and norms end to end. `feedback`, `calibration_windows`, `blockwise` and `recovery` change
     the effort: see `levels_of`.
     `gguf_type` decodes for stock llama.cpp. `workers`, what `parse_workers` takes, cluster in parallel, else this process
-    does. `workers`, `threads` (of each worker) and `device` do not change the result, except that of a training.
+    does. `threads` are those of all work, with workers of each of them; `workers`, `threads` and `device` do not change the
+    result of clustering, but that of error feedback and trainings may depend on threads and device.
     """
 
     bits: float | None = None

@@ -28,6 +28,7 @@ from cluscomp_export.progress import Progress, silent
 from cluscomp_export.row_importance import block_matrices, row_importance
 from cluscomp_export.sizes import model_sizes
 from cluscomp_export.sources import open_source
+from cluscomp_export.torch_threads import torch_threads
 from cluscomp_export.tuning import RecoveryOptions, TrainableModel, recover
 from cluscomp_export.tuning.training import Curve, curve_array, curve_entries, curve_form, finite_curve
 from cluscomp_export.work_folder import Forms, WorkFolder, fingerprint, remove_work, work_folder, work_path
@@ -107,6 +108,8 @@ def convert(
         return record
 
     with contextlib.ExitStack() as unfinished:
+        # Of workers, `threads` is the number for each.
+        unfinished.enter_context(torch_threads(options.threads if options.workers is None else None))
         work = unfinished.enter_context(work_folder(output)) if prepared.plan is not None else None
         _check_space(output, prepared, work)
         if prepared.plan is not None and work is not None:
@@ -171,9 +174,7 @@ def _clustered(
     if text is not None:
         try:
             token_ids = calibration_tokens(source, text)
-            # Recovery judges itself by text that nothing was fitted to.
-            held_out = 0 if levels.recovery is None else levels.recovery.held_out(len(token_ids))
-            seen = token_ids[: max(1, len(token_ids) - held_out)]
+            seen = levels.seen(token_ids)
             energies = _energies(source, seen, work, on_progress)
             if levels.block_by_block:
                 feedback = ErrorFeedback(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, TypeVar
 
@@ -42,6 +42,11 @@ class Levels:
     def needs_text(self) -> bool:
         """Whether there must be a calibration text."""
         return self.block_by_block or self.recovery is not None
+
+    def seen(self, token_ids: Sequence[int]) -> Sequence[int]:
+        """The part of a text that anything is measured on or fitted to: recovery judges itself by the rest."""
+        held_out = 0 if self.recovery is None else self.recovery.held_out(len(token_ids))
+        return token_ids[: max(1, len(token_ids) - held_out)]
 
     def recorded(self) -> dict[str, Any]:
         """What determines the result, for the provenance."""

@@ -156,7 +156,7 @@ def sensitivities_of(
     if found is not None:
         pairs = zip(names, found["relative"].tolist(), found["flat"].tolist(), strict=True)
         return {name: Sensitivity(relative, flat) for name, relative, flat in pairs}
-    windows = calibration_windows(calibration_tokens(source, text), WINDOWS)
+    windows = calibration_windows(options.levels().seen(calibration_tokens(source, text)), WINDOWS)
     sensitivities = measure_sensitivities(source, windows, seed=options.seed, on_progress=on_progress)
     if work is not None:
         arrays: dict[str, AnyArray] = {

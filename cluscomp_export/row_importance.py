@@ -81,9 +81,8 @@ def row_importance(
     """Importance of each row of every matrix of a decoder block, float32 `[out_features]` with mean 1, on ids int64 `[windows,
     tokens]`.
 
-    Summed in float64, so that the result does not depend on the order in which threads add. Raises UnsupportedError for an
-    architecture the runtime does not know, InvalidFileError where tensors do not fit the configuration, InvalidRequestError for
-    ids the model does not have.
+    The last bits may depend on the number of threads. Raises UnsupportedError for an architecture the runtime does not know,
+    InvalidFileError where tensors do not fit the configuration, InvalidRequestError for ids the model does not have.
     """
     measurement = _Measurement(source, seed)
     measurement.run(windows, "row importance", on_progress)

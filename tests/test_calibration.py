@@ -21,6 +21,7 @@ from cluscomp_export.calibration import (
 from cluscomp_export.convert import ConversionOptions, convert
 from cluscomp_export.evaluate import evaluate_files
 from cluscomp_export.sources import open_source
+from cluscomp_export.torch_threads import torch_threads
 from cluscomp_formats.errors import InvalidFileError, InvalidRequestError
 from cluscomp_formats.ir import Array, DenseTensor, Model
 from cluscomp_formats.packed import open_packed
@@ -57,12 +58,8 @@ def test_energies_of_a_real_model_cover_every_matrix_for_any_number_of_threads(
             assert energies[name].shape == (tensor.shape[1],)
             assert energies[name].mean() == pytest.approx(1, rel=1e-5)
             assert energies[name].min() >= 0
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with torch_threads(1):
         again = channel_energies(source, windows)
-    finally:
-        torch.set_num_threads(threads)
     assert all(np.array_equal(energies[name], again[name]) for name in energies)
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from cluscomp_export import cli
 from cluscomp_export.terminal import ProgressDisplay
@@ -302,12 +301,8 @@ def test_eval(run: Run, stories_folder: Path, stories_text: Path, packed: Path) 
 
 def test_eval_in_the_papers_protocol_to_a_file(run: Run, stories_text: Path, packed: Path, tmp_path: Path) -> None:
     output = tmp_path / "eval.json"
-    threads = torch.get_num_threads()
     arguments = ("eval", packed, "--text", stories_text, "--protocol", "gptq", "--context", 64, "--windows", 2)
-    try:
-        code, out, _ = run(*arguments, "--threads", 1, "--output", output)
-    finally:
-        torch.set_num_threads(threads)
+    code, out, _ = run(*arguments, "--threads", 1, "--output", output)
     result = json.loads(output.read_text())
     assert code == 0
     assert "protocol gptq: 2 windows of 64 tokens" in out

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 from cluscomp_export import jobs
@@ -47,12 +48,38 @@ def test_the_artefact_runs_and_passes_its_self_test(packed: Path) -> None:
     assert len(text.split()) > 10
 
 
-def test_the_same_inputs_give_the_same_bytes_for_any_number_of_threads(
-    stories_folder: Path, packed: Path, tmp_path: Path
-) -> None:
+def test_the_same_inputs_give_the_same_bytes(stories_folder: Path, packed: Path, tmp_path: Path) -> None:
     again = tmp_path / "again.clus"
-    convert(stories_folder, again, ConversionOptions(bits=4, embedding_bits=8, threads=1))
+    convert(stories_folder, again, ConversionOptions(bits=4, embedding_bits=8))
     assert again.read_bytes() == packed.read_bytes()
+
+
+def test_clustering_gives_the_same_bytes_with_any_number_of_threads(stories_folder: Path, tmp_path: Path) -> None:
+    outputs = [tmp_path / f"{threads}.clus" for threads in (1, 3)]
+    for output in outputs:
+        convert(stories_folder, output, ConversionOptions(bits=4, effort="fast", threads=int(output.stem)))
+    assert outputs[0].read_bytes() == outputs[1].read_bytes()
+
+
+@pytest.mark.parametrize(("workers", "expected"), [(None, 3), ("threads:2", 2)])
+def test_all_work_keeps_to_the_threads_asked_for_and_says_so_to_torch(
+    workers: str | None, expected: int, stories_folder: Path, tmp_path: Path
+) -> None:
+    seen: set[int] = set()
+    options = ConversionOptions(bits=4, effort="best", recovery={"steps": 1}, threads=3, workers=workers)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        convert(
+            stories_folder,
+            tmp_path / "out.clus",
+            options,
+            on_progress=lambda stage, done, total: seen.add(torch.get_num_threads()) if done else None,
+        )
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen - {expected} == set()
 
 
 def test_repacking_keeps_digest_and_bytes(packed: Path, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -234,20 +233,6 @@ def test_the_provenance_names_the_levels(made: dict[str, Path]) -> None:
     assert balanced["feedback"] is True
     assert balanced["blockwise"]["epochs"] == 2
     assert balanced["calibration_windows"] == levels_of("balanced").windows
-
-
-def test_threads_change_no_byte(stories_folder: Path, halves: tuple[Path, Path], tmp_path: Path) -> None:
-    """Of what is not trained: torch adds up gradients in an order that depends on the number of threads."""
-    threads = torch.get_num_threads()
-    outputs = tmp_path / "one.clus", tmp_path / "two.clus"
-    options = ConversionOptions(bits=4, share="none", calibration=str(halves[0]), blockwise={"epochs": 0})
-    try:
-        for number, output in enumerate(outputs, 1):
-            torch.set_num_threads(number)
-            convert(stories_folder, output, replace(options, threads=number))
-    finally:
-        torch.set_num_threads(threads)
-    assert open_packed(outputs[0]).digest() == open_packed(outputs[1]).digest()
 
 
 def test_an_interrupted_conversion_ends_with_the_same_bytes(

@@ -18,6 +18,7 @@ from cluscomp_export.error_feedback import Goal, InputMoments
 from cluscomp_export.jobs import LEAST_IMPORTANCE, Computing, Encoding
 from cluscomp_export.row_importance import block_matrices, row_importance
 from cluscomp_export.sources import open_source
+from cluscomp_export.torch_threads import torch_threads
 from cluscomp_formats.errors import UnsupportedError
 from cluscomp_formats.ir import Model
 from cluscomp_kernels.kmeans import feedback_factor
@@ -53,18 +54,18 @@ def test_it_tells_what_errors_of_rows_cost(name: str, stories: Model, windows: t
     assert 0.5 * ratio < costs[1] / costs[0] < 2 * ratio
 
 
-def test_it_is_the_same_for_any_number_of_threads(stories: Model, windows: torch.Tensor) -> None:
-    measured = row_importance(stories, windows)
-    assert {name: len(values) for name, values in measured.items()} == block_matrices(stories)
-    assert len(measured) == 5 * 7
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        again = row_importance(stories, windows)
-    finally:
-        torch.set_num_threads(threads)
-    for name, values in measured.items():
-        np.testing.assert_array_equal(values, again[name])
+def test_it_does_not_hang_on_the_number_of_threads(stories: Model, stories_text: Path) -> None:
+    """Up to rounding: a gradient that is nothing but rounding, as that of a window's first query, does not count."""
+    windows = calibration_windows(calibration_tokens(stories, read_text(stories_text)), 4)
+    measured = []
+    for threads in (1, 2):
+        with torch_threads(threads):
+            measured.append(row_importance(stories, windows))
+    assert {name: len(values) for name, values in measured[0].items()} == block_matrices(stories)
+    assert len(measured[0]) == 5 * 7
+    for name, values in measured[0].items():
+        # Observed: 4e-7. With the first query 7e-3.
+        np.testing.assert_allclose(values, measured[1][name], rtol=1e-5)
 
 
 def test_an_unknown_architecture_is_refused(windows: torch.Tensor) -> None:

@@ -18,6 +18,7 @@ from cluscomp_export.calibration import calibration_tokens, calibration_windows,
 from cluscomp_export.convert import ConversionOptions, convert
 from cluscomp_export.sensitivity import measure_sensitivities, sensitive_tensors
 from cluscomp_export.sources import open_source
+from cluscomp_export.torch_threads import torch_threads
 from cluscomp_export.trial_errors import trial_errors
 from cluscomp_formats.errors import InvalidRequestError, UnsupportedError
 from cluscomp_formats.ir import Array, DenseTensor, Model
@@ -92,12 +93,8 @@ def test_all_matrices_are_measured_for_any_number_of_threads(stories: Model, win
     assert len(names) == 5 * 7 + 1
     measured = measure_sensitivities(stories, windows)
     assert set(measured) == set(names)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with torch_threads(1):
         again = measure_sensitivities(stories, windows)
-    finally:
-        torch.set_num_threads(threads)
     for name, sensitivity in measured.items():
         assert (sensitivity.relative, sensitivity.flat) == (again[name].relative, again[name].flat)
 
@@ -125,6 +122,25 @@ def test_a_conversion_that_goes_on_does_not_measure_again(
         assert convert(stories_folder, tmp_path / "out.clus", options).reused >= 1
     convert(stories_folder, tmp_path / "whole.clus", options)
     assert (tmp_path / "out.clus").read_bytes() == (tmp_path / "whole.clus").read_bytes()
+
+
+def test_they_are_not_measured_on_what_recovery_judges_by(
+    stories: Model, stories_folder: Path, stories_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.Tensor] = []
+
+    def stop(source: Model, windows: torch.Tensor, **_: object) -> None:
+        seen.append(windows)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(preparing, "measure_sensitivities", stop)
+    options = ConversionOptions(bits=3, effort="best", sensitivity="measured", calibration=str(stories_text))
+    with pytest.raises(KeyboardInterrupt):
+        convert(stories_folder, tmp_path / "out.clus", options)
+    token_ids = calibration_tokens(stories, read_text(stories_text))
+    recovery = options.levels().recovery
+    assert recovery is not None
+    assert seen[0].tolist() == calibration_windows(token_ids[: -recovery.held_out(len(token_ids))], 4).tolist()
 
 
 def test_what_cannot_be_measured_is_refused(stories_folder: Path, tmp_path: Path) -> None:
