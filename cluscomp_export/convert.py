@@ -45,8 +45,12 @@ from cluscomp_formats.errors import (
 )
 from cluscomp_formats.ir import FLOAT_DTYPES, AnyArray, Array, Model
 from cluscomp_formats.packed.payloads import is_finite
+from cluscomp_runtime.language_model import check_device
+from cluscomp_runtime.memory import memory_faults
 
 __all__ = ["ConversionOptions", "ConversionReport", "Prepared", "convert", "prepare", "record_self_test", "scan_source"]
+
+_MEMORY_REMEDY = "run it again with more memory free, or with --device cpu if a GPU was full: what is finished has been kept"
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ def convert(
 
     A clustering that fails or is interrupted, by whatever, leaves what it has finished in a folder beside the output
     (`work_path`); the same call goes on from there, and ends with the same bytes. Raises what `prepare` does,
-    OutputExistsError, StorageError, SelfTestError, WorkersLostError.
+    OutputExistsError, StorageError, SelfTestError, WorkersLostError, and UnsupportedError if memory runs out.
     """
     started = time.perf_counter()
     writer = find_writer(options.to, options.gguf_type)
@@ -108,6 +112,7 @@ def convert(
         return record
 
     with contextlib.ExitStack() as unfinished:
+        unfinished.enter_context(memory_faults(_MEMORY_REMEDY))
         # Of workers, `threads` is the number for each.
         unfinished.enter_context(torch_threads(options.threads if options.workers is None else None))
         work = unfinished.enter_context(work_folder(output)) if prepared.plan is not None else None
@@ -209,12 +214,13 @@ def _clustered(
         on_progress=on_progress,
     )
     if levels.recovery is not None:
-        return _recovered(model, source, token_ids, levels.recovery, work, curves, warnings, on_progress)
+        trainable = TrainableModel(model, device=check_device(options.device))
+        return _recovered(trainable, source, token_ids, levels.recovery, work, curves, warnings, on_progress)
     return model
 
 
 def _recovered(
-    model: Model,
+    trainable: TrainableModel,
     source: Model,
     token_ids: Sequence[int],
     options: RecoveryOptions,
@@ -224,7 +230,6 @@ def _recovered(
     on_progress: Progress,
 ) -> Model:
     """The model after recovery training, unless an earlier attempt has done it."""
-    trainable = TrainableModel(model)
     arrays = work.load("recovery", trainable.forms() | {"curve": curve_form(options.most_checks)})
     if arrays is None:
         result = recover(trainable, source, token_ids, options, on_progress, work=work)

@@ -120,7 +120,7 @@ def prepare(
         windows=most_windows(text or "", options.levels().windows),
         cuda=options.device.startswith("cuda"),
     )
-    warnings = (*_warnings(source, sizes, source_size), *memory_warnings(memory))
+    warnings = (*_warnings(source, sizes, source_size), *memory_warnings(memory, options.device))
     return Prepared(source, plan, model, sizes, artefact, source_size, sensitivities, memory, warnings)
 
 

@@ -16,8 +16,17 @@ from safetensors.numpy import load_file, save_file
 from cluscomp_export import jobs
 from cluscomp_export.convert import ConversionOptions, convert, prepare, scan_source
 from cluscomp_export.sources import open_source
+from cluscomp_export.tuning.prediction_loss import PredictionLoss
+from cluscomp_export.tuning.training import Training
 from cluscomp_export.work_folder import work_folder, work_path
-from cluscomp_formats.errors import ClusCompError, InvalidFileError, InvalidRequestError, OutputExistsError, StorageError
+from cluscomp_formats.errors import (
+    ClusCompError,
+    InvalidFileError,
+    InvalidRequestError,
+    OutputExistsError,
+    StorageError,
+    UnsupportedError,
+)
 from cluscomp_formats.packed import open_packed
 from cluscomp_runtime import load
 
@@ -254,6 +263,44 @@ def test_work_is_taken_up_with_other_threads_and_not_with_other_options(
         assert report.reused == 0
         assert any("discarded" in warning for warning in report.warnings)
         assert list(tmp_path.iterdir()) == [output]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), MemoryError("Unable to allocate 2 GiB")],
+)
+def test_memory_that_runs_out_is_an_error_with_a_remedy_and_the_work_is_kept(
+    fault: Exception, stories_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out(*_: object, **__: object) -> None:
+        raise fault
+
+    output, options = tmp_path / "out.clus", ConversionOptions(bits=3, effort="fast", recovery={"steps": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr("cluscomp_export.convert.recover", run_out)
+        with pytest.raises(UnsupportedError, match="run it again with more memory") as caught:
+            convert(stories_folder, output, options)
+    assert caught.value.problems[0].kind == "out_of_memory"
+    assert caught.value.problems[0].found == str(fault)
+    assert not output.exists()
+    assert convert(stories_folder, output, options).reused > 40
+
+
+def test_recovery_is_where_the_device_says(stories_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No GPU is needed to see it: torch tells "cpu:0" from "cpu", and computes on both."""
+    places: set[torch.device] = set()
+
+    def run(training: Training) -> None:
+        assert isinstance(training.loss, PredictionLoss)
+        assert training.loss.teacher is not None
+        places.update((training.loss.student.device, training.loss.teacher.device))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Training, "run", run)
+    options = ConversionOptions(bits=3, effort="fast", recovery={"steps": 1}, device="cpu:0")
+    with pytest.raises(KeyboardInterrupt):
+        convert(stories_folder, tmp_path / "out.clus", options)
+    assert places == {torch.device("cpu:0")}
 
 
 def test_work_on_another_source_is_not_taken_up(stories_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

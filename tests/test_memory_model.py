@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from test_sources_config_only import KNOWN
 
 from cluscomp_export.convert import ConversionOptions, Prepared, convert, prepare
 from cluscomp_export.memory_model import PROCESS_BYTES, Peak, memory_warnings
+from cluscomp_export.memory_model.conversion import CONTEXT_BYTES
 from cluscomp_formats.errors import StorageError
 
 CHILD = """
@@ -119,14 +121,37 @@ def test_without_an_accelerator_none_is_used(tmp_path: Path) -> None:
     assert 0 < max(peak.device for peak in on_gpu.values()) < 48e9
 
 
+@pytest.mark.parametrize(("name", "bits"), [("Llama-2-70B", 3.5), ("Llama-3-70B", 2), ("Qwen2.5-72B", 2)])
+def test_everything_for_a_large_model_fits_a_gpu_of_48_gb(name: str, bits: float, tmp_path: Path) -> None:
+    needed = peaks(name, tmp_path, bits=bits, effort="best", device="cuda")
+    assert max(peak.device for peak in needed.values()) + CONTEXT_BYTES < 48e9
+    assert needed["recovery"].device > 20e9
+    # The original is read matrix by matrix.
+    assert needed["recovery"].host < 16e9
+
+
+def test_a_device_with_too_little_memory_is_warned_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [Peak("calibration", 0, 10**9, 0), Peak("recovery", 8 * 10**9, 10**9, 0)]
+    gpu = {"bytes": 8 * 10**9 + CONTEXT_BYTES}
+    monkeypatch.setattr("cluscomp_export.memory_model.conversion.physical_bytes", lambda: 10**11)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(total_memory=gpu["bytes"]))
+    assert memory_warnings(found, "cuda:1") == []
+    gpu["bytes"] -= 1
+    assert memory_warnings(found, "cuda:1") == ["recovery may need 8.5 GB of memory; cuda:1 has 8.5 GB"]
+    assert memory_warnings(found, "cpu") == []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert memory_warnings(found, "cuda:1") == []
+
+
 def test_a_machine_with_too_little_memory_is_warned_about(monkeypatch: pytest.MonkeyPatch) -> None:
     found = [Peak("calibration", 0, 5 * 10**9, 0), Peak("writing", 0, 10**9, 0)]
     monkeypatch.setattr("cluscomp_export.memory_model.conversion.physical_bytes", lambda: 5 * 10**9 + PROCESS_BYTES)
-    assert memory_warnings(found) == []
+    assert memory_warnings(found, "cpu") == []
     monkeypatch.setattr("cluscomp_export.memory_model.conversion.physical_bytes", lambda: 5 * 10**9)
-    assert memory_warnings(found) == ["calibration may need 5.3 GB of memory; this machine has 5.0 GB"]
+    assert memory_warnings(found, "cpu") == ["calibration may need 5.3 GB of memory; this machine has 5.0 GB"]
     monkeypatch.setattr("cluscomp_export.memory_model.conversion.physical_bytes", lambda: None)
-    assert memory_warnings(found) == []
+    assert memory_warnings(found, "cpu") == []
 
 
 def test_a_disk_with_too_little_space_is_refused_before_the_work(

@@ -239,27 +239,39 @@ def _training_block(settings: DecoderSettings, tokens: int, weights: Sequence[Cl
     return kept + max(widest + codes, 5 * min(BLOCK_BYTES, widest))
 
 
-def recovery(source: Model, model: Model, settings: DecoderSettings, options: RecoveryOptions) -> int:
-    """Beside what is trained (4 bytes each as value, gradient, two moments, best state and the one it replaces), the codes, and
+def recovery(
+    source: Model, model: Model, settings: DecoderSettings, options: RecoveryOptions, *, cuda: bool
+) -> tuple[int, int]:
+    """Bytes on the device, or else all on the host, and on the host.
+
+    Beside what is trained (4 bytes each as value, gradient, two moments, best state and the one it replaces), the codes, and
     embedding and head as float32: the original, as float32 or matrix by matrix; the streams between blocks; and either one
     block done again for its gradients (`_training_block`) or the logits of one window ten times: of both models, their
     logarithms, the divergences and their gradients with what torch needs in between, which is counted from a measured peak.
+    With a device the host has a matrix on its way there, or what is trained as value, two moments and best state, to be kept.
     """
     tokens = options.batch * options.context
     books = sum(book.values.size for book in model.codebooks.values())
     scales = sum(weight.row_scale.size for weight in model.clustered.values() if weight.row_scale is not None)
     norms = sum(tensor.num_weights for tensor in model.tensors.values() if len(tensor.shape) == 1)
-    frozen = sum(4 * model.tensors[name].num_weights for name in (embedding_tensor(model), head_tensor(model)) if name)
+    trained = books + scales + norms
+    ends = [model.tensors[name] for name in (embedding_tensor(model), head_tensor(model)) if name]
     codes = [sum(stage.codes.size for stage in weight.stages) for weight in model.clustered.values()]
     matrices = [tensor for tensor in source.tensors.values() if len(tensor.shape) == 2]
+    one = max(reading(source, tensor)[0] for tensor in matrices)
     if teacher_kernel(source) == "dense":
         teacher = sum(4 * tensor.num_weights for tensor in matrices)
+    elif cuda:
+        # As it is stored and as float32.
+        teacher = max(8 * tensor.num_weights for tensor in matrices)
     else:
-        teacher = max(reading(source, tensor)[0] for tensor in matrices)
+        teacher = one
     streams = 4 * tokens * settings.hidden_size * (settings.num_layers + 4)
     block = _training_block(settings, tokens, list(model.clustered.values()))
     logits = 10 * 4 * options.context * settings.vocab_size
-    return 24 * (books + scales + norms) + 2 * sum(codes) + frozen + teacher + streams + max(block, logits)
+    frozen = sum(4 * tensor.num_weights for tensor in ends)
+    working = 24 * trained + 2 * sum(codes) + frozen + teacher + streams + max(block, logits)
+    return (working, max(one, 16 * trained, *map(_to_float32, ends))) if cuda else (0, working)
 
 
 def self_test(model: Model, settings: DecoderSettings) -> int:

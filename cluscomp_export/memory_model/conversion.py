@@ -23,13 +23,16 @@ from cluscomp_export.planning import Plan
 from cluscomp_formats.errors import ClusCompError
 from cluscomp_formats.ir import Model
 from cluscomp_runtime.architecture import DecoderSettings, check_tensors
-from cluscomp_runtime.memory import physical_bytes
+from cluscomp_runtime.memory import device_bytes, physical_bytes
 
 __all__ = ["PROCESS_BYTES", "Peak", "conversion_memory", "memory_warnings"]
 
 PROCESS_BYTES = 300_000_000
 """The process before it touches a model: the interpreter with torch and a tokenizer. On a GPU the driver's context comes on
-top of both columns, about half a gigabyte each."""
+top of both columns."""
+
+CONTEXT_BYTES = 500_000_000
+"""About what the driver's context of a process takes of a GPU, and of the host."""
 
 HEAP_BYTES = 48 << 20
 """What the allocator may keep of arrays that are gone (`return_freed_arrays` bounds it), and what libraries need for their
@@ -96,7 +99,7 @@ def conversion_memory(
             device, host = (block, streams) if cuda else (0, block + streams)
             rows.append(("block-wise tuning", device, max(host, embedding(source, settings, windows)), disk))
     if levels.recovery is not None and settings is not None:
-        rows.append(("recovery", 0, recovery(source, model, settings, levels.recovery), disk))
+        rows.append(("recovery", *recovery(source, model, settings, levels.recovery, cuda=cuda), disk))
     rows.append(("writing", 0, writing(source, model), disk + output_bytes))
     rows += _self_test(model, disk + output_bytes)
     return tuple(_with_heap(rows))
@@ -108,13 +111,18 @@ def _with_heap(rows: list[tuple[str, int, int, int]]) -> Iterator[Peak]:
         yield Peak(phase, device, host + min(HEAP_BYTES, host), disk)
 
 
-def memory_warnings(peaks: Sequence[Peak]) -> list[str]:
-    """What to say before the work if this machine has less memory than a phase may need."""
-    largest = max(peaks, key=lambda peak: peak.host)
-    needed, available = largest.host + PROCESS_BYTES, physical_bytes()
-    if available is None or needed <= available:
-        return []
-    return [f"{largest.phase} may need {needed / 1e9:.1f} GB of memory; this machine has {available / 1e9:.1f} GB"]
+def memory_warnings(peaks: Sequence[Peak], device: str) -> list[str]:
+    """What to say before the work if this machine, or its `device`, has less memory than a phase may need."""
+    on_host, on_device = max(peaks, key=lambda peak: peak.host), max(peaks, key=lambda peak: peak.device)
+    places = [
+        (on_host.phase, on_host.host + PROCESS_BYTES, "this machine", physical_bytes()),
+        (on_device.phase, on_device.device + CONTEXT_BYTES, device, device_bytes(device)),
+    ]
+    return [
+        f"{phase} may need {needed / 1e9:.1f} GB of memory; {place} has {available / 1e9:.1f} GB"
+        for phase, needed, place, available in places
+        if available is not None and needed > available
+    ]
 
 
 def runnable(model: Model) -> DecoderSettings | None:

@@ -54,7 +54,7 @@ def recover(
     *,
     work: WorkFolder | None = None,
 ) -> Trained:
-    """Train a clustered model towards its source on a text of `token_ids`; its codes stay as they are.
+    """Train a clustered model towards its source on a text of `token_ids`, where it is; its codes stay as they are.
 
     With a `work` folder it goes on from what an interrupted training has kept there.
 
@@ -75,7 +75,8 @@ def recover(
         starts = np.random.default_rng((options.seed, step)).integers(0, len(text) - length + 1, options.batch)
         return _every_prediction(torch.stack([text[start : start + length] for start in starts.tolist()]))
 
-    teacher = LanguageModel.from_model(source, kernel=teacher_kernel(source)).decoder
+    place = trainable.decoder.device
+    teacher = LanguageModel.from_model(source, kernel=teacher_kernel(source), dtype="float32", device=place).decoder
     loss = PredictionLoss(trainable.decoder, teacher, task=0.0, kl=1.0)
     windows = [_every_prediction(window[None]) for window in held_out]
     return Training(trainable, loss, batch, windows, options, work=work, name="recovery", on_progress=on_progress).run()

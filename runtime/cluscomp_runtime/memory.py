@@ -16,7 +16,7 @@ import torch
 from cluscomp_formats.errors import Problem, UnsupportedError
 from cluscomp_formats.ir import DenseTensor, Model, Tensor
 
-__all__ = ["check_memory", "memory_faults", "physical_bytes", "return_freed_arrays"]
+__all__ = ["check_memory", "device_bytes", "memory_faults", "physical_bytes", "return_freed_arrays"]
 
 _M_MMAP_THRESHOLD = -3
 """From glibc's malloc.h."""
@@ -68,9 +68,16 @@ def physical_bytes() -> int | None:
         return None
 
 
+def device_bytes(device: str) -> int | None:
+    """Memory of a GPU; None for what is none, or is not here."""
+    if not device.startswith("cuda") or not torch.cuda.is_available():
+        return None
+    return int(torch.cuda.get_device_properties(torch.device(device)).total_memory)
+
+
 @contextlib.contextmanager
-def memory_faults() -> Iterator[None]:
-    """Make an UnsupportedError of memory that the system or the device refuses."""
+def memory_faults(remedy: str = _REMEDY) -> Iterator[None]:
+    """Make an UnsupportedError, with a `remedy`, of memory that the system or the device refuses."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -78,5 +85,5 @@ def memory_faults() -> Iterator[None]:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         reason = next(iter(str(error).strip().splitlines()), "no memory left")[:200]
-        problem = Problem("out_of_memory", "there is not enough memory", found=reason, remedy=_REMEDY)
+        problem = Problem("out_of_memory", "there is not enough memory", found=reason, remedy=remedy)
         raise UnsupportedError(problem) from error
