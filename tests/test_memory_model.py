@@ -134,14 +134,13 @@ def test_a_device_with_too_little_memory_is_warned_about(monkeypatch: pytest.Mon
     found = [Peak("calibration", 0, 10**9, 0), Peak("recovery", 8 * 10**9, 10**9, 0)]
     gpu = {"bytes": 8 * 10**9 + CONTEXT_BYTES}
     monkeypatch.setattr("cluscomp_export.memory_model.conversion.physical_bytes", lambda: 10**11)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(total_memory=gpu["bytes"]))
     assert memory_warnings(found, "cuda:1") == []
     gpu["bytes"] -= 1
     assert memory_warnings(found, "cuda:1") == ["recovery may need 8.5 GB of memory; cuda:1 has 8.5 GB"]
     assert memory_warnings(found, "cpu") == []
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert memory_warnings(found, "cuda:1") == []
+    assert memory_warnings(found, "cuda:2") == memory_warnings(found, "nonsense") == []
 
 
 def test_a_machine_with_too_little_memory_is_warned_about(monkeypatch: pytest.MonkeyPatch) -> None:

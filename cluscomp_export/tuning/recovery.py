@@ -54,7 +54,7 @@ def recover(
     *,
     work: WorkFolder | None = None,
 ) -> Trained:
-    """Train a clustered model towards its source on a text of `token_ids`, where it is; its codes stay as they are.
+    """Train a clustered model towards its source on a text of `token_ids`, on its decoder's device. Its codes stay.
 
     With a `work` folder it goes on from what an interrupted training has kept there.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import sys
 from collections.abc import Iterator
 
@@ -70,9 +71,11 @@ def physical_bytes() -> int | None:
 
 def device_bytes(device: str) -> int | None:
     """Memory of a GPU; None for what is none, or is not here."""
-    if not device.startswith("cuda") or not torch.cuda.is_available():
+    name = re.fullmatch(r"cuda(?::(\d+))?", device)
+    index = int(name[1] or 0) if name else 0
+    if name is None or index >= torch.cuda.device_count():
         return None
-    return int(torch.cuda.get_device_properties(torch.device(device)).total_memory)
+    return int(torch.cuda.get_device_properties(index).total_memory)
 
 
 @contextlib.contextmanager
