@@ -51,7 +51,6 @@ BOTH = ("codebook", "norm")
 RECOVERIES = {
     "codebooks": ("codebook",),
     "row scales and norms": ("row_scale", "norm"),
-    "codebooks and row scales": ("codebook", "row_scale"),
     "all": KINDS,
 }
 
