@@ -72,11 +72,12 @@ class Stand:
     output: Path
     options: ConversionOptions
     windows: int
+    context: int
     prepared: Prepared
     work: WorkFolder
 
     def calibration(self, windows: int) -> torch.Tensor:
-        return calibration_windows(calibration_tokens(self.prepared.source, shipped_text()), windows)
+        return calibration_windows(calibration_tokens(self.prepared.source, shipped_text()), windows, self.context)
 
     def clustered(self, feedback: ErrorFeedback | None = None) -> Model:
         source, plan = self.prepared.source, self.prepared.plan
@@ -184,6 +185,7 @@ def predictions(stand: Stand) -> dict[str, Peak]:
             calibrated=True,
             levels=levels_of(effort),
             windows=stand.windows,
+            context=stand.context,
         )
         peaks |= {peak.phase: peak for peak in found}
     return peaks
@@ -210,7 +212,9 @@ def child(request: dict[str, Any]) -> None:
     path, output = Path(request["source"]), Path(request["output"])
     options = ConversionOptions(**request["options"])
     warm_up(output.parent)
-    stand = Stand(path, output, options, request["windows"], prepare(path, options), open_work(work_path(output)))
+    stand = Stand(
+        path, output, options, request["windows"], request["context"], prepare(path, options), open_work(work_path(output))
+    )
     if request["phase"] == "error feedback":
         stand = replace(stand, work=without_codes(stand))
     elif request["phase"] == "block-wise tuning":
@@ -222,7 +226,9 @@ def child(request: dict[str, Any]) -> None:
     print(json.dumps(result))
 
 
-def measure(name: str, source: Path, settings: str, phases: list[str], windows: int, folder: Path) -> list[dict[str, Any]]:
+def measure(
+    name: str, source: Path, settings: str, phases: list[str], windows: int, context: int, folder: Path
+) -> list[dict[str, Any]]:
     rows = []
     output = folder / "output.clus"
     for phase in phases:
@@ -231,6 +237,7 @@ def measure(name: str, source: Path, settings: str, phases: list[str], windows: 
             "source": str(source),
             "output": str(output),
             "windows": windows,
+            "context": context,
             "options": {**SETTINGS[settings], "threads": 1},
         }
         command = [sys.executable, __file__, "--child", json.dumps(request)]
@@ -250,6 +257,7 @@ def main() -> None:
     parser.add_argument("--settings", nargs="*", default=list(SETTINGS), choices=list(SETTINGS), help="[default: all]")
     parser.add_argument("--phases", nargs="*", default=list(PHASES), choices=list(PHASES), help="[default: all]")
     parser.add_argument("--windows", type=int, default=4, help="windows of error feedback (default 4)")
+    parser.add_argument("--context", type=int, default=512, help="tokens of a window (default 512)")
     parser.add_argument("--json", action="store_true", help="print one JSON list")
     parser.add_argument("--folder", type=Path, help="where the files go (default: a temporary folder)")
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
@@ -271,7 +279,7 @@ def main() -> None:
                     shutil.copy(STORIES / file, models[model])
         for model, source in models.items():
             for settings in options.settings:
-                rows += measure(model, source, settings, options.phases, options.windows, folder)
+                rows += measure(model, source, settings, options.phases, options.windows, options.context, folder)
     if options.json:
         print(json.dumps(rows, indent=1))
     else:

@@ -25,6 +25,7 @@ from cluscomp_runtime.tokenizer import Tokenizer
 
 __all__ = [
     "ENERGY_WINDOWS",
+    "calibration_context",
     "calibration_tokens",
     "calibration_windows",
     "channel_energies",
@@ -36,6 +37,7 @@ __all__ = [
 ]
 
 CONTEXT = 512
+"""Tokens of a window, unless the model was trained for fewer or another number is asked for."""
 ENERGY_WINDOWS = 16
 """Windows that tell the energies of channels."""
 BATCH = 4
@@ -73,18 +75,32 @@ def calibration_tokens(model: Model, text: str) -> list[int]:
     return token_ids
 
 
-def calibration_windows(token_ids: Sequence[int], most: int) -> torch.Tensor:
-    """Up to `most` windows of 512 token ids, int64 `[windows, tokens]`, spread over a text; a shorter one is one window."""
-    length = min(CONTEXT, len(token_ids))
+def calibration_context(model: Model, asked: int | None) -> int:
+    """Tokens of a calibration window. Raises InvalidRequestError for more than the model was trained for, or fewer than 2."""
+    trained = model.config.get("max_position_embeddings")
+    longest = trained if isinstance(trained, int) and trained >= 2 else None
+    if asked is None:
+        return CONTEXT if longest is None else min(CONTEXT, longest)
+    if asked < 2 or (longest is not None and asked > longest):
+        expected = "2 or more tokens" + (f", at most the model's {longest}" if longest is not None else "")
+        raise InvalidRequestError(
+            Problem("bad_option", "--calibration-context is out of range", found=str(asked), expected=expected)
+        )
+    return asked
+
+
+def calibration_windows(token_ids: Sequence[int], most: int, context: int = CONTEXT) -> torch.Tensor:
+    """Up to `most` windows of `context` ids, int64 `[windows, tokens]`, spread over a text; a shorter text is one window."""
+    length = min(context, len(token_ids))
     count = len(token_ids) // length
     windows = torch.tensor(token_ids[: count * length]).reshape(count, length)
     chosen = min(most, count)
     return windows[[(2 * number + 1) * count // (2 * chosen) for number in range(chosen)]]
 
 
-def most_windows(text: str, most: int) -> int:
+def most_windows(text: str, most: int, context: int) -> int:
     """As many windows as `calibration_windows` can give with any tokenizer: a token takes a byte of the text or more."""
-    return max(1, min(most, len(text.encode()) // CONTEXT))
+    return max(1, min(most, len(text.encode()) // context))
 
 
 def channel_energies(

@@ -55,7 +55,13 @@ _LEVEL_OPTIONS = (
         "--calibration-windows",
         type=int,
         metavar="N",
-        help="Windows of 512 tokens, spread over the text, for all but recovery. [default: 64; best: 256]",
+        help="Windows of the text, from all over it, for all but recovery. [default: 64; best: 256]",
+    ),
+    click.option(
+        "--calibration-context",
+        type=int,
+        metavar="N",
+        help="Tokens of such a window. [default: 512, or what the model was trained for]",
     ),
     click.option(
         "--blockwise-epochs", type=int, metavar="N", help="Times over the windows for each block; 0: no tuning. [default: 2]"

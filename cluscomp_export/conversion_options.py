@@ -53,6 +53,7 @@ class ConversionOptions:
     effort: Effort | None = None
     feedback: bool | None = None
     calibration_windows: int | None = None
+    calibration_context: int | None = None
     blockwise: Mapping[str, Any] = field(default_factory=dict)
     recovery: Mapping[str, Any] = field(default_factory=dict)
     method: Method = "fast"
@@ -67,7 +68,8 @@ class ConversionOptions:
     def asks_clustering(self) -> bool:
         """Whether any option says how to cluster."""
         how = (*self.targets().values(), self.num_clusters, self.share, self.embedding_bits, self.codebook_bits)
-        levels = (self.effort, self.feedback, self.calibration_windows, *self.blockwise.values(), *self.recovery.values())
+        windows = (self.calibration_windows, self.calibration_context)
+        levels = (self.effort, self.feedback, *windows, *self.blockwise.values(), *self.recovery.values())
         given = (*how, self.sensitivity, self.calibration, *levels)
         return any(value is not None for value in given)
 

@@ -15,8 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from cluscomp_export.calibration import ENERGY_WINDOWS, calibration_tokens, calibration_windows, channel_energies
+from cluscomp_export.calibration import (
+    ENERGY_WINDOWS,
+    calibration_context,
+    calibration_tokens,
+    calibration_windows,
+    channel_energies,
+)
 from cluscomp_export.clustering import cluster_model
 from cluscomp_export.conversion_options import ConversionOptions
 from cluscomp_export.effort import levels_of
@@ -180,14 +187,19 @@ def _clustered(
         try:
             token_ids = calibration_tokens(source, text)
             seen = levels.seen(token_ids)
-            energies = _energies(source, seen, work, on_progress)
+            context = calibration_context(source, options.calibration_context)
+            energies = _energies(source, calibration_windows(seen, ENERGY_WINDOWS, context), work, on_progress)
             if levels.block_by_block:
+                importance = None
+                if levels.feedback:
+                    few = calibration_windows(seen, WINDOWS, context)
+                    importance = _importance(source, few, work, options.seed, on_progress)
                 feedback = ErrorFeedback(
                     source,
-                    calibration_windows(seen, levels.windows),
+                    calibration_windows(seen, levels.windows, context),
                     levels.blockwise,
                     feedback=levels.feedback,
-                    importance=_importance(source, seen, work, options.seed, on_progress) if levels.feedback else None,
+                    importance=importance,
                     curves=curves,
                     device=options.device,
                     on_progress=on_progress,
@@ -241,24 +253,24 @@ def _recovered(
     return trainable.with_values({name: values for name, values in arrays.items() if name != "curve"})
 
 
-def _energies(source: Model, token_ids: Sequence[int], work: WorkFolder, on_progress: Progress) -> Mapping[str, AnyArray]:
+def _energies(source: Model, windows: torch.Tensor, work: WorkFolder, on_progress: Progress) -> Mapping[str, AnyArray]:
     """`channel_energies`, computed unless an earlier attempt has done so."""
     forms = {name: ("float32", (tensor.shape[1],)) for name, tensor in source.tensors.items() if len(tensor.shape) == 2}
 
     def measure() -> Mapping[str, AnyArray]:
-        return channel_energies(source, calibration_windows(token_ids, ENERGY_WINDOWS), on_progress)
+        return channel_energies(source, windows, on_progress)
 
     return _kept(work, "energies", forms, measure)
 
 
 def _importance(
-    source: Model, token_ids: Sequence[int], work: WorkFolder, seed: int, on_progress: Progress
+    source: Model, windows: torch.Tensor, work: WorkFolder, seed: int, on_progress: Progress
 ) -> Mapping[str, AnyArray]:
     """`row_importance`, computed unless an earlier attempt has done so."""
     forms = {name: ("float32", (rows,)) for name, rows in block_matrices(source).items()}
 
     def measure() -> Mapping[str, AnyArray]:
-        return row_importance(source, calibration_windows(token_ids, WINDOWS), seed=seed, on_progress=on_progress)
+        return row_importance(source, windows, seed=seed, on_progress=on_progress)
 
     return _kept(work, "row importance", forms, measure)
 

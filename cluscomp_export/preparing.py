@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cluscomp_export.calibration import calibration_tokens, calibration_windows, most_windows
+from cluscomp_export.calibration import calibration_context, calibration_tokens, calibration_windows, most_windows
 from cluscomp_export.clustering import cluster_model
 from cluscomp_export.conversion_options import ConversionOptions
 from cluscomp_export.effort import levels_of
@@ -90,6 +90,7 @@ def prepare(
         check_device(options.device)
     source = open_source(source_path, to_plan=to_plan)
     text = options.calibration_text()
+    context = calibration_context(source, options.calibration_context)
     plan = sensitivities = None
     if source.clustered:
         if options.asks_clustering:
@@ -117,7 +118,8 @@ def prepare(
         calibrated=text is not None,
         measures=options.measures,
         levels=levels_of("fast") if text is None else options.levels(),
-        windows=most_windows(text or "", options.levels().windows),
+        windows=most_windows(text or "", options.levels().windows, context),
+        context=context,
         cuda=options.device.startswith("cuda"),
     )
     warnings = (*_warnings(source, sizes, source_size), *memory_warnings(memory, options.device))
@@ -156,7 +158,8 @@ def sensitivities_of(
     if found is not None:
         pairs = zip(names, found["relative"].tolist(), found["flat"].tolist(), strict=True)
         return {name: Sensitivity(relative, flat) for name, relative, flat in pairs}
-    windows = calibration_windows(options.levels().seen(calibration_tokens(source, text)), WINDOWS)
+    context = calibration_context(source, options.calibration_context)
+    windows = calibration_windows(options.levels().seen(calibration_tokens(source, text)), WINDOWS, context)
     sensitivities = measure_sensitivities(source, windows, seed=options.seed, on_progress=on_progress)
     if work is not None:
         arrays: dict[str, AnyArray] = {

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +15,14 @@ from model_builders import tiny_llama
 from cluscomp_export import calibration
 from cluscomp_export.calibration import (
     ENERGY_WINDOWS,
+    calibration_context,
     calibration_tokens,
     calibration_windows,
     channel_energies,
     read_text,
     shipped_text,
 )
-from cluscomp_export.convert import ConversionOptions, convert
+from cluscomp_export.convert import ConversionOptions, convert, prepare
 from cluscomp_export.evaluate import evaluate_files
 from cluscomp_export.sources import open_source
 from cluscomp_export.torch_threads import torch_threads
@@ -61,6 +65,67 @@ def test_energies_of_a_real_model_cover_every_matrix_for_any_number_of_threads(
     with torch_threads(1):
         again = channel_energies(source, windows)
     assert all(np.array_equal(energies[name], again[name]) for name in energies)
+
+
+@pytest.mark.parametrize(
+    ("trained", "asked", "found"), [(8192, None, 512), (256, None, 256), (8192, 2048, 2048), (None, 64, 64), (None, None, 512)]
+)
+def test_windows_are_as_long_as_asked_and_no_longer_than_the_model_allows(
+    trained: int | None, asked: int | None, found: int
+) -> None:
+    model = Model({"max_position_embeddings": trained}, {})
+    assert calibration_context(model, asked) == found
+
+
+@pytest.fixture
+def short_context(stories_folder: Path, tmp_path: Path) -> Path:
+    """The model as if trained for 256 tokens."""
+    folder = tmp_path / "source"
+    shutil.copytree(stories_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 256}))
+    return folder
+
+
+@pytest.mark.parametrize("asked", [0, 1, 257])
+def test_windows_that_cannot_be_are_refused(asked: int, short_context: Path) -> None:
+    with pytest.raises(InvalidRequestError, match=r"--calibration-context(?s:.*)at most the model's 256"):
+        prepare(short_context, ConversionOptions(calibration_context=asked))
+
+
+def test_a_model_of_few_positions_goes_through_all_levels(short_context: Path, tmp_path: Path) -> None:
+    options = ConversionOptions(bits=3, share="none", effort="best", blockwise={"epochs": 1}, recovery={"steps": 1})
+    report = convert(short_context, tmp_path / "out.clus", options)
+    assert {"recovery", "block 0"} < set(report.curves)
+
+
+def test_all_that_is_measured_sees_windows_of_that_length(
+    stories_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def see(module: str, name: str) -> None:
+        original = getattr(importlib.import_module(module), name)
+
+        def seeing(source: Model, windows: torch.Tensor, *rest: object, **options: object) -> object:
+            shapes[name] = tuple(windows.shape)
+            return original(source, windows, *rest, **options)
+
+        monkeypatch.setattr(f"{module}.{name}", seeing)
+
+    for name in ("channel_energies", "row_importance", "ErrorFeedback"):
+        see("cluscomp_export.convert", name)
+    see("cluscomp_export.preparing", "measure_sensitivities")
+    options = ConversionOptions(bits=3, calibration_context=64, calibration_windows=5, sensitivity="measured")
+    output = tmp_path / "out.clus"
+    convert(stories_folder, output, options)
+    assert shapes == {
+        "channel_energies": (6, 64),
+        "row_importance": (4, 64),
+        "ErrorFeedback": (5, 64),
+        "measure_sensitivities": (4, 64),
+    }
+    assert open_packed(output).provenance["options"]["calibration_context"] == 64
 
 
 def test_calibration_brings_the_model_closer_to_its_source(stories_folder: Path, stories_text: Path, tmp_path: Path) -> None:

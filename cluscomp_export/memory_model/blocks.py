@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from cluscomp_export.calibration import BATCH, CONTEXT
+from cluscomp_export.calibration import BATCH
 from cluscomp_export.error_feedback import PIECE_BYTES, block_index
 from cluscomp_export.fisher import EMBEDDING, HEAD_TOKENS, WINDOWS, head_name
 from cluscomp_export.memory_model.matrices import (
@@ -42,12 +42,12 @@ def _layer_activations(settings: DecoderSettings, tokens: int, width: int) -> in
     return width * tokens * (2 * hidden + max(4 * (queries + keys) + keys, 3 * inner))
 
 
-def calibration(source: Model, settings: DecoderSettings, windows: int) -> int:
+def calibration(source: Model, settings: DecoderSettings, windows: int, context: int) -> int:
     """`channel_energies`: the sums of all channels, and the most of a block's matrix as float64 with the activations of `BATCH`
     windows as float64, or the embedding with two streams of them. The head does not multiply."""
     matrices = [tensor for tensor in source.tensors.values() if len(tensor.shape) == 2]
     sums = sum(8 * tensor.shape[1] for tensor in matrices)
-    tokens = min(windows, BATCH) * CONTEXT
+    tokens = min(windows, BATCH) * context
     multiplying = max(to_float64(source, tensor) for tensor in matrices if block_index(tensor.name) is not None)
     return sums + max(
         multiplying + _layer_activations(settings, tokens, 8),
@@ -55,7 +55,7 @@ def calibration(source: Model, settings: DecoderSettings, windows: int) -> int:
     )
 
 
-def sensitivities(source: Model, settings: DecoderSettings) -> int:
+def sensitivities(source: Model, settings: DecoderSettings, context: int) -> int:
     """`measure_sensitivities`: the streams of a few windows before and behind every block, with their gradients; beside them
     the most of a block or of embedding and head.
 
@@ -68,16 +68,16 @@ def sensitivities(source: Model, settings: DecoderSettings) -> int:
         matrices = [tensor for name in names if len((tensor := source.tensors[name]).shape) == 2]
         weights, widest = (fold(tensor.num_weights for tensor in matrices) for fold in (sum, max))
         placing = max(reading(source, tensor)[0] for tensor in matrices)
-        gradients = 4 * weights + 4 * widest + _backwards(settings)
+        gradients = 4 * weights + 4 * widest + _backwards(settings, context)
         most = max(most, 4 * weights + placing, 12 * weights + max(gradients, 8 * widest))
     for name in (embedding_tensor(source), head_tensor(source)):
         if name is not None:
             tensor = source.tensors[name]
             most = max(most, reading(source, tensor)[0], 12 * tensor.num_weights + _noise(settings))
-    return _between_blocks(settings) + most
+    return _between_blocks(settings, context) + most
 
 
-def row_importance(source: Model, settings: DecoderSettings) -> int:
+def row_importance(source: Model, settings: DecoderSettings, context: int) -> int:
     """`row_importance`: the streams of a few windows before and behind every block, with their gradients; beside them a block's
     matrices as float32, and of one window what it keeps and what flows back, once as float64 and squared. Or the head as
     float32 with the logits of some tokens six times."""
@@ -85,21 +85,22 @@ def row_importance(source: Model, settings: DecoderSettings) -> int:
     for names in _blocks(source).values():
         matrices = [tensor for name in names if len((tensor := source.tensors[name]).shape) == 2]
         placing = max(reading(source, tensor)[0] for tensor in matrices)
-        observed = 16 * CONTEXT * max(tensor.shape[0] for tensor in matrices)
-        most = max(most, 4 * sum(tensor.num_weights for tensor in matrices) + max(placing, _backwards(settings) + observed))
+        observed = 16 * context * max(tensor.shape[0] for tensor in matrices)
+        weights = sum(tensor.num_weights for tensor in matrices)
+        most = max(most, 4 * weights + max(placing, _backwards(settings, context) + observed))
     head = source.tensors[head_name(source)]
     decoding, decoded = reading(source, head)
-    return _between_blocks(settings) + max(most, decoding, decoded + 4 * head.num_weights + _noise(settings))
+    return _between_blocks(settings, context) + max(most, decoding, decoded + 4 * head.num_weights + _noise(settings))
 
 
-def _between_blocks(settings: DecoderSettings) -> int:
+def _between_blocks(settings: DecoderSettings, context: int) -> int:
     """The streams before and behind every block for the windows of a `FisherPass`, and their gradients."""
-    return 4 * WINDOWS * CONTEXT * settings.hidden_size * (settings.num_layers + 2)
+    return 4 * WINDOWS * context * settings.hidden_size * (settings.num_layers + 2)
 
 
-def _backwards(settings: DecoderSettings) -> int:
+def _backwards(settings: DecoderSettings, context: int) -> int:
     """What a block keeps of one window for its gradients, with two arrays of the feed-forward that flow back."""
-    return _training_block(settings, CONTEXT, []) + 2 * 4 * CONTEXT * settings.intermediate_size
+    return _training_block(settings, context, []) + 2 * 4 * context * settings.intermediate_size
 
 
 def _noise(settings: DecoderSettings) -> int:
@@ -108,7 +109,7 @@ def _noise(settings: DecoderSettings) -> int:
 
 
 def error_feedback(
-    source: Model, model: Model, plan: Plan, settings: DecoderSettings, windows: int, *, cuda: bool
+    source: Model, model: Model, plan: Plan, settings: DecoderSettings, windows: int, context: int, *, cuda: bool
 ) -> tuple[int, int]:
     """Device and host bytes of the most of what follows, for each half of a block: its readers, which have the normed stream as
     input, and its writer.
@@ -124,8 +125,8 @@ def error_feedback(
     """
     names = max(_blocks(source).values(), key=lambda block: sum(source.tensors[name].num_weights for name in block))
     index = block_index(names[0])
-    stream = 4 * windows * CONTEXT * settings.hidden_size
-    tokens = min(windows, BATCH) * CONTEXT
+    stream = 4 * windows * context * settings.hidden_size
+    tokens = min(windows, BATCH) * context
     running = _layer_activations(settings, tokens, 4)
     codes = sum(2 * num_vectors(plan.treatments[name]) for name in names if name in plan.treatments)
     device = host = 0
@@ -136,7 +137,7 @@ def error_feedback(
         half = sum(4 * source.tensors[name].num_weights for name in matrices)
         placing = max(_to_float32(model.tensors[name]) for name in matrices)
         widths = [source.tensors[group[0]].shape[1] for group in inputs]
-        mixed = 4 * windows * CONTEXT * widths[1]
+        mixed = 4 * windows * context * widths[1]
         lacking = (widths[0] ** 2, widths[1] * settings.hidden_size)
         # Five arrays of inputs: of both models, scaled, what is lacking, that scaled.
         sums = [12 * (width**2 + lack) + 20 * tokens * width for width, lack in zip(widths, lacking, strict=True)]
@@ -153,7 +154,7 @@ def error_feedback(
             host = max(host, computing[0], mixed + computing[1], mixed + computing[2], *beside)
     outside = Plan({name: treatment for name, treatment in plan.treatments.items() if block_index(name) is None})
     device_outside, host_outside = encoding(source, outside, cuda=cuda)
-    host = max(5 * stream + codes + host, 2 * stream + host_outside, embedding(source, settings, windows))
+    host = max(5 * stream + codes + host, 2 * stream + host_outside, embedding(source, settings, windows, context))
     head = logits_tensor(source)
     if head is not None and head in plan.treatments:
         making, vectors = making_vectors(source, head, plan.treatments[head])
@@ -162,9 +163,9 @@ def error_feedback(
     return max(device, device_outside), host
 
 
-def embedding(source: Model, settings: DecoderSettings, windows: int) -> int:
+def embedding(source: Model, settings: DecoderSettings, windows: int, context: int) -> int:
     """What flows into the first block: the embedding, and the streams of all windows."""
-    return looking_up(source, source.tensors[EMBEDDING]) + 4 * windows * CONTEXT * settings.hidden_size
+    return looking_up(source, source.tensors[EMBEDDING]) + 4 * windows * context * settings.hidden_size
 
 
 def _to_float32(tensor: Tensor) -> int:
@@ -206,7 +207,7 @@ def _blocks(model: Model) -> Mapping[int, list[str]]:
 
 
 def tuning(
-    model: Model, settings: DecoderSettings, options: BlockwiseOptions, windows: int, shared: Collection[str]
+    model: Model, settings: DecoderSettings, options: BlockwiseOptions, windows: int, context: int, shared: Collection[str]
 ) -> tuple[int, int]:
     """Bytes of the block that needs most, on the device or else the host too, and of the streams, which are on the host.
 
@@ -215,7 +216,7 @@ def tuning(
     gradients, and a matrix being decoded for them (`_training_block`). Six streams of all windows: three of the block before
     and after, two that are trained on, and one being put together.
     """
-    tokens = min(options.batch, windows) * CONTEXT
+    tokens = min(options.batch, windows) * context
     most = 0
     for names in _blocks(model).values():
         weights = [tensor for name in names if isinstance(tensor := model.tensors[name], ClusteredWeight)]
@@ -226,7 +227,7 @@ def tuning(
         codes = sum(2 * stage.codes.size for weight in weights for stage in weight.stages)
         kept = 4 * sum(size for name, size in books.items() if name in shared)
         most = max(most, codes + kept + 24 * values + _training_block(settings, tokens, weights))
-    return most, 6 * 4 * windows * CONTEXT * settings.hidden_size
+    return most, 6 * 4 * windows * context * settings.hidden_size
 
 
 def _training_block(settings: DecoderSettings, tokens: int, weights: Sequence[ClusteredWeight]) -> int:

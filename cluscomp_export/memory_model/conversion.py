@@ -62,13 +62,14 @@ def conversion_memory(
     measures: bool = False,
     levels: Levels,
     windows: int,
+    context: int,
     cuda: bool = False,
 ) -> tuple[Peak, ...]:
     """The phases of a conversion in their order.
 
     `model` is what `cluster_model(source, plan)` describes, or the source itself where it is only repacked (`plan=None`);
     `output_bytes` the size of what is written. `calibrated` says whether there is a calibration text, of which blocks see as
-    many `windows`, `measures` whether sensitivities are measured on it, `cuda` whether the device is one.
+    many `windows` of `context` tokens, `measures` whether sensitivities are measured on it, `cuda` whether the device is one.
     """
     if plan is None:
         return tuple(_with_heap([("writing", 0, writing(source, model), output_bytes), *_self_test(model, output_bytes)]))
@@ -76,13 +77,13 @@ def conversion_memory(
     rows: list[tuple[str, int, int, int]] = [("checking the source", 0, checking(source), 0)]
     disk = 0
     if measures and settings is not None:
-        rows.append(("sensitivities", 0, sensitivities(source, settings), disk))
+        rows.append(("sensitivities", 0, sensitivities(source, settings, context), disk))
     if calibrated and settings is not None:
         disk = sum(4 * tensor.shape[1] for tensor in source.tensors.values() if len(tensor.shape) == 2)
-        rows.append(("calibration", 0, calibration(source, settings, windows), disk))
+        rows.append(("calibration", 0, calibration(source, settings, windows, context), disk))
         if levels.feedback:
             disk += sum(4 * tensor.shape[0] for name, tensor in source.tensors.items() if block_index(name) is not None)
-            rows.append(("row importance", 0, row_importance(source, settings), disk))
+            rows.append(("row importance", 0, row_importance(source, settings, context), disk))
     sizes = unit_bytes(model)
     disk += sizes["codebooks"]
     rows.append(("fitting codebooks", *fitting(source, plan, calibrated=calibrated, cuda=cuda), disk))
@@ -90,14 +91,14 @@ def conversion_memory(
     if settings is None or not levels.block_by_block:
         rows.append(("choosing codes", *encoding(source, plan, cuda=cuda), disk + output_bytes))
     else:
-        rows.append(("error feedback", *error_feedback(source, model, plan, settings, windows, cuda=cuda), disk))
+        rows.append(("error feedback", *error_feedback(source, model, plan, settings, windows, context, cuda=cuda), disk))
         if levels.blockwise is not None:
             # The values of a tuned block are kept beside those it started with.
             disk += sizes["codebooks"] + sizes["scales"]
             shared = [book.name for book in plan.codebooks if len({block_index(name) for name in book.members}) > 1]
-            block, streams = tuning(model, settings, levels.blockwise, windows, shared)
+            block, streams = tuning(model, settings, levels.blockwise, windows, context, shared)
             device, host = (block, streams) if cuda else (0, block + streams)
-            rows.append(("block-wise tuning", device, max(host, embedding(source, settings, windows)), disk))
+            rows.append(("block-wise tuning", device, max(host, embedding(source, settings, windows, context)), disk))
     if levels.recovery is not None and settings is not None:
         rows.append(("recovery", *recovery(source, model, settings, levels.recovery, cuda=cuda), disk))
     rows.append(("writing", 0, writing(source, model), disk + output_bytes))

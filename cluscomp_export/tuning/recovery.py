@@ -35,7 +35,7 @@ KEPT_TEACHER_BYTES = 4 << 30
 
 @dataclass(frozen=True)
 class RecoveryOptions(TrainingOptions):
-    """Windows are of `context` tokens, drawn from the text at random."""
+    """Windows are of `context` tokens, or as many as the model was trained for, drawn from the text at random."""
 
     context: int = 512
     rate: float | None = None
@@ -66,7 +66,7 @@ def recover(
         problem = Problem("text_too_short", "the text is too short to train on", found=f"{len(ids)} tokens", expected="20")
         raise InvalidRequestError(problem)
     reserved = options.held_out(len(ids))
-    context = min(options.context, reserved)
+    context = min(options.context, reserved, trainable.decoder.settings.max_position_embeddings)
     text, judge = ids[:-reserved], ids[-reserved:]
     held_out = judge[: reserved // context * context].reshape(-1, context)
 
