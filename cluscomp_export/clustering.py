@@ -26,6 +26,7 @@ from cluscomp_export.workers import Job, Workers
 from cluscomp_formats.errors import InvalidFileError, Problem
 from cluscomp_formats.ir import AnyArray, Array, ClusteredWeight, Codebook, DenseTensor, Model, Stage, Tensor
 from cluscomp_formats.parameters import codebook_name, norm_name, parameters, row_scale_name
+from cluscomp_runtime.memory import trim_heap
 
 __all__ = ["FIT_VECTORS_PER_CLUSTER", "cluster_model", "unit_bytes"]
 
@@ -173,6 +174,8 @@ class _Clustering:
         were divided out (root mean square of each row; 1 for a row of zeros)."""
         treatment = self.plan.treatments[name]
         weight = self.source.tensors[name].decode()
+        # Quantised tensors are decoded in pieces, whose space the heap would keep while the most is needed.
+        trim_heap()
         scale = None
         if treatment.row_scale:
             rms = np.sqrt(np.mean(np.square(weight, dtype=np.float64), axis=1)).astype(np.float32)

@@ -36,6 +36,7 @@ from cluscomp_export.tuning.training import Curve, Trained
 from cluscomp_formats.ir import Model, Tensor
 from cluscomp_kernels.kmeans import assign_with_feedback, feedback_factor
 from cluscomp_runtime.blocks import HALVES, BlockRunner, Half
+from cluscomp_runtime.memory import trim_heap
 
 __all__ = ["BlockWork", "ErrorFeedback", "Goal", "InputMoments", "block_index"]
 
@@ -226,38 +227,43 @@ class ErrorFeedback:
             self._on_progress("block by block", index, self._runner.num_blocks)
             # Before the work: what it reads of this block is what is there by then.
             self._next += 1
-            work.take_up(index)
-            before = self._given
-            to_tune = self.tuning is not None and not work.is_tuned(index)
-            for half in HALVES:
-                self._compress(index, half, work)
-            if self.tuning is not None and to_tune:
-                tuned = tune_block(
-                    self._runner,
-                    index,
-                    work.tensors,
-                    before,
-                    self._wanted,
-                    self.tuning,
-                    fixed=work.fixed_codebooks(index),
-                    original=self._source.tensors,
-                    device=self._device,
-                    on_progress=self._on_progress,
-                )
-                work.keep_tuned(index, tuned)
-                if tuned is not None:
-                    self._given = before
-                    for half in HALVES:
-                        tuned_half = self._runner.half(index, half, work.tensors, self._device)
-                        self._given = [tuned_half(batch.to(self._device)).cpu() for batch in self._given]
-            if self.tuning is not None:
-                self._curves[f"block {index}"] = work.curve(index)
+            self._do_block(index, work)
+            # Of many arrays of all sizes the heap would keep more than what comes next takes.
+            trim_heap()
         self._on_progress("block by block", self._next, self._runner.num_blocks)
         if self.covers(name):
             # All blocks are done, so this is the head.
             self._head_done = True
             work.take_up(None)
             self._encode((name,), lambda: {name: self._head_goal()}, work)
+
+    def _do_block(self, index: int, work: BlockWork) -> None:
+        work.take_up(index)
+        before = self._given
+        to_tune = self.tuning is not None and not work.is_tuned(index)
+        for half in HALVES:
+            self._compress(index, half, work)
+        if self.tuning is not None and to_tune:
+            tuned = tune_block(
+                self._runner,
+                index,
+                work.tensors,
+                before,
+                self._wanted,
+                self.tuning,
+                fixed=work.fixed_codebooks(index),
+                original=self._source.tensors,
+                device=self._device,
+                on_progress=self._on_progress,
+            )
+            work.keep_tuned(index, tuned)
+            if tuned is not None:
+                self._given = before
+                for half in HALVES:
+                    tuned_half = self._runner.half(index, half, work.tensors, self._device)
+                    self._given = [tuned_half(batch.to(self._device)).cpu() for batch in self._given]
+        if self.tuning is not None:
+            self._curves[f"block {index}"] = work.curve(index)
 
     def _compress(self, index: int, half: str, work: BlockWork) -> None:
         """Encode half a block, and take the activations of both models past it."""

@@ -17,7 +17,7 @@ import torch
 from cluscomp_formats.errors import Problem, UnsupportedError
 from cluscomp_formats.ir import DenseTensor, Model, Tensor
 
-__all__ = ["check_memory", "device_bytes", "memory_faults", "physical_bytes", "return_freed_arrays"]
+__all__ = ["check_memory", "device_bytes", "memory_faults", "physical_bytes", "return_freed_arrays", "trim_heap"]
 
 _M_MMAP_THRESHOLD = -3
 """From glibc's malloc.h."""
@@ -59,6 +59,13 @@ def _held_bytes(tensor: Tensor, itemsize: int, *, decoded: bool) -> int:
         return tensor.num_weights * itemsize
     # Codes are laid out in one or two bytes each.
     return 2 * sum(stage.codes.size for stage in tensor.stages)
+
+
+def trim_heap() -> None:
+    """Have glibc give back all that is free in its heap now, which it keeps for later. Does nothing on other systems."""
+    if sys.platform.startswith("linux"):
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def physical_bytes() -> int | None:
