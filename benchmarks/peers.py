@@ -56,7 +56,7 @@ Floats = npt.NDArray[np.float32]
 
 GRIDS = [(4, 192), (4, 64), (3, 192), (3, 64), (2, 64), (2, 32)]
 """Bits and group sizes: 4.1, 4.3, 3.1, 3.3, 2.3 and 2.6 bits per weight. SmolLM2's rows, 576 and 1536, are whole groups."""
-STOCK = ["Q8_0", "Q4_K_M", "IQ4_XS", "IQ3_XXS", "Q2_K", "IQ2_XXS", "IQ1_S"]
+STOCK = ["Q8_0", "Q4_K_M", "IQ4_XS", "Q3_K_S", "IQ3_XXS", "Q2_K", "IQ2_XXS", "IQ1_S"]
 NOMINAL = ["IQ4_XS", "Q3_K", "IQ3_XXS", "Q2_K", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M"]
 WITHOUT_IMPORTANCE = {"Q8_0", "Q4_K_M"}
 CALIBRATION_BATCH = 4
