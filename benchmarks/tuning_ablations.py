@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,13 +36,13 @@ from cluscomp_export.sources import open_source
 from cluscomp_export.terminal import print_table, say
 from cluscomp_export.torch_threads import torch_threads
 from cluscomp_export.tuning import RecoveryOptions, TrainableModel, recover
-from cluscomp_export.tuning.blockwise import BlockwiseOptions, tune_block
+from cluscomp_export.tuning.blockwise import BlockwiseOptions, relative_error, tune_block
 from cluscomp_export.tuning.training import fast_precision
-from cluscomp_formats.ir import Array, ClusteredWeight, Model, Tensor
+from cluscomp_formats.ir import Array, ClusteredWeight, Model
 from cluscomp_formats.packed import write_packed
 from cluscomp_formats.parameters import KINDS, kind_of
 from cluscomp_kernels.kmeans import assign
-from cluscomp_runtime.blocks import HALVES, BlockRunner
+from cluscomp_runtime.blocks import BlockRunner
 from cluscomp_runtime.language_model import LanguageModel
 
 BATCH = 4
@@ -72,21 +72,6 @@ WAYS = [
     Way("codebooks and norms, 2 + 2 epochs", BOTH, (2, 2)),
     Way("the same, codes again after 2", BOTH, (2, 2), codes_again=True),
 ]
-
-
-def error(found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> float:
-    """Mean over tokens of the squared error over the energy of what is wanted, of batches `[windows, tokens, features]`."""
-    energies = [target.square().sum(-1) for target in wanted]
-    errors = [(values - target).square().sum(-1) for values, target in zip(found, wanted, strict=True)]
-    return float(torch.cat([(e / energy).flatten() for e, energy in zip(errors, energies, strict=True)]).mean())
-
-
-def past(runner: BlockRunner, index: int, tensors: Mapping[str, Tensor], streams: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The residual streams behind a block."""
-    for half in HALVES:
-        run = runner.half(index, half, tensors)
-        streams = [run(batch) for batch in streams]
-    return list(streams)
 
 
 def with_nearest_codes(model: Model, source: Model) -> Model:
@@ -126,7 +111,7 @@ def compare_ways(
     given = {way.name: wanted for way in WAYS}
     rows = []
     for index in range(blocks):
-        behind = [past(runner, index, source.tensors, streams) for streams in wanted]
+        behind = [runner.past(index, source.tensors, streams) for streams in wanted]
         for way in WAYS:
             model = runner.block(index, clustered.tensors)
             for number, epochs in enumerate(way.rounds):
@@ -138,8 +123,8 @@ def compare_ways(
                 assert tuned is not None
                 assert {kind_of(name) for name in tuned.values} == set(way.kinds)
                 model = tuned.model
-            given[way.name] = [past(runner, index, model.tensors, streams) for streams in given[way.name]]
-            errors = [error(*pair) for pair in zip(given[way.name], behind, strict=True)]
+            given[way.name] = [runner.past(index, model.tensors, streams) for streams in given[way.name]]
+            errors = [float(relative_error(torch.cat(f), torch.cat(w))) for f, w in zip(given[way.name], behind, strict=True)]
             rows.append({"way": way.name, "blocks": index + 1, "error_trained": errors[0], "error": errors[1]})
             say(json.dumps(rows[-1]))
         wanted = behind

@@ -258,10 +258,7 @@ class ErrorFeedback:
             )
             work.keep_tuned(index, tuned)
             if tuned is not None:
-                self._given = before
-                for half in HALVES:
-                    tuned_half = self._runner.half(index, half, work.tensors, self._device)
-                    self._given = [tuned_half(batch.to(self._device)).cpu() for batch in self._given]
+                self._given = self._runner.past(index, work.tensors, before, self._device)
         if self.tuning is not None:
             self._curves[f"block {index}"] = work.curve(index)
 

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from cluscomp_export import jobs
 from cluscomp_export.convert import ConversionOptions, convert, prepare, scan_source
 from cluscomp_export.sources import open_source
+from cluscomp_export.torch_threads import torch_threads
 from cluscomp_export.tuning.prediction_loss import PredictionLoss
 from cluscomp_export.tuning.training import Training
 from cluscomp_export.work_folder import work_folder, work_path
@@ -76,9 +77,7 @@ def test_all_work_keeps_to_the_threads_asked_for_and_says_so_to_torch(
 ) -> None:
     seen: set[int] = set()
     options = ConversionOptions(bits=4, effort="best", recovery={"steps": 1}, threads=3, workers=workers)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
+    with torch_threads(2):
         convert(
             stories_folder,
             tmp_path / "out.clus",
@@ -86,8 +85,6 @@ def test_all_work_keeps_to_the_threads_asked_for_and_says_so_to_torch(
             on_progress=lambda stage, done, total: seen.add(torch.get_num_threads()) if done else None,
         )
         assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
     assert seen - {expected} == set()
 
 

@@ -28,7 +28,7 @@ from cluscomp_formats.ir import Tensor
 from cluscomp_formats.parameters import kind_of
 from cluscomp_runtime.blocks import HALVES, BlockRunner
 
-__all__ = ["BlockwiseOptions", "tune_block"]
+__all__ = ["BlockwiseOptions", "relative_error", "tune_block"]
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,9 @@ def tune_block(
         def loss(batch: _Windows) -> torch.Tensor:
             found = block(batch.given.to(place))
             weights = (1.0, options.same_input)
-            errors = [weight * _error(found, target.to(place)) for weight, target in zip(weights, batch.wanted, strict=False)]
+            errors = [
+                weight * relative_error(found, target.to(place)) for weight, target in zip(weights, batch.wanted, strict=False)
+            ]
             return torch.stack(errors).sum()
 
         training = TrainingOptions(
@@ -133,7 +135,7 @@ def tune_block(
         return Training(block, loss, batch, kept, training, name=f"tuning block {index}", on_progress=on_progress).run()
 
 
-def _error(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Mean over tokens of the squared error over the energy of what is wanted."""
+def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Mean over tokens of the squared error over the energy of what is wanted, both `[..., tokens, features]`."""
     energy = wanted.square().sum(-1).clamp(min=torch.finfo(wanted.dtype).tiny)
     return ((found - wanted).square().sum(-1) / energy).mean()

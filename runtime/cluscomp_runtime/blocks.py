@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -99,6 +99,16 @@ class BlockRunner:
     def half(self, index: int, half: str, tensors: Mapping[str, Tensor], device: torch.device | str = "cpu") -> Half:
         """A half, one of `HALVES`, of block `index` with its weights from `tensors`, all decoded at once."""
         return Half(self, index, half, self.block(index, tensors), torch.device(device))
+
+    def past(
+        self, index: int, tensors: Mapping[str, Tensor], streams: Sequence[torch.Tensor], device: torch.device | str = "cpu"
+    ) -> list[torch.Tensor]:
+        """The residual streams behind block `index` for those before it, batches `[windows, tokens, hidden_size]` on the CPU;
+        one half of the block is decoded at a time."""
+        for name in HALVES:
+            half = self.half(index, name, tensors, device)
+            streams = [half(batch.to(device)).cpu() for batch in streams]
+        return list(streams)
 
     def block(self, index: int, tensors: Mapping[str, Tensor]) -> Model:
         """The part of a model with these `tensors` that block `index` is."""
