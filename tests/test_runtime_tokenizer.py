@@ -14,7 +14,7 @@ from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Unsup
 from cluscomp_formats.ir import Array
 from cluscomp_runtime import LanguageModel, chat
 from cluscomp_runtime.chat import find_chat_template, render_chat
-from cluscomp_runtime.tokenizer import StreamDecoder, Tokenizer, end_tokens
+from cluscomp_runtime.tokenizer import Tokenizer, end_tokens
 
 BOS, EOS = 256, 257
 
@@ -150,28 +150,6 @@ def test_a_broken_tokenizer_config_is_an_invalid_file(content: str) -> None:
 def test_ids_that_are_none_are_refused() -> None:
     with pytest.raises(InvalidRequestError):
         byte_tokenizer().decode([-1])
-
-
-def test_the_stream_keeps_the_space_between_words() -> None:
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers
-
-    backend = tokenizers.Tokenizer(models.WordLevel({"▁once": 0, "▁upon": 1, "▁a": 2}))
-    backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    backend.decoder = decoders.Metaspace()
-    tokenizer = Tokenizer(backend, {})
-    assert tokenizer.decode([1, 2]) == "upon a", "alone, the decoder strips the first space"
-    stream = StreamDecoder(tokenizer, [0])
-    assert [stream.push(1), stream.push(2), stream.flush()] == [" upon", " a", ""]
-
-
-def test_a_long_stream_is_its_text() -> None:
-    tokenizer = byte_tokenizer()
-    text = "αβγ äöü 世界 😀😀 plain text, over and over. " * 5
-    stream = StreamDecoder(tokenizer, tokenizer.encode("prompt "))
-    pieces = [stream.push(token) for token in text.encode()]
-    assert "".join(pieces) + stream.flush() == text
-    assert all("\ufffd" not in piece for piece in pieces)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from cluscomp_formats.errors import InvalidRequestError, Problem
 from cluscomp_runtime.decoder import Decoder
 from cluscomp_runtime.memory import memory_faults
 from cluscomp_runtime.sampling import Sampler
-from cluscomp_runtime.tokenizer import StreamDecoder, Tokenizer
+from cluscomp_runtime.tokenizer import Tokenizer
 
 __all__ = ["Generation", "GenerationStream", "StopReason"]
 
@@ -76,7 +76,7 @@ class GenerationStream:
             raise InvalidRequestError(problem)
         self.result: Generation | None = None
         self._decoder = decoder
-        self._text = StreamDecoder(tokenizer, prompt) if tokenizer else None
+        self._text = tokenizer.stream(prompt) if tokenizer else None
         self._prompt = prompt
         self._sampler = sampler
         self._context = context
