@@ -19,7 +19,7 @@ from cluscomp_export.planning_commands import plan, planning_options, show_plan
 from cluscomp_export.terminal import ProgressDisplay, json_document, print_json, print_table, say
 from cluscomp_export.tuning_commands import merge, tune
 from cluscomp_formats.atomic import atomic_write, check_output
-from cluscomp_formats.errors import ClusCompError, printable
+from cluscomp_formats.errors import ClusCompError, grouped, printable
 from cluscomp_formats.version import __version__
 
 __all__ = ["main"]
@@ -364,7 +364,7 @@ def _report(error: ClusCompError, *, as_json: bool, exit_code: int) -> None:
     if as_json:
         print_json({"exit_code": exit_code, "problems": [problem.as_dict() for problem in error.problems]})
     else:
-        for problem in error.problems:
+        for problem in grouped(error.problems):
             say(f"error: {problem}")
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluscomp_formats.errors import MAX_PROBLEMS, InvalidFileError, Problem, printable
+from cluscomp_formats.errors import MAX_PROBLEMS, InvalidFileError, Problem, grouped, printable
 
 
 def test_a_problem_says_where_what_and_what_to_do() -> None:
@@ -33,3 +33,24 @@ def test_an_error_of_a_hostile_file_stays_short() -> None:
     error = InvalidFileError([Problem("kind", f"number {number}", "m.clus") for number in range(MAX_PROBLEMS + 7)])
     assert len(error.problems) == MAX_PROBLEMS + 1
     assert str(error).endswith(f"m.clus: number {MAX_PROBLEMS - 1}\nm.clus: and 7 more problems")
+
+
+def test_what_thousands_of_tensors_have_in_common_is_said_once() -> None:
+    names = [f"layers.0.experts.{number}.up_proj.weight" for number in range(500)]
+    error = InvalidFileError([Problem("missing", "it is missing", "m.clus", name, remedy="get it") for name in names])
+    assert len(error.problems) == 500
+    assert str(error) == f"m.clus · {', '.join(names[:3])} and 497 more: it is missing\n  remedy: get it"
+
+
+def test_a_group_shows_what_was_found_of_those_it_names() -> None:
+    problems = [Problem("wrong_shape", "wrong shape", None, f"t{number}", f"({number},)", "(9,)") for number in range(2)]
+    (shown,) = grouped([*problems])
+    assert shown == Problem("wrong_shape", "wrong shape", None, "t0, t1", "(0,), (1,)", "(9,)")
+
+
+def test_problems_of_one_kind_and_several_remedies_stay_apart() -> None:
+    problems = [Problem("missing", "no such file", name, remedy=f"get {name}") for name in "ab"]
+    assert grouped(problems) == problems
+    assert [problem.file for problem in grouped([Problem("missing", "no such file", name) for name in "abcde"])] == [
+        "a, b, c and 2 more"
+    ]

@@ -6,7 +6,7 @@ can tell the cases apart. The command line prints the problems; libraries raise 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 __all__ = [
@@ -19,12 +19,15 @@ __all__ = [
     "StorageError",
     "UnsupportedError",
     "WorkersLostError",
+    "grouped",
     "printable",
 ]
 
 
 MAX_PROBLEMS = 1000
 """An error lists no more; nobody reads them."""
+MAX_NAMES = 3
+"""Names that stand for a group of problems."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,32 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def grouped(problems: Iterable[Problem]) -> list[Problem]:
+    """Problems for people: those that say the same of several tensors, or of several files, become one.
+
+    It names the first `MAX_NAMES` of them and counts the others. A checkpoint with experts has thousands of tensors alike.
+    """
+    groups: dict[tuple[str | None, ...], list[Problem]] = {}
+    for problem in problems:
+        where = None if problem.tensor is None else problem.file
+        groups.setdefault((problem.kind, problem.message, problem.remedy, where), []).append(problem)
+    return [_merged(group) for group in groups.values()]
+
+
+def _merged(group: Sequence[Problem]) -> Problem:
+    files, tensors = (_listed(vars(problem)[label] for problem in group) for label in ("file", "tensor"))
+    found, expected = (_listed(vars(problem)[label] for problem in group) for label in ("found", "expected"))
+    return Problem(group[0].kind, group[0].message, files, tensors, found, expected, group[0].remedy)
+
+
+def _listed(values: Iterable[str | None]) -> str | None:
+    distinct = list(dict.fromkeys(value for value in values if value is not None))
+    left = len(distinct) - MAX_NAMES
+    return ", ".join(distinct[:MAX_NAMES]) + (f" and {left} more" if left > 0 else "") if distinct else None
+
+
 class ClusCompError(Exception):
-    """Base of all errors this project raises on purpose. `problems` is never empty.
+    """Base of all errors this project raises on purpose. `problems` is never empty; the text of the error groups them.
 
     Of more than `MAX_PROBLEMS` the first are kept and the others counted: a hostile file may have one in every few bytes.
     """
@@ -78,7 +105,7 @@ class ClusCompError(Exception):
             message = f"and {len(listed) - MAX_PROBLEMS} more problems"
             listed = (*listed[:MAX_PROBLEMS], Problem("more_problems", message, listed[0].file))
         self.problems: tuple[Problem, ...] = listed
-        super().__init__("\n".join(str(problem) for problem in self.problems))
+        super().__init__("\n".join(map(str, grouped(self.problems))))
 
     def __reduce__(self) -> tuple[type[ClusCompError], tuple[tuple[Problem, ...]]]:
         """Errors come back whole from worker processes."""
