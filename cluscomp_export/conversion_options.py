@@ -65,6 +65,11 @@ class ConversionOptions:
     workers: str | None = None
 
     @property
+    def torch_threads(self) -> int | None:
+        """The threads of what this process computes itself; of workers, `threads` is the number for each."""
+        return self.threads if self.workers is None else None
+
+    @property
     def asks_clustering(self) -> bool:
         """Whether any option says how to cluster."""
         how = (*self.targets().values(), self.num_clusters, self.share, self.embedding_bits, self.codebook_bits)

@@ -120,8 +120,7 @@ def convert(
 
     with contextlib.ExitStack() as unfinished:
         unfinished.enter_context(memory_faults(_MEMORY_REMEDY))
-        # Of workers, `threads` is the number for each.
-        unfinished.enter_context(torch_threads(options.threads if options.workers is None else None))
+        unfinished.enter_context(torch_threads(options.torch_threads))
         work = unfinished.enter_context(work_folder(output)) if prepared.plan is not None else None
         _check_space(output, prepared, work)
         if prepared.plan is not None and work is not None:

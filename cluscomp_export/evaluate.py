@@ -30,6 +30,7 @@ from cluscomp_formats.ir import Model
 from cluscomp_formats.version import __version__
 from cluscomp_runtime import LanguageModel
 from cluscomp_runtime.architecture import DecoderSettings
+from cluscomp_runtime.memory import memory_faults
 from cluscomp_runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ def evaluate(
     return Evaluation(**vars(scores.statistics()), windows=len(windows), context=context)
 
 
+@memory_faults("run it again with more memory free, or a smaller --context")
 def evaluate_files(
     model_path: Path,
     *,

@@ -21,6 +21,7 @@ from cluscomp_formats.ir import Array, Model
 from cluscomp_formats.parameters import KINDS, kind_of, parameters
 from cluscomp_formats.registry import detect
 from cluscomp_kernels.clus_linear import choose_path, paths
+from cluscomp_runtime.memory import memory_faults
 
 __all__ = ["inspect_delta", "inspect_model"]
 
@@ -28,6 +29,7 @@ WORST = 5
 """Tensors listed as the worst."""
 
 
+@memory_faults("run it again with more memory free")
 def inspect_model(
     path: Path, *, reference: Path | None = None, quick: bool = False, on_progress: Progress = silent
 ) -> dict[str, Any]:

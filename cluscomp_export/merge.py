@@ -18,6 +18,7 @@ from cluscomp_formats.delta import combine, open_delta
 from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem
 from cluscomp_formats.ir import Model
 from cluscomp_formats.version import __version__
+from cluscomp_runtime.memory import memory_faults
 
 __all__ = ["MergeReport", "merge"]
 
@@ -36,6 +37,7 @@ class MergeReport:
     warnings: tuple[str, ...]
 
 
+@memory_faults("run it again with more memory free")
 def merge(
     model_path: Path,
     delta_paths: Sequence[Path],

@@ -116,6 +116,7 @@ def planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @planning_options
 @click.option("--save", type=PATH, metavar="FILE", help="Write the plan as JSON, for `convert --plan`.")
 @click.option("--force", is_flag=True, help="Replace FILE if it exists.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads to measure sensitivities with. [default: all cores]")
 @JSON
 def plan(source: Path, *, save: Path | None, force: bool, as_json: bool, **options: Any) -> None:
     """Show how SOURCE would be stored and why, without converting it.

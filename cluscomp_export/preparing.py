@@ -32,6 +32,7 @@ from cluscomp_export.progress import Progress, silent
 from cluscomp_export.sensitivity import measure_sensitivities, sensitive_tensors
 from cluscomp_export.sizes import Sizes, model_sizes
 from cluscomp_export.sources import CONFIG_ONLY, open_source, source_bytes
+from cluscomp_export.torch_threads import torch_threads
 from cluscomp_export.work_folder import WorkFolder
 from cluscomp_export.workers import parse_workers
 from cluscomp_export.writers import Writer, find_writer
@@ -40,6 +41,7 @@ from cluscomp_formats.ir import AnyArray, Model, canonical_json
 from cluscomp_formats.packed.writer import NO_DIGEST
 from cluscomp_formats.version import __version__
 from cluscomp_runtime.language_model import check_device
+from cluscomp_runtime.memory import memory_faults
 from cluscomp_runtime.selftest import longest_record
 
 __all__ = ["Prepared", "make_plan", "prepare", "provenance_of", "sensitivities_of"]
@@ -67,6 +69,7 @@ class Prepared:
     warnings: tuple[str, ...]
 
 
+@memory_faults("run it again with more memory free")
 def prepare(
     source_path: Path,
     options: ConversionOptions,
@@ -102,7 +105,8 @@ def prepare(
     else:
         provenance = provenance_of(source, options, text, NO_DIGEST)
         if measure:
-            sensitivities = sensitivities_of(source, options, text, None, on_progress)
+            with torch_threads(options.torch_threads):
+                sensitivities = sensitivities_of(source, options, text, None, on_progress)
         plan = make_plan(source, options, writer, provenance, sensitivities)
         model = cluster_model(source, plan, provenance=provenance)
     sizes = model_sizes(model)

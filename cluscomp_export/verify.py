@@ -24,6 +24,7 @@ from cluscomp_formats.ir import Model
 from cluscomp_formats.onnx import looks_onnx
 from cluscomp_runtime import LanguageModel
 from cluscomp_runtime.architecture import DecoderSettings
+from cluscomp_runtime.memory import is_memory_fault
 from cluscomp_runtime.selftest import check_record, compare_with_record, run_self_test
 
 __all__ = ["TensorError", "Verification", "compare_tensors", "verify"]
@@ -183,11 +184,8 @@ def _try_load(model: Model, device: str, kernel: str) -> LanguageModel | str | N
         return LanguageModel.from_model(model, device=device, kernel=kernel)
     except ClusCompError as error:
         return error.problems[0].message
-    except MemoryError:
-        return None
-    except RuntimeError as error:
-        # torch has no error of its own for this on a CPU.
-        if "memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not is_memory_fault(error):
             raise
         return None
 

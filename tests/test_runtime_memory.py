@@ -63,3 +63,28 @@ def test_memory_the_system_refuses_is_an_error_of_ours(take: Any) -> None:
 def test_other_errors_pass() -> None:
     with pytest.raises(RuntimeError, match="shapes"), memory.memory_faults():
         raise RuntimeError("shapes do not fit")
+
+
+class AcceleratorError(RuntimeError):
+    """As torch calls what goes wrong on a GPU."""
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        AcceleratorError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("Triton Error [CUDA]: misaligned shared memory"),
+        RuntimeError("the text DefaultCPUAllocator: can't allocate memory inside of another"),
+    ],
+)
+def test_a_fault_of_a_kernel_is_not_taken_for_a_lack_of_memory(fault: RuntimeError) -> None:
+    assert not memory.is_memory_fault(fault)
+    with pytest.raises(type(fault)) as caught, memory.memory_faults():
+        raise fault
+    assert caught.value is fault
+
+
+def test_memory_that_a_gpu_refuses_is_told_by_its_type() -> None:
+    with pytest.raises(UnsupportedError, match="not enough memory"), memory.memory_faults():
+        raise torch.OutOfMemoryError("CUDA: any text at all")

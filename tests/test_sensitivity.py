@@ -20,7 +20,7 @@ from cluscomp_export.sensitivity import measure_sensitivities, sensitive_tensors
 from cluscomp_export.sources import open_source
 from cluscomp_export.torch_threads import torch_threads
 from cluscomp_export.trial_errors import trial_errors
-from cluscomp_formats.errors import InvalidRequestError, UnsupportedError
+from cluscomp_formats.errors import InvalidRequestError, Problem, UnsupportedError
 from cluscomp_formats.ir import Array, DenseTensor, Model
 from cluscomp_runtime.language_model import observe_inputs
 
@@ -157,3 +157,23 @@ def test_nothing_is_measured_unless_asked_for(stories_folder: Path, tmp_path: Pa
     convert(stories_folder, tmp_path / "equal.clus", ConversionOptions(bits=3, effort="fast"))
     with pytest.raises(InvalidRequestError, match="measured on a text"):
         convert(stories_folder, tmp_path / "other.clus", ConversionOptions(bits=3, calibration="none", sensitivity="measured"))
+
+
+@pytest.mark.parametrize(("threads", "workers", "expected"), [(1, None, 1), (3, None, 3), (3, "2", None)])
+def test_sensitivities_are_measured_with_the_threads_that_were_asked_for(
+    threads: int, workers: str | None, expected: int | None, stories_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With workers the number is theirs, and this process keeps its own."""
+    seen: list[int] = []
+
+    def measure(*_: object, **__: object) -> None:
+        seen.append(torch.get_num_threads())
+        raise UnsupportedError(Problem("enough", "the rest takes time"))
+
+    monkeypatch.setattr(preparing, "measure_sensitivities", measure)
+    before = torch.get_num_threads()
+    options = ConversionOptions(bits=4, sensitivity="measured", threads=threads, workers=workers)
+    with pytest.raises(UnsupportedError, match="takes time"):
+        preparing.prepare(stories_folder, options, to_plan=True)
+    assert seen == [before if expected is None else expected]
+    assert torch.get_num_threads() == before

@@ -32,11 +32,14 @@ from cluscomp_formats.ir import DTYPES, Model
 from cluscomp_formats.parameters import KINDS, kind_of
 from cluscomp_formats.version import __version__
 from cluscomp_runtime.language_model import LanguageModel, check_device
+from cluscomp_runtime.memory import memory_faults
 from cluscomp_runtime.tokenizer import Tokenizer
 
 __all__ = ["TuneOptions", "TunePlan", "TuneReport", "checked_digest", "plan_tuning", "tune"]
 
 HELD_OUT_BATCH = 4
+
+_MEMORY_REMEDY = "run it again with a smaller --batch or --context, or with more memory free: what is finished has been kept"
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,7 @@ def plan_tuning(model_path: Path, options: TuneOptions) -> TunePlan:
     return _prepare(model_path, options).plan
 
 
+@memory_faults(_MEMORY_REMEDY)
 def tune(
     model_path: Path, output: Path, options: TuneOptions, *, force: bool = False, on_progress: Progress = silent
 ) -> TuneReport:

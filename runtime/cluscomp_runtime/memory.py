@@ -17,10 +17,23 @@ import torch
 from cluscomp_formats.errors import Problem, UnsupportedError
 from cluscomp_formats.ir import DenseTensor, Model, Tensor
 
-__all__ = ["check_memory", "device_bytes", "memory_faults", "physical_bytes", "return_freed_arrays", "trim_heap"]
+__all__ = [
+    "check_memory",
+    "device_bytes",
+    "is_memory_fault",
+    "memory_faults",
+    "physical_bytes",
+    "return_freed_arrays",
+    "trim_heap",
+]
 
 _M_MMAP_THRESHOLD = -3
 """From glibc's malloc.h."""
+
+_CPU_ALLOCATOR = re.compile(
+    r"(?:\[enforce fail at alloc_cpu\.cpp:\d+\] [^.]*\. )?DefaultCPUAllocator: (?:can't allocate|not enough) memory"
+)
+"""How torch's allocator on the CPU begins its complaint, for which it has no type of its own."""
 
 _REMEDY = 'use a machine with more memory, or kernel="reference", which holds one matrix at a time'
 
@@ -85,14 +98,24 @@ def device_bytes(device: str) -> int | None:
     return int(torch.cuda.get_device_properties(index).total_memory)
 
 
+def is_memory_fault(error: BaseException) -> bool:
+    """Whether an error says that memory was refused, on the host or a device.
+
+    Told by its type or, for torch's allocator on the CPU, by how the text begins: a GPU's "illegal memory access" is the fault
+    of a kernel.
+    """
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return type(error) is RuntimeError and _CPU_ALLOCATOR.match(str(error)) is not None
+
+
 @contextlib.contextmanager
 def memory_faults(remedy: str = _REMEDY) -> Iterator[None]:
     """Make an UnsupportedError, with a `remedy`, of memory that the system or the device refuses."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # torch's allocator on the CPU raises a bare RuntimeError.
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if not is_memory_fault(error):
             raise
         reason = next(iter(str(error).strip().splitlines()), "no memory left")[:200]
         problem = Problem("out_of_memory", "there is not enough memory", found=reason, remedy=remedy)
