@@ -34,6 +34,12 @@ def few_windows() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def triton_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton compiles, whatever it has compiled before."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
 STORIES = Path(__file__).parent / "data" / "stories260K"
 
 

@@ -1,4 +1,4 @@
-"""The Triton search: results in interpreter mode, and registers of what it compiles to, each in a process of its own."""
+"""The Triton search: results in interpreter mode, and registers of what it compiles to."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import subprocess
 import sys
 
 import pytest
+from triton_aot import compile_kernel
 
 pytest.importorskip("triton")
+
+from cluscomp_kernels.kmeans.triton_nearest import BLOCK_CENTROIDS, BLOCK_POINTS, WARPS, nearest_kernel
 
 INTERPRETED = """
 import numpy as np, torch
@@ -36,49 +39,27 @@ assert abs(error - least.sum(dtype=np.float64)) < 1e-9 * error
 print("fine")
 """
 
-COMPILED = """
-import pathlib, re, subprocess, sys, tempfile
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from cluscomp_kernels.kmeans.triton_nearest import BLOCK_CENTROIDS, BLOCK_POINTS, WARPS, nearest_kernel
-cuobjdump = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-for dim, weighted in ((4, False), (4, True), (16, False), (16, True)):
-    constants = {"DIM": dim, "POINTS": BLOCK_POINTS, "CENTROIDS": BLOCK_CENTROIDS, "WEIGHTED": weighted}
-    types = {"points": "*fp32", "centroids": "*fp32", "importance": "*fp32", "codes": "*i32", "distances": "*fp32"}
-    signature = {**types, "num_points": "i32", "num_centroids": "i32", **dict.fromkeys(constants, "constexpr")}
-    source = ASTSource(fn=nearest_kernel, signature=signature, constexprs=constants)
-    options = {"num_warps": WARPS, "enable_fp_fusion": False}
-    kernel = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options=options)
-    assert "fma.rn.f32" not in kernel.asm["ptx"]
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        command = [cuobjdump, "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack, local = (int(re.search(name + r":(\\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
-    assert (stack, local) == (0, 0) and registers <= 255, usage
-    print("dim", dim, "registers", registers)
-"""
-
-
-def run(code: str, *arguments: str, interpret: bool) -> str:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    environment.pop("TRITON_INTERPRET", None)
-    if interpret:
-        environment["TRITON_INTERPRET"] = "1"
-    finished = subprocess.run(
-        [sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert finished.returncode == 0, finished.stderr
-    return finished.stdout
-
 
 def test_interpreted_equals_reference() -> None:
-    assert run(INTERPRETED, interpret=True).strip() == "fine"
+    """In a process of its own: `@triton.jit` settles the mode at import."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", INTERPRETED]
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.strip() == "fine"
 
 
 @pytest.mark.parametrize("capability", [80, 86, 87, 89, 90])
+@pytest.mark.usefixtures("triton_cache")
 def test_compiles_without_spills(capability: int) -> None:
-    """A spill would show as stack or local memory."""
-    assert run(COMPILED, str(capability), interpret=False).count("registers") == 4
+    """A spill would show as stack or local memory; a fused multiply-add would make other codes than the CPU's."""
+    for dim, weighted in ((4, False), (4, True), (16, False), (16, True)):
+        constants = {"DIM": dim, "POINTS": BLOCK_POINTS, "CENTROIDS": BLOCK_CENTROIDS, "WEIGHTED": weighted}
+        types = {"points": "*fp32", "centroids": "*fp32", "importance": "*fp32", "codes": "*i32", "distances": "*fp32"}
+        signature = {**types, "num_points": "i32", "num_centroids": "i32"}
+        usage, ptx = compile_kernel(
+            nearest_kernel, signature, constants, capability, num_warps=WARPS, fusion=False, aligned=False
+        )
+        assert usage.stack == usage.local == 0
+        assert usage.registers <= 255
+        assert "fma.rn.f32" not in ptx

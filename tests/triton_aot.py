@@ -1,6 +1,6 @@
 """Compile Triton kernels ahead of time for GPUs that are not there, and read what the machine code uses.
 
-Run in a process without TRITON_INTERPRET: `@triton.jit` settles the mode at import.
+The kernels must be imported without TRITON_INTERPRET: `@triton.jit` settles the mode at import.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["Usage", "compile_kernel"]
+__all__ = ["Compiled", "Usage", "compile_kernel"]
 
 
 class Usage(NamedTuple):
@@ -24,24 +24,39 @@ class Usage(NamedTuple):
     shared: int
 
 
-def compile_kernel(
-    kernel: Any, signature: Mapping[str, str], constants: Mapping[str, Any], capability: int, num_warps: int = 4
-) -> Usage:
-    """Compile for a CUDA compute capability (87 is sm_87). Pointers and sizes are taken to be multiples of 16 bytes or 16.
+class Compiled(NamedTuple):
+    """What the machine code uses, and the PTX it was made from."""
 
-    `signature` gives the type of each argument that is not constant ("*fp16", "i32"). Raises what triton raises.
+    usage: Usage
+    ptx: str
+
+
+def compile_kernel(
+    kernel: Any,
+    signature: Mapping[str, str],
+    constants: Mapping[str, Any],
+    capability: int,
+    *,
+    num_warps: int = 4,
+    fusion: bool = True,
+    aligned: bool = True,
+) -> Compiled:
+    """Compile for a CUDA compute capability (87 is sm_87), with fused multiply-adds unless `fusion` is False.
+
+    `signature` gives the type of each argument that is not constant ("*fp16", "i32"); `aligned` pointers are multiples of 16
+    bytes. Raises what triton raises.
     """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     types = {name: "constexpr" if name in constants else signature[name] for name in kernel.arg_names}
-    aligned = {
-        (index,): [["tt.divisibility", 16]] for index, name in enumerate(kernel.arg_names) if types[name].startswith("*")
-    }
-    source = ASTSource(fn=kernel, signature=types, constexprs=dict(constants), attrs=aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps})
-    return _usage(compiled.asm["cubin"])
+    pointers = [index for index, name in enumerate(kernel.arg_names) if types[name].startswith("*")]
+    known = {(index,): [["tt.divisibility", 16]] for index in pointers} if aligned else {}
+    source = ASTSource(fn=kernel, signature=types, constexprs=dict(constants), attrs=known)
+    options = {"num_warps": num_warps, "enable_fp_fusion": fusion}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return Compiled(_usage(compiled.asm["cubin"]), compiled.asm["ptx"])
 
 
 def _usage(cubin: bytes) -> Usage:

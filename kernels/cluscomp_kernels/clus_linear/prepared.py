@@ -76,6 +76,8 @@ class PreparedWeight(abc.ABC):
         """
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("a prepared weight has no backward pass; use clus_linear.linear, or torch.no_grad()")
+        if x.device != self.codebook.values.device:
+            raise ValueError(f"x is on {x.device}, the weight was prepared for {self.codebook.values.device}")
         return self._linear(x)
 
     def take_row_scale(self, row_scale: Tensor) -> None:

@@ -7,6 +7,11 @@ load. A large codebook (512 KB and more) lives in the L2 cache, not in shared me
 Numeric contract: up to FUSED_TOKENS tokens, products of `x` and weights are accumulated in float32 over a fixed partition of
 the input channels, and a second kernel adds the partial sums in a fixed order (no atomics), applies `row_scale` and `bias` and
 rounds once: results are the same in every run. More tokens multiply with the weight decoded to the dtype of `x`.
+
+Where one of `x` and codebook is float16 and the other bfloat16, tensor cores multiply with the float16 values as sums of two
+bfloat16 values. The sums are exact (`bfloat16_parts`), so the contract is the same, for a second instruction.
+
+Triton launches on the current device, whatever device the operands are on: each launch is within `torch.cuda.device_of` them.
 """
 
 # ruff: noqa: N803 (constants of a kernel are upper case, its operands positional)
@@ -33,6 +38,9 @@ CHANNELS = 32
 TARGET_PROGRAMS = 512
 """Programs that keep a large GPU busy; the input channels are split until there are as many."""
 
+FUSION: dict[str, Any] = {"enable_fp_fusion": True}
+"""Products are fused into sums; said, since what Triton does unasked depends on its version."""
+
 
 @triton.jit  # type: ignore[untyped-decorator]
 def gathered_weight(codes, codebook, channel, group, in_features, groups, ROW: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -43,6 +51,14 @@ def gathered_weight(codes, codebook, channel, group, in_features, groups, ROW: t
     lane = tl.arange(0, ROW)
     address = codebook + code[:, :, None] * ROW + lane[None, None, :]
     return tl.load(address, mask=inside[:, :, None], other=0.0)
+
+
+@triton.jit
+def bfloat16_parts(value):  # type: ignore[no-untyped-def]
+    """Two bfloat16 values whose sum is the finite float16 value: of its 11 bits, the first has 8 and the second the rest."""
+    high = value.to(tl.bfloat16)
+    low = (value.to(tl.float32) - high.to(tl.float32)).to(tl.bfloat16)
+    return high, low
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -71,7 +87,7 @@ def few_tokens_kernel(  # type: ignore[no-untyped-def]
     x, codes, codebook, partial, tokens, in_features, groups, channels_per_split,
     ROW: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """partial[split, tokens, groups * ROW], by tensor cores where `x` and the codebook have the same 16-bit type."""
+    """partial[split, tokens, groups * ROW], by tensor cores where `x` and the codebook have 16 bits."""
     group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     split = tl.program_id(1)
     begin = split * channels_per_split
@@ -84,10 +100,18 @@ def few_tokens_kernel(  # type: ignore[no-untyped-def]
         flat = tl.reshape(weight, [CHANNELS, GROUPS * ROW])
         inside = (token[:, None] < tokens) & (channel[None, :] < end)
         factor = tl.load(x + token[:, None] * in_features + channel[None, :], mask=inside, other=0.0)
-        if factor.dtype != flat.dtype:
-            total = tl.dot(factor.to(tl.float32), flat.to(tl.float32), total, input_precision="ieee")
-        else:
+        if factor.dtype == flat.dtype:
             total = tl.dot(factor, flat, total, input_precision="ieee")
+        elif factor.dtype == tl.bfloat16 and flat.dtype == tl.float16:
+            high, low = bfloat16_parts(flat)
+            total = tl.dot(factor, low, total)
+            total = tl.dot(factor, high, total)
+        elif factor.dtype == tl.float16 and flat.dtype == tl.bfloat16:
+            high, low = bfloat16_parts(factor)
+            total = tl.dot(low, flat, total)
+            total = tl.dot(high, flat, total)
+        else:
+            total = tl.dot(factor.to(tl.float32), flat.to(tl.float32), total, input_precision="ieee")
     value = tl.program_id(0) * GROUPS * ROW + tl.arange(0, GROUPS * ROW)
     offset = (split.to(tl.int64) * tokens + token[:, None]) * groups * ROW + value[None, :]
     tl.store(partial + offset, total, mask=(token[:, None] < tokens) & (value[None, :] < groups * ROW))
@@ -141,10 +165,11 @@ def decode_dense(codes: Tensor, codebook: Tensor, out_features: int, cluster_dim
     per_program = _groups_per_program(row)
     grid = (triton.cdiv(groups, per_program), triton.cdiv(in_features, CHANNELS))
     if dense.numel():
-        decode_kernel[grid](
-            codes, codebook, dense, in_features, groups, out_features,
-            DIM=cluster_dim, ROW=row, GROUPS=per_program, CHANNELS=CHANNELS,
-        )  # fmt: skip
+        with torch.cuda.device_of(codes):  # type: ignore[no-untyped-call]
+            decode_kernel[grid](
+                codes, codebook, dense, in_features, groups, out_features,
+                DIM=cluster_dim, ROW=row, GROUPS=per_program, CHANNELS=CHANNELS, **FUSION,
+            )  # fmt: skip
     return dense
 
 
@@ -183,21 +208,23 @@ def linear_triton(
     programs = triton.cdiv(groups, per_program)
     splits, channels_per_split = _split(in_features, programs)
     partial = torch.empty((splits, tokens, groups * row), dtype=torch.float32, device=x.device)
-    sizes: dict[str, Any] = {"ROW": row, "GROUPS": per_program, "CHANNELS": CHANNELS}
-    if tokens == 1:
-        one_token_kernel[(programs, splits)](flat, codes, codebook, partial, in_features, groups, channels_per_split, **sizes)
-    else:
-        few_tokens_kernel[(programs, splits)](
-            flat, codes, codebook, partial, tokens, in_features, groups, channels_per_split, TOKENS=FUSED_TOKENS, **sizes
-        )
+    sizes: dict[str, Any] = {"ROW": row, "GROUPS": per_program, "CHANNELS": CHANNELS, **FUSION}
+    operands = (flat, codes, codebook, partial)
     block = 256
-    finish_kernel[(triton.cdiv(out_features, block), tokens)](
-        partial,
-        partial if row_scale is None else row_scale,
-        partial if bias is None else bias,
-        y, splits, tokens, groups * row, out_features,
-        DIM=cluster_dim, ROW=row, HAS_SCALE=row_scale is not None, HAS_BIAS=bias is not None, BLOCK=block,
-    )  # fmt: skip
+    with torch.cuda.device_of(codes):  # type: ignore[no-untyped-call]
+        if tokens == 1:
+            one_token_kernel[(programs, splits)](*operands, in_features, groups, channels_per_split, **sizes)
+        else:
+            few_tokens_kernel[(programs, splits)](
+                *operands, tokens, in_features, groups, channels_per_split, TOKENS=FUSED_TOKENS, **sizes
+            )
+        finish_kernel[(triton.cdiv(out_features, block), tokens)](
+            partial,
+            partial if row_scale is None else row_scale,
+            partial if bias is None else bias,
+            y, splits, tokens, groups * row, out_features,
+            DIM=cluster_dim, ROW=row, HAS_SCALE=row_scale is not None, HAS_BIAS=bias is not None, BLOCK=block, **FUSION,
+        )  # fmt: skip
     return y
 
 

@@ -98,7 +98,8 @@ def kmeans(
     if rounds < 0:
         raise ValueError(f"iterations must not be negative, got {iterations}")
     scales = checked_weights(weights, count)
-    job = _Job(points, scales, num_clusters, method, rounds, seed, checked_threads(threads), compute_path(device), on_progress)
+    where = (compute_path(device), torch.device(device))
+    job = _Job(points, scales, num_clusters, method, rounds, seed, checked_threads(threads), *where, on_progress)
     if count <= num_clusters:
         result = job.lossless()
     elif dim == 1 and method == "fast":
@@ -122,7 +123,7 @@ def assign(points: Floats, centroids: Floats, *, threads: int | None = None, dev
         raise ValueError(f"points have dim {points.shape[1]}, centroids dim {centroids.shape[1]}; they must agree")
     if len(centroids) > MAX_CLUSTERS:
         raise ValueError(f"at most {MAX_CLUSTERS} centroids are possible (a code fits 16 bits), got {len(centroids)}")
-    return _assign(points, centroids, checked_threads(threads), compute_path(device), _nothing)
+    return _assign(points, centroids, checked_threads(threads), compute_path(device), torch.device(device), _nothing)
 
 
 @dataclass
@@ -137,6 +138,7 @@ class _Job:
     seed: int
     threads: int
     path: str
+    device: torch.device
     on_progress: Progress | None
     done: int = field(default=0, init=False)
 
@@ -156,17 +158,20 @@ class _Job:
     def result(self, centroids: Floats, codes: Codes, error: float, iterations: int) -> KMeansResult:
         return KMeansResult(centroids, codes, error, iterations, self.method, self.path)
 
+    def assigned(self, centroids: Floats) -> Codes:
+        return _assign(self.points, centroids, self.threads, self.path, self.device, self.tick)
+
     def lossless(self) -> KMeansResult:
         """No more points than clusters: the points are the centroids."""
         centroids = self.points.copy()
-        return self.result(centroids, _assign(self.points, centroids, self.threads, self.path, self.tick), 0.0, 0)
+        return self.result(centroids, self.assigned(centroids), 0.0, 0)
 
     def values(self) -> KMeansResult:
         """One dimension."""
         values = self.points[:, 0]
         centroids, done = cluster_values(values, self.weights, self.num_clusters, self.iterations)
         self.after_iteration(done)
-        codes = _assign(self.points, centroids[:, None], self.threads, self.path, self.tick)
+        codes = self.assigned(centroids[:, None])
         squares = np.square(values - centroids[codes])
         total = squares.sum(dtype=np.float64) if self.weights is None else np.dot(squares, self.weights.astype(np.float64))
         return self.result(centroids[:, None], codes, float(total), done)
@@ -178,7 +183,7 @@ class _Job:
         if self.path != "native":
             centroids = self.tree_start()[0] if starts_from_tree else self.sample()
             self.after_iteration(0)
-            return self.result(*self.run(_torch_engine(self.points, self.weights, self.path, self.tick), centroids))
+            return self.result(*self.run(_torch_engine(self.points, self.weights, self.device, self.tick), centroids))
         if starts_from_tree:
             centroids, points, weights, codes, order = self.tree_start()
         else:
@@ -247,16 +252,17 @@ def compute_path(device: str) -> str:
     return "torch"
 
 
-def _assign(points: Floats, centroids: Floats, threads: int, path: str, tick: Callable[[], None]) -> Codes:
+def _assign(
+    points: Floats, centroids: Floats, threads: int, path: str, device: torch.device, tick: Callable[[], None]
+) -> Codes:
     if path == "native":
         if points.shape[1] == 1:
             return assign_values(points[:, 0], centroids[:, 0], threads)
         return assign_native(points, SearchSpace.kept(centroids, threads, tick), threads, tick)
-    engine = _torch_engine(points, None, path, tick)
+    engine = _torch_engine(points, None, device, tick)
     engine.assign(centroids, exact=True)
     return engine.codes
 
 
-def _torch_engine(points: Floats, weights: Floats | None, path: str, tick: Callable[[], None]) -> TorchEngine:
-    device = torch.device("cuda" if path == "cuda" else "cpu")
+def _torch_engine(points: Floats, weights: Floats | None, device: torch.device, tick: Callable[[], None]) -> TorchEngine:
     return TorchEngine(points, weights, device, nearest_search(device), tick)

@@ -68,19 +68,21 @@ def nearest_triton(
     num_points, dim = points.shape
     codes = torch.empty(num_points, dtype=torch.int32, device=points.device)
     distances = torch.empty(num_points, dtype=torch.float32, device=points.device)
-    nearest_kernel[(triton.cdiv(num_points, BLOCK_POINTS),)](
-        points,
-        centroids.t().contiguous(),
-        points if importance is None else importance,
-        codes,
-        distances,
-        num_points,
-        len(centroids),
-        DIM=dim,
-        POINTS=BLOCK_POINTS,
-        CENTROIDS=BLOCK_CENTROIDS,
-        WEIGHTED=importance is not None,
-        num_warps=WARPS,
-        enable_fp_fusion=False,
-    )
+    # Triton launches on the current device, whatever device the operands are on.
+    with torch.cuda.device_of(points):  # type: ignore[no-untyped-call]
+        nearest_kernel[(triton.cdiv(num_points, BLOCK_POINTS),)](
+            points,
+            centroids.t().contiguous(),
+            points if importance is None else importance,
+            codes,
+            distances,
+            num_points,
+            len(centroids),
+            DIM=dim,
+            POINTS=BLOCK_POINTS,
+            CENTROIDS=BLOCK_CENTROIDS,
+            WEIGHTED=importance is not None,
+            num_warps=WARPS,
+            enable_fp_fusion=False,
+        )
     return codes, distances
