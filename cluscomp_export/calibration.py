@@ -20,6 +20,7 @@ import torch
 from cluscomp_export.progress import Progress, silent
 from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem
 from cluscomp_formats.ir import Model
+from cluscomp_formats.regular_file import read_whole
 from cluscomp_runtime.language_model import observe_inputs
 from cluscomp_runtime.tokenizer import Tokenizer
 
@@ -42,6 +43,8 @@ ENERGY_WINDOWS = 16
 """Windows that tell the energies of channels."""
 BATCH = 4
 """Windows run at a time: every batch decodes every matrix once more, and activations take memory by the batch."""
+MAX_TEXT_BYTES = 1 << 30
+"""1 GB. A text is held in memory as a whole, and its tokens take many times that."""
 NEGLIGIBLE = 1e-8
 """Of the mean energy of tokens: what float32 leaves of a gradient that is zero, as that of a text's first query, has less."""
 
@@ -52,11 +55,10 @@ def shipped_text() -> str:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 text file. Raises InvalidFileError."""
+    """A UTF-8 text file of at most `MAX_TEXT_BYTES`, as it is, line ends included. Raises InvalidFileError, StorageError."""
+    content = read_whole(path, MAX_TEXT_BYTES, "name a text file")
     try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InvalidFileError(Problem("missing", "the text cannot be read", str(path), found=error.strerror)) from error
+        return content.decode()
     except UnicodeDecodeError as error:
         remedy = "convert it to UTF-8"
         raise InvalidFileError(

@@ -126,7 +126,8 @@ def evaluate_files(
     """
     started = time.perf_counter()
     # At once: the text may be changed while the models run.
-    words, text_digest = read_text(text), hashlib.sha256(text.read_bytes()).hexdigest()
+    words = read_text(text)
+    text_digest = hashlib.sha256(words.encode()).hexdigest()
     stored = {"model": (model_path, open_source(model_path, delta))}
     if reference is not None:
         stored["reference"] = (reference, open_source(reference))

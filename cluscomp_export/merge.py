@@ -17,10 +17,13 @@ from cluscomp_export.writers import find_writer
 from cluscomp_formats.delta import combine, open_delta
 from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem
 from cluscomp_formats.ir import Model
+from cluscomp_formats.stored_file import StoredFile
 from cluscomp_formats.version import __version__
 from cluscomp_runtime.memory import memory_faults
 
 __all__ = ["MergeReport", "merge"]
+
+_PIECE_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -109,9 +112,16 @@ def _provenance(
 ) -> dict[str, Any]:
     """The model's own, so that what it was made from is still known, and what was done since."""
     deltas = [
-        {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "weight": weight, "record": record}
+        {"sha256": _sha256(path), "weight": weight, "record": record}
         for path, weight, record in zip(paths, weights, records, strict=True)
     ]
     merges = model.provenance.get("merges")
     earlier = merges if isinstance(merges, list) else []
     return {**model.provenance, "merges": [*earlier, {"version": __version__, "base": base, "deltas": deltas}]}
+
+
+def _sha256(path: Path) -> str:
+    file, digest = StoredFile(path), hashlib.sha256()
+    for begin in range(0, file.length, _PIECE_BYTES):
+        digest.update(file.copy(begin, _PIECE_BYTES))
+    return digest.hexdigest()

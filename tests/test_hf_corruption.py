@@ -417,12 +417,13 @@ def test_record(folder: Path, case: str) -> None:
     assert [problem.kind for problem in problems_of(folder)] == [kind]
 
 
-def test_a_side_file_cut_while_open_is_noticed(folder: Path) -> None:
+def test_side_files_are_what_they_were_when_the_model_was_opened(folder: Path) -> None:
     opened = open_hf(folder)
+    whole = (folder / "tokenizer.json").read_bytes()
     (folder / "tokenizer.json").write_bytes(b"")
-    with pytest.raises(InvalidFileError) as caught:
-        opened.files["tokenizer.json"].read()
-    assert caught.value.problems[0].kind == "file_changed"
+    assert opened.files["tokenizer.json"].read().tobytes() == whole
+    (folder / "tokenizer.json").unlink()
+    assert opened.files["tokenizer.json"].read().tobytes() == whole
 
 
 # The folder.
@@ -438,7 +439,7 @@ def test_missing_files(folder: Path, name: str) -> None:
 def test_folders_and_pipes_in_place_of_files(folder: Path, name: str) -> None:
     (folder / name).unlink()
     (folder / name).mkdir()
-    assert [problem.kind for problem in problems_of(folder)] == ["is_folder" if name == WEIGHTS else "not_a_file"]
+    assert [problem.kind for problem in problems_of(folder)] == ["is_folder"]
     (folder / name).rmdir()
     os.mkfifo(folder / name)
     assert [problem.kind for problem in problems_of(folder)] == ["not_a_file"]
@@ -456,10 +457,27 @@ def test_json_longer_than_allowed_is_not_read(folder: Path, monkeypatch: pytest.
     assert [problem.kind for problem in problems_of(folder)] == ["file_too_long"]
 
 
+@pytest.mark.parametrize("name", ["config.json", "cluscomp.json", "tokenizer.json", "model.safetensors.index.json"])
+def test_a_sparse_file_of_a_terabyte_is_not_read(folder: Path, name: str) -> None:
+    if name.endswith("index.json"):
+        (folder / WEIGHTS).unlink()
+        (folder / name).touch()
+    os.truncate(folder / name, 1 << 40)
+    assert [(problem.kind, problem.file) for problem in problems_of(folder)] == [("file_too_long", str(folder / name))]
+
+
+@pytest.mark.parametrize("name", ["config.json", "cluscomp.json", "tokenizer.json"])
+def test_links_to_files_of_the_user_are_refused(folder: Path, name: str) -> None:
+    private = folder.parent / "private"
+    (folder / name).rename(private)
+    (folder / name).symlink_to(private)
+    assert [(problem.kind, problem.file) for problem in problems_of(folder)] == [("foreign_link", str(folder / name))]
+
+
 def test_the_system_refusing_is_a_storage_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> Any:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(StorageError):
         open_hf(folder)

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 from fuzzing.onnx_mutations import wire_field
+from hub_cache import hub_cache
 from onnx import helper, numpy_helper
 from onnx_surgery import (
     QUERY,
@@ -30,7 +31,7 @@ from runtime_models import clustered_model, small_config
 
 from cluscomp_export.onnx_graph import build_graph
 from cluscomp_formats import registry
-from cluscomp_formats.errors import MAX_PROBLEMS, ClusCompError, InvalidFileError, StorageError, UnsupportedError
+from cluscomp_formats.errors import MAX_PROBLEMS, ClusCompError, InvalidFileError, UnsupportedError
 from cluscomp_formats.onnx import holds_only_onnx, looks_onnx, open_onnx
 from cluscomp_formats.onnx.spec import MAX_MODEL_BYTES, MODEL_FILE, SUBFOLDER
 
@@ -389,28 +390,36 @@ def test_the_file_by_its_name_in_the_current_folder(folder: Path, monkeypatch: p
 
 def test_links_are_followed(folder: Path) -> None:
     """The cache of the Hugging Face Hub consists of them."""
-    for number, path in enumerate(sorted(path for path in folder.rglob("*") if path.is_file())):
-        blob = folder.parent / f"blob {number}"
-        path.rename(blob)
-        path.symlink_to(blob)
-    assert looks_onnx(folder)
-    assert open_onnx(folder, check=True).files["tokenizer.json"].read().tobytes() == b"{}"
+    snapshot = hub_cache(folder, folder.parent / "models--owner--name")
+    assert looks_onnx(snapshot)
+    assert open_onnx(snapshot, check=True).files["tokenizer.json"].read().tobytes() == b"{}"
+
+
+def test_a_link_to_a_file_of_the_user_is_refused(folder: Path) -> None:
+    (folder.parent / "private").write_text("{}")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.json").symlink_to(folder.parent / "private")
+    assert kinds(problems_of(folder)) == ["foreign_link"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no named pipes")
 def test_a_side_file_that_is_none(folder: Path) -> None:
     """Reading a pipe would wait for a writer, reading a device never end."""
-    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to(path)):
+    for make, kind in (
+        (os.mkfifo, "not_a_file"),
+        (lambda path: path.symlink_to("/dev/zero"), "foreign_link"),
+        (lambda path: path.symlink_to(path), "missing"),
+        (lambda path: path.symlink_to("nothing"), "missing"),
+    ):
         (folder / "tokenizer.json").unlink()
         make(folder / "tokenizer.json")
-        assert kinds(problems_of(folder)) == ["missing"]
+        assert kinds(problems_of(folder)) == [kind]
 
 
-def test_a_side_file_deleted_while_open(folder: Path) -> None:
+def test_side_files_are_what_they_were_when_the_model_was_opened(folder: Path) -> None:
     model = open_onnx(folder)
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(StorageError):
-        model.files["tokenizer.json"].read()
+    assert model.files["tokenizer.json"].read().tobytes() == b"{}"
 
 
 def test_a_folder_called_like_a_file_is_not_replaced(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from cluscomp_export.sources import linear_tensors, open_source, source_bytes
+from cluscomp_export.sources.gguf import decoding
 from cluscomp_export.sources.gguf.decoding import undo_rope_permutation
 from cluscomp_formats.errors import ClusCompError, InvalidFileError, UnsupportedError
 from cluscomp_formats.ir import Model
+from cluscomp_formats.stored_file import Stamp, read_again
 
 
 def decoded(model: Model) -> dict[str, np.ndarray]:
@@ -113,19 +116,26 @@ def test_permutation_by_hand() -> None:
 
 def test_opening_reads_no_payload_and_every_read_is_of_one_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_gguf(tmp_path / "model.gguf", tiny_model("llama"), "llama", "Q8_0")
-    mapped: list[int] = []
-    memmap = np.memmap
+    mapped: list[str] = []
 
-    def spy(*arguments: Any, **options: Any) -> Any:
-        mapped.append(options["offset"])
-        return memmap(*arguments, **options)
+    def spy(path: Path, stamp: Stamp, offset: int, length: int, owner: str) -> Any:
+        mapped.append(owner)
+        return read_again(path, stamp, offset, length, owner)
 
-    monkeypatch.setattr(np, "memmap", spy)
+    monkeypatch.setattr(decoding, "read_again", spy)
     model = open_source(path)
     assert sum(tensor.num_weights for tensor in model.tensors.values()) > 0
     assert mapped == []
     model.tensors["model.layers.0.mlp.up_proj.weight"].decode()
     assert len(mapped) == 1
+
+
+def test_a_file_that_changes_after_it_was_opened(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "model.gguf", tiny_model("llama"), "llama", "Q8_0")
+    model = open_source(path)
+    os.utime(path, ns=(0, 0))
+    with pytest.raises(InvalidFileError, match="changed or went away"):
+        model.tensors["model.layers.0.mlp.up_proj.weight"].decode()
 
 
 def test_opening_twice_gives_the_same_content_and_provenance(tmp_path: Path) -> None:

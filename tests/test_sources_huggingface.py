@@ -94,9 +94,9 @@ def test_reads_shards_one_file_open_at_a_time(tmp_path: Path, monkeypatch: pytes
     open_now, most = 0, 0
     open_file = StoredFile.__init__
 
-    def counted(file: StoredFile, path: Path) -> None:
+    def counted(file: StoredFile, path: Path, remedy: str | None = None) -> None:
         nonlocal open_now, most
-        open_file(file, path)
+        open_file(file, path, remedy)
         open_now, most = open_now + 1, max(most, open_now + 1)
         weakref.finalize(file, closed)
 

@@ -21,12 +21,12 @@ from cluscomp_export.planning.plan import CodebookPlan, Plan, Treatment
 from cluscomp_formats.atomic import atomic_write
 from cluscomp_formats.errors import InvalidFileError, Problem
 from cluscomp_formats.ir import FLOAT_DTYPES, MAX_CLUSTERS, DenseTensor, Model
+from cluscomp_formats.regular_file import read_whole
 
 __all__ = ["plan_value", "read_plan", "write_plan"]
 
 VERSION = 1
 MAX_DIM = 256
-MAX_BYTES = 100_000_000
 
 
 def plan_value(plan: Plan) -> dict[str, Any]:
@@ -67,15 +67,10 @@ def _json(path: Path) -> Any:
             raise ValueError("a key occurs twice")
         return value
 
+    remedy = "make one with: cluscomp-export plan MODEL --save plan.json"
     try:
-        if path.stat().st_size > MAX_BYTES:
-            found, expected = f"{path.stat().st_size} bytes", f"at most {MAX_BYTES}"
-            raise InvalidFileError(Problem("bad_plan", "the file is too long for a plan", str(path), None, found, expected))
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=distinct)
-    except OSError as error:
-        raise InvalidFileError(Problem("missing", "the plan cannot be read", str(path), found=error.strerror)) from error
+        return json.loads(read_whole(path, remedy=remedy).decode(), object_pairs_hook=distinct)
     except (ValueError, RecursionError) as error:
-        remedy = "make one with: cluscomp-export plan MODEL --save plan.json"
         raise InvalidFileError(Problem("bad_plan", "not a JSON file", str(path), None, str(error), None, remedy)) from error
 
 

@@ -1,26 +1,27 @@
 """A Hugging Face checkpoint folder on disk: `config.json`, safetensors files with or without an index, side files.
 
 Tensors are lazy: opening reads the headers of the files, one file at a time, and keeps no file open; a payload is mapped
-when it is asked for, and nothing of its file but that. Nothing is ever unpickled.
+when it is asked for, and nothing of its file but that. Side files are small and read at once. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-import numpy as np
-
 from cluscomp_formats.errors import InvalidFileError, Problem, UnsupportedError
 from cluscomp_formats.hf.mapped_shards import open_shard
 from cluscomp_formats.hf.safetensors import Entry
 from cluscomp_formats.ir import DTYPES, AnyArray, Array
+from cluscomp_formats.model_folder import read_inside
 from cluscomp_formats.packed.json_values import json_faults
-from cluscomp_formats.stored_file import StoredFile
+from cluscomp_formats.side_files import read_side_file
+from cluscomp_formats.stored_file import Stamp, read_again
 
 __all__ = [
     "CONFIG",
@@ -92,18 +93,19 @@ def open_checkpoint(folder: Path, weights: Path | None = None) -> Checkpoint:
     shards: list[Path] = []
     if weights is not None:
         shards = [weights]
-        if (folder / INDEX).exists() and _is_one_of_several(weights, _or_problems(_read_index, folder / INDEX, problems)):
+        if os.path.lexists(folder / INDEX) and _is_one_of_several(weights, _or_problems(_read_index, folder, problems)):
             remedy = f"name the folder instead: {folder}"
             problems.append(Problem("one_of_several", "only a part of a checkpoint", str(weights), remedy=remedy))
-    elif (folder / SINGLE).exists():
+    elif os.path.lexists(folder / SINGLE):
         # The same order of preference as transformers.
         shards = [folder / SINGLE]
-    elif (folder / INDEX).exists():
-        index = _or_problems(_read_index, folder / INDEX, problems)
+    elif os.path.lexists(folder / INDEX):
+        index = _or_problems(_read_index, folder, problems)
         shards = [folder / name for name in sorted(set((index or {}).values()))]
     else:
         problems.append(_no_weights(folder))
 
+    files = _or_problems(read_side_files, folder, problems)
     headers = _Headers(problems=problems)
     for shard in shards:
         _read_header(shard, headers)
@@ -113,7 +115,7 @@ def open_checkpoint(folder: Path, weights: Path | None = None) -> Checkpoint:
         raise InvalidFileError(headers.problems)
     if headers.unsupported:
         raise UnsupportedError(headers.unsupported)
-    return Checkpoint(config or {}, headers.tensors, read_side_files(folder), tuple(shards))
+    return Checkpoint(config or {}, headers.tensors, files or {}, tuple(shards))
 
 
 def _or_problems(read: Callable[[Path], _T], path: Path, problems: list[Problem]) -> _T | None:
@@ -126,16 +128,16 @@ def _or_problems(read: Callable[[Path], _T], path: Path, problems: list[Problem]
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The content of the folder's `config.json`. Raises InvalidFileError: missing, not JSON, not an object."""
-    return _read_json_object(folder / CONFIG, "copy the model's config.json beside its weights")
+    """The content of the folder's `config.json`. Raises InvalidFileError: missing, no file, not JSON, not an object."""
+    return _read_json_object(folder, CONFIG, "copy the model's config.json beside its weights")
 
 
-def _read_json_object(path: Path, remedy: str) -> dict[str, Any]:
+def _read_json_object(folder: Path, name: str, remedy: str) -> dict[str, Any]:
+    path = folder / name
+    stored = read_inside(folder, name, remedy=remedy)
     try:
-        content = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
-    except FileNotFoundError:
-        raise InvalidFileError(Problem("missing", "no such file", str(path), remedy=remedy)) from None
-    except (OSError, ValueError, RecursionError) as error:
+        content = json.loads(stored, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
         problem = Problem("bad_json", "cannot be read as JSON", str(path), found=str(error), remedy=remedy)
         raise InvalidFileError(problem) from error
     if not isinstance(content, dict):
@@ -153,10 +155,10 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def _read_index(folder: Path) -> dict[str, str]:
     """The index's `weight_map`: file name by tensor name, every file name checked to stay inside the folder."""
-    remedy = "download the checkpoint again"
-    weight_map = _read_json_object(path, remedy).get("weight_map")
+    path, remedy = folder / INDEX, "download the checkpoint again"
+    weight_map = _read_json_object(folder, INDEX, remedy).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         found = "nothing" if weight_map is None else "an empty object" if weight_map == {} else type(weight_map).__name__
         expected = "an object that maps tensor names to file names"
@@ -204,15 +206,11 @@ def pickled_problem(path: Path, names: Sequence[str]) -> Problem:
 
 
 def _read_header(path: Path, headers: _Headers) -> None:
-    if not path.is_file():
-        headers.problems.append(Problem("missing", "no such file", str(path), remedy="download this part of the checkpoint"))
-        return
     try:
         shard = open_shard(path)
     except InvalidFileError as error:
         _sort_problems(error, headers)
         return
-    stamp = (shard.file.length, shard.file.modified_ns)
     for name, entry in shard.entries.items():
         if name in headers.owner:
             found = f"{headers.owner[name]} and {path.name}"
@@ -220,8 +218,8 @@ def _read_header(path: Path, headers: _Headers) -> None:
             headers.problems.append(Problem("duplicate_tensor", message, str(path), name, found, "one file"))
             continue
         headers.owner[name] = path.name
-        begin = shard.data_begin + entry.begin
-        headers.tensors[name] = Array(entry.shape, entry.dtype, partial(_read_tensor, path, stamp, name, entry, begin))
+        load = partial(_read_tensor, path, shard.file.stamp, name, entry, shard.data_begin + entry.begin)
+        headers.tensors[name] = Array(entry.shape, entry.dtype, load)
 
 
 def _sort_problems(error: InvalidFileError, headers: _Headers) -> None:
@@ -234,21 +232,11 @@ def _sort_problems(error: InvalidFileError, headers: _Headers) -> None:
             headers.problems.append(problem)
 
 
-def _read_tensor(path: Path, stamp: tuple[int, int], name: str, entry: Entry, begin: int) -> AnyArray:
-    """Map one payload. The file is closed again at once; the mapping lives as long as the array.
-
-    `stamp` is the file's length and time of change when its header was read, which would take long for every tensor.
-    """
-    found = "it is another now"
-    try:
-        file = StoredFile(path)
-        if (file.length, file.modified_ns) == stamp:
-            values = file.read(begin, entry.end - entry.begin, name).view(DTYPES[entry.dtype]).reshape(entry.shape)
-            return values if values.flags.aligned else values.copy()
-    except InvalidFileError as error:
-        found = error.problems[0].message
-    message, remedy = "the file changed or went away", "leave the source alone until the work is done"
-    raise InvalidFileError(Problem("file_changed", message, str(path), name, found, remedy=remedy))
+def _read_tensor(path: Path, stamp: Stamp, name: str, entry: Entry, begin: int) -> AnyArray:
+    """Map one payload."""
+    content = read_again(path, stamp, begin, entry.end - entry.begin, name)
+    values = content.view(DTYPES[entry.dtype]).reshape(entry.shape)
+    return values if values.flags.aligned else values.copy()
 
 
 def _check_index(path: Path, index: dict[str, str], headers: _Headers) -> None:
@@ -266,10 +254,19 @@ def _check_index(path: Path, index: dict[str, str], headers: _Headers) -> None:
 
 
 def read_side_files(folder: Path) -> dict[str, Array]:
-    """Tokenizer and other side files of the folder, those there are, lazily as uint8 `[bytes]`."""
-    paths = [folder / name for name in SIDE_FILES]
-    return {path.name: _lazy_bytes(path) for path in paths if path.is_file()}
+    """Tokenizer and other side files of the folder, those there are, as uint8 `[bytes]`.
 
-
-def _lazy_bytes(path: Path) -> Array:
-    return Array((path.stat().st_size,), "uint8", lambda: np.fromfile(path, dtype=np.uint8))
+    Raises InvalidFileError with the problems of all: what has such a name and is no file, too long or a link that leads out of
+    the folder (see `cluscomp_formats.model_folder`); StorageError.
+    """
+    files: dict[str, Array] = {}
+    problems: list[Problem] = []
+    for name in SIDE_FILES:
+        if os.path.lexists(folder / name):
+            try:
+                files[name] = read_side_file(folder, name)
+            except InvalidFileError as error:
+                problems += error.problems
+    if problems:
+        raise InvalidFileError(problems)
+    return files

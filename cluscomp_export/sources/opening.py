@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from cluscomp_formats.atomic import storage_error
 from cluscomp_formats.delta import is_delta, open_delta
 from cluscomp_formats.errors import InvalidFileError, Problem
 from cluscomp_formats.ir import Model
+from cluscomp_formats.regular_file import check_there, first_bytes, open_regular
 
 __all__ = ["CONFIG_ONLY", "open_source", "source_bytes"]
 
@@ -43,17 +45,21 @@ def open_source(path: Path, delta: Path | None = None, *, to_plan: bool = False)
 
 
 def _open_by_content(path: Path) -> Model:
-    if not path.exists() or registry.detect(path) is not None:
+    check_there(path)
+    if registry.detect(path) is not None:
         return registry.open_model(path)
     if path.is_dir():
-        if (path / CONFIG).exists() or _has_weights(path):
+        if os.path.lexists(path / CONFIG) or _has_weights(path):
             return _open_checkpoint(path)
-    elif is_gguf(path):
+        raise InvalidFileError(_unrecognised(path))
+    # Those who look at the first bytes do not say why they cannot.
+    os.close(open_regular(path))
+    if is_gguf(path):
         return model_of(path, read_gguf(path))
-    elif is_delta(path):
+    if is_delta(path):
         message, remedy = "a delta, not a model", "name the model it belongs to, and give this as --delta, or merge them"
         raise InvalidFileError(Problem("is_delta", message, str(path), remedy=remedy))
-    elif path.is_file() and _is_safetensors(path):
+    if _is_safetensors(path):
         return _open_checkpoint(path.parent, path)
     raise InvalidFileError(_unrecognised(path))
 
@@ -93,13 +99,12 @@ def _has_weights(folder: Path) -> bool:
 
 
 def _is_config_only(path: Path) -> bool:
-    return path.is_dir() and (path / CONFIG).exists() and not _has_weights(path) and registry.detect(path) is None
+    return path.is_dir() and os.path.lexists(path / CONFIG) and not _has_weights(path) and registry.detect(path) is None
 
 
 def _is_safetensors(path: Path) -> bool:
     """Whether a file begins as a safetensors file does: a plausible length of the header, then its opening brace."""
-    with path.open("rb") as stream:
-        head = stream.read(9)
+    head = first_bytes(path, 9)
     return len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") <= _MAX_HEADER_BYTES
 
 

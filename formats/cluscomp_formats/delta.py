@@ -36,6 +36,7 @@ from cluscomp_formats.packed.payload_stream import json_problems
 from cluscomp_formats.packed.payloads import is_finite
 from cluscomp_formats.packed.spec import name_fault
 from cluscomp_formats.parameters import KINDS, kind_of, parameters, with_parameters
+from cluscomp_formats.regular_file import first_bytes
 
 __all__ = ["Delta", "changes", "combine", "is_delta", "open_delta", "write_delta"]
 
@@ -178,15 +179,7 @@ def write_delta(delta: Delta, path: Path, *, force: bool = False) -> int:
 
 def is_delta(path: Path) -> bool:
     """Whether a file begins as a delta does. Does not raise."""
-    try:
-        # Opening a named pipe would wait for a writer.
-        if not path.is_file():
-            return False
-        with path.open("rb") as stream:
-            head = stream.read(LENGTH_BYTES + _BEGINNING_BYTES)
-    except OSError:
-        return False
-    return _BEGINNING.match(head, LENGTH_BYTES) is not None
+    return _BEGINNING.match(first_bytes(path, LENGTH_BYTES + _BEGINNING_BYTES), LENGTH_BYTES) is not None
 
 
 def open_delta(path: Path) -> Delta:

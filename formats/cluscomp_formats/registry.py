@@ -6,6 +6,7 @@ A file's format is found by its content, never by its suffix. Nothing is looked 
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any, Protocol
 from cluscomp_formats.atomic import check_output
 from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem
 from cluscomp_formats.ir import Model
+from cluscomp_formats.regular_file import check_there, open_regular
 
 __all__ = [
     "ENTRY_POINTS",
@@ -154,11 +156,13 @@ def _recognises(fmt: Format, path: Path) -> bool:
 
 
 def open_model(path: Path) -> Model:
-    """Open a model in any format. Raises InvalidFileError."""
-    if not path.exists():
-        raise InvalidFileError(Problem("missing", "no such file or folder", str(path)))
+    """Open a model in any format. Raises InvalidFileError, StorageError."""
+    check_there(path)
     fmt = detect(path)
     if fmt is None:
+        if not path.is_dir():
+            # Those who look at the first bytes do not say why they cannot.
+            os.close(open_regular(path))
         remedy = f"an uncompressed model is converted first: cluscomp-export convert {path} model.clus"
         message = "not a codebook model in any known format"
         raise InvalidFileError(Problem("unknown_format", message, str(path), None, None, describe_formats(), remedy))

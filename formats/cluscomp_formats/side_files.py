@@ -10,16 +10,29 @@ from typing import Any
 
 import numpy as np
 
-from cluscomp_formats.atomic import storage_error
-from cluscomp_formats.errors import InvalidFileError, Problem
-from cluscomp_formats.ir import AnyArray, Array, Model
+from cluscomp_formats.errors import InvalidFileError, Problem, StorageError
+from cluscomp_formats.ir import Array, Model
+from cluscomp_formats.model_folder import read_inside
 from cluscomp_formats.packed.payload_stream import read_checked
 from cluscomp_formats.packed.payloads import Payload
 from cluscomp_formats.packed.spec import file_name_fault
 
-__all__ = ["json_bytes", "open_side_files", "side_file_problems", "write_json", "write_side_files", "write_synced"]
+__all__ = [
+    "MAX_SIDE_FILE_BYTES",
+    "json_bytes",
+    "open_side_files",
+    "read_side_file",
+    "side_file_problems",
+    "write_json",
+    "write_side_files",
+    "write_synced",
+]
+
+MAX_SIDE_FILE_BYTES = 1 << 28
+"""256 MB; the longest tokenizers have some 40."""
 
 _MAX_FILE_NAME_BYTES = 255
+_GET_ALL = "get this part of the model too"
 
 
 def side_file_problems(model: Model, taken: Collection[str], file: str) -> Iterator[Problem]:
@@ -61,8 +74,17 @@ def write_synced(path: Path, content: bytes) -> None:
         os.fsync(stream.fileno())
 
 
+def read_side_file(folder: Path, name: str) -> Array:
+    """A side file of a model's folder as its bytes, uint8 `[bytes]`, read now: what is packed later is what was there.
+
+    Raises InvalidFileError for what is not a file, longer than `MAX_SIDE_FILE_BYTES` or a link that leads out of the model (see
+    `read_inside`); StorageError.
+    """
+    return Array.of(np.frombuffer(read_inside(folder, name, MAX_SIDE_FILE_BYTES, _GET_ALL), dtype=np.uint8))
+
+
 def open_side_files(folder: Path, names: Any, taken: Collection[str], file: str) -> tuple[dict[str, Array], list[Problem]]:
-    """The side files that a record in `file` lists, read when asked for, and what is wrong with the list."""
+    """The side files that a record in `file` lists, and what is wrong with the list or with them."""
     problems: list[Problem] = []
     files: dict[str, Array] = {}
     for name in names if isinstance(names, list) else [None]:
@@ -72,11 +94,11 @@ def open_side_files(folder: Path, names: Any, taken: Collection[str], file: str)
         fault = "is taken" if name in files or _is_taken(name, taken) else file_name_fault(name)
         if fault is not None:
             problems.append(Problem("bad_name", f"the name of a side file {fault}", file, found=repr(name)[:200]))
-        elif not _is_file(folder / name):
-            message = "a side file is not there"
-            problems.append(Problem("missing", message, str(folder / name), remedy="get this part of the model too"))
         else:
-            files[name] = _lazy_file(folder / name)
+            try:
+                files[name] = read_side_file(folder, name)
+            except (InvalidFileError, StorageError) as error:
+                problems += error.problems
     return files, problems
 
 
@@ -84,27 +106,3 @@ def _is_taken(name: str, taken: Collection[str]) -> bool:
     """Whether a name is one of the format's own, in any case: file systems may not tell."""
     folded = name.casefold()
     return folded in {own.casefold() for own in taken} or folded.endswith(".safetensors")
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:
-        # The name is longer than the system takes: names have up to 512 bytes, on most systems 255.
-        return False
-
-
-def _lazy_file(path: Path) -> Array:
-    length = path.stat().st_size
-
-    def load() -> AnyArray:
-        try:
-            content = np.fromfile(path, dtype=np.uint8)
-        except OSError as error:
-            raise storage_error(path, error) from error
-        if content.size != length:
-            found, expected = f"{content.size} bytes", f"{length} bytes"
-            raise InvalidFileError(Problem("file_changed", "the file changed while open", str(path), None, found, expected))
-        return content
-
-    return Array((length,), "uint8", load)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import stat
 import weakref
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,12 @@ import numpy.typing as npt
 
 from cluscomp_formats.atomic import storage_error
 from cluscomp_formats.errors import InvalidFileError, Problem
+from cluscomp_formats.regular_file import open_regular
 
-__all__ = ["StoredFile"]
+__all__ = ["Stamp", "StoredFile", "read_again"]
+
+Stamp = tuple[int, int]
+"""Of a file: its length in bytes, and when it was last changed, in nanoseconds."""
 
 WINDOW_BYTES = 1 << 26
 """Pieces that lie within one such window share its mapping; others get one of their own. A multiple of all page sizes."""
@@ -31,29 +34,17 @@ class StoredFile:
     """An open regular file, `length` bytes long when it was opened; closed when nobody refers to it any more.
 
     It may be replaced or deleted meanwhile: what was opened is what is read. Raises InvalidFileError if there is no such file
-    or it is a folder, pipe or device; StorageError if the system refuses to open it.
+    (with the `remedy`) or it is a folder, pipe or device; StorageError if the system refuses to open it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, remedy: str | None = None) -> None:
         self.name = str(path)
-        try:
-            # Before opening it: opening a named pipe waits for a writer.
-            mode = path.stat().st_mode
-            if stat.S_ISDIR(mode):
-                raise InvalidFileError(Problem("is_folder", "a folder, not a file", self.name, remedy="name a file in it"))
-            if not stat.S_ISREG(mode):
-                message, remedy = "a device or pipe, not a file", "copy it to a file"
-                raise InvalidFileError(Problem("not_a_file", message, self.name, remedy=remedy))
-            self._handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        except FileNotFoundError:
-            raise InvalidFileError(Problem("missing", "no such file", self.name)) from None
-        except OSError as error:
-            raise storage_error(path, error) from error
+        self._handle = open_regular(path, remedy)
         weakref.finalize(self, os.close, self._handle)
         status = os.fstat(self._handle)
         self.length = status.st_size
-        self.modified_ns = status.st_mtime_ns
-        """When it was last changed, for those who open it again."""
+        self.stamp: Stamp = (status.st_size, status.st_mtime_ns)
+        """For those who open it again."""
         self._windows: weakref.WeakValueDictionary[int, mmap.mmap] = weakref.WeakValueDictionary()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StoredFile:
@@ -100,3 +91,20 @@ class StoredFile:
             raise InvalidFileError(Problem("file_changed", f"the file was cut while open: {error}", self.name)) from None
         except OSError as error:
             raise storage_error(Path(self.name), error) from error
+
+
+def read_again(path: Path, stamp: Stamp, offset: int, length: int, owner: str) -> npt.NDArray[np.uint8]:
+    """`length` bytes of a file that had this `stamp` when its header was read, as `StoredFile.read` gives them.
+
+    The file is closed again at once: a model may have more files than a process may have open. The mapping lives as long as the
+    array. Raises InvalidFileError, about the tensor `owner`, if the file is another now or gone; StorageError.
+    """
+    try:
+        file = StoredFile(path)
+        if file.stamp == stamp:
+            return file.read(offset, length, owner)
+        found = "it is another now"
+    except InvalidFileError as error:
+        found = error.problems[0].message
+    message, remedy = "the file changed or went away", "leave the source alone until the work is done"
+    raise InvalidFileError(Problem("file_changed", message, str(path), owner, found, remedy=remedy))

@@ -11,9 +11,10 @@ import math
 
 import numpy as np
 
-from cluscomp_formats.errors import InvalidFileError, Problem, UnsupportedError
+from cluscomp_formats.errors import Problem, UnsupportedError
 from cluscomp_formats.gguf.container import StoredTensor, gguf_package
 from cluscomp_formats.ir import DTYPES, AnyArray, Array
+from cluscomp_formats.stored_file import read_again
 
 __all__ = ["PLAIN_DTYPES", "check_decodable", "lazy_array", "undo_rope_permutation"]
 
@@ -75,11 +76,9 @@ def _load(tensor: StoredTensor) -> AnyArray:
 
 
 def _mapped(tensor: StoredTensor, dtype: np.dtype[np.generic], shape: tuple[int, ...]) -> AnyArray:
-    try:
-        return np.memmap(tensor.path, dtype=dtype, mode="r", offset=tensor.offset, shape=shape)
-    except (OSError, ValueError) as error:
-        problem = Problem("truncated", "the file changed or went away", str(tensor.path), tensor.name, str(error))
-        raise InvalidFileError(problem) from error
+    content = read_again(tensor.path, tensor.stamp, tensor.offset, tensor.nbytes, tensor.name)
+    values: AnyArray = content.view(dtype).reshape(shape)
+    return values if values.flags.aligned else values.copy()
 
 
 def undo_rope_permutation(values: AnyArray, num_heads: int) -> AnyArray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from cluscomp_formats.errors import InvalidFileError, Problem, UnsupportedError
 from cluscomp_formats.gguf.architectures import Placed, expected_tensors
 from cluscomp_formats.gguf.container import MAGIC, Container, StoredTensor, read_container
 from cluscomp_formats.ir import Array, DenseTensor, Model
+from cluscomp_formats.regular_file import first_bytes
 
 __all__ = ["gguf_parts", "is_gguf", "model_of", "read_gguf"]
 
@@ -31,11 +33,8 @@ _NAMED = 8
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether it is a file that begins as a GGUF file does. Raises OSError if it cannot be read."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as stream:
-        return stream.read(len(MAGIC)) == MAGIC
+    """Whether it is a file that begins as a GGUF file does. Never raises."""
+    return first_bytes(path, len(MAGIC)) == MAGIC
 
 
 def gguf_parts(path: Path) -> list[Path]:
@@ -112,7 +111,7 @@ def read_gguf(path: Path) -> Container:
             message = "a part of a split model, not named like one"
             raise UnsupportedError(Problem("split_name", message, str(path), None, path.name, f"{declared} parts", remedy))
         return container
-    missing = [part for part in parts if not part.is_file()]
+    missing = [part for part in parts if not os.path.lexists(part)]
     if missing:
         remedy = "download this part of the model"
         raise InvalidFileError([Problem("missing", "no such file", str(part), remedy=remedy) for part in missing])

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from cluscomp_formats.errors import ClusCompError, InvalidFileError, Problem, UnsupportedError
+from cluscomp_formats.regular_file import open_regular
+from cluscomp_formats.stored_file import Stamp
 
 __all__ = ["MAGIC", "Container", "StoredTensor", "architecture_of", "gguf_package", "read_container"]
 
@@ -36,6 +38,8 @@ _PLAIN_TYPES = {
 """ggml types stored value by value, by number: name, weights per block, bytes per block. All that native files hold, so that
 reading those needs no gguf-py."""
 
+MAX_METADATA_BYTES = 1 << 28
+"""256 MB; of the largest vocabularies they take some 30."""
 _STRING, _ARRAY = 8, 9
 _MAX_DIMS = 4
 _MIN_PAIR_BYTES = 8 + 1 + 4 + 1
@@ -46,7 +50,10 @@ _DAMAGED = "download the file again, and compare its checksum"
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One entry of the tensor directory. `shape` is row-major, `offset` counts from the start of the file, in bytes."""
+    """One entry of the tensor directory.
+
+    `shape` is row-major, `offset` counts from the start of the file, in bytes; `stamp` is that of the file.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -56,6 +63,7 @@ class StoredTensor:
     offset: int
     nbytes: int
     bits_per_weight: float
+    stamp: Stamp
 
 
 @dataclass(frozen=True)
@@ -82,12 +90,11 @@ def read_container(path: Path) -> Container:
     Raises InvalidFileError for a file that is not GGUF, truncated or damaged; UnsupportedError for one of another version
     or byte order, or with tensor types gguf-py does not know.
     """
-    if not path.is_file():
-        raise InvalidFileError(Problem("missing", "no such file", str(path)))
-    if path.stat().st_size == 0:
-        raise InvalidFileError(Problem("bad_magic", "not a GGUF file", str(path), found="an empty file", expected=repr(MAGIC)))
-    with path.open("rb") as stream:
+    with os.fdopen(open_regular(path), "rb") as stream:
         cursor = _Cursor(path, stream)
+        if cursor.size == 0:
+            found = "an empty file"
+            raise InvalidFileError(Problem("bad_magic", "not a GGUF file", str(path), None, found, repr(MAGIC)))
         start = cursor.take(len(MAGIC), "the magic")
         if start != MAGIC:
             raise InvalidFileError(Problem("bad_magic", "not a GGUF file", str(path), None, repr(start), repr(MAGIC)))
@@ -102,7 +109,7 @@ def read_container(path: Path) -> Container:
             metadata[key] = cursor.value(cursor.number("<I", f"the type of {key}"), key)
         cursor.need(num_tensors * _MIN_TENSOR_BYTES, f"{num_tensors} tensors")
         entries = [_read_entry(cursor) for _ in range(num_tensors)]
-        return Container(metadata, _place(path, entries, cursor.at, cursor.size, _alignment(cursor, metadata)))
+        return Container(metadata, _place(path, entries, cursor.at, cursor.stamp, _alignment(cursor, metadata)))
 
 
 def architecture_of(path: Path) -> str | None:
@@ -111,9 +118,7 @@ def architecture_of(path: Path) -> str | None:
     Never raises: what is wrong with the file is for the one who opens it to report.
     """
     try:
-        if not path.is_file() or path.stat().st_size == 0:
-            return None
-        with path.open("rb") as stream:
+        with os.fdopen(open_regular(path), "rb") as stream:
             cursor = _Cursor(path, stream)
             if cursor.take(4, "the magic") != MAGIC:
                 return None
@@ -134,7 +139,9 @@ class _Cursor:
 
     def __init__(self, path: Path, stream: BinaryIO) -> None:
         self.path, self.stream, self.at = path, stream, 0
-        self.size = os.fstat(stream.fileno()).st_size
+        status = os.fstat(stream.fileno())
+        self.size = status.st_size
+        self.stamp: Stamp = (status.st_size, status.st_mtime_ns)
 
     def fail(self, kind: str, message: str, found: str | None = None, expected: str | None = None) -> NoReturn:
         raise InvalidFileError(Problem(kind, message, str(self.path), None, found, expected, _DAMAGED))
@@ -144,6 +151,10 @@ class _Cursor:
         left = self.size - self.at
         if size > left:
             self.fail("truncated", f"the file ends within {what}", f"{left} bytes left", f"at least {size}")
+        if self.at + size > MAX_METADATA_BYTES:
+            # A sparse file is as long as it likes.
+            message = "metadata and tensor directory are too long"
+            self.fail("metadata_too_long", message, f"{self.at + size} bytes", f"at most {MAX_METADATA_BYTES}")
 
     def take(self, size: int, what: str) -> bytes:
         self.need(size, what)
@@ -224,8 +235,9 @@ def _read_entry(cursor: _Cursor) -> _Entry:
     return _Entry(name, shape, cursor.number("<I", f"the type of {name}"), cursor.number("<Q", f"the offset of {name}"))
 
 
-def _place(path: Path, entries: list[_Entry], header_end: int, size: int, alignment: int) -> dict[str, StoredTensor]:
+def _place(path: Path, entries: list[_Entry], header_end: int, stamp: Stamp, alignment: int) -> dict[str, StoredTensor]:
     """Resolve the entries to extents of the file, checking all of them: inside the file, aligned, not overlapping."""
+    size = stamp[0]
     start = -(-header_end // alignment) * alignment
     problems: list[Problem] = []
     unsupported: list[Problem] = []
@@ -260,8 +272,9 @@ def _place(path: Path, entries: list[_Entry], header_end: int, size: int, alignm
                 wrong("overlap", f"the tensor overlaps {last}", f"offset {offset}", f"{end} or more")
             else:
                 bits = 8 * block_bytes / block_weights
-                place = StoredTensor(entry.name, entry.shape, type_name, entry.type_number, path, offset, nbytes, bits)
-                tensors[entry.name] = place
+                tensors[entry.name] = StoredTensor(
+                    entry.name, entry.shape, type_name, entry.type_number, path, offset, nbytes, bits, stamp
+                )
                 end, last = offset + nbytes, entry.name
     if problems:
         raise InvalidFileError(problems)

@@ -39,9 +39,7 @@ class MappedShard:
 
 def open_shard(path: Path) -> MappedShard:
     """Open a safetensors file and check its header. Raises InvalidFileError, StorageError."""
-    if not path.exists():
-        raise InvalidFileError(Problem("missing", "no such file", str(path), remedy="get this part of the model too"))
-    file = StoredFile(path)
+    file = StoredFile(path, "get this part of the model too")
     length = header_length(file.copy(0, LENGTH_BYTES), file.length, file.name)
     data_begin = LENGTH_BYTES + length
     header = parse_header(file.copy(LENGTH_BYTES, length), file.length - data_begin, file.name)

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cluscomp_formats.atomic import storage_error
-from cluscomp_formats.errors import InvalidFileError, Problem
+from cluscomp_formats.errors import ClusCompError, InvalidFileError, Problem
 from cluscomp_formats.hf.assembly import build_model
 from cluscomp_formats.hf.layout import CONFIG, INDEX, METHOD, OWN_FILES, RECORD, SINGLE, VERSION
 from cluscomp_formats.hf.mapped_shards import MappedShard, StoredWeights, open_shard
 from cluscomp_formats.hf.quantization import MEMBER, Quantization, parse_quantization, split_config
 from cluscomp_formats.ir import Array, Model
+from cluscomp_formats.model_folder import read_inside
 from cluscomp_formats.packed.json_values import StrictJsonError, parse_strict
 from cluscomp_formats.packed.spec import file_name_fault
+from cluscomp_formats.regular_file import MAX_JSON_BYTES, check_there, read_whole
 from cluscomp_formats.side_files import open_side_files
 
 __all__ = ["holds_only_model", "looks_hf", "open_hf"]
-
-MAX_JSON_BYTES = 1 << 26
-"""Limit on each of the folder's JSON files."""
 
 _SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors", re.ASCII)
 
@@ -40,11 +39,11 @@ def open_hf(folder: Path, *, check: bool = False, weights_only: bool = False) ->
 
     Raises InvalidFileError, StorageError.
     """
+    check_there(folder)
     if not folder.is_dir():
-        kind, message = ("not_a_folder", "a file, not a folder") if folder.exists() else ("missing", "no such folder")
-        raise InvalidFileError(Problem(kind, message, str(folder)))
+        raise InvalidFileError(Problem("not_a_folder", "a file, not a folder", str(folder)))
     path = folder / CONFIG
-    config, ours = split_config(_read_object(path))
+    config, ours = split_config(_read_object(folder, CONFIG))
     quantization = parse_quantization(ours, str(path))
     stored = StoredWeights(_open_shards(folder))
     model = build_model(config, quantization, stored, str(path))
@@ -57,12 +56,9 @@ def open_hf(folder: Path, *, check: bool = False, weights_only: bool = False) ->
 
 def looks_hf(folder: Path) -> bool:
     """Whether `folder` is a model folder of ours, by the `quant_method` in its configuration. Never raises."""
-    path = folder / CONFIG
     try:
-        if not path.is_file() or path.stat().st_size > MAX_JSON_BYTES:
-            return False
-        config = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        config = json.loads(read_whole(folder / CONFIG))
+    except (ClusCompError, ValueError, RecursionError):
         return False
     quantization = config.get(MEMBER) if isinstance(config, dict) else None
     return isinstance(quantization, dict) and quantization.get("quant_method") == METHOD
@@ -71,30 +67,19 @@ def looks_hf(folder: Path) -> bool:
 def holds_only_model(folder: Path) -> bool:
     """Whether a folder is of this format and holds nothing else, so that deleting it loses only the model. Never raises."""
     try:
-        record = json.loads((folder / RECORD).read_bytes())
+        record = json.loads(read_whole(folder / RECORD))
         known = {*OWN_FILES, *record["files"]}
         ours = [(path.name in known or _SHARD.fullmatch(path.name)) and not path.is_dir() for path in folder.iterdir()]
-    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+    except (ClusCompError, OSError, ValueError, RecursionError, KeyError, TypeError):
         return False
     return all(ours) and looks_hf(folder)
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def _read_object(folder: Path, file: str) -> dict[str, Any]:
     """The content of one of the folder's JSON files. Raises InvalidFileError, StorageError."""
-    name = str(path)
+    name = str(folder / file)
     try:
-        if path.exists() and not path.is_file():
-            raise InvalidFileError(Problem("not_a_file", "a folder, device or pipe, not a file", name))
-        length = path.stat().st_size
-        if length > MAX_JSON_BYTES:
-            found, expected = f"{length} bytes", f"at most {MAX_JSON_BYTES}"
-            raise InvalidFileError(Problem("file_too_long", "the file is too long", name, None, found, expected))
-        value = parse_strict(path.read_bytes())
-    except FileNotFoundError:
-        remedy = "get this part of the model too"
-        raise InvalidFileError(Problem("missing", "no such file", name, remedy=remedy)) from None
-    except OSError as error:
-        raise storage_error(path, error) from error
+        value = parse_strict(read_inside(folder, file, MAX_JSON_BYTES, "get this part of the model too"))
     except StrictJsonError as error:
         raise InvalidFileError(Problem(error.kind, str(error), name)) from None
     if not isinstance(value, dict):
@@ -104,14 +89,14 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 def _open_shards(folder: Path) -> dict[str, MappedShard]:
     """The shard of each array. Raises InvalidFileError with the problems of all shards, StorageError."""
-    single, index = (folder / SINGLE).exists(), (folder / INDEX).exists()
+    single, index = os.path.lexists(folder / SINGLE), os.path.lexists(folder / INDEX)
     if single and index:
         message = "there are two sets of weights"
         raise InvalidFileError(Problem("ambiguous_weights", message, str(folder), found=f"{SINGLE} and {INDEX}"))
     if not index:
         shard = open_shard(folder / SINGLE)
         return dict.fromkeys(shard.entries, shard)
-    weight_map = _read_index(folder / INDEX)
+    weight_map = _read_index(folder)
     problems: list[Problem] = []
     found: dict[str, MappedShard] = {}
     for name in sorted(set(weight_map.values())):
@@ -138,8 +123,9 @@ def _open_shards(folder: Path) -> dict[str, MappedShard]:
     return found
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    weight_map = _read_object(path).get("weight_map")
+def _read_index(folder: Path) -> dict[str, str]:
+    path = folder / INDEX
+    weight_map = _read_object(folder, INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         message = "weight_map is missing or empty"
         raise InvalidFileError(Problem("bad_index", message, str(path), None, type(weight_map).__name__, "name -> file"))
@@ -164,7 +150,7 @@ def _shard_name_fault(name: Any) -> str | None:
 def _with_records(model: Model, folder: Path) -> Model:
     """The model with what `cluscomp.json` says and lists. Raises InvalidFileError with every problem found, StorageError."""
     path = folder / RECORD
-    record = _read_object(path)
+    record = _read_object(folder, RECORD)
     version = record.get("version")
     if type(version) is int and version > VERSION:
         message, remedy = "written by a newer version", "upgrade cluscomp-export"

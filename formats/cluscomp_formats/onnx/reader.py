@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluscomp_formats.errors import MAX_PROBLEMS, InvalidFileError, Problem
+from cluscomp_formats.errors import MAX_PROBLEMS, ClusCompError, InvalidFileError, Problem
 from cluscomp_formats.hf.layout import stored_arrays
 from cluscomp_formats.ir import Model
 from cluscomp_formats.onnx.package import require_onnx
@@ -35,6 +35,7 @@ from cluscomp_formats.packed.mapped_file import MappedFile
 from cluscomp_formats.packed.payloads import stored_payloads
 from cluscomp_formats.packed.reader import content_problems
 from cluscomp_formats.packed.spec import align
+from cluscomp_formats.regular_file import first_bytes, read_whole
 from cluscomp_formats.side_files import open_side_files
 from cluscomp_formats.stored_file import StoredFile
 
@@ -55,12 +56,9 @@ def looks_onnx(path: Path) -> bool:
     """Whether `path` is an ONNX folder of ours or its `model.onnx`, by a key of its metadata. Never raises."""
     try:
         file = _model_file(path)
-        if not file.is_file() or file.stat().st_size > MAX_MODEL_BYTES:
-            return False
-        content = file.read_bytes()
-    except (OSError, ValueError):
+        return first_bytes(file, len(_BEGIN)) == _BEGIN and _MARK in read_whole(file, MAX_MODEL_BYTES)
+    except (OSError, ValueError, ClusCompError):
         return False
-    return content.startswith(_BEGIN) and _MARK in content
 
 
 def holds_only_onnx(folder: Path) -> bool:
@@ -126,28 +124,24 @@ def _read_proto(file: Path) -> onnx.ModelProto:
     import onnx
     from google.protobuf.message import DecodeError
 
-    stored = StoredFile(file)
-    if stored.length > MAX_MODEL_BYTES:
-        found, expected = f"{stored.length} bytes", f"at most {MAX_MODEL_BYTES}, without the weights"
-        raise InvalidFileError(Problem("file_too_long", "the file is too long", stored.name, None, found, expected))
-    content = stored.copy(0, stored.length)
+    content = read_whole(file, MAX_MODEL_BYTES)
     try:
         proto: onnx.ModelProto = onnx.ModelProto.FromString(content)
     except DecodeError as error:
         found = str(error)[:200]
-        raise InvalidFileError(Problem("bad_protobuf", "not an ONNX file, or damaged", stored.name, found=found)) from None
+        raise InvalidFileError(Problem("bad_protobuf", "not an ONNX file, or damaged", str(file), found=found)) from None
     if not content.startswith(_BEGIN):
         message, expected = "not an ONNX file, or damaged", "the version of its container first"
-        raise InvalidFileError(Problem("bad_protobuf", message, stored.name, None, None, expected))
+        raise InvalidFileError(Problem("bad_protobuf", message, str(file), None, None, expected))
     graph = proto.graph
     longest = max(map(len, (proto.metadata_props, proto.functions, graph.node, graph.initializer, graph.input)))
     if longest > MAX_ENTRIES:
         message, found = "a list in the file is too long", f"{longest} entries"
-        raise InvalidFileError(Problem("too_many_entries", message, stored.name, None, found, f"at most {MAX_ENTRIES}"))
+        raise InvalidFileError(Problem("too_many_entries", message, str(file), None, found, f"at most {MAX_ENTRIES}"))
     # What is not UTF-8 comes as bytes.
     fault = next((text for text in _texts(proto) if not isinstance(text, str)), None)
     if fault is not None:
-        raise InvalidFileError(Problem("bad_text", "a text that is not UTF-8", stored.name, found=repr(fault)[:200]))
+        raise InvalidFileError(Problem("bad_text", "a text that is not UTF-8", str(file), found=repr(fault)[:200]))
     return proto
 
 

@@ -23,6 +23,7 @@ from cluscomp_formats.packed.spec import (
     VERSION,
     Preamble,
 )
+from cluscomp_formats.regular_file import first_bytes
 from cluscomp_formats.stored_file import StoredFile
 
 __all__ = ["content_problems", "looks_packed", "open_packed", "read_header"]
@@ -59,13 +60,7 @@ def read_header(path: Path) -> PackedHeader:
 
 def looks_packed(path: Path) -> bool:
     """Whether `path` is a packed file, or was one, by its first bytes. Never raises."""
-    try:
-        if not path.is_file():
-            return False
-        with path.open("rb") as stream:
-            start = stream.read(len(MAGIC))
-    except (OSError, ValueError):
-        return False
+    start = first_bytes(path, len(MAGIC))
     return start == MAGIC or is_mangled(start)
 
 
