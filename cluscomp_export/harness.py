@@ -104,7 +104,7 @@ class ClusCompLM(TemplateLM):  # type: ignore[misc]
         return str(self.path).replace("/", "__")
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        return self._generating.chat_template or ""
+        return self._generating.chat_templates.get("default", "")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         return self._generating.chat(chat_history, add_generation_prompt=add_generation_prompt)

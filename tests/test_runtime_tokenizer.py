@@ -1,19 +1,15 @@
-"""Token ids, special tokens, chat templates."""
+"""Token ids and special tokens."""
 
 from __future__ import annotations
 
 import json
-import sys
 from typing import Any
 
 import pytest
-import transformers
-from runtime_models import byte_tokenizer_files, clustered_model, side_file, small_config
+from runtime_models import byte_tokenizer_files, side_file
 
-from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, UnsupportedError
+from cluscomp_formats.errors import InvalidFileError, InvalidRequestError
 from cluscomp_formats.ir import Array
-from cluscomp_runtime import LanguageModel, chat
-from cluscomp_runtime.chat import find_chat_template, render_chat
 from cluscomp_runtime.tokenizer import Tokenizer, end_tokens
 
 BOS, EOS = 256, 257
@@ -176,124 +172,3 @@ def test_without_anything_there_is_no_end_token() -> None:
 def test_malformed_end_tokens(value: Any) -> None:
     with pytest.raises(InvalidFileError, match="eos_token_id"):
         end_tokens({"eos_token_id": value}, {}, None)
-
-
-TEMPLATE = """{{ bos_token }}
-{%- for message in messages %}
-    {%- if message.role == 'system' and not loop.first %}
-        {{- raise_exception('system comes first') }}
-    {%- endif %}
-    {%- if message.role == 'skip' %}{% continue %}{% endif %}
-<{{ message['role'] }}>{{ message['content'] | trim }}{{ eos_token }}
-{% endfor %}
-{% if add_generation_prompt %}
-<assistant>
-{% endif %}
-{{ {'a': "<b>"} | tojson }}"""
-MESSAGES = [{"role": "user", "content": " Hi "}, {"role": "skip", "content": "x"}, {"role": "assistant", "content": "<Hello>"}]
-SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
-
-
-@pytest.mark.parametrize("add_generation_prompt", [True, False])
-def test_templates_render_as_in_transformers(add_generation_prompt: bool) -> None:
-    peer = transformers.PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer().backend, **SPECIAL)
-    expected = peer.apply_chat_template(
-        MESSAGES, chat_template=TEMPLATE, tokenize=False, add_generation_prompt=add_generation_prompt
-    )
-    found = render_chat(TEMPLATE, MESSAGES, special_tokens=SPECIAL, add_generation_prompt=add_generation_prompt)
-    assert found == expected
-    assert "<b>" in found
-
-
-def test_a_template_can_refuse_messages() -> None:
-    with pytest.raises(InvalidRequestError, match="system comes first"):
-        render_chat(TEMPLATE, [*MESSAGES, {"role": "system", "content": ""}], special_tokens=SPECIAL)
-
-
-@pytest.mark.parametrize("messages", [[], [{"content": "no role"}], [{"role": 3, "content": ""}]])
-def test_malformed_messages(messages: list[dict[str, Any]]) -> None:
-    with pytest.raises(InvalidRequestError):
-        render_chat(TEMPLATE, messages, special_tokens=SPECIAL)
-
-
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-        "{{ messages.append(1) }}",
-        "{{ raise_exception.__globals__['jinja2'] }}",
-        "{% for i in range(100000000) %}x{% endfor %}",
-        "{% for i in range(90000) %}{% for j in range(90000) %}{{ 'x' * 1000 }}{% endfor %}{% endfor %}",
-    ],
-)
-def test_hostile_templates_are_stopped(template: str) -> None:
-    with pytest.raises((UnsupportedError, InvalidFileError)):
-        render_chat(template, MESSAGES, special_tokens={})
-
-
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{{ 'a' * 10 ** 11 }}",
-        "{{ '%9999999999d' % 1 }}",
-        "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
-        "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}",
-        "{{ 9 ** (9 ** 9) > 1 }}",
-    ],
-)
-def test_templates_that_take_memory_or_time_without_end_are_stopped(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat, "MAX_SECONDS", 2)
-    with pytest.raises(UnsupportedError, match="takes too much"):
-        render_chat(template, MESSAGES, special_tokens={})
-
-
-def test_a_template_process_that_does_not_start_is_an_error_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "executable", "/nowhere/python")
-    with pytest.raises(UnsupportedError, match="does not start"):
-        render_chat(TEMPLATE, MESSAGES, special_tokens=SPECIAL)
-
-
-def test_a_template_process_that_fails_is_an_error_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "path", [])
-    with pytest.raises(UnsupportedError, match="chat templates run in fails: ModuleNotFoundError"):
-        render_chat(TEMPLATE, MESSAGES, special_tokens=SPECIAL)
-
-
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{% for %}",
-        "{{ 1 / 0 }}",
-        "{{ nothing.at.all }}",
-        "{{ messages | nofilter }}",
-        "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
-        "{{" + "(" * 3000 + "1" + ")" * 3000 + "}}",
-        "{% for i in [1] %}" * 25 + "{% endfor %}" * 25,
-        "{{ cycler() }}",
-        "{{ '\\ud800' }}",
-    ],
-)
-def test_broken_templates(template: str) -> None:
-    with pytest.raises(InvalidFileError, match="template fails"):
-        render_chat(template, MESSAGES, special_tokens={})
-
-
-def test_where_templates_come_from() -> None:
-    config = {"tokenizer_config.json": side_file(json.dumps({"chat_template": "A"}))}
-    named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
-    assert find_chat_template({}) is None
-    assert find_chat_template(config) == "A"
-    assert find_chat_template({"tokenizer_config.json": side_file(json.dumps({"chat_template": named}))}) == "D"
-    assert find_chat_template({**config, "chat_template.jinja": side_file("J")}) == "J"
-    with pytest.raises(InvalidFileError):
-        find_chat_template({"tokenizer_config.json": side_file(json.dumps({"chat_template": 3}))})
-
-
-def test_chat_on_a_model() -> None:
-    config = small_config(vocab_size=258, num_hidden_layers=1)
-    with_template = LanguageModel.from_model(clustered_model(config, byte_tokenizer_files(chat_template=TEMPLATE)))
-    prompt = with_template.chat(MESSAGES[:1])
-    assert prompt == '<s><user>Hi</s>\n<assistant>\n{"a": "<b>"}'
-    assert with_template.generate(prompt, add_special_tokens=False, max_new_tokens=1).prompt_tokens == len(prompt) - 2 - 3
-    with pytest.raises(InvalidRequestError, match="no chat template"):
-        LanguageModel.from_model(clustered_model(config)).chat(MESSAGES)

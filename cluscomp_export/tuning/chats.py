@@ -9,7 +9,7 @@ The latter two are a user's message and the assistant's. Other members of the ob
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from cluscomp_export.calibration import read_text
 from cluscomp_export.tuning.examples import Example
 from cluscomp_formats.errors import ClusCompError, InvalidFileError, InvalidRequestError, Problem
 from cluscomp_formats.packed.json_values import StrictJsonError, parse_strict
-from cluscomp_runtime.chat import Chat, render_chats
+from cluscomp_runtime.chat import Chat, Rendered, render_chats
 from cluscomp_runtime.tokenizer import Tokenizer
 
 __all__ = ["ChatLine", "chat_examples", "read_chats"]
@@ -88,27 +88,26 @@ def _messages(text: str) -> list[dict[str, Any]] | str:
 def chat_examples(chats: Sequence[ChatLine], template: str, tokenizer: Tokenizer, path: Path) -> list[Example]:
     """The chats through the model's template, each a row of tokens of which the assistant's count.
 
-    What counts is what the template adds to the messages before an assistant's one, its turn opened, to make the messages with
-    it: content and end of turn. Raises InvalidFileError with a problem for every line that the template does not take or that
-    tells no such difference.
+    What counts is what the template's generation blocks write. Where it has none, it is what the template adds to the messages
+    before an assistant's one, its turn opened, to make the messages with it: content and end of turn. Raises InvalidFileError
+    with a problem for every line that the template does not take or that tells no such difference.
     """
-    requests: list[Chat] = []
-    for line in chats:
-        requests.append(Chat(line.messages, prompt=False))
-        for index in _turns(line):
-            requests += [Chat(line.messages[:index]), Chat(line.messages[: index + 1], prompt=False)]
-    outcomes = iter(render_chats(template, requests, special_tokens=tokenizer.special_tokens))
+    special = tokenizer.special_tokens
+    whole = render_chats(template, [Chat(line.messages, prompt=False) for line in chats], special_tokens=special)
+    beginnings: list[Chat] = []
+    for line, rendered in zip(chats, whole, strict=True):
+        if isinstance(rendered, Rendered) and rendered.generated is None:
+            for index in _turns(line):
+                beginnings += [Chat(line.messages[:index]), Chat(line.messages[: index + 1], prompt=False)]
+    outcomes = iter(render_chats(template, beginnings, special_tokens=special))
     examples: list[Example] = []
     problems: list[Problem] = []
-    for line in chats:
-        texts = [next(outcomes) for _ in range(1 + 2 * len(_turns(line)))]
-        error = next((text for text in texts if isinstance(text, ClusCompError)), None)
-        spans = _spans([text for text in texts if isinstance(text, str)]) if error is None else None
-        if spans is None:
-            what = error.problems[0].message if error else "the chat template writes a chat otherwise once it goes on"
-            problems.append(_line_problem(path, line.number, what))
+    for line, rendered in zip(chats, whole, strict=True):
+        spans = _learnt(line, rendered, outcomes)
+        if isinstance(spans, str) or isinstance(rendered, ClusCompError):
+            problems.append(_line_problem(path, line.number, str(spans)))
             continue
-        ids, where = tokenizer.encode_with_spans(str(texts[0]))
+        ids, where = tokenizer.encode_with_spans(rendered.text)
         learnt = [any(end > first and begin < last for first, last in spans) for begin, end in where]
         # The prediction made at a token is that of the next one.
         examples.append(Example(tuple(ids), (*learnt[1:], False)))
@@ -124,11 +123,26 @@ def _turns(line: ChatLine) -> list[int]:
     return [index for index, message in enumerate(line.messages) if message["role"] == ASSISTANT and index]
 
 
-def _spans(texts: Sequence[str]) -> list[tuple[int, int]] | None:
-    """Characters of the whole chat, `texts[0]`, that are the assistant's; None if the others are no beginnings of it."""
-    spans = []
-    for before, after in zip(texts[1::2], texts[2::2], strict=True):
-        if not (after.startswith(before) and texts[0].startswith(after)):
-            return None
-        spans.append((len(before), len(after)))
-    return spans
+def _learnt(
+    line: ChatLine, rendered: Rendered | ClusCompError, outcomes: Iterator[Rendered | ClusCompError]
+) -> Sequence[tuple[int, int]] | str:
+    """Characters of the whole chat that are the assistant's, or what is wrong with it.
+
+    Without generation blocks, `outcomes` gives for each of its turns the chat before it and up to its end.
+    """
+    if isinstance(rendered, ClusCompError):
+        return rendered.problems[0].message
+    if rendered.generated is not None:
+        return rendered.generated
+    spans: list[tuple[int, int]] = []
+    fault = None
+    for _ in _turns(line):
+        before, after = next(outcomes), next(outcomes)
+        error = next((outcome for outcome in (before, after) if isinstance(outcome, ClusCompError)), None)
+        if error is not None:
+            fault = fault or error.problems[0].message
+        elif isinstance(before, Rendered) and isinstance(after, Rendered):
+            if not (after.text.startswith(before.text) and rendered.text.startswith(after.text)):
+                fault = fault or "the chat template writes a chat otherwise once it goes on"
+            spans.append((len(before.text), len(after.text)))
+    return fault or spans

@@ -14,7 +14,7 @@ from cluscomp_export.tuning.chats import chat_examples, read_chats
 from cluscomp_export.tuning.examples import Example, cut, split, text_examples
 from cluscomp_formats.errors import InvalidRequestError, Problem
 from cluscomp_formats.ir import Model
-from cluscomp_runtime.chat import find_chat_template
+from cluscomp_runtime.chat_templates import choose_chat_template, find_chat_templates
 from cluscomp_runtime.tokenizer import Tokenizer
 
 __all__ = ["TuningData", "read_data"]
@@ -70,10 +70,8 @@ def _windows(path: Path, tokenizer: Tokenizer, context: int) -> list[Example]:
 
 
 def _chats(path: Path, model: Model, tokenizer: Tokenizer, context: int, warnings: list[str]) -> list[Example]:
-    template = find_chat_template(model.files)
-    if template is None:
-        remedy = "tune on a --text, or convert from a source with a chat template"
-        raise InvalidRequestError(Problem("no_chat_template", "this model has no chat template", remedy=remedy))
+    remedy = "tune on a --text, or convert from a source with a chat template"
+    template = choose_chat_template(find_chat_templates(model.files), remedy=remedy)
     whole = chat_examples(read_chats(path), template, tokenizer, path)
     examples = cut(whole, context)
     long = sum(len(example.ids) > context for example in whole)

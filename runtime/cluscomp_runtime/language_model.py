@@ -12,7 +12,8 @@ from cluscomp_formats.delta import Delta
 from cluscomp_formats.errors import InvalidRequestError, Problem
 from cluscomp_formats.ir import Model
 from cluscomp_runtime.architecture import DecoderSettings, check_tensors
-from cluscomp_runtime.chat import find_chat_template, render_chat
+from cluscomp_runtime.chat import render_chat
+from cluscomp_runtime.chat_templates import choose_chat_template, find_chat_templates
 from cluscomp_runtime.decoder import Decoder
 from cluscomp_runtime.generate import Generation, GenerationStream, check_prompt
 from cluscomp_runtime.linear import MatrixBuilder, check_kernel
@@ -45,7 +46,8 @@ class LanguageModel:
         self.kernels = dict(builder.paths)
         """The kernel that runs for each matrix, by tensor name."""
         self.tokenizer = Tokenizer.from_files(model.files)
-        self.chat_template = find_chat_template(model.files)
+        self.chat_templates = find_chat_templates(model.files)
+        """The model's chat templates by name; a single one is `default`."""
         self.end_tokens = end_tokens(model.config, model.files, self.tokenizer)
         self._base = model
         self._builder = builder
@@ -160,19 +162,36 @@ class LanguageModel:
         """Generate to the end; takes the options of `stream` and raises what it raises."""
         return self.stream(prompt, **options).finish()
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
-        """The prompt text for a chat, by the model's own template; messages have `role` and `content`.
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **variables: Any,
+    ) -> str:
+        """The prompt text for a chat, by the model's own template; messages have `role` and mostly `content`.
+
+        `tools` are JSON schemas of functions, `documents` objects with `title` and `text`; a model that has a template called
+        `tool_use` uses it where there are tools. The text ends with an open turn of the assistant, or without
+        `add_generation_prompt` with the final message; with `continue_final_message` that is left open. `variables` are those
+        of the template, such as `enable_thinking`.
 
         Pass the result to `generate` with `add_special_tokens=False`: templates write special tokens themselves. Raises
         InvalidRequestError if there is no template or it refuses the messages, InvalidFileError for a broken template,
         UnsupportedError for one that reaches outside its sandbox.
         """
-        if self.chat_template is None:
-            remedy = "give a plain prompt"
-            raise InvalidRequestError(Problem("no_chat_template", "this model has no chat template", remedy=remedy))
-        special_tokens = self.tokenizer.special_tokens if self.tokenizer else {}
         return render_chat(
-            self.chat_template, messages, special_tokens=special_tokens, add_generation_prompt=add_generation_prompt
+            choose_chat_template(self.chat_templates, tools=tools is not None),
+            messages,
+            special_tokens=self.tokenizer.special_tokens if self.tokenizer else {},
+            tools=tools,
+            documents=documents,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            **variables,
         )
 
     def _prompt_ids(self, prompt: Prompt, *, add_special_tokens: bool) -> list[int]:

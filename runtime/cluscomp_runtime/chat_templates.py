@@ -1,0 +1,78 @@
+"""The chat templates that a model brings along in its side files, by name.
+
+Where they are found is transformers' order: `chat_template.jinja` and `additional_chat_templates/NAME.jinja`; if there is
+neither, `chat_template` in `tokenizer_config.json`, a template or a list of named ones; if there is none, the
+`chat_template.json` of a processor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem
+from cluscomp_formats.ir import Array
+from cluscomp_runtime.tokenizer import read_json_file
+
+__all__ = ["choose_chat_template", "find_chat_templates"]
+
+DEFAULT = "default"
+TOOL_USE = "tool_use"
+"""The template that is taken for a chat with tools, where there is one of this name."""
+
+_FOLDER, _SUFFIX = "additional_chat_templates/", ".jinja"
+
+
+def find_chat_templates(files: Mapping[str, Array]) -> dict[str, str]:
+    """Templates by name, a single one as `default`; empty if there is none. Raises InvalidFileError."""
+    named = {
+        name.removeprefix(_FOLDER).removesuffix(_SUFFIX): _text(files, name)
+        for name in files
+        if name.startswith(_FOLDER) and name.endswith(_SUFFIX)
+    }
+    if "chat_template.jinja" in files:
+        named.setdefault(DEFAULT, _text(files, "chat_template.jinja"))
+    return named or _in_json(files, "tokenizer_config.json") or _in_json(files, "chat_template.json")
+
+
+def choose_chat_template(templates: Mapping[str, str], *, tools: bool = False, remedy: str = "give a plain prompt") -> str:
+    """The template for a chat, with tools or without, as transformers chooses. Raises InvalidRequestError if there is none."""
+    if tools and TOOL_USE in templates:
+        return templates[TOOL_USE]
+    if DEFAULT in templates:
+        return templates[DEFAULT]
+    if templates:
+        message, found = "none of the model's chat templates is the default one", ", ".join(sorted(templates))
+        raise InvalidRequestError(Problem("no_chat_template", message, None, None, found[:200], DEFAULT, remedy))
+    raise InvalidRequestError(Problem("no_chat_template", "this model has no chat template", remedy=remedy))
+
+
+def _text(files: Mapping[str, Array], name: str) -> str:
+    try:
+        # Python's text files, in which transformers reads templates, know one line end.
+        return files[name].read().tobytes().decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        raise InvalidFileError(Problem("bad_template", "not UTF-8", name, found=f"byte {error.start}")) from error
+
+
+def _in_json(files: Mapping[str, Array], name: str) -> dict[str, str]:
+    stored: Any = read_json_file(files, name).get("chat_template")
+    if stored is None:
+        return {}
+    if isinstance(stored, list):
+        stored = {
+            entry["name"]: entry.get("template")
+            for entry in stored
+            if isinstance(entry, Mapping) and _is_name(entry.get("name"))
+        }
+    else:
+        stored = {DEFAULT: stored}
+    broken = [key for key, template in stored.items() if not isinstance(template, str)]
+    if broken:
+        found = type(stored[broken[0]]).__name__
+        raise InvalidFileError(Problem("bad_template", "chat_template is not a text", name, broken[0][:200], found, "a text"))
+    return dict(stored)
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str)
