@@ -9,15 +9,13 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem
+from cluscomp_formats.errors import ClusCompError, InvalidFileError, InvalidRequestError, Problem
 from cluscomp_formats.ir import Array
 from cluscomp_formats.packed.json_values import is_unicode
 from cluscomp_runtime.streaming import StreamDecoder
-
-if TYPE_CHECKING:
-    import tokenizers
+from cluscomp_runtime.tokenizer_backend import Backend, open_backend
 
 __all__ = ["Tokenizer", "end_tokens", "read_json_file"]
 
@@ -40,6 +38,8 @@ def _library_faults(what: str) -> Iterator[None]:
     """Make an InvalidFileError of whatever the tokenizers library raises: tokenizer.json is as good as a program for it."""
     try:
         yield
+    except ClusCompError:
+        raise
     except Exception as error:
         # The library raises a bare Exception for any malformed file.
         raise InvalidFileError(Problem("bad_tokenizer", f"the tokenizers library {what}: {error}", "tokenizer.json")) from error
@@ -51,12 +51,12 @@ def _library_faults(what: str) -> Iterator[None]:
 
 
 class Tokenizer:
-    """A model's tokenizer: a thin layer over `tokenizers.Tokenizer`, which `backend` is.
+    """A model's tokenizer: a thin layer over `backend`, a `tokenizers.Tokenizer` or one in a process of its own.
 
     `bos_token` and `eos_token` are texts or None, `bos_id` and `eos_id` their ids.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> None:
+    def __init__(self, backend: Backend, settings: Mapping[str, Any]) -> None:
         self.backend = backend
         self.special_tokens = {
             name: text
@@ -76,14 +76,9 @@ class Tokenizer:
         """The tokenizer among a model's side files, None if there is no `tokenizer.json`. Raises InvalidFileError."""
         if "tokenizer.json" not in files:
             return None
-        import tokenizers
-
         content = files["tokenizer.json"].read().tobytes()
         with _library_faults("cannot read it"):
-            backend = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
-            # Both belong to the training of the tokenizer; a prompt must neither be cut nor filled up.
-            backend.no_truncation()
-            backend.no_padding()
+            backend = open_backend(content)
         settings = {**read_json_file(files, "special_tokens_map.json"), **read_json_file(files, "tokenizer_config.json")}
         return cls(backend, settings)
 

@@ -1,0 +1,199 @@
+"""The tokenizers library's tokenizer of a `tokenizer.json`: in this process, or in one of its own that can be stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from cluscomp_formats.errors import Problem, UnsupportedError
+from cluscomp_runtime.tokenizer_bounds import reason_to_isolate
+
+__all__ = ["Backend", "Encoded", "IsolatedTokenizer", "open_backend"]
+
+SECONDS = 10
+SECONDS_PER_MEGABYTE = 20
+"""Time for a request, and for each 10^6 bytes of the file and of the request. A busy machine does not need it."""
+
+MEMORY_BYTES = 1 << 30
+MEMORY_PER_BYTE = 1024
+"""The same for memory: the library needs about 200 bytes for each byte of a text."""
+
+ANSWER_BYTES = 1 << 20
+ANSWER_PER_BYTE = 256
+"""The same for the answer."""
+
+_PROCESS = Path(__file__).with_name("tokenizer_process.py")
+
+
+class Encoded(Protocol):
+    """Token ids of a text and of each the characters it stands for."""
+
+    @property
+    def ids(self) -> Sequence[int]: ...
+    @property
+    def offsets(self) -> Sequence[tuple[int, int]]: ...
+
+
+class Backend(Protocol):
+    """What is used of `tokenizers.Tokenizer`."""
+
+    def encode(self, sequence: str, *, add_special_tokens: bool = True) -> Encoded: ...
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
+    def token_to_id(self, token: str) -> int | None: ...
+    def id_to_token(self, id: int) -> str | None: ...  # noqa: A002 - the library's name
+    def get_vocab_size(self, with_added_tokens: bool = True) -> int: ...
+
+
+def open_backend(content: bytes) -> Backend:
+    """The tokenizer of a `tokenizer.json`, truncation and padding off: they belong to its training.
+
+    Raises whatever the library raises, and UnsupportedError for one that takes too much.
+    """
+    reason = reason_to_isolate(content)
+    if reason is not None:
+        return IsolatedTokenizer(content.decode(), reason)
+    import tokenizers
+
+    backend = tokenizers.Tokenizer.from_str(content.decode())
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+@dataclass(frozen=True)
+class _Encoding:
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+
+class IsolatedTokenizer:
+    """A tokenizer in a process of its own, stopped when it takes too much time or memory for what is asked.
+
+    Raises UnsupportedError then, and RuntimeError where the library fails. `reason` says why it is not in this process.
+    """
+
+    def __init__(self, content: str, reason: str) -> None:
+        self._content = content
+        self._reason = reason
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._owner = 0
+        with self._lock:
+            self._running()
+
+    def __reduce__(self) -> tuple[type[IsolatedTokenizer], tuple[str, str]]:
+        return type(self), (self._content, self._reason)
+
+    def encode(self, sequence: str, *, add_special_tokens: bool = True) -> Encoded:
+        found = self._ask("encode", sequence=sequence, add_special_tokens=add_special_tokens)
+        return _Encoding(found["ids"], [(begin, end) for begin, end in found["offsets"]])
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return str(self._ask("decode", ids=list(ids), skip_special_tokens=skip_special_tokens))
+
+    def token_to_id(self, token: str) -> int | None:
+        found: int | None = self._ask("token_to_id", token=token)
+        return found
+
+    def id_to_token(self, id: int) -> str | None:  # noqa: A002
+        found: str | None = self._ask("id_to_token", id=id)
+        return found
+
+    def get_vocab_size(self, with_added_tokens: bool = True) -> int:
+        return int(self._ask("get_vocab_size", with_added_tokens=with_added_tokens))
+
+    def _ask(self, method: str, **arguments: Any) -> Any:
+        if self._owner != os.getpid():
+            # A thread of the process this one was forked from may have held it.
+            self._lock = threading.Lock()
+        with self._lock:
+            return self._request(self._running(), method, arguments)
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        """The process; a new one if there is none, or if it is that of the process this one was forked from."""
+        if self._process is None or self._owner != os.getpid():
+            self._process, self._owner = _start(), os.getpid()
+            weakref.finalize(self, _end, self._process, self._owner)
+            self._request(self._process, "load", {"content": self._content})
+        return self._process
+
+    def _request(self, process: subprocess.Popen[bytes], method: str, arguments: dict[str, Any]) -> Any:
+        size = len(self._content) + sum(len(value) for value in arguments.values() if isinstance(value, (str, list)))
+        seconds = SECONDS + SECONDS_PER_MEGABYTE * size / 1e6
+        limits = {"seconds": seconds, "memory_bytes": MEMORY_BYTES + MEMORY_PER_BYTE * size}
+        line = json.dumps({"method": method, "arguments": arguments, **limits}) + "\n"
+        clock = threading.Timer(seconds, process.kill)
+        clock.daemon = True
+        clock.start()
+        try:
+            reply = _exchange(process, line, ANSWER_BYTES + ANSWER_PER_BYTE * size)
+        finally:
+            clock.cancel()
+        if reply is None:
+            self._process = None
+            _end(process, self._owner)
+            raise self._too_much(seconds, limits["memory_bytes"])
+        if "error" in reply:
+            raise RuntimeError(reply["error"])
+        return reply["result"]
+
+    def _too_much(self, seconds: float, memory_bytes: float) -> UnsupportedError:
+        message = f"the tokenizer takes too much time or memory ({self._reason})"
+        expected = f"at most {seconds:.0f} seconds and {memory_bytes / 1e6:.0f} MB, and no crash of the tokenizers library"
+        return UnsupportedError(Problem("endless_tokenizer", message, "tokenizer.json", expected=expected))
+
+
+def _exchange(process: subprocess.Popen[bytes], line: str, most: int) -> dict[str, Any] | None:
+    """The answer to a request; None if the process ended instead, or the answer has more than `most` bytes."""
+    assert process.stdin is not None  # noqa: S101
+    assert process.stdout is not None  # noqa: S101
+    try:
+        process.stdin.write(line.encode("ascii"))
+        process.stdin.flush()
+        answer = process.stdout.readline(most)
+    except OSError:
+        return None
+    reply: dict[str, Any] | None = json.loads(answer) if answer.endswith(b"\n") else None
+    return reply
+
+
+def _start() -> subprocess.Popen[bytes]:
+    import tokenizers
+
+    # Isolated, so that nothing in the current folder is imported; the library is found where it was found here.
+    library = str(Path(tokenizers.__file__).parents[1])
+    code = f"import runpy, sys; sys.path.append({library!r}); runpy.run_path({str(_PROCESS)!r}, run_name='__main__')"
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-I", "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+        )
+    except OSError as error:
+        problem = Problem("no_process", f"the process the tokenizer runs in does not start: {error}")
+        raise UnsupportedError(problem) from error
+
+
+def _end(process: subprocess.Popen[bytes], owner: int) -> None:
+    """Let a process end; one of the process this one was forked from is left to that."""
+    if owner != os.getpid():
+        return
+    process.kill()
+    process.wait()
+    for stream in (process.stdin, process.stdout):
+        # What could not be written is written again on closing.
+        with contextlib.suppress(OSError):
+            if stream is not None:
+                stream.close()

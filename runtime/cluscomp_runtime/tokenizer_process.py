@@ -1,0 +1,63 @@
+"""The process a tokenizer runs in that could take time or memory without end: requests on standard input, answers on standard
+output, a line of JSON each. The first request is the tokenizer.
+
+`tokenizer_backend.py` starts this file by its path: it imports nothing of the package, so that it starts quickly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from typing import Any
+
+
+def answer(tokenizer: Any, method: str, arguments: dict[str, Any]) -> Any:
+    """What a method of the tokenizer gives, as plain data."""
+    if method == "encode":
+        encoding = tokenizer.encode(**arguments)
+        return {"ids": list(encoding.ids), "offsets": list(encoding.offsets)}
+    return getattr(tokenizer, method)(**arguments)
+
+
+def serve() -> None:
+    """Answer requests until the input ends."""
+    import tokenizers
+
+    tokenizer: Any = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        _limit(request["seconds"], request["memory_bytes"])
+        try:
+            if request["method"] == "load":
+                tokenizer = tokenizers.Tokenizer.from_str(request["arguments"]["content"])
+                tokenizer.no_truncation()
+                tokenizer.no_padding()
+                result = None
+            else:
+                result = answer(tokenizer, request["method"], request["arguments"])
+            reply = {"result": result}
+        except MemoryError:
+            raise
+        except BaseException as error:  # noqa: BLE001 - a panic of the library is no Exception; nor has its class a public name
+            reply = {"error": f"{error}"[:500]}
+        sys.stdout.write(json.dumps(reply) + "\n")
+        sys.stdout.flush()
+
+
+def _limit(seconds: float, memory_bytes: int) -> None:
+    """Bound time and memory of a request where the system can; elsewhere the parent's clock bounds both.
+
+    The parent's clock ends with the parent: without a limit of its own, this process could go on for ever.
+    """
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time() + seconds) + 1, hard))
+
+
+if __name__ == "__main__":
+    serve()
