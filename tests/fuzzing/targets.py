@@ -78,7 +78,7 @@ def _read_everything(model: Model) -> None:
     for array in arrays:
         try:
             array.read()
-        except ClusCompError as error:  # noqa: PERF203
+        except ClusCompError as error:
             errors.append(error)
     if errors:
         raise errors[0]

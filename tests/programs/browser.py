@@ -58,7 +58,11 @@ def run_page(chromium: str, page: str, model: Path, request: Mapping[str, Any], 
                     raise RuntimeError(f"no answer in {timeout:g} s:\n{log.read().decode(errors='replace')}") from None
                 finally:
                     browser.terminate()
-                    browser.wait(30)
+                    try:
+                        browser.wait(30)
+                    except subprocess.TimeoutExpired:
+                        browser.kill()
+                        browser.wait()
     if "error" in answer:
         raise RuntimeError(f"the page failed: {answer['error']}")
     return answer

@@ -1,0 +1,1 @@
+"""Files that come with the package; README.md says where they are from."""
