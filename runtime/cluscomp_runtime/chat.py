@@ -184,27 +184,38 @@ def _marked(content: object) -> str | list[Any]:
     """The content with the mark after its last text. Raises InvalidRequestError if there is no text."""
     if isinstance(content, str):
         return content + _CUT
-    if isinstance(content, (list, tuple)):
-        parts = list(content)
-        for index in reversed(range(len(parts))):
-            if isinstance(parts[index], Mapping) and isinstance(parts[index].get("text"), str):
-                parts[index] = {**parts[index], "text": parts[index]["text"] + _CUT}
-                return parts
-    raise InvalidRequestError(Problem("bad_messages", "the final message has no text to continue"))
+    parts = list(content) if isinstance(content, (list, tuple)) else []
+    index = _last_text(parts)
+    if index is None:
+        raise InvalidRequestError(Problem("bad_messages", "the final message has no text to continue"))
+    parts[index] = {**parts[index], "text": parts[index]["text"] + _CUT}
+    return parts
+
+
+def _last_text(parts: Sequence[Any]) -> int | None:
+    """The index of the last part of a content that has a text."""
+    texts = [index for index, part in enumerate(parts) if isinstance(part, Mapping) and isinstance(part.get("text"), str)]
+    return texts[-1] if texts else None
 
 
 def _outcome(answer: Mapping[str, Any], chat: Chat) -> Rendered | ClusCompError:
     if "text" not in answer:
         return _error(answer["error"], answer["message"])
-    text, spans = answer["text"], answer["spans"]
     if chat.continue_final:
-        end = text.rfind(_CUT.strip())
-        if end < 0:
-            message = "the chat template leaves out the end of the final message, so it cannot be continued"
-            return InvalidRequestError(Problem("refused_messages", message))
-        text = text[:end] if text.startswith(_CUT, end) else text[:end].rstrip()
-        spans = None
-    return Rendered(text, None if spans is None else tuple((begin, end) for begin, end in spans))
+        return _continued(answer["text"], chat.messages[-1]["content"])
+    spans = answer["spans"]
+    return Rendered(answer["text"], None if spans is None else tuple((begin, end) for begin, end in spans))
+
+
+def _continued(text: str, content: str | Sequence[Any]) -> Rendered | ClusCompError:
+    """The text of a chat up to the mark in its final message, which has this content."""
+    end = text.rfind(_CUT.strip())
+    said = content if isinstance(content, str) else str(content[_last_text(content) or 0]["text"])
+    # Written otherwise than it is (quoted, say), or in part, it cannot be gone on with.
+    if end < 0 or said.strip() not in text:
+        message = "the chat template does not write the final message as it is, so it cannot be continued"
+        return InvalidRequestError(Problem("refused_messages", message))
+    return Rendered(text[:end] if text.startswith(_CUT, end) else text[:end].rstrip())
 
 
 def _error(reason: str, message: str) -> ClusCompError:
