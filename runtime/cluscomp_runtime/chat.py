@@ -207,7 +207,7 @@ def _outcome(answer: Mapping[str, Any], chat: Chat) -> Rendered | ClusCompError:
     return Rendered(answer["text"], None if spans is None else tuple((begin, end) for begin, end in spans))
 
 
-def _continued(text: str, content: str | Sequence[Any]) -> Rendered | ClusCompError:
+def _continued(text: str, content: str | list[Any] | tuple[Any, ...]) -> Rendered | ClusCompError:
     """The text of a chat up to the mark in its final message, which has this content."""
     end = text.rfind(_CUT.strip())
     said = content if isinstance(content, str) else str(content[_last_text(content) or 0]["text"])
