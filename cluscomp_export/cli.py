@@ -7,6 +7,7 @@ Results go to standard output, progress and messages to standard error. Exit cod
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -94,6 +95,7 @@ def convert(
     """
     from cluscomp_export.convert import ConversionOptions, prepare
     from cluscomp_export.convert import convert as run
+    from cluscomp_export.outputs import check_apart
     from cluscomp_export.work_folder import work_path
     from cluscomp_runtime.memory import return_freed_arrays
 
@@ -104,13 +106,14 @@ def convert(
             prepared = prepare(source, chosen, progress, to_plan=True)
         show_plan(prepared, as_json=as_json)
         return
+    check_apart([output, report_path], [source, *chosen.files()])
     if report_path is not None:
         check_output(report_path, force=force)
     try:
         with ProgressDisplay() as progress:
             report = run(source, output, chosen, force=force, on_progress=progress)
     except BaseException:
-        if work_path(output).is_dir():
+        if os.path.isdir(work_path(output)):  # noqa: PTH112 - Path.is_dir raises
             say(f"what is finished is kept in {work_path(output)}: run the same command again to go on")
         raise
     for text in report.warnings:
@@ -268,6 +271,10 @@ def evaluate(
     if text is not None and (limit is not None or num_fewshot is not None):
         raise click.UsageError("--limit, --num-fewshot: only with --tasks.")
     if output is not None:
+        from cluscomp_export.outputs import check_apart
+
+        files = [Path(task) for task in (tasks or "").split(",") if task]
+        check_apart([output], [model, text, options["reference"], options["delta"], *files])
         check_output(output, force=force)
     from cluscomp_export.torch_threads import torch_threads
 

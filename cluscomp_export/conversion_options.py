@@ -117,6 +117,11 @@ class ConversionOptions:
             return None
         return shipped_text() if self.calibration is None else read_text(Path(self.calibration))
 
+    def files(self) -> list[Path]:
+        """The files that the options name."""
+        text = None if self.calibration in (None, "none") else self.calibration
+        return [Path(name) for name in (text, self.plan) if name is not None]
+
     def recorded(self) -> dict[str, Any]:
         """The options that determine the result, for the provenance."""
         without_effect = {"threads", "device", "workers", "plan", "effort", *_LEVELS}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +31,7 @@ from cluscomp_export.effort import levels_of
 from cluscomp_export.error_feedback import ErrorFeedback
 from cluscomp_export.fisher import WINDOWS
 from cluscomp_export.jobs import Computing
+from cluscomp_export.outputs import check_apart
 from cluscomp_export.preparing import Prepared, make_plan, prepare, provenance_of, sensitivities_of
 from cluscomp_export.progress import Progress, silent
 from cluscomp_export.row_importance import block_matrices, row_importance
@@ -96,15 +98,12 @@ def convert(
     """
     started = time.perf_counter()
     writer = find_writer(options.to, options.gguf_type)
+    check_apart([output], [source_path, *options.files()])
     try:
         writer.check(output, force=force)
     except OutputExistsError:
         _remove_finished_work(output)
         raise
-    if output.exists() and output.resolve() == source_path.resolve():
-        raise InvalidRequestError(
-            Problem("output_is_source", "the output is the source itself", str(output), remedy="name another output")
-        )
     # Tells early what cannot be done; what sensitivities decide waits until the source has been checked and they are measured.
     prepared = prepare(source_path, options, measure=False)
     writer.check_model(prepared.model)
@@ -285,7 +284,7 @@ def _kept(work: WorkFolder, unit: str, forms: Forms, compute: Callable[[], Mappi
 
 def _remove_finished_work(output: Path) -> None:
     """Remove the work folder of the conversion that made `output`, if it was killed after that and before it could."""
-    if work_path(output).is_dir():
+    if os.path.isdir(work_path(output)):  # noqa: PTH112 - Path.is_dir raises
         with contextlib.suppress(ClusCompError):
             remove_work(output, fingerprint(open_source(output).provenance))
 

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from cluscomp_export.convert import record_self_test
+from cluscomp_export.outputs import check_apart
 from cluscomp_export.progress import Progress, silent
 from cluscomp_export.sources import open_source
 from cluscomp_export.tuning.finetuning import checked_digest
 from cluscomp_export.writers import find_writer
 from cluscomp_formats.delta import combine, open_delta
-from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem
+from cluscomp_formats.errors import InvalidFileError, Problem
 from cluscomp_formats.ir import Model
 from cluscomp_formats.stored_file import StoredFile
 from cluscomp_formats.version import __version__
@@ -60,10 +61,8 @@ def merge(
     """
     started = time.perf_counter()
     writer = find_writer(to, gguf_type)
+    check_apart([output], [model_path, *delta_paths])
     writer.check(output, force=force)
-    if output.exists() and output.resolve() in [path.resolve() for path in (model_path, *delta_paths)]:
-        problem = Problem("output_is_source", "the output is one of the inputs", str(output), remedy="name another output")
-        raise InvalidRequestError(problem)
     deltas = [open_delta(path) for path in delta_paths]
     model = open_source(model_path)
     base = checked_digest(model, model_path, on_progress)

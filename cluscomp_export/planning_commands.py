@@ -134,14 +134,17 @@ def plan(source: Path, *, save: Path | None, force: bool, as_json: bool, **optio
     sensitivities are to be measured, a folder that holds a config.json will do as SOURCE.
     """
     from cluscomp_export.conversion_options import ConversionOptions
+    from cluscomp_export.outputs import check_apart
     from cluscomp_export.planning.plan_file import write_plan
     from cluscomp_export.preparing import prepare
     from cluscomp_formats.atomic import check_output
 
+    chosen = ConversionOptions(**levels_from(options))
     if save is not None:
+        check_apart([save], [source, *chosen.files()])
         check_output(save, force=force)
     with ProgressDisplay() as progress:
-        prepared = prepare(source, ConversionOptions(**levels_from(options)), progress, to_plan=True)
+        prepared = prepare(source, chosen, progress, to_plan=True)
     if save is not None:
         if prepared.plan is None:
             raise click.UsageError("there is no plan to save: SOURCE is clustered already")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,7 @@ def tune(
         with ProgressDisplay() as progress:
             report = run(model, delta, chosen, force=force, on_progress=progress)
     except BaseException:
-        if work_path(delta).is_dir():
+        if os.path.isdir(work_path(delta)):  # noqa: PTH112 - Path.is_dir raises
             say(f"the state of the training is kept in {work_path(delta)}: run the same command again to go on")
         raise
     for warning in report.warnings:

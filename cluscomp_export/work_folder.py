@@ -22,7 +22,7 @@ from cluscomp_formats.errors import InvalidFileError, Problem, StorageError
 from cluscomp_formats.hf.mapped_shards import open_shard
 from cluscomp_formats.hf.safetensors import Forms, header_bytes, lay_out
 from cluscomp_formats.ir import DTYPES, AnyArray, canonical_json
-from cluscomp_formats.leftovers import try_lock
+from cluscomp_formats.leftovers import shown_name, try_lock
 
 __all__ = ["Forms", "WorkFolder", "fingerprint", "work_folder", "work_path"]
 
@@ -35,7 +35,11 @@ def work_path(output: Path) -> Path:
     """Where the unfinished work of a conversion to `output` is kept."""
     # The name of "." is empty.
     output = Path(os.path.abspath(output))  # noqa: PTH100 - resolve() would follow links
-    return output.with_name(f".{output.name}.work")
+    shown = shown_name(output)
+    if shown != output.name:
+        # A long name is cut, and must not be that of another output.
+        shown += f".{hashlib.sha256(os.fsencode(output.name)).hexdigest()[:16]}"
+    return output.parent / f".{shown}.work"
 
 
 def fingerprint(conversion: Mapping[str, Any]) -> str:
@@ -53,14 +57,17 @@ class WorkFolder:
         self._reused: set[str] = set()
 
     def begin(self, conversion: str) -> tuple[int, int]:
-        """Keep the units of the conversion with this fingerprint, delete all others. How many were kept, and deleted."""
+        """Keep the units of the conversion with this fingerprint, delete all others. How many were kept, and deleted.
+
+        Raises StorageError.
+        """
         self.conversion = conversion
         kept = deleted = 0
         for file, owner in self._files():
             if owner == conversion and file.suffix == ".safetensors":
                 kept += 1
             else:
-                file.unlink()
+                _delete(file)
                 deleted += file.suffix == ".safetensors"
         return kept, deleted
 
@@ -117,12 +124,15 @@ class WorkFolder:
         return all(owner == conversion for _, owner in self._files())
 
     def stored_bytes(self) -> int:
-        """Size of everything kept, whichever conversion it is of."""
-        return sum(file.stat().st_size for file, _ in self._files())
+        """Size of everything kept, whichever conversion it is of. Raises StorageError."""
+        try:
+            return sum(file.stat().st_size for file, _ in self._files())
+        except OSError as error:
+            raise storage_error(self.path, error) from error
 
     def remove(self) -> None:
         """Delete the units, and the folder if there is nothing else in it."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, StorageError):
             for file, _ in self._files():
                 file.unlink()
             self.path.rmdir()
@@ -132,11 +142,15 @@ class WorkFolder:
         return self.path / f"{self.conversion}-{hashlib.sha256(name.encode()).hexdigest()[:32]}.safetensors"
 
     def _files(self) -> Iterator[tuple[Path, str]]:
-        """Our own files, finished and not, with the fingerprint of their conversion."""
-        for file in sorted(self.path.iterdir()):
-            match = _UNIT.fullmatch(file.name)
+        """Our own files, finished and not, with the fingerprint of their conversion. Raises StorageError."""
+        try:
+            files = sorted(entry.name for entry in os.scandir(self.path) if entry.is_file(follow_symlinks=False))
+        except OSError as error:
+            raise storage_error(self.path, error) from error
+        for name in files:
+            match = _UNIT.fullmatch(name)
             if match is not None:
-                yield file, match[1]
+                yield self.path / name, match[1]
 
     def _checksum(self, name: str, stored: Mapping[str, AnyArray]) -> bytes:
         forms = {key: [values.dtype.name, list(values.shape)] for key, values in stored.items()}
@@ -158,7 +172,7 @@ def work_folder(output: Path) -> Iterator[WorkFolder]:
             yield work
             work.remove()
         finally:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(StorageError):
                 if work.empty:
                     work.remove()
 
@@ -185,6 +199,13 @@ def _locked(path: Path) -> Iterator[WorkFolder]:
     finally:
         if lock is not None:
             os.close(lock)
+
+
+def _delete(file: Path) -> None:
+    try:
+        file.unlink(missing_ok=True)
+    except OSError as error:
+        raise storage_error(file, error) from error
 
 
 def _key(array: str) -> str:

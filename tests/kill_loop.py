@@ -46,7 +46,7 @@ class Points:
         if event not in CHANGES and not (event == "open" and set(str(arguments[1])) & set("wxa+")):
             return
         path = os.fspath(arguments[0]) if not isinstance(arguments[0], int) else ""
-        name = re.sub(r"\.[0-9]+\.", ".PID.", os.path.relpath(path, self.folder))
+        name = re.sub(r"-[0-9]+-[0-9a-f]{16}\.", "-PID.", os.path.relpath(path, self.folder))
         if ".work/" in name:
             self.point(f"{event} unit")
         elif not Path(path).is_absolute():
@@ -88,7 +88,7 @@ def attempt(source: Path, output: Path, to: str, kill_at: tuple[str, int] | None
 
 def check(output: Path, to: str, digests: set[str]) -> str:
     """Where a model is after a kill; it must be sound, and the old or the new one."""
-    place = output if output.exists() else next(output.parent.glob(".model.*.old"))
+    place = output if output.exists() else next(output.parent.glob(".model.cluscomp-*.old"))
     if OPEN[to](place, check=True).digest() not in digests:
         raise RuntimeError(f"another model is at {place}")
     return "in place" if place == output else "aside"

@@ -5,8 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from hostile_paths import place
 
 from cluscomp_formats.atomic import atomic_write, check_output, storage_error
+from cluscomp_formats.atomic_folder import check_output_folder
 from cluscomp_formats.errors import OutputExistsError, StorageError
 
 
@@ -78,8 +80,58 @@ def test_an_output_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX errors")
 def test_a_name_the_file_system_refuses(tmp_path: Path) -> None:
-    with pytest.raises(StorageError), atomic_write(tmp_path / ("n" * 250)):
+    with pytest.raises(StorageError), atomic_write(tmp_path / ("n" * 256)):
         pytest.fail("the block ran although the file could not be made")
+    with pytest.raises(StorageError), atomic_write(tmp_path / "a\0b"):
+        pytest.fail("the block ran although the file could not be made")
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError) as caught, atomic_write(tmp_path / "file" / "out"):
+        pytest.fail("the block ran although the file could not be made")
+    assert caught.value.problems[0].kind == "not_a_folder"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs pipes and links")
+@pytest.mark.parametrize("force", [False, True])
+def test_pipes_devices_sockets_and_links_are_never_replaced(force: bool, tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    (tmp_path / "target").write_bytes(b"theirs")
+    for what, kind in (
+        ("pipe", "output_is_device"),
+        ("socket", "output_is_device"),
+        ("device", "output_is_link"),
+        ("dangling link", "output_is_link"),
+        ("loop", "output_is_link"),
+    ):
+        before = place(path, what).lstat()
+        with pytest.raises(OutputExistsError) as caught:
+            check_output(path, force=force)
+        assert caught.value.problems[0].kind == kind
+        assert path.lstat() == before
+        path.unlink()
+    path.symlink_to("target")
+    with pytest.raises(OutputExistsError, match="is a link"):
+        check_output(path, force=force)
+    with pytest.raises(OutputExistsError, match="device, pipe or socket"):
+        check_output(Path("/dev/null"), force=force)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs pipes and links")
+def test_a_link_or_pipe_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    for what in ("pipe", "dangling link"):
+        with pytest.raises(OutputExistsError, match="appeared"), atomic_write(path, force=True):
+            before = place(path, what).lstat()
+        assert path.lstat() == before
+        path.unlink()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="another root")
+@pytest.mark.parametrize("force", [False, True])
+def test_the_root_of_a_file_system_is_not_replaced(force: bool) -> None:
+    with pytest.raises(OutputExistsError):
+        check_output(Path("/"), force=force)
+    with pytest.raises(OutputExistsError, match="where a file system begins"):
+        check_output_folder(Path("/"), force=force, replaceable=lambda _: True)
 
 
 def test_unknown_errors_have_a_message_and_no_remedy() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import subprocess
 import sys
 import textwrap
@@ -20,7 +19,7 @@ from cluscomp_formats.hf import open_hf, write_hf
 from cluscomp_formats.hf import writer as writer_module
 from cluscomp_formats.hf.reader import holds_only_model
 from cluscomp_formats.ir import AnyArray, Array, ClusteredWeight, Codebook, DenseTensor, Model, Stage
-from cluscomp_formats.leftovers import held
+from cluscomp_formats.leftovers import held, unfinished_name
 
 
 def dense(name: str, loader: Callable[[], AnyArray] | None = None) -> DenseTensor:
@@ -254,7 +253,7 @@ def test_a_folder_may_be_named_by_its_own_dot(tmp_path: Path, monkeypatch: pytes
 
 
 def test_what_another_writer_is_making_is_left_alone(tmp_path: Path) -> None:
-    part = tmp_path / f".m.{os.getpid()}.part"
+    part = unfinished_name(tmp_path / "m")
     part.mkdir()
     (part / "x").write_bytes(b"1")
     with held(part), pytest.raises(StorageError):

@@ -1,7 +1,7 @@
 """Readers of what users have: each turns a model on disk into the lazy IR, tensors under their Hugging Face names."""
 
 from cluscomp_export.sources.linears import embedding_tensor, head_tensor, kind, linear_tensors, logits_tensor
-from cluscomp_export.sources.opening import CONFIG_ONLY, open_source, source_bytes
+from cluscomp_export.sources.opening import CONFIG_ONLY, open_source, source_bytes, source_files
 
 __all__ = [
     "CONFIG_ONLY",
@@ -12,4 +12,5 @@ __all__ = [
     "logits_tensor",
     "open_source",
     "source_bytes",
+    "source_files",
 ]

@@ -19,7 +19,7 @@ from cluscomp_formats.errors import InvalidFileError, Problem
 from cluscomp_formats.ir import Model
 from cluscomp_formats.regular_file import check_there, first_bytes, open_regular
 
-__all__ = ["CONFIG_ONLY", "open_source", "source_bytes"]
+__all__ = ["CONFIG_ONLY", "open_source", "source_bytes", "source_files"]
 
 _MAX_HEADER_BYTES = 100_000_000
 """The limit the safetensors library sets to itself."""
@@ -106,6 +106,15 @@ def _is_safetensors(path: Path) -> bool:
     """Whether a file begins as a safetensors file does: a plausible length of the header, then its opening brace."""
     head = first_bytes(path, 9)
     return len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") <= _MAX_HEADER_BYTES
+
+
+def source_files(path: Path) -> list[Path]:
+    """Files that a model is read from if `path` is one of them: parts of a split GGUF file, a safetensors file's neighbours.
+
+    Some of them may not be there, and not all of a folder's files need be the model's.
+    """
+    beside = _is_safetensors(path) and not is_delta(path)
+    return sorted(path.parent.iterdir()) if beside else gguf_parts(path)
 
 
 def source_bytes(path: Path) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from cluscomp_export.outputs import check_apart
 from cluscomp_export.progress import Progress, silent
 from cluscomp_export.sources import open_source, source_bytes
 from cluscomp_export.tuning.examples import Example, make_batch, shuffled_batches
@@ -129,6 +130,8 @@ def tune(
     used, UnsupportedError, OutputExistsError, StorageError.
     """
     started = time.perf_counter()
+    other_data = options.held_out if isinstance(options.held_out, Path) else None
+    check_apart([output], [model_path, options.data, other_data, options.reference])
     check_output(output, force=force)
     prepared = _prepare(model_path, options)
     plan, trainable = prepared.plan, prepared.trainable

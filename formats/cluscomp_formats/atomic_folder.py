@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from cluscomp_formats.atomic import fsync_folder, storage_error
-from cluscomp_formats.errors import OutputExistsError, Problem, StorageError
-from cluscomp_formats.leftovers import clear_leftovers, discard_folder, held, old_name, unfinished_name
+from cluscomp_formats.atomic import check_place, fsync_folder, storage_error
+from cluscomp_formats.errors import OutputExistsError, Problem
+from cluscomp_formats.leftovers import clear_leftovers, discard_folder, held, old_name, put_back, unfinished_name
 
 __all__ = ["atomic_folder", "check_output_folder"]
 
@@ -18,30 +19,39 @@ def check_output_folder(folder: Path, *, force: bool, replaceable: Callable[[Pat
     """Refuse an output folder that must not be made; call before any long work.
 
     An empty folder may be filled. With `force` one with content is replaced if `replaceable(folder)`: what else it might
-    hold is never deleted. Clears away what killed attempts at it have left; a folder that one of them was about to replace
-    gets its name back. Raises OutputExistsError, StorageError.
+    hold is never deleted. A folder that a killed attempt was about to replace gets its name back; what else such attempts have
+    left is cleared away if the folder may be made. Raises OutputExistsError, StorageError.
     """
-    clear_leftovers(folder)
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        problem = Problem("output_is_file", "the output is not a folder", str(folder), remedy="name a folder")
-        raise OutputExistsError(problem)
-    parent = folder.parent
-    if not parent.is_dir():
-        problem = Problem("no_folder", "the output's folder does not exist", str(folder), remedy=f"mkdir -p {parent}")
-        raise StorageError(problem)
-    if not os.access(parent, os.W_OK):
-        raise StorageError(Problem("not_writable", "the output's folder is not writable", str(folder)))
+    # The name of "." is empty.
+    folder = Path(os.path.abspath(folder))  # noqa: PTH100 - resolve() would follow links
+    put_back(folder)
+    status = check_place(folder)
+    if status is not None:
+        problem = _in_the_way(status, folder, force=force, replaceable=replaceable)
+        if problem is not None:
+            raise OutputExistsError(problem)
+    clear_leftovers(folder, folder=True)
+
+
+def _in_the_way(status: os.stat_result, folder: Path, *, force: bool, replaceable: Callable[[Path], bool]) -> Problem | None:
+    """What is at the place of a folder to be made and must not be replaced. Raises StorageError."""
+    if not stat.S_ISDIR(status.st_mode):
+        return Problem("output_is_file", "the output is not a folder", str(folder), remedy="name a folder")
+    if os.path.ismount(folder):
+        message = "the output is where a file system begins, which cannot be replaced"
+        return Problem("output_is_mount", message, str(folder), remedy="name a folder in it")
     try:
-        if not folder.exists() or not any(folder.iterdir()):
-            return
+        if not any(folder.iterdir()):
+            return None
     except OSError as error:
         raise storage_error(folder, error) from error
     if not force:
         remedy = "choose another output, or pass --force to replace it"
-        raise OutputExistsError(Problem("output_exists", "the output already exists", str(folder), remedy=remedy))
+        return Problem("output_exists", "the output already exists", str(folder), remedy=remedy)
     if not replaceable(folder):
         message = "the folder holds other files than a model of this format; it is not replaced"
-        raise OutputExistsError(Problem("output_is_foreign", message, str(folder), remedy="choose another output"))
+        return Problem("output_is_foreign", message, str(folder), remedy="choose another output")
+    return None
 
 
 @contextlib.contextmanager

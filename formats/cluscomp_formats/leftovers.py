@@ -3,29 +3,61 @@
 While a writer lives, it holds a lock on its temporary file or folder, which the system gives up with the process, however that
 ends. A temporary that can be locked is therefore nobody's any more. Process ids would not tell: they are used again, and in
 containers they are all alike.
+
+Nothing else is ever touched. A temporary is called `.OUTPUT.cluscomp-PID-MARK.part`; the mark is a hash of the output's name
+and the process, which no file of somebody else has by chance, and is there from the moment the temporary is. Of the output's
+name `SHOWN_BYTES` are kept, so that the temporary's fits wherever that does.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 import shutil
+import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-__all__ = ["clear_leftovers", "discard_folder", "held", "old_name", "try_lock", "unfinished_name"]
+__all__ = [
+    "SHOWN_BYTES",
+    "clear_leftovers",
+    "discard_folder",
+    "held",
+    "old_name",
+    "put_back",
+    "shown_name",
+    "try_lock",
+    "unfinished_name",
+]
+
+SHOWN_BYTES = 80
+"""Of an output's name in those made from it. File systems take 255, encrypted ones 143."""
+
+_OURS = re.compile(r"\.(.*)\.cluscomp-([0-9]+)-([0-9a-f]{16})\.(part|old)", re.DOTALL | re.ASCII)
 
 
 def unfinished_name(output: Path) -> Path:
     """Where this process makes `output`: in the same folder, since only a rename within one file system is atomic."""
-    return output.with_name(f".{output.name}.{os.getpid()}.part")
+    return output.with_name(f".{shown_name(output)}.cluscomp-{os.getpid()}-{_mark(output, str(os.getpid()))}.part")
 
 
 def old_name(output: Path) -> Path:
     """Where this process moves the folder that `output` replaces. It is complete as long as it has this name."""
-    return output.with_name(f".{output.name}.{os.getpid()}.old")
+    return unfinished_name(output).with_suffix(".old")
+
+
+def shown_name(output: Path) -> str:
+    """The output's name, cut to `SHOWN_BYTES`."""
+    name = os.fsencode(output.name)
+    return output.name if len(name) <= SHOWN_BYTES else name[:SHOWN_BYTES].decode("utf-8", "ignore")
+
+
+def _mark(output: Path, process: str) -> str:
+    """What only a writer of ours calls its temporaries by, 16 hexadecimal digits."""
+    return hashlib.sha256(b"\0".join((b"cluscomp-export", os.fsencode(output.name), process.encode()))).hexdigest()[:16]
 
 
 def try_lock(path: Path) -> int | None:
@@ -66,32 +98,49 @@ def held(path: Path) -> Iterator[None]:
             os.close(handle)
 
 
-def clear_leftovers(output: Path) -> None:
-    """Remove unfinished attempts at `output` whose writers are gone; put back the folder one of them had moved aside.
+def put_back(folder: Path) -> None:
+    """Give a folder its name back that a killed writer had moved aside to replace it. Never raises."""
+    for path, kind in _leftovers(folder):
+        if kind == "old" and not os.path.lexists(folder):
+            with contextlib.suppress(OSError), _abandoned(path, stat.S_ISDIR):
+                path.rename(folder)
+
+
+def clear_leftovers(output: Path, *, folder: bool) -> None:
+    """Remove unfinished attempts at `output`, a file or a `folder`, whose writers are gone.
 
     Touches nothing else, and nothing at all that cannot be locked. Never raises: what cannot be cleared stays.
     """
-    ours = re.compile(re.escape(f".{output.name}.") + r"[0-9]+\.(part|old)")
-    with contextlib.suppress(OSError):
+    for path, kind in _leftovers(output):
+        # A folder moved aside is the only copy until another has its name.
+        if kind == "part" or (folder and os.path.lexists(output)):
+            with contextlib.suppress(OSError), _abandoned(path, stat.S_ISDIR if folder else stat.S_ISREG):
+                if folder:
+                    discard_folder(path, path.with_suffix(".part"))
+                else:
+                    path.unlink()
+
+
+def _leftovers(output: Path) -> Iterator[tuple[Path, str]]:
+    """What bears the mark of a writer of `output`, and whether it is a `part` or `old`."""
+    with contextlib.suppress(OSError, ValueError):
         # `.part` before `.old`, which may need its name.
         for path in sorted(output.parent.iterdir(), reverse=True):
-            match = ours.fullmatch(path.name)
-            if match is not None:
-                with contextlib.suppress(OSError):
-                    _clear(path, output, whole=match[1] == "old")
+            match = _OURS.fullmatch(path.name)
+            if match is not None and (match[1], match[3]) == (shown_name(output), _mark(output, match[2])):
+                yield path, match[4]
 
 
-def _clear(path: Path, output: Path, *, whole: bool) -> None:
+@contextlib.contextmanager
+def _abandoned(path: Path, kind: Callable[[int], bool]) -> Iterator[None]:
+    """Hold a lock on something of that kind which nobody holds. Raises OSError."""
+    if not kind(path.lstat().st_mode):
+        raise FileNotFoundError(f"{path} is something else")
     handle = try_lock(path)
     if handle is None:
-        return
+        raise BlockingIOError(f"{path} cannot be locked")
     try:
-        if whole and path.is_dir() and not output.exists():
-            path.rename(output)
-        elif path.is_dir():
-            discard_folder(path, path.with_suffix(".part"))
-        elif not whole:
-            path.unlink()
+        yield
     finally:
         os.close(handle)
 
