@@ -14,11 +14,12 @@ from torch import nn
 
 from cluscomp_export.onnx_graph.skeleton import build_skeleton, compute_buffers, tensors_by_key
 from cluscomp_formats.errors import InvalidFileError, Problem, UnsupportedError
-from cluscomp_formats.ir import DenseTensor, Model, Tensor
+from cluscomp_formats.ir import Model
 from cluscomp_runtime.hf.modules import MatrixStore
-from cluscomp_runtime.hf.replacement import replace_modules
+from cluscomp_runtime.hf.replacement import merged_values, replace_modules
+from cluscomp_runtime.hf.stored_names import places_of
 from cluscomp_runtime.language_model import check_device, compute_dtype
-from cluscomp_runtime.linear import tensor_of
+from cluscomp_runtime.linear import decoded
 from cluscomp_runtime.tokenizer import Tokenizer
 
 __all__ = ["TransformersModel"]
@@ -41,22 +42,21 @@ class TransformersModel:
         if not skeleton.cached:
             problem = Problem("no_decoder", "only causal language models predict a text", "config.json", None, name)
             raise UnsupportedError(problem)
-        tensors = tensors_by_key(skeleton, model)
+        places = places_of(self._module, model.tensors)
+        tensors = tensors_by_key(skeleton, model, places)
         self._replaced = replace_modules(self._module, model, MatrixStore(), self.dtype).modules
         for module in self._replaced.values():
             module._placement = torch.empty(0, dtype=self.dtype, device=self.device)
         placed: dict[str, torch.Tensor] = {}
         for key, tensor in tensors.items():
-            owner, _, leaf = key.rpartition(".")
             if key in self._replaced:
                 continue
             if tensor.name not in placed:
-                placed[tensor.name] = self._read(tensor)
-            holder = self._module.get_submodule(owner)
-            if leaf in holder._parameters:
-                holder._parameters[leaf] = nn.Parameter(placed[tensor.name], requires_grad=False)
-            else:
-                holder._buffers[leaf] = placed[tensor.name]
+                placed[tensor.name] = self._in_place(decoded(tensor))
+            self._set(key, placed[tensor.name])
+        for merge in places.merges:
+            for key, values in merged_values(self._module, model, merge).items():
+                self._set(key, self._in_place(values))
         state: dict[str, Any] = self._module.state_dict(keep_vars=True)
         missing = [key for key, value in state.items() if value.is_meta]
         if missing:
@@ -66,10 +66,16 @@ class TransformersModel:
             value._is_hf_initialized = True
         compute_buffers(self._module, self.device)
 
-    def _read(self, tensor: Tensor) -> torch.Tensor:
-        """A dense tensor, or the decoded weight of a module of a class of its own."""
-        values = tensor_of(tensor.values) if isinstance(tensor, DenseTensor) else torch.from_numpy(tensor.decode())
+    def _in_place(self, values: torch.Tensor) -> torch.Tensor:
         return values.to(self.device, self.dtype if values.is_floating_point() else values.dtype)
+
+    def _set(self, key: str, values: torch.Tensor) -> None:
+        owner, _, leaf = key.rpartition(".")
+        holder = self._module.get_submodule(owner)
+        if leaf in holder._parameters:
+            holder._parameters[leaf] = nn.Parameter(values, requires_grad=False)
+        else:
+            holder._buffers[leaf] = values
 
     @property
     def max_positions(self) -> int:

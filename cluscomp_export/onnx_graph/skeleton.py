@@ -23,7 +23,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cluscomp_formats.errors import InvalidFileError, Problem, UnsupportedError
 from cluscomp_formats.ir import Model, Tensor
-from cluscomp_runtime.hf.replacement import WEIGHT, candidates, module_kind
+from cluscomp_runtime.hf.replacement import WEIGHT, module_kind
+from cluscomp_runtime.hf.stored_names import Places
 
 __all__ = [
     "PLACEHOLDER_DOMAIN",
@@ -106,8 +107,8 @@ def compute_buffers(module: Any, device: torch.device) -> None:
     module.initialize_weights()
 
 
-def tensors_by_key(skeleton: Skeleton, model: Model) -> dict[str, Tensor]:
-    """The model's tensors by key of the module's state; of tied keys both have the one tensor.
+def tensors_by_key(skeleton: Skeleton, model: Model, places: Places) -> dict[str, Tensor]:
+    """The model's tensors by key of the module's state, merged ones left out; of tied keys both have the one tensor.
 
     Raises InvalidFileError for shapes that the module does not have, UnsupportedError for tensors it has no use for.
     """
@@ -117,11 +118,15 @@ def tensors_by_key(skeleton: Skeleton, model: Model) -> dict[str, Tensor]:
     ignored = re.compile("|".join([*_IGNORED, *(module._keys_to_ignore_on_load_unexpected or ())]))
     placed: dict[str, Tensor] = {}
     unused, wrong = [], []
+    merged = {name for merge in places.merges for name in merge.names}
     for name, tensor in model.tensors.items():
-        keys = list(candidates(name, prefix))
-        key = next((key for key in keys if key in state and key not in placed), None)
-        if key is None:
-            if buffers.isdisjoint(keys) and not ignored.search(name):
+        if name in merged:
+            continue
+        key = places.keys.get(name)
+        if key is None or key in placed:
+            lost = places.lost.get(name, name)
+            keys = {lost, f"{prefix}.{lost}", lost.removeprefix(f"{prefix}.")}
+            if buffers.isdisjoint(keys) and not ignored.search(name) and not ignored.search(lost):
                 message = f"{type(module).__name__} has no use for this tensor; running without it could give wrong results"
                 unused.append(Problem("unused_tensor", message, None, name, remedy=REMEDY))
             continue

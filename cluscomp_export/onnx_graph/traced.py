@@ -18,6 +18,7 @@ from cluscomp_formats.ir import DenseTensor, Model, Tensor, canonical_json
 from cluscomp_formats.onnx.graph import Graph, GraphBuilder, value
 from cluscomp_formats.onnx.spec import ELEMENT_TYPES
 from cluscomp_formats.onnx.weights import embedding, linear
+from cluscomp_runtime.hf.stored_names import places_of
 
 __all__ = ["traced_graph"]
 
@@ -31,7 +32,12 @@ def traced_graph(model: Model) -> Graph:
     Takes seconds for a small model and grows with the number of layers. Raises UnsupportedError if transformers does not
     know the architecture, has no use for a tensor, or cannot be traced; InvalidFileError for missing tensors and wrong shapes.
     """
-    tensors = tensors_by_key(build_skeleton(model.config), model)
+    skeleton = build_skeleton(model.config)
+    places = places_of(skeleton.module, model.tensors)
+    if places.merges:
+        message = "transformers merges tensors of this model, as experts are: a graph would have to hold them decoded"
+        raise UnsupportedError(Problem("merged_tensors", message, None, places.merges[0].names[0], remedy=REMEDY))
+    tensors = tensors_by_key(skeleton, model, places)
     return _Translation(trace(canonical_json(model.config)), tensors).graph()
 
 

@@ -106,6 +106,14 @@ class Array:
         stored = np.asarray(values, dtype=DTYPES[name], order="C")
         return cls(values.shape, name, lambda: stored)
 
+    def __reduce__(self) -> tuple[Callable[[AnyArray, str], Array], tuple[AnyArray, str]]:
+        """Pickled with its payload, which may be a file's: the other process needs no file."""
+        return Array.of, (self.read(), self.dtype)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Array:
+        """Nobody writes to the payload, so a copy needs none of its own."""
+        return self
+
     @property
     def size(self) -> int:
         """Number of elements."""

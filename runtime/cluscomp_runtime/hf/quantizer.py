@@ -1,7 +1,8 @@
 """What transformers calls when `config.json` says `quant_method` `cluscomp`.
 
 transformers loads the dense tensors, which are stored as usual. The clustered ones are read by our own reader, which checks
-them, from the folder of the files that transformers found; to transformers their arrays are unexpected, and ignored.
+them, from the folder of the files that transformers found; to transformers their arrays are unexpected, and ignored. Where it
+wants a decoded weight after all, it meets a converter of ours.
 """
 
 from __future__ import annotations
@@ -9,20 +10,24 @@ from __future__ import annotations
 import functools
 import re
 import warnings
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, apply_renamings
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from cluscomp_formats.errors import InvalidRequestError, Problem
+from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem
 from cluscomp_formats.hf import open_hf
-from cluscomp_formats.hf.layout import METHOD, RECORD
-from cluscomp_formats.ir import Model
+from cluscomp_formats.hf.layout import METHOD, RECORD, part_key
+from cluscomp_formats.ir import ClusteredWeight, Model
+from cluscomp_runtime.hf.model_methods import attach_methods
 from cluscomp_runtime.hf.modules import MatrixStore
-from cluscomp_runtime.hf.replacement import Replacement, replace_modules
-from cluscomp_runtime.hf.saving import save_pretrained
+from cluscomp_runtime.hf.replacement import Replacement, dtype_of, merged_values, replace_modules
+from cluscomp_runtime.linear import decoded
 
 __all__ = ["ClusCompConfig", "ClusCompQuantizer"]
 
@@ -45,7 +50,7 @@ class ClusCompConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 @register_quantizer(METHOD)
 class ClusCompQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Replaces modules before transformers loads the dense tensors, and prepares kernels afterwards. Inference only."""
+    """Replaces modules before transformers loads the dense tensors, and prepares kernels afterwards."""
 
     stored: Model
     replacement: Replacement
@@ -64,15 +69,36 @@ class ClusCompQuantizer(HfQuantizer):  # type: ignore[misc]
         folder = Path(checkpoint_files[0]).parent
         self.stored = open_hf(folder, weights_only=not (folder / RECORD).exists())
         self.replacement = replace_modules(model, self.stored, MatrixStore(), dtype or torch.get_default_dtype())
-        _ignore(model, "_keys_to_ignore_on_load_unexpected", _ARRAYS)
-        _ignore(model, "_keys_to_ignore_on_load_missing", [f"^{re.escape(key)}$" for key in self.replacement.decoded])
+        patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        model._keys_to_ignore_on_load_unexpected = {*patterns, *_ARRAYS}
+        _watch_missing(model)
+
+    def update_weight_conversions(self, weight_conversions: Any, model: Any = None) -> Any:
+        """Parameters that get decoded weights have converters, found before those of the model.
+
+        The codes of the first weight are what they match, and the dense tensors that transformers would merge with it.
+        """
+        renamings = deepcopy([entry for entry in weight_conversions if isinstance(entry, WeightRenaming)])
+        clustered = self.stored.clustered
+
+        def converter(key: str, names: Sequence[str], values: Callable[[], dict[str, torch.Tensor]]) -> Any:
+            first = next(name for name in names if name in clustered)
+            found = [part_key(first, "codes"), *(name for name in names if name not in clustered)]
+            patterns = [f"^{re.escape(apply_renamings(name, renamings))}$" for name in found]
+            return WeightConverter(patterns, key, operations=[_Decode(values)])
+
+        ours = [
+            converter(key, [weight.name], functools.partial(_decoded, key, weight))
+            for key, weight in self.replacement.decoded.items()
+        ]
+        ours += [
+            converter(merge.key, merge.names, functools.partial(merged_values, model, self.stored, merge))
+            for merge in self.replacement.merges
+        ]
+        return super().update_weight_conversions([*ours, *weight_conversions], model)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
-        with torch.no_grad():
-            for key, weight in self.replacement.decoded.items():
-                parameter = model.get_parameter(key)
-                parameter.copy_(torch.from_numpy(weight.decode()))
-        # A prepared weight has no backward pass.
+        # The weights of a folder stay as they are; adapters bring parameters of their own.
         model.requires_grad_(requires_grad=False)
         builders = {}
         for module in self.replacement.modules.values():
@@ -82,22 +108,64 @@ class ClusCompQuantizer(HfQuantizer):  # type: ignore[misc]
             if builder is not None:
                 builder.warn_without_kernel()
         if self.replacement.decoded:
-            _warn(list(self.replacement.decoded), "belong to modules of classes of their own: they were decoded to dense")
+            names = [weight.name for weight in self.replacement.decoded.values()]
+            _warn(names, "belong to modules of classes of their own: they were decoded to dense")
+        if self.replacement.merges:
+            names = [name for merge in self.replacement.merges for name in merge.names if name in self.stored.clustered]
+            size = sum(self.stored.tensors[name].num_weights for name in names) * model.dtype.itemsize
+            _warn(names, f"are merged by transformers, as experts are: they were decoded to dense, {size / 1e6:.1f} MB")
         if self.replacement.unused:
             _warn(self.replacement.unused, f"have no place in {type(model).__name__}: they were not loaded")
-        # transformers writes its own idea of the configuration and no side files; what is read back would be another model.
-        model.save_pretrained = functools.partial(save_pretrained, model, self.stored)
+        # Ours have no way back, and cannot be pickled.
+        model._weight_conversions = [entry for entry in model._weight_conversions if not _is_ours(entry)]
+        attach_methods(model, self.stored, self.replacement)
 
     def is_serializable(self) -> bool:
         return True
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """Adapters are."""
+        return True
 
 
-def _ignore(model: Any, attribute: str, patterns: Any) -> None:
-    setattr(model, attribute, {*(getattr(model, attribute, None) or ()), *patterns})
+class _Decode(ConversionOps):  # type: ignore[misc]
+    """Gives the parameters that `values()` says, as transformers would have loaded them, whatever arrays it is given."""
+
+    def __init__(self, values: Callable[[], dict[str, torch.Tensor]]) -> None:
+        self.values = values
+
+    def convert(self, input_dict: dict[str, Any], model: Any = None, **_: Any) -> dict[str, torch.Tensor]:
+        arrays = next(iter(input_dict.values()))
+        device = (arrays[0] if isinstance(arrays, list) else arrays).device
+        made = self.values()
+        dtypes = {key: dtype_of(model, key, model.get_parameter_or_buffer(key).dtype) for key in made}
+        return {key: value.to(device, dtypes[key]) for key, value in made.items()}
+
+
+def _is_ours(conversion: Any) -> bool:
+    return any(isinstance(operation, _Decode) for operation in getattr(conversion, "operations", ()))
+
+
+def _decoded(key: str, weight: ClusteredWeight) -> dict[str, torch.Tensor]:
+    return {key: decoded(weight)}
+
+
+def _watch_missing(model: Any) -> None:
+    """Have `model` refuse to be loaded with parameters that nothing gave a value, which transformers draws at random."""
+    adjust = model._adjust_missing_and_unexpected_keys
+
+    def check(loading_info: Any) -> None:
+        del model._adjust_missing_and_unexpected_keys
+        adjust(loading_info)
+        message = f"{type(model).__name__} has a parameter that the folder has no value for"
+        remedy = "load it with a class that the folder is of: config.json names it in architectures"
+        if loading_info.missing_keys:
+            raise InvalidFileError(
+                [Problem("missing_tensor", message, None, key, remedy=remedy) for key in sorted(loading_info.missing_keys)]
+            )
+
+    model._adjust_missing_and_unexpected_keys = check
 
 
 def _warn(names: list[str], what: str) -> None:

@@ -2,43 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from cluscomp_formats.errors import InvalidFileError, Problem, UnsupportedError
 from cluscomp_formats.ir import ClusteredWeight, Model
 from cluscomp_runtime.hf.modules import ClusteredEmbedding, ClusteredLinear, ClusteredModule, MatrixStore, transposed
+from cluscomp_runtime.hf.stored_names import Merge, Places, places_of
+from cluscomp_runtime.linear import decoded
 
-__all__ = ["Replacement", "candidates", "module_kind", "replace_modules"]
+__all__ = ["Replacement", "dtype_of", "merged_values", "module_kind", "replace_modules"]
 
 WEIGHT = ".weight"
+
+_WRITTEN = {"rwkv": r"\.(attention\.output|feed_forward\.value)\.weight$"}
+"""Weights that the code of a type of model writes to: RWKV's are halved every few blocks before it computes."""
 
 
 @dataclass
 class Replacement:
     """What was done to a model.
 
-    `decoded` are parameters, by name, of modules of a class of their own: they get the decoded weight. `unused` are clustered
-    weights of parts that this model does not have, such as the head in a base model.
+    `decoded` are parameters, by key, of modules of a class of their own: they get the decoded weight. `merges` are those
+    that transformers computes from tensors some of which are clustered. `unused` are clustered weights of parts that this
+    model does not have, such as the head in a base model. `places` says where every stored tensor belongs.
     """
 
+    places: Places
     modules: dict[str, ClusteredModule] = field(default_factory=dict)
     decoded: dict[str, ClusteredWeight] = field(default_factory=dict)
+    merges: list[Merge] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
-
-
-def candidates(name: str, base_model_prefix: str) -> Iterator[str]:
-    """Names that a stored tensor may have in a model: its own; with or without the prefix of the base model."""
-    yield name
-    if base_model_prefix:
-        yield f"{base_model_prefix}.{name}"
-        if name.startswith(f"{base_model_prefix}."):
-            yield name.removeprefix(f"{base_model_prefix}.")
 
 
 def replace_modules(model: Any, stored: Model, store: MatrixStore, dtype: torch.dtype) -> Replacement:
@@ -47,57 +48,93 @@ def replace_modules(model: Any, stored: Model, store: MatrixStore, dtype: torch.
     Ties with a clustered weight are taken over: both ends get modules of the same weight. Raises InvalidFileError for shapes
     that the model does not have, UnsupportedError for clustered weights that have no place in a part the model has.
     """
-    done = Replacement()
-    prefix = str(getattr(model, "base_model_prefix", ""))
-    problems: list[Problem] = []
-    placed: dict[str, ClusteredWeight] = {}
-    for name, weight in stored.clustered.items():
-        key = next((key for key in candidates(name, prefix) if _module(model, key) is not None), None)
-        if key is not None:
-            placed[key] = weight
-        elif any(key.split(".")[0] in model._modules for key in candidates(name, prefix)):
-            remedy = "load it with cluscomp_runtime.load, or convert the model with this weight left dense"
-            message = f"{type(model).__name__} has this part, but no module for this weight"
-            problems.append(Problem("no_module", message, None, name, remedy=remedy))
-        else:
-            done.unused.append(name)
+    places = places_of(model, stored.tensors)
+    done = Replacement(places)
+    done.merges = [merge for merge in places.merges if any(name in stored.clustered for name in merge.names)]
+    placed = {key: stored.clustered[name] for name, key in places.keys.items() if name in stored.clustered}
+    lost = {name: key for name, key in places.lost.items() if name in stored.clustered}
+    done.unused = [name for name, key in lost.items() if _is_of_another_model(model, key)]
+    problems = [
+        Problem(
+            "no_module",
+            f"{type(model).__name__} has this part, but no module for this weight",
+            None,
+            name,
+            remedy="load it with the class and the version of transformers that the checkpoint was made for",
+        )
+        for name in lost
+        if name not in done.unused
+    ]
     if problems:
         raise UnsupportedError(problems)
-    dense = {key for name in stored.tensors if name not in stored.clustered for key in candidates(name, prefix)}
-    for first, second in list(model.all_tied_weights_keys.items()):
-        if first in placed or second in placed:
-            # What has no weight of its own gets the other's.
-            for key, other in ((first, second), (second, first)):
-                if key not in placed and key not in dense:
-                    placed[key] = placed[other]
-            del model.all_tied_weights_keys[first]
+    dense = {key for name, key in places.keys.items() if name not in stored.clustered}
+    _take_over_ties(model.all_tied_weights_keys, placed, dense)
     for key, weight in placed.items():
-        module = model.get_submodule(key.removesuffix(WEIGHT))
-        found = tuple(module.weight.shape)
+        found = tuple(model.get_parameter_or_buffer(key).shape)
         if found != weight.shape:
             message = "the model's configuration calls for another shape"
             problems.append(Problem("wrong_shape", message, None, weight.name, str(weight.shape), str(found)))
             continue
-        ours = _clustered_module(module, weight, store, dtype)
+        path = key.removesuffix(WEIGHT)
+        written = re.search(_WRITTEN.get(model.config.model_type, "$^"), key)
+        module = model.get_submodule(path) if path != key and not written else None
+        ours = None if module is None else _clustered_module(module, weight, store, dtype_of(model, key, dtype))
         if ours is None:
             done.decoded[key] = weight
         else:
-            model.set_submodule(key.removesuffix(WEIGHT), ours)
+            ours.stored_shape = weight.shape
+            model.set_submodule(path, ours)
             done.modules[key] = ours
     if problems:
         raise InvalidFileError(problems)
     return done
 
 
-def _module(model: Any, key: str) -> nn.Module | None:
-    """The module with the parameter `key`, if it is called `weight`."""
-    if not key.endswith(WEIGHT):
-        return None
+def merged_values(model: Any, stored: Model, merge: Merge) -> dict[str, torch.Tensor]:
+    """Parameters that transformers computes from several stored tensors, from their decoded values, by key.
+
+    Raises UnsupportedError if its computation does not work out.
+    """
+    tensors = (decoded(stored.tensors[name]) for name in merge.names)
     try:
-        module: nn.Module = model.get_submodule(key.removesuffix(WEIGHT))
-    except AttributeError:
-        return None
-    return module if isinstance(module._parameters.get("weight"), nn.Parameter) else None
+        return merge.parameters(model, tensors)
+    except (KeyError, ValueError, RuntimeError, AttributeError) as error:
+        message = f"transformers cannot compute {merge.key} from this tensor and its like"
+        remedy = "check that all tensors of the checkpoint are there; config.json must be that of the checkpoint"
+        raise UnsupportedError(Problem("cannot_merge", message, None, merge.names[0], str(error), None, remedy)) from error
+
+
+def _is_of_another_model(model: Any, key: str) -> bool:
+    """Whether a weight that has no place is one that `model` does without, by transformers' list or as a part it lacks."""
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    if any(re.search(pattern, key) for pattern in ignored):
+        return True
+    prefix = model.base_model_prefix
+    base = model._modules.get(prefix) or model
+    part = (key.removeprefix(f"{prefix}.") if prefix else key).split(".")[0]
+    return part not in model._modules and part not in base._modules
+
+
+def _take_over_ties(ties: dict[str, str], placed: dict[str, ClusteredWeight], dense: set[str]) -> None:
+    """Give tied keys that have no tensor of their own the clustered weight of the others, and drop those ties."""
+    for source in dict.fromkeys(ties.values()):
+        group = [source, *(target for target, other in ties.items() if other == source)]
+        clustered = [key for key in group if key in placed]
+        if not clustered:
+            continue
+        for key in group:
+            # What follows a dense source goes on doing so.
+            if key != source and key not in placed and source in dense:
+                continue
+            if key not in placed and key not in dense:
+                placed[key] = placed[clustered[0]]
+            ties.pop(key, None)
+
+
+def dtype_of(model: Any, key: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a parameter of a model of `dtype`: some of it transformers keeps in float32."""
+    plan: dict[str, torch.dtype] = getattr(model, "_get_dtype_plan", lambda _: {})(dtype)
+    return next((kept for pattern, kept in plan.items() if re.search(pattern.replace("*", ".*"), key)), dtype)
 
 
 def _clustered_module(module: Any, weight: ClusteredWeight, store: MatrixStore, dtype: torch.dtype) -> ClusteredModule | None:
@@ -116,10 +153,42 @@ def _clustered_module(module: Any, weight: ClusteredWeight, store: MatrixStore, 
 def module_kind(module: nn.Module) -> Literal["linear", "conv1d", "embedding"] | None:
     """What a module does with its weight: `x @ weight.T`, `x @ weight`, or pick rows.
 
-    None for classes of other names, which may do more, whatever they derive from.
+    None for classes of other names, which may do more, whatever they derive from, unless they are linears in all they do.
     """
-    if type(module) is nn.Linear:
+    if type(module) is nn.Linear or (isinstance(module, nn.Linear) and _only_multiplies(module)):
         return "linear"
     if type(module) is Conv1D:
         return "conv1d"
     return "embedding" if type(module) is nn.Embedding and module.max_norm is None else None
+
+
+def _only_multiplies(module: nn.Linear) -> bool:
+    """Whether a linear of a class of its own, such as Falcon's, is one that writes `x @ weight.T + bias` its own way.
+
+    It is if its class defines nothing but `forward`, the module holds nothing but what every linear does, and `forward` gives
+    on an example what a linear gives, in training and in evaluation.
+    """
+    kind = type(module)
+    own = {name for name in vars(kind) if not name.startswith("__")}
+    plain = nn.Linear(3, 2, bias=module.bias is not None, device="cpu", dtype=torch.float32)
+    if kind.__mro__[1] is not nn.Linear or own - {"forward"} or vars(module).keys() - vars(plain).keys() - _FLAGS:
+        return False
+    if vars(plain)["_parameters"].keys() != module._parameters.keys() or module._buffers or module._modules:
+        return False
+    if any(getattr(module, hooks) for hooks in ("_forward_hooks", "_forward_pre_hooks")):
+        return False
+    probe = copy(plain)
+    probe.__class__ = kind
+    # transformers builds models where "meta" is the device of all that does not say otherwise.
+    x = torch.linspace(-1, 1, 12, device="cpu", dtype=torch.float32).reshape(4, 3)
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.copy_(torch.linspace(-2, 3, parameter.numel(), device="cpu").reshape(parameter.shape))
+        expected = F.linear(x, plain.weight, plain.bias)
+        try:
+            return all(torch.allclose(probe.train(mode)(x), expected) for mode in (True, False))
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+            return False
+
+
+_FLAGS = {"_is_hf_initialized"}

@@ -1,43 +1,66 @@
-"""`save_pretrained` for models of ours: the folder that was loaded, with the parameters that changed since."""
+"""`save_pretrained` for models of ours: the folder that was loaded, with what changed since."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from cluscomp_formats.errors import InvalidRequestError, Problem
 from cluscomp_formats.hf import SHARD_BYTES, looks_hf, write_hf
-from cluscomp_formats.ir import Array, DenseTensor, Model, Tensor
-from cluscomp_runtime.hf.replacement import candidates
-from cluscomp_runtime.linear import tensor_of
+from cluscomp_formats.ir import Array, Model
+from cluscomp_runtime.hf.changes import changed_config, changed_tensors
+from cluscomp_runtime.hf.replacement import Replacement
 
-__all__ = ["save_pretrained"]
+__all__ = ["Loaded", "save_pretrained"]
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+_GENERATION = "generation_config.json"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a model was when it had been loaded: the stored model, where its tensors went, both configurations as transformers
+    had read them."""
+
+    stored: Model
+    replacement: Replacement
+    config: dict[str, Any]
+    generation: dict[str, Any] | None
+
+    @classmethod
+    def now(cls, model: Any, stored: Model, replacement: Replacement) -> Loaded:
+        return cls(stored, replacement, model.config.to_dict(), _generation(model))
 
 
 def save_pretrained(
     model: Any,
-    stored: Model,
+    loaded: Loaded,
     save_directory: str | PathLike[str],
     *,
     is_main_process: bool = True,
     max_shard_size: int | str = SHARD_BYTES,
     **others: Any,
 ) -> None:
-    """Write `model`, which was loaded from `stored`, as a folder of the Hugging Face format.
+    """Write `model` as a folder of the Hugging Face format: what was loaded, with what changed since.
 
-    Configuration, codebooks, codes and side files are those loaded. A dense tensor that differs from the one loaded is
-    written as it is now, and the self-test record is left out then. A folder that exists is replaced if it is one of ours and
-    holds nothing else. Raises what `write_hf` does; InvalidRequestError for other options of transformers' `save_pretrained`.
+    Codebooks, codes and side files are those loaded. A tensor that differs from the one loaded, because it was trained or
+    resized, is written as it is now, and dense; so are settings of the configuration and of text generation. The self-test
+    record is left out then. A folder that exists is replaced if it is one of ours and holds nothing else. Of a model with
+    adapters, those are saved, as transformers does. Raises what `write_hf` does; InvalidRequestError for changes that cannot be
+    saved, and for other options of transformers' `save_pretrained`.
     """
-    wanted = sorted(name for name, value in others.items() if value not in (None, False) and name != "safe_serialization")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        options = {"is_main_process": is_main_process, "max_shard_size": max_shard_size, **others}
+        type(model).save_pretrained(model, save_directory, **options)
+        return
+    ignored = ("safe_serialization", "save_peft_format", "save_original_format")
+    wanted = sorted(name for name, value in others.items() if value not in (None, False) and name not in ignored)
     if wanted:
         remedy = "save to a folder and upload that"
         raise InvalidRequestError(
@@ -46,30 +69,27 @@ def save_pretrained(
     if not is_main_process:
         return
     folder = Path(save_directory)
-    write_hf(_current(model, stored), folder, force=looks_hf(folder), shard_bytes=_bytes(max_shard_size))
+    write_hf(_current(model, loaded), folder, force=looks_hf(folder), shard_bytes=_bytes(max_shard_size))
 
 
-def _current(model: Any, stored: Model) -> Model:
-    parameters = model.state_dict()
-    prefix = str(getattr(model, "base_model_prefix", ""))
-    changed: dict[str, Tensor] = {}
-    for name, tensor in stored.tensors.items():
-        key = next((key for key in candidates(name, prefix) if key in parameters), None)
-        if not isinstance(tensor, DenseTensor) or key is None:
-            continue
-        now = parameters[key].detach().cpu()
-        loaded = tensor_of(tensor.values).to(now.dtype)
-        if now.shape == loaded.shape and not torch.equal(now, loaded):
-            changed[name] = DenseTensor(name, _array(now))
-    if not changed:
-        return stored
-    return replace(stored, tensors={**stored.tensors, **changed}, self_test=None)
+def _current(model: Any, loaded: Loaded) -> Model:
+    stored = loaded.stored
+    tensors = changed_tensors(model, stored, loaded.replacement)
+    config = changed_config(model, stored.config, loaded.config)
+    files: dict[str, Array] = {}
+    if _generation(model) != loaded.generation:
+        text = model.generation_config.to_json_string(use_diff=True).encode()
+        files[_GENERATION] = Array.of(np.frombuffer(text, np.uint8))
+    if not tensors and config == stored.config:
+        return replace(stored, files={**stored.files, **files}) if files else stored
+    return replace(
+        stored, config=config, tensors={**stored.tensors, **tensors}, files={**stored.files, **files}, self_test=None
+    )
 
 
-def _array(values: torch.Tensor) -> Array:
-    if values.dtype == torch.bfloat16:
-        return Array.of(values.contiguous().view(torch.int16).numpy().view(np.uint16), "bfloat16")
-    return Array.of(values.contiguous().numpy())
+def _generation(model: Any) -> dict[str, Any] | None:
+    config = getattr(model, "generation_config", None)
+    return None if config is None else dict(config.to_dict())
 
 
 def _bytes(size: int | str) -> int:

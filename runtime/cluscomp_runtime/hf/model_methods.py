@@ -1,0 +1,100 @@
+"""Methods of transformers' models that have to know of clustered weights, put on a model that was loaded."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+from torch import nn
+
+from cluscomp_formats.ir import ClusteredWeight, Model
+from cluscomp_runtime.hf.modules import ClusteredEmbedding, ClusteredLinear, ClusteredModule
+from cluscomp_runtime.hf.replacement import WEIGHT, Replacement
+from cluscomp_runtime.hf.saving import Loaded, save_pretrained
+
+__all__ = ["attach_methods"]
+
+
+def attach_methods(model: Any, stored: Model, replacement: Replacement) -> None:
+    """Give `model`, just loaded from `stored`, the methods of this module in the place of transformers' own."""
+    # transformers writes its own idea of the configuration and no side files; what is read back would be another model.
+    model.save_pretrained = functools.partial(save_pretrained, model, Loaded.now(model, stored, replacement))
+    model.resize_token_embeddings = functools.partial(_resize_token_embeddings, model)
+    model.num_parameters = functools.partial(_num_parameters, model)
+    model.get_memory_footprint = functools.partial(_get_memory_footprint, model)
+    model.get_expanded_tied_weights_keys = functools.partial(_get_expanded_tied_weights_keys, model)
+
+
+def _resize_token_embeddings(
+    model: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+) -> Any:
+    """As transformers', after a clustered embedding and head, which have no rows to add, have been decoded to dense."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    wanted = rows if new_num_tokens is None else new_num_tokens
+    if pad_to_multiple_of:
+        wanted = -(-wanted // pad_to_multiple_of) * pad_to_multiple_of
+    if wanted != rows:
+        _make_dense(model, [model.get_input_embeddings(), model.get_output_embeddings()])
+    return type(model).resize_token_embeddings(model, new_num_tokens, pad_to_multiple_of, mean_resizing)
+
+
+def _make_dense(model: Any, modules: list[Any]) -> None:
+    """Put dense modules in the place of clustered ones, wherever those are; of one weight, they share the parameter."""
+    weights = {id(module.clustered): module for module in modules if isinstance(module, ClusteredModule)}
+    parameters = {key: nn.Parameter(module._decode(), requires_grad=False) for key, module in weights.items()}
+    made: dict[int, nn.Module] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, ClusteredModule) and id(module.clustered) in parameters:
+            if id(module) not in made:
+                made[id(module)] = _dense(module, parameters[id(module.clustered)])
+            model.set_submodule(name, made[id(module)])
+    if parameters:
+        names = ", ".join(module.clustered.name for module in weights.values())
+        size = sum(parameter.nbytes for parameter in parameters.values())
+        warnings.warn(f"{names}: decoded to dense to be resized, {size / 1e6:.1f} MB", stacklevel=4)
+
+
+def _dense(module: ClusteredModule, weight: nn.Parameter) -> nn.Module:
+    rows, columns = weight.shape
+    dense: nn.Module
+    if isinstance(module, ClusteredEmbedding):
+        dense = nn.Embedding(rows, columns, module.padding_idx, device="meta")
+    else:
+        dense = nn.Linear(columns, rows, bias=False, device="meta")
+        dense.register_parameter("bias", module.bias if isinstance(module, ClusteredLinear) else None)
+    dense.weight = weight
+    return dense.train(module.training)
+
+
+def _num_parameters(model: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+    """Counts a clustered weight as the matrix that it stands for."""
+    count: int = type(model).num_parameters(model, only_trainable, exclude_embeddings)
+    if only_trainable:
+        return count
+    weights = _clustered_weights(model)
+    if exclude_embeddings:
+        tables = {id(module.clustered) for module in model.modules() if isinstance(module, ClusteredEmbedding)}
+        weights = [weight for weight in weights if id(weight) not in tables]
+    return count + sum(weight.num_weights for weight in weights)
+
+
+def _get_memory_footprint(model: Any, return_buffers: bool = True) -> int:
+    """Counts clustered weights as they are stored, codebooks included; what kernels make of them is about as large."""
+    weights = _clustered_weights(model)
+    books = {stage.codebook.name: stage.codebook.values.nbytes for weight in weights for stage in weight.stages}
+    dense: int = type(model).get_memory_footprint(model, return_buffers)
+    return dense + sum(-(-weight.own_bits // 8) for weight in weights) + sum(books.values())
+
+
+def _clustered_weights(model: Any) -> list[ClusteredWeight]:
+    """Each once, however many modules share it."""
+    found = {module.clustered.name: module.clustered for module in model.modules() if isinstance(module, ClusteredModule)}
+    return list(found.values())
+
+
+def _get_expanded_tied_weights_keys(model: Any, all_submodels: bool = False) -> dict[str, str]:
+    """Without the ties of clustered modules, which share their weight already."""
+    ties: dict[str, str] = type(model).get_expanded_tied_weights_keys(model, all_submodels)
+    clustered = {f"{name}{WEIGHT}" for name, module in model.named_modules() if isinstance(module, ClusteredModule)}
+    return {key: source for key, source in ties.items() if key not in clustered and source not in clustered}
