@@ -41,7 +41,9 @@ def rewrite(
         if value is REMOVED:
             continue
         kind, item = field.types[0], field.types[-1] if len(field.types) > 1 else None
-        _add(writer, name, field.contents() if value is None else value, kind if value is None else None, item)
+        # llama.cpp reads an array of int32 there, and no other.
+        same = value is None or name == "tokenizer.ggml.token_type"
+        _add(writer, name, field.contents() if value is None else value, kind if same else None, item)
     for name, value in changed_keys.items():
         if value is not REMOVED:
             _add(writer, name, value, None, None)
@@ -63,6 +65,7 @@ def _add(writer: gguf.GGUFWriter, name: str, value: Any, kind: Any, item: Any) -
     if isinstance(value, dict):
         value = json.dumps(value, sort_keys=True, separators=(",", ":"))
     if kind is None:
-        kind = gguf.GGUFValueType.get_type(value)
+        # llama.cpp reads ids of this type alone.
+        kind = gguf.GGUFValueType.UINT32 if name.endswith("_token_id") else gguf.GGUFValueType.get_type(value)
         item = gguf.GGUFValueType.UINT32 if isinstance(value, list) and value and type(value[0]) is int else None
     writer.add_key_value(name, value, kind, sub_type=item)

@@ -22,7 +22,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 from cluscomp_export.sources import open_source
-from cluscomp_export.sources.gguf.tokenizer import UnsupportedTokenizer, build_tokenizer
+from cluscomp_export.sources.gguf.tokenizer import UnsupportedTokenizer, build_generation_config, build_tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = (
     int(gguf.TokenType[name]) for name in ("NORMAL", "UNKNOWN", "CONTROL", "USER_DEFINED", "BYTE")
@@ -375,10 +375,11 @@ def test_a_vocabulary_made_to_be_split_without_end_is_refused(tokens: list[str],
 def test_a_model_is_read_without_a_tokenizer_and_says_so(tmp_path: Path) -> None:
     path = write_tokenizer_gguf(tmp_path / "model.gguf", {**GPT2, "tokenizer.ggml.pre": "klingon"})
     model = open_source(path)
-    assert not model.files
+    assert model.files.keys() == {"generation_config.json"}
     assert model.provenance["tokenizer"].startswith("unsupported: unknown pre-tokenizer 'klingon'")
     good = open_source(write_tokenizer_gguf(tmp_path / "good.gguf", GPT2))
-    assert (set(good.files), good.provenance["tokenizer"]) == ({"tokenizer.json", "tokenizer_config.json"}, "gpt2 gpt-2")
+    assert set(good.files) == {"generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert good.provenance["tokenizer"] == "gpt2 gpt-2"
 
 
 def test_empty_tokens_get_a_name_of_their_own() -> None:
@@ -386,3 +387,60 @@ def test_empty_tokens_get_a_name_of_their_own() -> None:
     metadata["tokenizer.ggml.token_type"] = [*GPT2["tokenizer.ggml.token_type"], NORMAL, NORMAL]
     size = len(metadata["tokenizer.ggml.tokens"])
     assert rebuilt(metadata).id_to_token(size - 1) == f"[EMPTY_{size - 1}]"
+
+
+# End tokens
+
+
+def with_tokens(changes: dict[int, tuple[str, int]], **ids: int) -> dict[str, Any]:
+    """The SentencePiece vocabulary with other texts and types for some ids, and ids by key."""
+    metadata = dict(SENTENCEPIECE[True])
+    tokens, types = list(metadata["tokenizer.ggml.tokens"]), list(metadata["tokenizer.ggml.token_type"])
+    for number, (text, kind) in changes.items():
+        tokens[number], types[number] = text, kind
+    metadata |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
+    return metadata | {f"tokenizer.ggml.{key}_token_id": number for key, number in ids.items()}
+
+
+END_CASES: list[tuple[dict[int, tuple[str, int]], dict[str, int], list[int]]] = [
+    ({}, {}, [2]),
+    ({}, {"eot": 300}, [2, 300]),
+    ({}, {"eos": 301, "eot": 300, "eom": 300}, [301, 2, 300]),
+    ({400: ("<|im_end|>", CONTROL)}, {}, [2, 400]),
+    ({400: ("<|im_end|>", NORMAL)}, {}, [2, 400]),
+    ({400: ("[PAD]", CONTROL), 401: ("<reponame>", CONTROL)}, {}, [2, 400, 401]),
+    ({400: ("<|fim_pad|>", CONTROL)}, {"fim_pad": 401}, [2, 401]),
+    ({400: ("<|end|>", CONTROL), 401: ("<|return|>", CONTROL), 402: ("<|call|>", CONTROL)}, {}, [2, 401, 402]),
+    ({400: ("<|end|>", CONTROL), 401: ("<|call|>", CONTROL)}, {}, [2, 400, 401]),
+    ({400: ("<|tool_response>", CONTROL)}, {"eos": 300}, [300, 400]),
+    ({}, {"eot": 1 << 20}, [2]),
+]
+
+
+@pytest.mark.parametrize(("changes", "ids", "expected"), END_CASES)
+def test_a_generation_ends_where_llama_cpp_ends_it(
+    changes: dict[int, tuple[str, int]], ids: dict[str, int], expected: list[int]
+) -> None:
+    config = json.loads(build_generation_config(with_tokens(changes, **ids))["generation_config.json"])
+    assert config["eos_token_id"] == expected
+
+
+def test_texts_that_llama_cpp_knows_are_control_tokens_whatever_their_type() -> None:
+    changes = {400: ("<|im_end|>", NORMAL), 401: ("<|message|>", CONTROL), 402: ("<|fim_prefix|>", USER_DEFINED)}
+    built = json.loads(build_tokenizer(with_tokens(changes))["tokenizer.json"])
+    special = {entry["content"]: entry["special"] for entry in built["added_tokens"]}
+    assert (special["<|im_end|>"], special["<|message|>"], special["<|fim_prefix|>"]) == (True, False, True)
+
+
+def test_tokens_that_no_key_names_are_those_llama_cpp_assumes() -> None:
+    metadata = {key: value for key, value in with_tokens({}).items() if not key.endswith("_token_id")}
+    config = json.loads(build_tokenizer(metadata)["tokenizer_config.json"])
+    assert (config["bos_token"], config["eos_token"], config["unk_token"]) == ("<s>", "</s>", "<unk>")
+
+
+def test_embeddings_without_a_token_have_none() -> None:
+    size = len(SENTENCEPIECE[True]["tokenizer.ggml.tokens"])
+    metadata = with_tokens({size - 1: (f"[PAD{size - 1}]", 5), 400: ("[PAD401]", 5), 401: ("[PAD401", NORMAL)})
+    vocabulary = json.loads(build_tokenizer(metadata)["tokenizer.json"])["model"]["vocab"]
+    assert len(vocabulary) == size - 1
+    assert vocabulary["[PAD401]"] == 400

@@ -13,7 +13,7 @@ import numpy as np
 
 from cluscomp_export.sources.gguf.architectures import build_config, find_architecture
 from cluscomp_export.sources.gguf.decoding import check_decodable, lazy_array
-from cluscomp_export.sources.gguf.tokenizer import UnsupportedTokenizer, build_tokenizer
+from cluscomp_export.sources.gguf.tokenizer import UnsupportedTokenizer, build_generation_config, build_tokenizer
 from cluscomp_formats.errors import InvalidFileError, Problem, UnsupportedError
 from cluscomp_formats.gguf.architectures import Placed, expected_tensors
 from cluscomp_formats.gguf.container import MAGIC, Container, StoredTensor, read_container
@@ -82,12 +82,13 @@ def model_of(path: Path, container: Container) -> Model:
 
 def _tokenizer(metadata: Mapping[str, Any]) -> tuple[dict[str, Array], str]:
     """The tokenizer's files, and what it is, or why there is none."""
+    built = build_generation_config(metadata)
     try:
-        built = build_tokenizer(metadata)
+        built |= build_tokenizer(metadata)
+        what = " ".join(_text(metadata, f"tokenizer.ggml.{key}") for key in ("model", "pre")).strip()
     except UnsupportedTokenizer as reason:
-        return {}, f"unsupported: {reason}"
-    files = {name: Array.of(np.frombuffer(content, dtype=np.uint8)) for name, content in built.items()}
-    return files, " ".join(_text(metadata, f"tokenizer.ggml.{key}") for key in ("model", "pre")).strip()
+        what = f"unsupported: {reason}"
+    return {name: Array.of(np.frombuffer(content, dtype=np.uint8)) for name, content in built.items()}, what
 
 
 def _text(metadata: Mapping[str, Any], key: str) -> str:

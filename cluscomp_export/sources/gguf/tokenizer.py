@@ -1,4 +1,4 @@
-"""The tokenizer of a GGUF file as `tokenizer.json` and `tokenizer_config.json`, as the `tokenizers` library reads them.
+"""The tokenizer of a GGUF file as `tokenizer.json`, `tokenizer_config.json` and `generation_config.json`.
 
 Two of llama.cpp's tokenizer models are rebuilt:
 
@@ -7,7 +7,8 @@ Two of llama.cpp's tokenizer models are rebuilt:
 - `llama`: SentencePiece BPE. It merges, over and over, the neighbours whose union has the best score; the
   `tokenizers` library wants a ranked list of merges instead, which is recovered from the scores.
 
-For any other model, an unknown scheme or inconsistent data there is no tokenizer but a note that says why.
+For any other model, an unknown scheme or inconsistent data there is no tokenizer but a note that says why. Generations end at
+the tokens at which llama.cpp ends them, see `cluscomp_formats.gguf.end_of_generation`.
 """
 
 from __future__ import annotations
@@ -17,13 +18,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cluscomp_formats.gguf.end_of_generation import KEYS, ends_generation, types_in_use
 from cluscomp_formats.gguf.word_schemes import SCHEMES, Scheme
 from cluscomp_formats.packed.json_values import is_unicode
 
-__all__ = ["UnsupportedTokenizer", "build_tokenizer"]
+__all__ = ["UnsupportedTokenizer", "build_generation_config", "build_tokenizer"]
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5
 """Values of `tokenizer.ggml.token_type`."""
+
+_NAMES = {"bos": "bos", "eos": "eos", "unknown": "unk", "seperator": "sep", "padding": "pad", "cls": "cls", "mask": "mask"}
+"""What the tokens of `tokenizer.ggml.<key>_token_id` are called in Hugging Face's files."""
+_END_KEYS = (*KEYS, "fim_pad", "fim_rep", "fim_sep")
+_DEFAULTS = {"llama": {"bos": 1, "eos": 2, "unknown": 0}, "gpt2": {"bos": 11, "eos": 11}}
+"""What llama.cpp assumes where a file does not name these tokens, if there are as many."""
 
 _SPACE = "\u2581"
 
@@ -93,6 +101,29 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> dict[str, bytes]:
     return {"tokenizer.json": _json_bytes(tokenizer), "tokenizer_config.json": _json_bytes(config)}
 
 
+def build_generation_config(metadata: Mapping[str, Any]) -> dict[str, bytes]:
+    """`generation_config.json` by name, with all tokens at which llama.cpp ends a generation; empty if there are none."""
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+        return {}
+    ids = _special_ids(metadata, (*_NAMES, *_END_KEYS), len(tokens))
+    ends = ends_generation(tokens, ids)
+    values: dict[str, Any] = {"eos_token_id": sorted(ends, key=lambda number: (number != ids.get("eos"), number))}
+    values |= {f"{_NAMES[key]}_token_id": ids[key] for key in ("bos", "padding") if key in ids}
+    return {"generation_config.json": _json_bytes(values)} if ends else {}
+
+
+def _special_ids(metadata: Mapping[str, Any], keys: Sequence[str], count: int) -> dict[str, int]:
+    """The ids of `tokenizer.ggml.<key>_token_id`, llama.cpp's defaults where there is none or it is not one of the tokens."""
+    model = metadata.get("tokenizer.ggml.model")
+    found = {key: number for key, number in _DEFAULTS.get(str(model), {}).items() if key in keys}
+    for key in keys:
+        number = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if type(number) is int and 0 <= number < count:
+            found[key] = number
+    return {key: number for key, number in found.items() if number < count}
+
+
 def _json_bytes(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, indent=2).encode()
 
@@ -116,14 +147,12 @@ def _vocabulary(metadata: Mapping[str, Any]) -> _Vocabulary:
         raise UnsupportedTokenizer("a token is not valid UTF-8")
     has_types = "tokenizer.ggml.token_type" in metadata
     types = _list(metadata, "token_type", int, len(tokens)) if has_types else [_NORMAL] * len(tokens)
-    special_ids = {}
-    for name in ("bos", "eos", "unknown", "padding"):
-        token_id = metadata.get(f"tokenizer.ggml.{name}_token_id")
-        if token_id is None:
-            continue
-        if type(token_id) is not int or not 0 <= token_id < len(tokens):
-            raise UnsupportedTokenizer(f"tokenizer.ggml.{name}_token_id is {token_id!a}, of {len(tokens)} tokens")
-        special_ids[{"unknown": "unk", "padding": "pad"}.get(name, name) + "_token"] = token_id
+    for key in _NAMES:
+        number = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if number is not None and (type(number) is not int or not 0 <= number < len(tokens)):
+            raise UnsupportedTokenizer(f"tokenizer.ggml.{key}_token_id is {number!a}, of {len(tokens)} tokens")
+    types = types_in_use(tokens, types, ends_generation(tokens, _special_ids(metadata, _END_KEYS, len(tokens))))
+    special_ids = {f"{_NAMES[key]}_token": number for key, number in _special_ids(metadata, tuple(_NAMES), len(tokens)).items()}
     return _Vocabulary(tokens, types, {name: tokens[number] for name, number in special_ids.items()}, special_ids)
 
 
@@ -181,7 +210,12 @@ def _bpe(vocabulary: _Vocabulary, merges: Sequence[tuple[str, str]], **options: 
         "byte_fallback": False,
         "ignore_merges": False,
         **options,
-        "vocab": {token: number for number, token in enumerate(vocabulary.tokens)},
+        "vocab": {
+            token: number
+            for number, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True))
+            # The name that converters give to an embedding without a token.
+            if kind != _UNUSED or token != f"[PAD{number}]"
+        },
         "merges": [list(merge) for merge in merges],
     }
 

@@ -19,11 +19,16 @@ from cluscomp_formats.gguf.container import gguf_package
 from cluscomp_formats.gguf.container_encoding import DirectoryEntry, Value, aligned, encode_header
 from cluscomp_formats.gguf.hyperparameters import Hyperparameters, read_hyperparameters
 from cluscomp_formats.gguf.rope import interleave_halves
-from cluscomp_formats.gguf.tokenizer_metadata import InexpressibleTokenizer, tokenizer_metadata, with_tokenizer_read
+from cluscomp_formats.gguf.tokenizer_metadata import (
+    InexpressibleTokenizer,
+    TokenizerMetadata,
+    tokenizer_metadata,
+    with_tokenizer_read,
+)
 from cluscomp_formats.ir import FLOAT_DTYPES, AnyArray, DenseTensor, Model, float32_to_bfloat16
 from cluscomp_formats.packed.payload_stream import Progress
 
-__all__ = ["DENSE_TYPES", "DenseReport", "dense_gguf_size", "write_dense_gguf"]
+__all__ = ["DENSE_TYPES", "DenseReport", "dense_gguf_notes", "dense_gguf_size", "write_dense_gguf"]
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,11 @@ def dense_gguf_size(model: Model, gguf_type: str) -> int:
     return aligned(len(header), _ALIGNMENT) + total
 
 
+def dense_gguf_notes(model: Model) -> tuple[str, ...]:
+    """What the file `write_dense_gguf` makes cannot say of the tokenizer. Raises what that does before it writes."""
+    return _tokenizer(model, read_hyperparameters(model.config), "").notes
+
+
 def _layout(
     model: Model, hyperparameters: Hyperparameters, planned: list[_Planned], asked: _DenseType, file: str
 ) -> tuple[bytes, list[DirectoryEntry], int]:
@@ -184,13 +194,16 @@ def _metadata(model: Model, hyperparameters: Hyperparameters, asked: _DenseType,
     name = model.provenance.get("name")
     if isinstance(name, str) and name:
         values["general.name"] = Value("string", name)
+    return {**values, **hyperparameters.metadata, **_tokenizer(model, hyperparameters, file).values}
+
+
+def _tokenizer(model: Model, hyperparameters: Hyperparameters, file: str) -> TokenizerMetadata:
     try:
-        tokenizer = tokenizer_metadata(model, hyperparameters.settings["vocab_size"])
+        return tokenizer_metadata(model, hyperparameters.settings["vocab_size"])
     except InexpressibleTokenizer as reason:
         message = f"llama.cpp cannot express the tokenizer: {reason}"
         remedy = "write another format, such as packed, or the native flavour of GGUF"
         raise UnsupportedError(Problem("tokenizer", message, file, "tokenizer.json", remedy=remedy)) from reason
-    return {**values, **hyperparameters.metadata, **tokenizer}
 
 
 def _contents(model: Model, hyperparameters: Hyperparameters, planned: list[_Planned], file: str) -> Iterator[AnyArray]:

@@ -9,22 +9,24 @@ right gives wrong answers that nobody notices.
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cluscomp_formats.errors import InvalidFileError
 from cluscomp_formats.gguf.container_encoding import Value
+from cluscomp_formats.gguf.end_of_generation import end_keys
 from cluscomp_formats.gguf.word_schemes import GPT2_WORDS, SCHEMES
 from cluscomp_formats.ir import Array, Model
 from cluscomp_formats.packed.payload_stream import read_checked
 from cluscomp_formats.packed.payloads import Payload
+from cluscomp_formats.tokens import TOKEN_FILES, TokenizerFiles, end_tokens, read_json_file, read_tokenizer
 
-__all__ = ["InexpressibleTokenizer", "tokenizer_metadata", "with_tokenizer_read"]
+__all__ = ["InexpressibleTokenizer", "TokenizerMetadata", "tokenizer_metadata", "with_tokenizer_read"]
 
-TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+TOKENIZER_FILES = {*TOKEN_FILES, "chat_template.jinja"}
 """The side files that are read."""
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
@@ -32,7 +34,18 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 
 _SPACE = "\u2581"
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
-_SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+_SPECIAL = {
+    **{name: name for name in ("bos", "eos", "eot", "eom", "cls", "mask")},
+    "unk": "unknown",
+    "sep": "seperator",
+    "pad": "padding",
+}
+"""Keys by our names; one is misspelt in the specification."""
+_NAMED = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+_DEFAULT_EOS = {"gpt2": 11, "llama": 2}
+"""What llama.cpp takes for the end token where a file names none."""
+_SHOWN = 5
+"""Tokens named in a note, at most."""
 
 _SCHEME_NAMES = ("gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2", "tekken", "default")
 """One name for each way to cut words, among those llama.cpp treats alike."""
@@ -43,10 +56,19 @@ class InexpressibleTokenizer(Exception):  # noqa: N818 - not an error of the mod
 
 
 @dataclass(frozen=True)
+class TokenizerMetadata:
+    """The keys, and notes on what of the tokenizer they do not say."""
+
+    values: dict[str, Value]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class _Vocabulary:
     tokens: list[str]
     types: list[int]
     special_ids: dict[str, int]
+    notes: list[str]
 
 
 def with_tokenizer_read(model: Model, path: Path) -> Model:
@@ -61,29 +83,25 @@ def with_tokenizer_read(model: Model, path: Path) -> Model:
     return replace(model, files=files)
 
 
-def tokenizer_metadata(model: Model, vocab_size: int) -> dict[str, Value]:
+def tokenizer_metadata(model: Model, vocab_size: int) -> TokenizerMetadata:
     """The `tokenizer.*` keys of a model with `vocab_size` embeddings; `tokenizer.ggml.model` is `none` if it has no tokenizer.
 
     Raises InexpressibleTokenizer.
     """
-    if "tokenizer.json" not in model.files:
-        return {"tokenizer.ggml.model": Value("string", "none")}
     try:
-        tokenizer = _json(model, "tokenizer.json")
-        config = _json(model, "tokenizer_config.json") if "tokenizer_config.json" in model.files else {}
-        return _metadata(model, tokenizer, config, vocab_size)
+        stored = read_tokenizer(model.files)
+        if stored is None:
+            return TokenizerMetadata({"tokenizer.ggml.model": Value("string", "none")})
+        return _metadata(model, stored, vocab_size)
+    except InvalidFileError as error:
+        problem = error.problems[0]
+        raise InexpressibleTokenizer(f"{problem.file}: {problem.message}") from error
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
         raise InexpressibleTokenizer(f"its files are not laid out as usual ({type(error).__name__}: {error})") from error
 
 
-def _json(model: Model, name: str) -> dict[str, Any]:
-    value = json.loads(model.files[name].read().tobytes())
-    if not isinstance(value, dict):
-        raise InexpressibleTokenizer(f"{name} is no JSON object")
-    return value
-
-
-def _metadata(model: Model, tokenizer: Mapping[str, Any], config: Mapping[str, Any], vocab_size: int) -> dict[str, Value]:
+def _metadata(model: Model, stored: TokenizerFiles, vocab_size: int) -> TokenizerMetadata:
+    tokenizer = stored.tokenizer
     bpe = tokenizer["model"]
     if bpe["type"] != "BPE":
         raise InexpressibleTokenizer(f"its model is {bpe['type']!a}, not BPE")
@@ -91,53 +109,54 @@ def _metadata(model: Model, tokenizer: Mapping[str, Any], config: Mapping[str, A
     if unusual:
         raise InexpressibleTokenizer(f"its model has a {unusual[0]}")
     byte_fallback = bool(bpe.get("byte_fallback"))
-    vocabulary = _vocabulary(tokenizer, config, model.config, vocab_size, sentencepiece=byte_fallback)
+    vocabulary = _vocabulary(stored, model.config, vocab_size, sentencepiece=byte_fallback)
     merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in bpe["merges"]]
     parts = _sentencepiece(tokenizer, vocabulary, merges) if byte_fallback else _byte_level(tokenizer, merges)
     add_bos, add_eos = _framing(tokenizer.get("post_processor"), vocabulary)
+    special_ids, notes = _with_end_tokens(model, vocabulary, parts["model"].content, add_eos=add_eos)
     values = {
         **parts,
         "tokens": Value("string", vocabulary.tokens),
         "token_type": Value("int32", vocabulary.types),
-        **{f"{_SPECIAL[name]}_token_id": Value("uint32", number) for name, number in vocabulary.special_ids.items()},
+        **{f"{_SPECIAL[name]}_token_id": Value("uint32", number) for name, number in special_ids.items()},
         "add_bos_token": Value("bool", add_bos),
         "add_eos_token": Value("bool", add_eos),
     }
     metadata = {f"tokenizer.ggml.{key}": value for key, value in values.items()}
-    template = _chat_template(model, config)
+    template = _chat_template(model, read_json_file(model.files, "tokenizer_config.json"))
     if template is not None:
         metadata["tokenizer.chat_template"] = Value("string", template)
-    return metadata
+    return TokenizerMetadata(metadata, (*vocabulary.notes, *notes))
 
 
 def _vocabulary(
-    tokenizer: Mapping[str, Any],
-    config: Mapping[str, Any],
-    model_config: Mapping[str, Any],
-    vocab_size: int,
-    *,
-    sentencepiece: bool,
+    stored: TokenizerFiles, model_config: Mapping[str, Any], vocab_size: int, *, sentencepiece: bool
 ) -> _Vocabulary:
-    """Tokens by id; ids without one get a name, as llama.cpp's converter does."""
-    bpe = tokenizer["model"]
+    """Tokens by id; ids without one get a name, as llama.cpp's converter does, and tokens without an embedding are left out."""
+    bpe = stored.tokenizer["model"]
     by_id = {number: token for token, number in bpe["vocab"].items()}
     types = dict.fromkeys(by_id, _NORMAL)
     for number, token in by_id.items():
         if sentencepiece and _BYTE_TOKEN.fullmatch(token):
             types[number] = _BYTE
-    for added in tokenizer.get("added_tokens") or ():
-        by_id[added["id"]] = added["content"]
-        types[added["id"]] = _CONTROL if added["special"] else _USER_DEFINED
     if not all(type(number) is int and 0 <= number < vocab_size for number in by_id):
         raise InexpressibleTokenizer(f"it has ids past the {vocab_size} embeddings")
+    left_out, stripping = [], []
+    for added in stored.tokenizer.get("added_tokens") or ():
+        if added["lstrip"] or added["rstrip"] or added["single_word"]:
+            stripping.append(added["content"])
+        if added["id"] >= vocab_size:
+            left_out.append(added["content"])
+        else:
+            by_id[added["id"]] = added["content"]
+            types[added["id"]] = _CONTROL if added["special"] else _USER_DEFINED
     tokens = [by_id.get(number, f"[PAD{number}]") for number in range(vocab_size)]
     ids = {token: number for number, token in enumerate(tokens)}
     if len(ids) != len(tokens):
         raise InexpressibleTokenizer("two ids have the same token")
     special_ids = {}
-    for name in _SPECIAL:
-        token = config.get(f"{name}_token")
-        number = ids.get(token["content"] if isinstance(token, dict) else token)
+    for name in _NAMED:
+        number = ids.get(stored.special_tokens.get(f"{name}_token", ""))
         if number is None:
             number = model_config.get(f"{name}_token_id")
             number = number[0] if isinstance(number, list) and number else number
@@ -148,7 +167,38 @@ def _vocabulary(
         if unknown is not None:
             types[unknown] = _UNKNOWN
             special_ids.setdefault("unk", unknown)
-    return _Vocabulary(tokens, [types.get(number, _UNUSED) for number in range(vocab_size)], special_ids)
+    notes = []
+    if left_out:
+        notes.append(f"added tokens past the {vocab_size} embeddings are left out: {_listed(left_out)}")
+    if stripping:
+        notes.append(
+            f"llama.cpp keeps the spaces around added tokens that swallow them, or that are whole words: {_listed(stripping)}"
+        )
+    return _Vocabulary(tokens, [types.get(number, _UNUSED) for number in range(vocab_size)], special_ids, notes)
+
+
+def _with_end_tokens(model: Model, vocabulary: _Vocabulary, kind: Any, *, add_eos: bool) -> tuple[dict[str, int], list[str]]:
+    """The special ids with all end tokens of the model among them, and notes on those there is no key for."""
+    special_ids = dict(vocabulary.special_ids)
+    size = len(vocabulary.tokens)
+    wanted = [number for number in end_tokens(model.config, model.files, special_ids.get("eos")) if 0 <= number < size]
+    named = special_ids.pop("eos", None)
+    keep = add_eos or named in wanted or not wanted
+    keys, left = end_keys(vocabulary.tokens, wanted, named if keep else None)
+    notes = []
+    if left:
+        texts = _listed([vocabulary.tokens[number] for number in left])
+        notes.append(f"GGUF has keys for three end tokens: llama.cpp does not end at {texts}")
+    default = _DEFAULT_EOS[kind]
+    if not keys and default < size:
+        text = ascii(vocabulary.tokens[default])
+        notes.append(f"the model has no end token, and llama.cpp then ends at token {default}, {text}")
+    return special_ids | keys, notes
+
+
+def _listed(texts: Sequence[str]) -> str:
+    more = f" and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else ""
+    return ", ".join(map(ascii, texts[:_SHOWN])) + more
 
 
 def _byte_level(tokenizer: Mapping[str, Any], merges: Sequence[tuple[str, ...]]) -> dict[str, Value]:

@@ -1,0 +1,127 @@
+"""At which tokens of a GGUF file llama.cpp ends a generation, and what it takes for control tokens by their text.
+
+A file names up to three end tokens (`tokenizer.ggml.eos_token_id`, `eot_token_id`, `eom_token_id`). llama.cpp ends at those
+and at every token whose text it knows, and at some of the tokens for filling in the middle. The texts are those of its
+`llama-vocab.cpp`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+__all__ = ["END_TEXTS", "KEYS", "end_keys", "ends_generation", "types_in_use"]
+
+KEYS = ("eos", "eot", "eom")
+"""`tokenizer.ggml.<key>_token_id` names an end token."""
+
+END_TEXTS = frozenset(
+    (
+        "<|eot_id|>",
+        "<|im_end|>",
+        "<|end|>",
+        "<|return|>",
+        "<|call|>",
+        "<|flush|>",
+        "<|calls|>",
+        "<end_of_turn>",
+        "<|endoftext|>",
+        "</s>",
+        "<|eom_id|>",
+        "<EOT>",
+        "_<EOT>",
+        "[EOT]",
+        "[EOS]",
+        "<|end_of_text|>",
+        "<end_of_utterance>",
+        "<eos>",
+        "<turn|>",
+        "<|tool_response>",
+        "<\uff5cend\u2581of\u2581sentence\uff5c>",
+        "[e~[",
+    )
+)
+
+_FILLING_ENDS = {
+    "fim_pad": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
+    "fim_rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
+    "fim_sep": ("<|file_sep|>",),
+}
+"""Tokens for filling in the middle that also end a generation: by the key that names them, else by these texts."""
+
+_FILLING_OTHERS = (
+    *(
+        "<|fim_prefix|>",
+        "<fim-prefix>",
+        "<fim_prefix>",
+        "<\uff5cfim\u2581begin\uff5c>",
+        "<PRE>",
+        "\u2581<PRE>",
+        "<|code_prefix|>",
+    ),
+    *(
+        "<|fim_suffix|>",
+        "<fim-suffix>",
+        "<fim_suffix>",
+        "<\uff5cfim\u2581hole\uff5c>",
+        "<SUF>",
+        "\u2581<SUF>",
+        "<|code_suffix|>",
+    ),
+    *(
+        "<|fim_middle|>",
+        "<fim-middle>",
+        "<fim_middle>",
+        "<\uff5cfim\u2581end\uff5c>",
+        "<MID>",
+        "\u2581<MID>",
+        "<|code_middle|>",
+    ),
+    *("<|prefix|>", "<|suffix|>", "<|middle|>"),
+)
+_CONTROL_TEXTS = frozenset((*END_TEXTS, *itertools.chain(*_FILLING_ENDS.values()), *_FILLING_OTHERS))
+_TURN_PARTS = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
+"""Never control tokens: they are shown."""
+
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
+"""Values of `tokenizer.ggml.token_type`."""
+
+
+def ends_generation(tokens: Sequence[str], special_ids: Mapping[str, int]) -> set[int]:
+    """Ids at which llama.cpp ends a generation. `special_ids`: those the file names, by the key without `_token_id`."""
+    numbers = {text: number for number, text in enumerate(tokens)}
+    ends = {numbers[text] for text in END_TEXTS if text in numbers}
+    ends |= {special_ids[key] for key in KEYS if key in special_ids}
+    for key, texts in _FILLING_ENDS.items():
+        # Of several known texts llama.cpp takes any one.
+        found = special_ids.get(key, min((numbers[text] for text in texts if text in numbers), default=None))
+        if found is not None:
+            ends.add(found)
+    there = {tokens[number] for number in ends}
+    # Where these others are in use, <|end|> ends a part of the answer only, and </s> is an ordinary token.
+    if "<|end|>" in there and there & {"<|call|>", "<|calls|>"} and there & {"<|return|>", "<|flush|>"}:
+        ends.discard(numbers["<|end|>"])
+    if "</s>" in there and there & {"<|tool_response>", "<|plamo:eos|>"}:
+        ends.discard(numbers["</s>"])
+    return ends
+
+
+def types_in_use(tokens: Sequence[str], types: Sequence[int], ends: set[int]) -> list[int]:
+    """The types that tokens have in llama.cpp, which overrules those of the file for texts it knows."""
+    overruled = dict.fromkeys(_CONTROL_TEXTS, _CONTROL) | dict.fromkeys(_TURN_PARTS, _USER_DEFINED)
+    for text, kind in (("<|end|>", _USER_DEFINED), ("</s>", _NORMAL)):
+        if text in tokens and tokens.index(text) not in ends:
+            overruled[text] = kind
+    return [overruled.get(text, kind) for text, kind in zip(tokens, types, strict=True)]
+
+
+def end_keys(tokens: Sequence[str], wanted: Sequence[int], eos_id: int | None) -> tuple[dict[str, int], list[int]]:
+    """The keys that make llama.cpp end at the ids `wanted`, and those it will not end at: a file has three keys.
+
+    `eos_id` is what `eos_token_id` should be, if anything in particular.
+    """
+    eos = eos_id if eos_id is not None else wanted[0] if wanted else None
+    others = [number for number in wanted if number != eos and tokens[number] not in END_TEXTS]
+    found = {} if eos is None else {"eos": eos}
+    found |= dict(zip(("eot", "eom"), others, strict=False))
+    return found, [number for number in wanted if number not in ends_generation(tokens, found)]

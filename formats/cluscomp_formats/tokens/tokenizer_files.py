@@ -1,0 +1,89 @@
+"""A model's tokenizer as its side files have it: a `tokenizer.json` completed by what only the files beside it say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cluscomp_formats.ir import Array
+from cluscomp_formats.tokens.added_tokens import AddedToken, assign_ids, missing_tokens, read_settings
+from cluscomp_formats.tokens.json_files import read_json_file
+
+__all__ = ["TOKEN_FILES", "TokenizerFiles", "read_tokenizer"]
+
+TOKENIZER = "tokenizer.json"
+TOKEN_FILES = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
+"""The side files that say what tokens there are, which of them are special and which end a text."""
+
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """What the side files say.
+
+    `tokenizer` is a complete `tokenizer.json`, `content` the same as bytes, `special_tokens` the special tokens by name.
+    `moved` are the added tokens to which a file gives another id than the tokenizers library does, by text: (claimed, real).
+    """
+
+    tokenizer: Mapping[str, Any]
+    content: bytes
+    special_tokens: Mapping[str, str]
+    moved: Mapping[str, tuple[int, int]]
+
+
+def read_tokenizer(files: Mapping[str, Array]) -> TokenizerFiles | None:
+    """The tokenizer among a model's side files, None if there is no `tokenizer.json`.
+
+    A `tokenizer.json` that is not laid out as usual comes back as it is: the library that it is for says what is wrong with it.
+    Raises InvalidFileError for files that are no JSON objects and for malformed added tokens.
+    """
+    if TOKENIZER not in files:
+        return None
+    content = files[TOKENIZER].read().tobytes()
+    tokenizer = read_json_file(files, TOKENIZER)
+    config = read_json_file(files, "tokenizer_config.json")
+    special_map, added = (read_json_file(files, f"{name}.json") for name in ("special_tokens_map", "added_tokens"))
+    listed, vocabulary = _stored_tokens(tokenizer), vocabulary_ids(tokenizer)
+    settings = read_settings(config, special_map, added, dict(listed or ()))
+    special_tokens = {name: token.content for name, token in settings.named.items()}
+    if listed is None or vocabulary is None:
+        return TokenizerFiles(tokenizer, content, special_tokens, {})
+    stored = [token for _, token in listed]
+    more = missing_tokens(settings, stored)
+    placed = assign_ids(vocabulary, [*stored, *more])
+    claims = {token.content: number for number, token in [*listed, *settings.by_id.items()]}
+    moved = {text: (claims[text], number) for text, (number, _) in placed.items() if claims.get(text, number) != number}
+    if more or any(placed[token.content][0] != number for number, token in listed if token.content):
+        entries = sorted(placed.values(), key=lambda item: item[0])
+        tokenizer = {**tokenizer, "added_tokens": [token.entry(number) for number, token in entries]}
+        content = json.dumps(tokenizer, ensure_ascii=False).encode()
+    return TokenizerFiles(tokenizer, content, special_tokens, moved)
+
+
+def vocabulary_ids(tokenizer: Mapping[str, Any]) -> dict[str, int] | None:
+    """Ids by text of the vocabulary of a `tokenizer.json`, added tokens apart; None if it is not laid out as usual."""
+    model = tokenizer.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, dict) and all(type(number) is int for number in vocabulary.values()):
+        return vocabulary
+    if isinstance(vocabulary, list) and all(
+        isinstance(piece, list) and piece and isinstance(piece[0], str) for piece in vocabulary
+    ):
+        return {piece[0]: number for number, piece in enumerate(vocabulary)}
+    return None
+
+
+def _stored_tokens(tokenizer: Mapping[str, Any]) -> list[tuple[int, AddedToken]] | None:
+    """The added tokens that `tokenizer.json` lists, with the ids it claims; None if they are not laid out as usual."""
+    entries = tokenizer.get("added_tokens", [])
+    tokens = []
+    for entry in entries if isinstance(entries, list) else [{}]:
+        if not isinstance(entry, dict) or type(entry.get("id")) is not int or not isinstance(entry.get("content"), str):
+            return None
+        if not all(isinstance(entry.get(flag), bool) for flag in _FLAGS):
+            return None
+        tokens.append((entry["id"], AddedToken(entry["content"], **{flag: entry[flag] for flag in _FLAGS})))
+    return tokens
