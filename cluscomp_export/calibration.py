@@ -67,13 +67,20 @@ def read_text(path: Path) -> str:
 
 
 def calibration_tokens(model: Model, text: str) -> list[int]:
-    """The text's token ids, at least one. Raises InvalidRequestError without a tokenizer or tokens."""
+    """The text's token ids, at least one.
+
+    Raises InvalidRequestError without a tokenizer or tokens, and for tokens that the model does not have.
+    """
     tokenizer = Tokenizer.from_files(model.files)
     if tokenizer is None:
         raise InvalidRequestError(Problem("no_tokenizer", "the source has no tokenizer to read a calibration text with"))
     token_ids = tokenizer.encode(text)
     if not token_ids:
         raise InvalidRequestError(Problem("text_too_short", "the calibration text is empty"))
+    vocab_size = model.config.get("vocab_size")
+    if isinstance(vocab_size, int) and max(token_ids) >= vocab_size:
+        message, found = "the tokenizer has tokens that the model does not have", str(max(token_ids))
+        raise InvalidRequestError(Problem("token_out_of_range", message, found=found, expected=f"ids below {vocab_size}"))
     return token_ids
 
 

@@ -109,14 +109,20 @@ def convert(
     check_apart([output, report_path], [source, *chosen.files()])
     if report_path is not None:
         check_output(report_path, force=force)
+    told: list[str] = []
+
+    def warn(text: str) -> None:
+        told.append(text)
+        say(f"warning: {text}")
+
     try:
         with ProgressDisplay() as progress:
-            report = run(source, output, chosen, force=force, on_progress=progress)
+            report = run(source, output, chosen, force=force, on_progress=progress, on_warning=warn)
     except BaseException:
         if os.path.isdir(work_path(output)):  # noqa: PTH112 - Path.is_dir raises
             say(f"what is finished is kept in {work_path(output)}: run the same command again to go on")
         raise
-    for text in report.warnings:
+    for text in report.warnings[len(told) :]:
         say(f"warning: {text}")
     if report.reused:
         say(f"went on from an interrupted conversion: {report.reused} finished parts were taken up again")

@@ -79,6 +79,12 @@ class ConversionOptions:
         return any(value is not None for value in given)
 
     @property
+    def asks_levels(self) -> bool:
+        """Whether any option asks for levels of work by name."""
+        given = (self.effort, self.feedback, *self.blockwise.values(), *self.recovery.values())
+        return any(value is not None for value in given)
+
+    @property
     def allocates(self) -> bool:
         """Whether the planner chooses the sizes of codebooks."""
         return self.cluster_dim is None and self.plan is None

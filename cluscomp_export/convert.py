@@ -40,13 +40,13 @@ from cluscomp_export.sources import open_source
 from cluscomp_export.torch_threads import torch_threads
 from cluscomp_export.tuning import RecoveryOptions, TrainableModel, recover
 from cluscomp_export.tuning.training import Curve, curve_array, curve_entries, curve_form, finite_curve
+from cluscomp_export.what_runs import decoder_settings
 from cluscomp_export.work_folder import Forms, WorkFolder, fingerprint, remove_work, work_folder, work_path
 from cluscomp_export.workers import Workers, open_workers, parse_workers
 from cluscomp_export.writers import Writer, find_writer
 from cluscomp_formats.errors import (
     ClusCompError,
     InvalidFileError,
-    InvalidRequestError,
     OutputExistsError,
     Problem,
     StorageError,
@@ -89,8 +89,11 @@ def convert(
     *,
     force: bool = False,
     on_progress: Progress = silent,
+    on_warning: Callable[[str], None] = lambda text: None,
 ) -> ConversionReport:
     """Convert and write. The output is complete or not there, and the source is never touched.
+
+    `on_warning` is told before the work what is known by then; the report has all warnings.
 
     A clustering that fails or is interrupted, by whatever, leaves what it has finished in a folder beside the output
     (`work_path`); the same call goes on from there, and ends with the same bytes. Raises what `prepare` does,
@@ -108,6 +111,8 @@ def convert(
     prepared = prepare(source_path, options, measure=False)
     writer.check_model(prepared.model)
     warnings = list(prepared.warnings)
+    for warning in warnings:
+        on_warning(warning)
     model = prepared.model
     record: Mapping[str, Any] | None = None
     curves: dict[str, Curve] = {}
@@ -167,10 +172,9 @@ def _clustered(
 ) -> Model:
     """The model to write, with its provenance: what it was made from, and how. Fills `curves` and `warnings`, if need be not
     before it is read."""
-    source, text, plan = prepared.source, options.calibration_text(), prepared.plan
+    source, text, plan = prepared.source, prepared.text, prepared.plan
     levels = levels_of("fast") if text is None else options.levels()
     provenance = provenance_of(source, options, text, scan_source(source, source_path, on_progress))
-    recorded = provenance["options"]
     kept, deleted = work.begin(fingerprint(provenance))
     if kept:
         on_progress(f"resuming with {kept} finished parts", kept, kept)
@@ -182,33 +186,26 @@ def _clustered(
     energies = feedback = None
     token_ids: Sequence[int] = ()
     if text is not None:
-        try:
-            token_ids = calibration_tokens(source, text)
-            seen = levels.seen(token_ids)
-            context = calibration_context(source, options.calibration_context)
-            energies = _energies(source, calibration_windows(seen, ENERGY_WINDOWS, context), work, on_progress)
-            if levels.block_by_block:
-                importance = None
-                if levels.feedback:
-                    few = calibration_windows(seen, WINDOWS, context)
-                    importance = _importance(source, few, work, options.seed, on_progress)
-                feedback = ErrorFeedback(
-                    source,
-                    calibration_windows(seen, levels.windows, context),
-                    levels.blockwise,
-                    feedback=levels.feedback,
-                    importance=importance,
-                    curves=curves,
-                    device=options.device,
-                    on_progress=on_progress,
-                )
-        except (InvalidRequestError, UnsupportedError) as error:
-            if options.calibration is not None or options.effort is not None:
-                raise
-            levels = levels_of("fast")
-            recorded.pop("calibration")
-            recorded |= levels.recorded()
-            warnings.append(f"clustered without a calibration text: {error.problems[0].message}")
+        token_ids = calibration_tokens(source, text)
+        seen = levels.seen(token_ids)
+        context = calibration_context(source, options.calibration_context)
+        energies = _energies(source, calibration_windows(seen, ENERGY_WINDOWS, context), work, on_progress)
+        if levels.block_by_block:
+            importance = None
+            # What has no head makes no predictions that rows could matter to: all count alike.
+            if levels.feedback and decoder_settings(source) is not None:
+                few = calibration_windows(seen, WINDOWS, context)
+                importance = _importance(source, few, work, options.seed, on_progress)
+            feedback = ErrorFeedback(
+                source,
+                calibration_windows(seen, levels.windows, context),
+                levels.blockwise,
+                feedback=levels.feedback,
+                importance=importance,
+                curves=curves,
+                device=options.device,
+                on_progress=on_progress,
+            )
     model = cluster_model(
         source,
         plan,

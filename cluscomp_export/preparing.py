@@ -33,10 +33,11 @@ from cluscomp_export.sensitivity import measure_sensitivities, sensitive_tensors
 from cluscomp_export.sizes import Sizes, model_sizes
 from cluscomp_export.sources import CONFIG_ONLY, open_source, source_bytes
 from cluscomp_export.torch_threads import torch_threads
+from cluscomp_export.what_runs import calibration_fault, nowhere_to_run, prediction_fault
 from cluscomp_export.work_folder import WorkFolder
 from cluscomp_export.workers import parse_workers
 from cluscomp_export.writers import Writer, find_writer
-from cluscomp_formats.errors import InvalidRequestError, Problem
+from cluscomp_formats.errors import ClusCompError, InvalidRequestError, Problem
 from cluscomp_formats.ir import AnyArray, Model, canonical_json
 from cluscomp_formats.packed.writer import NO_DIGEST
 from cluscomp_formats.version import __version__
@@ -53,12 +54,14 @@ DEFAULT_BITS = 4.0
 class Prepared:
     """A conversion that has been planned.
 
-    `model` tells sizes, `plan` is None when a clustered source is only repacked, `memory` is what each phase needs at most.
+    `text` is what to calibrate on, if anything. `model` tells sizes, `plan` is None when a clustered source is only repacked,
+    `memory` is what each phase needs at most.
     `file_bytes` is the size of the artefact, at most; None where the format cannot tell. `sensitivities` are what the plan was
     made with, None if every weight counted alike.
     """
 
     source: Model
+    text: str | None
     plan: Plan | None
     model: Model
     sizes: Sizes
@@ -92,7 +95,8 @@ def prepare(
     if not to_plan:
         check_device(options.device)
     source = open_source(source_path, to_plan=to_plan)
-    text = options.calibration_text()
+    warnings: list[str] = []
+    text = None if source.clustered else _calibration_text(source, options, warnings)
     context = calibration_context(source, options.calibration_context)
     plan = sensitivities = None
     if source.clustered:
@@ -126,8 +130,44 @@ def prepare(
         context=context,
         cuda=options.device.startswith("cuda"),
     )
-    warnings = (*_warnings(source, sizes, source_size), *memory_warnings(memory, options.device))
-    return Prepared(source, plan, model, sizes, artefact, source_size, sensitivities, memory, warnings)
+    warnings += [*_warnings(source, sizes, source_size), *memory_warnings(memory, options.device)]
+    nowhere = nowhere_to_run(model) if plan is not None else None
+    warnings += [nowhere] if nowhere is not None else []
+    return Prepared(source, text, plan, model, sizes, artefact, source_size, sensitivities, memory, tuple(warnings))
+
+
+def _calibration_text(source: Model, options: ConversionOptions, warnings: list[str]) -> str | None:
+    """The text to calibrate on, None with a warning where the source cannot be run on it and no option insists.
+
+    Raises what says why it cannot, with the options that insist.
+    """
+    text = options.calibration_text()
+    if text is None:
+        return None
+    insists = {
+        "--match-loss": options.match_loss is not None,
+        "--sensitivity": options.sensitivity == "measured",
+        "--calibration": options.calibration is not None,
+        "--effort and its levels": options.levels().needs_text and options.asks_levels,
+    }
+    fault = calibration_fault(source, text)
+    if fault is not None:
+        _refuse(fault, insists, "matrices are then clustered without a calibration text, as by --effort fast")
+        warnings.append(f"clustered without a calibration text: {fault.problems[0].message}")
+        return None
+    without = prediction_fault(source)
+    if without is not None:
+        insists["--calibration"] = insists["--effort and its levels"] = False
+        insists["recovery, as of --effort best"] = options.levels().recovery is not None
+        _refuse(without, insists, "--effort balanced and --bits need no predictions")
+    return text
+
+
+def _refuse(fault: ClusCompError, insists: Mapping[str, bool], instead: str) -> None:
+    named = [option for option, given in insists.items() if given]
+    if named:
+        remedy = f"leave out {' and '.join(named)}: {instead}"
+        raise type(fault)([replace(problem, remedy=remedy) for problem in fault.problems])
 
 
 def provenance_of(source: Model, options: ConversionOptions, text: str | None, digest: str) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from cluscomp_export.onnx_graph.skeleton import build_skeleton, compute_buffers, tensors_by_key
+from cluscomp_export.onnx_graph.skeleton import build_skeleton, compute_buffers, named_class, refusing, tensors_by_key
+from cluscomp_export.special_floats import with_floats
 from cluscomp_formats.errors import InvalidFileError, Problem, UnsupportedError
 from cluscomp_formats.ir import Model
 from cluscomp_runtime.hf.modules import MatrixStore
@@ -22,7 +23,7 @@ from cluscomp_runtime.language_model import check_device, compute_dtype
 from cluscomp_runtime.linear import decoded
 from cluscomp_runtime.tokenizer import Tokenizer
 
-__all__ = ["TransformersModel"]
+__all__ = ["TransformersModel", "opening_fault"]
 
 
 class TransformersModel:
@@ -92,3 +93,26 @@ class TransformersModel:
         with torch.inference_mode():
             logits: torch.Tensor = self._module(input_ids.to(self.device), use_cache=False).logits
             return logits
+
+
+def opening_fault(model: Model) -> str | None:
+    """Why `from_pretrained` will not open a folder of this model; None if it will, or if only its own code can tell.
+
+    Builds the class that the configuration names without weights, and looks for a place for each clustered one.
+    """
+    if "auto_map" in model.config:
+        return None
+    try:
+        try:
+            model_class = named_class(model.config)
+        except UnsupportedError as error:
+            if error.problems[0].remedy is None:
+                raise
+            return None
+        with refusing(f"{model_class.__name__} cannot be built from this configuration"), torch.device("meta"):
+            module = model_class(model_class.config_class.from_dict(with_floats(model.config)))
+        replace_modules(module, model, MatrixStore(), torch.float32)
+    except (InvalidFileError, UnsupportedError) as error:
+        problem = error.problems[0]
+        return problem.message if problem.tensor is None else f"{problem.message} ({problem.tensor}, ...)"
+    return None

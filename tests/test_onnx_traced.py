@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -291,7 +292,8 @@ def test_other_architectures_are_refused(changes: dict[str, Any], found: str) ->
     problem = problem_of(small(hf_models.gpt2(), **changes))
     assert problem.kind == "unsupported_architecture"
     assert found in problem.found
-    assert "--to hf" in problem.remedy
+    # Of what transformers does not know either, there is nothing to say.
+    assert (problem.remedy is None) == ("model_type" in changes)
 
 
 @pytest.mark.parametrize(
@@ -308,7 +310,18 @@ def test_a_cache_of_another_kind_is_refused() -> None:
     config = transformers.MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=VOCABULARY, state_size=4)
     problem = problem_of(small(transformers.MambaForCausalLM(config)))
     assert (problem.kind, "MambaForCausalLM" in problem.message) == ("untraceable", True)
-    assert "past_key_values" in problem.found
+    assert "other things than keys and values" in problem.found
+
+
+def test_a_model_that_takes_images_too_is_refused() -> None:
+    config = transformers.Gemma3Config(
+        text_config={"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": VOCABULARY},
+        vision_config={"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+    )
+    with torch.device("meta"):
+        peer = transformers.Gemma3ForConditionalGeneration(config)
+    problem = problem_of(Model({**json.loads(peer.config.to_json_string()), "architectures": [type(peer).__name__]}, {}))
+    assert problem.found == "it takes other inputs than text, too: pixel_values"
 
 
 def test_a_trace_that_holds_for_some_lengths_only_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ def test_an_unknown_architecture_is_refused_with_what_is_known(model_type: objec
         DecoderSettings.from_config(small_config() | {"model_type": model_type})
     problem = error.value.problems[0]
     assert problem.expected == "llama, mistral, qwen2, qwen3"
-    assert "inspect and verify" in (problem.remedy or "")
+    assert "--to hf" in (problem.remedy or "")
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,8 @@ from cluscomp_export.memory_model.blocks import (
 )
 from cluscomp_export.memory_model.matrices import checking, encoding, fitting, writing
 from cluscomp_export.planning import Plan
-from cluscomp_formats.errors import ClusCompError
+from cluscomp_export.what_runs import decoder_settings
 from cluscomp_formats.ir import Model
-from cluscomp_runtime.architecture import DecoderSettings, check_tensors
 from cluscomp_runtime.memory import device_bytes, physical_bytes
 
 __all__ = ["PROCESS_BYTES", "Peak", "conversion_memory", "memory_warnings"]
@@ -73,17 +72,18 @@ def conversion_memory(
     """
     if plan is None:
         return tuple(_with_heap([("writing", 0, writing(source, model), output_bytes), *_self_test(model, output_bytes)]))
-    settings = runnable(source)
+    settings, predicts = decoder_settings(source, head=False), decoder_settings(source) is not None
     rows: list[tuple[str, int, int, int]] = [("checking the source", 0, checking(source), 0)]
     disk = 0
-    if measures and settings is not None:
+    if measures and settings is not None and predicts:
         rows.append(("sensitivities", 0, sensitivities(source, settings, context), disk))
     if calibrated and settings is not None:
         disk = sum(4 * tensor.shape[1] for tensor in source.tensors.values() if len(tensor.shape) == 2)
         rows.append(("calibration", 0, calibration(source, settings, windows, context), disk))
         if levels.feedback:
             disk += sum(4 * tensor.shape[0] for name, tensor in source.tensors.items() if block_index(name) is not None)
-            rows.append(("row importance", 0, row_importance(source, settings, context), disk))
+            if predicts:
+                rows.append(("row importance", 0, row_importance(source, settings, context), disk))
     sizes = unit_bytes(model)
     disk += sizes["codebooks"]
     rows.append(("fitting codebooks", *fitting(source, plan, calibrated=calibrated, cuda=cuda), disk))
@@ -99,7 +99,7 @@ def conversion_memory(
             block, streams = tuning(model, settings, levels.blockwise, windows, context, shared)
             device, host = (block, streams) if cuda else (0, block + streams)
             rows.append(("block-wise tuning", device, max(host, embedding(source, settings, windows, context)), disk))
-    if levels.recovery is not None and settings is not None:
+    if levels.recovery is not None and settings is not None and predicts:
         rows.append(("recovery", *recovery(source, model, settings, levels.recovery, cuda=cuda), disk))
     rows.append(("writing", 0, writing(source, model), disk + output_bytes))
     rows += _self_test(model, disk + output_bytes)
@@ -126,16 +126,6 @@ def memory_warnings(peaks: Sequence[Peak], device: str) -> list[str]:
     ]
 
 
-def runnable(model: Model) -> DecoderSettings | None:
-    """What the runtime reads from the configuration, None if it cannot run the model: then there is no calibration either."""
-    try:
-        settings = DecoderSettings.from_config(model.config)
-        check_tensors(model, settings)
-    except ClusCompError:
-        return None
-    return settings
-
-
 def _self_test(model: Model, disk: int) -> list[tuple[str, int, int, int]]:
-    settings = runnable(model)
+    settings = decoder_settings(model)
     return [] if settings is None or model.self_test is not None else [("self-test", 0, self_test(model, settings), disk)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from cluscomp_export.what_runs import decoder_settings
 from cluscomp_formats.errors import Problem, UnsupportedError
 from cluscomp_formats.ir import Model
 from cluscomp_formats.onnx.package import require_onnx
@@ -31,8 +32,8 @@ def build_graph(model: Model) -> Graph:
     from cluscomp_export.onnx_graph.llama import llama_graph
 
     settings = DecoderSettings.from_config(model.config)
-    check_tensors(model, settings)
-    return llama_graph(model, settings)
+    check_tensors(model, settings, head=False)
+    return llama_graph(model, settings, predicts=decoder_settings(model) is not None)
 
 
 def _require_tracing() -> None:

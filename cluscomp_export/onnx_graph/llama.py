@@ -6,7 +6,8 @@ Inputs, outputs and their names are those of Optimum and transformers.js:
     attention_mask int64 [batch_size, total_sequence_length]
     position_ids int64 [batch_size, sequence_length]
     past_key_values.N.key, .value float32 [batch_size, num_kv_heads, past_sequence_length, head_dim]
-    -> logits float32 [batch_size, sequence_length, vocab_size]
+    -> logits float32 [batch_size, sequence_length, vocab_size]; of a model without a head, last_hidden_state float32
+       [batch_size, sequence_length, hidden_size]
        present.N.key, .value float32 [batch_size, num_kv_heads, total_sequence_length, head_dim]
 
 It computes what `cluscomp_runtime.decoder` does, in float32; angles of rotary positions are reduced in int64 before that.
@@ -36,9 +37,9 @@ TURN_BITS = 44
 overflows after three."""
 
 
-def llama_graph(model: Model, settings: DecoderSettings) -> Graph:
-    """The graph of a model that `architecture.check_tensors` has passed."""
-    return _LlamaGraph(model, settings).build()
+def llama_graph(model: Model, settings: DecoderSettings, *, predicts: bool = True) -> Graph:
+    """The graph of a model that `architecture.check_tensors` has passed, up to its head if it `predicts`."""
+    return _LlamaGraph(model, settings, predicts=predicts).build()
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,10 @@ class _Shared:
 
 
 class _LlamaGraph:
-    def __init__(self, model: Model, settings: DecoderSettings) -> None:
+    def __init__(self, model: Model, settings: DecoderSettings, *, predicts: bool) -> None:
         self.model = model
         self.settings = settings
+        self.predicts = predicts
         self.builder = GraphBuilder()
 
     def build(self) -> Graph:
@@ -70,9 +72,12 @@ class _LlamaGraph:
         for index in range(settings.num_layers):
             x = self._layer(index, x, shared)
         x = self._norm("model.norm", x)
-        builder.scope = "lm_head"
-        logits = linear(builder, self.model.tensors.get("lm_head.weight", table), x)
-        builder.node("Identity", [logits], name="logits")
+        result, width = "last_hidden_state", settings.hidden_size
+        if self.predicts:
+            builder.scope = "lm_head"
+            x = linear(builder, self.model.tensors.get("lm_head.weight", table), x)
+            result, width = "logits", settings.vocab_size
+        builder.node("Identity", [x], name=result)
         cache = [f"{layer}.{part}" for layer in range(settings.num_layers) for part in ("key", "value")]
         ids, mask = ["batch_size", "sequence_length"], ["batch_size", "total_sequence_length"]
         past: list[int | str] = ["batch_size", settings.num_kv_heads, "past_sequence_length", settings.head_dim]
@@ -86,7 +91,7 @@ class _LlamaGraph:
                 *(value(f"past_key_values.{name}", FLOAT, past) for name in cache),
             ],
             [
-                value("logits", FLOAT, [*ids, settings.vocab_size]),
+                value(result, FLOAT, [*ids, width]),
                 *(value(f"present.{name}", FLOAT, present) for name in cache),
             ],
         )

@@ -12,7 +12,6 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ import transformers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from cluscomp_export.special_floats import with_floats
 from cluscomp_formats.errors import InvalidFileError, Problem, UnsupportedError
 from cluscomp_formats.ir import Model, Tensor
 from cluscomp_runtime.hf.replacement import WEIGHT, module_kind
@@ -33,12 +33,14 @@ __all__ = [
     "build_skeleton",
     "compute_buffers",
     "make_traceable",
+    "named_class",
     "refusing",
     "tensors_by_key",
 ]
 
 PLACEHOLDER_DOMAIN = "cluscomp_trace"
-REMEDY = "run it with transformers instead: convert --to hf"
+REMEDY = "run it with transformers: convert --to hf"
+"""For what transformers builds, and only the tools here do not take."""
 
 _IGNORED = (r"rotary_emb\.inv_freq$", r"\.masked_bias$")
 """What old checkpoints store although it follows from the configuration."""
@@ -63,10 +65,12 @@ def build_skeleton(config: Mapping[str, Any]) -> Skeleton:
     """
     model_class = _model_class(config)
     cached = model_class in transformers.MODEL_FOR_CAUSAL_LM_MAPPING.values()
-    with refusing(model_class.__name__), torch.device("meta"):
-        settings = model_class.config_class.from_dict(deepcopy(dict(config)))
+    name = model_class.__name__
+    with refusing(f"transformers cannot build {name} from this configuration"), torch.device("meta"):
+        settings = model_class.config_class.from_dict(with_floats(config))
         if settings.is_encoder_decoder:
-            raise ValueError("a model of an encoder and a decoder takes more than one graph")
+            message, found = f"{name} is not run on one text", "an encoder with a decoder, which takes more than one graph"
+            raise UnsupportedError(Problem("untraceable", message, "config.json", None, found, None, REMEDY))
         # Attention in plain operators; what is stored in 16 bits is computed with in 32.
         settings._attn_implementation = "eager"
         settings.dtype = torch.float32
@@ -173,7 +177,16 @@ class _Placeholder(nn.Module):
 
 
 def _model_class(config: Mapping[str, Any]) -> Any:
-    """The class of transformers that the configuration names. Raises UnsupportedError."""
+    """The class of transformers that the configuration names, one of text. Raises UnsupportedError."""
+    model_class = named_class(config)
+    if model_class.main_input_name != "input_ids":
+        message, found = "the model takes other inputs than text", f"{model_class.__name__}: {model_class.main_input_name}"
+        raise UnsupportedError(Problem("unsupported_architecture", message, "config.json", None, found, None, REMEDY))
+    return model_class
+
+
+def named_class(config: Mapping[str, Any]) -> Any:
+    """The class of transformers that the configuration names. Raises UnsupportedError if it knows none."""
     model_type, named = config.get("model_type"), config.get("architectures")
     name = named[0] if isinstance(named, list) and named else None
     config_class = transformers.CONFIG_MAPPING[model_type] if model_type in [*transformers.CONFIG_MAPPING] else None
@@ -183,16 +196,16 @@ def _model_class(config: Mapping[str, Any]) -> Any:
         problem = "transformers does not know this architecture (model_type)", repr(model_type)
     elif getattr(model_class, "config_class", None) is not config_class:
         problem = "transformers has no such model class for this architecture (architectures)", f"{name!r} of {model_type}"
-    elif model_class.main_input_name != "input_ids":
-        problem = "only models of text have a graph", f"{name}, which takes {model_class.main_input_name}"
     if problem is not None:
         message, found = problem
-        raise UnsupportedError(Problem("unsupported_architecture", message, "config.json", None, str(found), None, REMEDY))
+        # The classes that choose by themselves go by model_type alone.
+        remedy = None if config_class is None else REMEDY
+        raise UnsupportedError(Problem("unsupported_architecture", message, "config.json", None, str(found), None, remedy))
     return model_class
 
 
 @contextmanager
-def refusing(name: str) -> Iterator[None]:
+def refusing(message: str, remedy: str | None = None) -> Iterator[None]:
     """Turn whatever goes wrong within into an UnsupportedError, and keep torch's remarks on its own workings to itself."""
     logger = logging.getLogger("torch")
     level = logger.level
@@ -201,12 +214,13 @@ def refusing(name: str) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
+    except UnsupportedError:
+        raise
     except Exception as error:  # torch, transformers and onnxscript promise no kinds of exceptions
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
         reason = str(cause).strip().split("\n")[0][:300] or type(cause).__name__
-        message = f"{name} cannot be traced to ONNX operators"
-        raise UnsupportedError(Problem("untraceable", message, None, None, reason, None, REMEDY)) from error
+        raise UnsupportedError(Problem("untraceable", message, None, None, reason, None, remedy)) from error
     finally:
         logger.setLevel(level)

@@ -25,7 +25,7 @@ from torch import nn
 from torch.fx.experimental import _config
 from transformers import DynamicCache
 
-from cluscomp_export.onnx_graph.skeleton import Skeleton, build_skeleton, make_traceable, refusing
+from cluscomp_export.onnx_graph.skeleton import REMEDY, Skeleton, build_skeleton, make_traceable, refusing
 from cluscomp_formats.onnx.spec import OPSET
 
 __all__ = ["Port", "Trace", "trace"]
@@ -90,7 +90,7 @@ def trace(config: str) -> Trace:
     extra = "position_ids" if skeleton.cached else "token_type_ids"
     if extra in skeleton.options and (skeleton.cached or getattr(skeleton.module.config, "type_vocab_size", 0) > 1):
         inputs.append(Port(extra, TensorProto.INT64, ids))
-    with refusing(type(skeleton.module).__name__):
+    with refusing(f"{type(skeleton.module).__name__} cannot be traced to ONNX operators", REMEDY):
         names, cache = _dry_run(skeleton)
         make_traceable(skeleton.module)
         past = [Port(f"past_key_values.{name}", TensorProto.FLOAT, _cache_shape("past", *shape)) for name, shape in cache]
@@ -107,6 +107,7 @@ def trace(config: str) -> Trace:
 
 def _dry_run(skeleton: Skeleton) -> tuple[list[str], list[tuple[str, tuple[int, int]]]]:
     """Names of the outputs; parts of the cache, each with its number of heads and their dimension."""
+    _check_kind(skeleton)
     given = {"past_key_values": DynamicCache(), "use_cache": True} if skeleton.cached else {}
     ids = torch.zeros(2, 3, dtype=torch.int64, device="meta")
     results = skeleton.module(input_ids=ids, return_dict=True, **given)
@@ -122,6 +123,24 @@ def _dry_run(skeleton: Skeleton) -> tuple[list[str], list[tuple[str, tuple[int, 
                 raise ValueError(f"its cache holds other things than keys and values, of shape {tuple(values.shape)}")
             cache.append((f"{number}.{part}", (values.shape[1], values.shape[3])))
     return names, cache
+
+
+_OTHER_INPUTS = frozenset({"pixel_values", "pixel_values_videos", "input_features", "input_values"})
+_ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+
+
+def _check_kind(skeleton: Skeleton) -> None:
+    """Say in words what torch and transformers would stumble over. Raises ValueError."""
+    others = sorted(_OTHER_INPUTS & skeleton.options)
+    if others:
+        raise ValueError(f"it takes other inputs than text, too: {', '.join(others)}")
+    if not skeleton.cached:
+        return
+    config = skeleton.module.config
+    kinds = {*(getattr(config, "layer_types", None) or ()), *(getattr(config, "layers_block_type", None) or ())}
+    if "past_key_values" not in skeleton.options or kinds - _ATTENTION:
+        states = ", ".join(sorted(kinds - _ATTENTION)) or "no keys and values at all"
+        raise ValueError(f"its cache holds other things than keys and values: {states}")
 
 
 def _cache_shape(when: str, heads: int, dim: int) -> tuple[int | str, ...]:

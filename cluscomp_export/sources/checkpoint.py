@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
+from cluscomp_export.special_floats import load_config
 from cluscomp_formats.errors import InvalidFileError, Problem, UnsupportedError
 from cluscomp_formats.hf.mapped_shards import open_shard
 from cluscomp_formats.hf.safetensors import Entry
@@ -128,15 +129,18 @@ def _or_problems(read: Callable[[Path], _T], path: Path, problems: list[Problem]
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The content of the folder's `config.json`. Raises InvalidFileError: missing, no file, not JSON, not an object."""
-    return _read_json_object(folder, CONFIG, "copy the model's config.json beside its weights")
+    """The content of the folder's `config.json`, numbers that are not finite in transformers' form.
+
+    Raises InvalidFileError: missing, no file, not JSON, not an object.
+    """
+    return _read_json_object(folder, CONFIG, "copy the model's config.json beside its weights", load_config)
 
 
-def _read_json_object(folder: Path, name: str, remedy: str) -> dict[str, Any]:
+def _read_json_object(folder: Path, name: str, remedy: str, loads: Callable[[bytes], Any] = json.loads) -> dict[str, Any]:
     path = folder / name
     stored = read_inside(folder, name, remedy=remedy)
     try:
-        content = json.loads(stored, parse_constant=_refuse_constant)
+        content = loads(stored)
     except (ValueError, RecursionError) as error:
         problem = Problem("bad_json", "cannot be read as JSON", str(path), found=str(error), remedy=remedy)
         raise InvalidFileError(problem) from error
@@ -148,11 +152,6 @@ def _read_json_object(folder: Path, name: str, remedy: str) -> dict[str, Any]:
         message, expected = "holds what none of our formats can", "64-bit integers, finite numbers, valid Unicode"
         raise InvalidFileError(Problem("bad_json", message, str(path), None, f"{fault[0]} is {fault[1]}", expected, remedy))
     return content
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    """Python reads NaN and Infinity, which JSON does not have and no digest or file of ours can hold."""
-    raise ValueError(f"{name} is not JSON")
 
 
 def _read_index(folder: Path) -> dict[str, str]:

@@ -1,12 +1,14 @@
 """Hugging Face model folders and single safetensors files, as dense models.
 
-Tensors keep their names and dtypes. The one change made: an output head that the configuration ties to the embedding and
-that repeats it byte for byte is dropped. Where it differs, the tensors win over the configuration, as in transformers, and
-`tie_word_embeddings` becomes false.
+Tensors keep their names and dtypes, with two exceptions. An output head that the configuration ties to the embedding and
+that repeats it byte for byte is dropped; where it differs, the tensors win over the configuration, as in transformers, and
+`tie_word_embeddings` becomes false. And a checkpoint saved from the base class, as those of embedding models are, has no
+`model.` before its names. It gets that, for the families the runtime knows: transformers reads either into either class.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,14 @@ from cluscomp_export.sources.checkpoint import Checkpoint, open_checkpoint
 from cluscomp_export.sources.linears import embedding_tensor, head_tensor
 from cluscomp_formats.errors import Problem, UnsupportedError
 from cluscomp_formats.ir import Array, DenseTensor, Model
+from cluscomp_runtime.architecture import MODEL_TYPES
 
 __all__ = ["open_huggingface", "untie"]
 
 _COMPARE_BYTES = 1 << 24
+
+_PREFIX = "model."
+_IN_BASE_CLASS = re.compile(r"(?:embed_tokens|layers\.\d+|norm)\..*")
 
 
 def open_huggingface(folder: Path, weights: Path | None = None) -> Model:
@@ -32,11 +38,19 @@ def open_huggingface(folder: Path, weights: Path | None = None) -> Model:
     _refuse_quantized(folder, checkpoint.config)
     model = Model(
         config=checkpoint.config,
-        tensors={name: DenseTensor(name, values) for name, values in checkpoint.tensors.items()},
+        tensors={name: DenseTensor(name, values) for name, values in _prefixed(checkpoint).items()},
         files=checkpoint.files,
         provenance=provenance("huggingface", checkpoint),
     )
     return untie(model)
+
+
+def _prefixed(checkpoint: Checkpoint) -> Mapping[str, Array]:
+    """The tensors under the names that a causal language model stores them under."""
+    tensors = checkpoint.tensors
+    if checkpoint.config.get("model_type") not in MODEL_TYPES or any(name.startswith(_PREFIX) for name in tensors):
+        return tensors
+    return {_PREFIX + name if _IN_BASE_CLASS.fullmatch(name) else name: values for name, values in tensors.items()}
 
 
 def provenance(source: str, checkpoint: Checkpoint) -> dict[str, Any]:

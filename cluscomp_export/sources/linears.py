@@ -24,16 +24,19 @@ _LINEARS_BY_MODEL_TYPE = {
     "opt": _OPT_LINEAR,
 }
 
-_EMBEDDING = re.compile(r"(?:.*\.)?(?:embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|token_embedding)\.weight")
-_HEAD = re.compile(r"(?:.*\.)?(?:lm_head|embed_out|output_projection|score|classifier)\.weight|output\.weight")
+_EMBEDDING = re.compile(
+    r"(?:.*\.)?(?:embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|token_embedding|embeddings|shared)\.weight"
+)
+_HEAD = re.compile(r"(?:.*\.)?(?:lm_head|embed_out|output_projection)\.weight|output\.weight")
 
 _NOT_LINEAR = re.compile(r"embed|wte|wpe|norm|(?:^|\.)ln_|lm_head|score|classifier|pooler|router|relative_attention_bias")
 """Parts of names that the heuristics take for embeddings, norms, heads or routers, by customary naming."""
 
-_NOT_LINEAR_ENDINGS = (".mlp.gate.weight", ".block_sparse_moe.gate.weight", ".gate.wg.weight")
-"""Routers of mixtures of experts: tiny, and every token's path hangs on them."""
+_NOT_LINEAR_ENDINGS = (".mlp.gate.weight", ".block_sparse_moe.gate.weight", ".gate.wg.weight", ".indexer.weights_proj.weight")
+"""Routers of mixtures of experts, and what picks the tokens of sparse attention: tiny, and every token's path hangs on them."""
 
 _LAYER = re.compile(r"\.\d+\.")
+_EXPERTS = ".experts."
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
@@ -42,21 +45,25 @@ def linear_tensors(model: Model) -> list[str]:
 
     Llama, Mistral, Qwen2, Qwen3, SmolLM3: q, k, v, o, gate, up, down. OPT: q, k, v, out, fc1, fc2. Any other
     `config["model_type"]`: every 2-D float tensor of a numbered layer that is called `.weight`, has more than one row and
-    column, and is not an embedding, norm, head or router by name.
+    column, and is not an embedding, norm, head or router by name; what is called `gate` beside `experts` is a router.
     """
     pattern = _LINEARS_BY_MODEL_TYPE.get(str(model.config.get("model_type", "")))
     if pattern is not None:
-        return [name for name, tensor in model.tensors.items() if pattern.fullmatch(name) and len(tensor.shape) == 2]
-    return [name for name, tensor in model.tensors.items() if _looks_linear(name, tensor)]
+        return [name for name, tensor in model.tensors.items() if pattern.fullmatch(name) and _is_matrix(tensor)]
+    routers = {f"{name.partition(_EXPERTS)[0]}.gate.weight" for name in model.tensors if _EXPERTS in name}
+    names = [name for name, tensor in model.tensors.items() if _is_matrix(tensor) and min(tensor.shape) > 1]
+    return [name for name in names if _looks_linear(name) and name not in routers]
 
 
-def _looks_linear(name: str, tensor: Tensor) -> bool:
+def _is_matrix(tensor: Tensor) -> bool:
+    floating = isinstance(tensor, ClusteredWeight) or tensor.values.dtype in FLOAT_DTYPES
+    return floating and len(tensor.shape) == 2
+
+
+def _looks_linear(name: str) -> bool:
     if not name.endswith(".weight") or _LAYER.search(name) is None:
         return False
-    if _NOT_LINEAR.search(name) or name.endswith(_NOT_LINEAR_ENDINGS):
-        return False
-    floating = isinstance(tensor, ClusteredWeight) or tensor.values.dtype in FLOAT_DTYPES
-    return floating and len(tensor.shape) == 2 and min(tensor.shape) > 1
+    return not _NOT_LINEAR.search(name) and not name.endswith(_NOT_LINEAR_ENDINGS)
 
 
 def kind(name: str) -> str:
@@ -73,10 +80,14 @@ def embedding_tensor(model: Model) -> str | None:
 
 
 def head_tensor(model: Model) -> str | None:
-    """Name of the output projection, `[vocabulary, hidden_size]`, or None: the head is tied or there is none."""
+    """Name of the output projection, `[vocabulary, hidden_size]`, or None: the head is tied or there is none.
+
+    A head that classifies is none: it is tiny, and stays dense.
+    """
     return next((name for name in model.tensors if _HEAD.fullmatch(name)), None)
 
 
 def logits_tensor(model: Model) -> str | None:
-    """Name of the matrix that gives the logits: the head or, where that is tied, the embedding."""
-    return head_tensor(model) or embedding_tensor(model)
+    """Name of the matrix that gives the logits: the head or, where that is tied, the embedding. None: the model gives none."""
+    head = head_tensor(model)
+    return embedding_tensor(model) if head is None and model.config.get("tie_word_embeddings") else head

@@ -7,6 +7,7 @@ that would change the result.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -30,7 +31,7 @@ ACTIVATIONS: dict[str, Literal["silu", "gelu", "gelu_tanh"]] = {
 }
 ROPE_TYPES = ("default", "linear", "llama3")
 
-REMEDY = "inspect and verify work on any architecture; to run this model, use transformers"
+REMEDY = "transformers may run it: cluscomp-export convert MODEL FOLDER --to hf (docs/hf-format.md)"
 MAX_LAYERS = 4096
 MAX_SIZE = 2**31 - 1
 
@@ -268,15 +269,29 @@ def expected_tensors(settings: DecoderSettings) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def check_tensors(model: Model, settings: DecoderSettings) -> None:
+_HEAD = "lm_head.weight"
+_IGNORED = re.compile(r"(?:model\.)?mtp\..*|.*rotary_emb\.inv_freq")
+"""What the decoder leaves out, as transformers does: layers that predict further tokens at once, which training and some
+servers use, and in old checkpoints the rotary frequencies, which follow from the configuration."""
+
+
+def check_tensors(model: Model, settings: DecoderSettings, *, head: bool = True) -> None:
     """Hold a model's tensors against its settings.
 
-    A tied model may bring a head of its own, which then wins over the embedding. Raises InvalidFileError with every tensor
-    that is missing or of a wrong shape or type, UnsupportedError with every tensor the decoder would leave unused.
+    Without `head` only what gives the last hidden states is looked at: the embedding, the blocks and the last norm. A tied
+    model may bring a head of its own, which then wins over the embedding.
+
+    Raises InvalidFileError with every tensor that is missing or of a wrong shape or type; UnsupportedError for tensors of other
+    names than the decoder's, with every tensor it would leave unused, and for a model without the head of a language model.
     """
     expected = expected_tensors(settings)
-    if "lm_head.weight" in model.tensors:
-        expected["lm_head.weight"] = (settings.vocab_size, settings.hidden_size)
+    expected.pop(_HEAD, None)
+    if not expected.keys() & model.tensors.keys():
+        message, found = "the tensors have other names than the decoder's", ", ".join(sorted(model.tensors)[:3])
+        wanted = ", ".join([*expected][:3])
+        raise UnsupportedError(Problem("other_names", message, None, None, f"{found}, ...", f"{wanted}, ...", REMEDY))
+    if _HEAD in model.tensors:
+        expected[_HEAD] = (settings.vocab_size, settings.hidden_size)
     wrong: list[Problem] = []
     for name, shape in expected.items():
         tensor = model.tensors.get(name)
@@ -288,8 +303,16 @@ def check_tensors(model: Model, settings: DecoderSettings) -> None:
             wrong.append(Problem("wrong_dtype", "not a float", None, name, tensor.values.dtype, ", ".join(FLOAT_DTYPES)))
     if wrong:
         raise InvalidFileError(wrong)
-    # Old checkpoints store the rotary frequencies, which follow from the configuration.
-    unused = [name for name in model.tensors if name not in expected and not name.endswith("rotary_emb.inv_freq")]
-    if unused:
+    others = sorted(name for name in model.tensors if name not in expected and not _IGNORED.fullmatch(name))
+    inside = [name for name in others if name.startswith("model.")]
+    if inside:
         message = "the configuration has no use for this tensor; running without it could give wrong results"
-        raise UnsupportedError([Problem("unused_tensor", message, None, name, remedy=REMEDY) for name in sorted(unused)])
+        raise UnsupportedError([Problem("unused_tensor", message, None, name, remedy=REMEDY) for name in inside])
+    if not head:
+        return
+    if others:
+        message = "the model has another head than a language model's, and gives no next token"
+        raise UnsupportedError([Problem("other_head", message, None, name, remedy=REMEDY) for name in others])
+    if not settings.tied and _HEAD not in model.tensors:
+        message = "the model has no head: it gives hidden states, as embedding models do, and no next token"
+        raise UnsupportedError(Problem("no_head", message, None, _HEAD, "nothing", "a tensor, or a tied head", REMEDY))

@@ -72,7 +72,7 @@ class BlockRunner:
 
     def __init__(self, model: Model) -> None:
         self.settings = DecoderSettings.from_config(model.config)
-        check_tensors(model, self.settings)
+        check_tensors(model, self.settings, head=False)
         self._config = model.config
         # This builder reads no matrix before it is used.
         self._decoder = Decoder(model, self.settings, MatrixBuilder("reference", torch.float32, torch.device("cpu")))

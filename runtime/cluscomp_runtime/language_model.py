@@ -212,20 +212,22 @@ class LanguageModel:
 def observe_inputs(model: Model, input_ids: torch.Tensor, observe: Callable[[str, torch.Tensor], None]) -> None:
     """Run a model once on `input_ids` `[batch, tokens]` and show `observe` each matrix's name and input.
 
-    Inputs are `[batch, tokens, in_features]`; the head does not multiply. In float64 reference mode: nothing is kept, so memory
-    is bounded by the largest matrix and the activations. Raises UnsupportedError, InvalidFileError,
+    Inputs are `[batch, tokens, in_features]`; the head, if there is one, does not multiply. In float64 reference mode: nothing
+    is kept, so memory is bounded by the largest matrix and the activations. Raises UnsupportedError, InvalidFileError,
     InvalidRequestError.
     """
     settings = DecoderSettings.from_config(model.config)
-    check_tensors(model, settings)
+    check_tensors(model, settings, head=False)
     for row in input_ids.tolist():
         check_prompt(row, settings.vocab_size, settings.max_position_embeddings)
     builder = MatrixBuilder("reference", torch.float64, torch.device("cpu"), observe)
     with torch.inference_mode():
         decoder = Decoder(model, settings, builder)
-        # A tied head is the embedding.
-        head = "lm_head.weight" if "lm_head.weight" in model.tensors else "model.embed_tokens.weight"
-        observe(head, decoder.norm(decoder.stream(input_ids)))
+        last = decoder.norm(decoder.stream(input_ids))
+        if "lm_head.weight" in model.tensors:
+            observe("lm_head.weight", last)
+        elif settings.tied:
+            observe("model.embed_tokens.weight", last)
 
 
 def check_device(device: str | torch.device) -> torch.device:

@@ -10,6 +10,7 @@ import torch
 from cluscomp_formats import registry
 from cluscomp_formats.delta import open_delta
 from cluscomp_formats.errors import InvalidRequestError, Problem
+from cluscomp_runtime.architecture import DecoderSettings, check_tensors
 from cluscomp_runtime.language_model import LanguageModel
 from cluscomp_runtime.selftest import run_self_test
 
@@ -35,6 +36,8 @@ def load(
     model = registry.open_model(Path(path))
     change = None if delta is None else open_delta(Path(delta))
     if selftest and model.self_test is None:
+        # Says what is the matter with a model that the runtime does not run, and that has no record for that reason.
+        check_tensors(model, DecoderSettings.from_config(model.config))
         remedy = "load it without the self-test"
         raise InvalidRequestError(Problem("no_self_test", "this file has no self-test record", str(path), remedy=remedy))
     language_model = LanguageModel.from_model(model, device=device, dtype=dtype, kernel=kernel, context=context)

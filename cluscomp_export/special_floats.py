@@ -1,0 +1,46 @@
+"""Infinity and NaN in configurations, which JSON does not have.
+
+Python reads and writes them bare, and so does transformers, which since version 5 writes `{"__float__": "Infinity"}` instead.
+That is JSON, so it is what a configuration holds here: it has a digest, and every format can store it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["load_config", "with_floats"]
+
+_TAG = "__float__"
+_NAMES = {math.inf: "Infinity", -math.inf: "-Infinity"}
+
+
+def load_config(text: str | bytes) -> Any:
+    """`json.loads`, with every number that is not finite in transformers' form. Raises ValueError, RecursionError."""
+    return json.loads(text, parse_constant=_tagged, parse_float=_finite)
+
+
+def _tagged(name: str) -> dict[str, str]:
+    return {_TAG: name}
+
+
+def _finite(digits: str) -> float | dict[str, str]:
+    """1e999 is a number in JSON, and infinite to everyone who reads it."""
+    number = float(digits)
+    return number if math.isfinite(number) else _tagged(_NAMES[number])
+
+
+def with_floats(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a configuration with the numbers themselves, as transformers' `from_dict` takes it."""
+    return {key: _decoded(value) for key, value in config.items()}
+
+
+def _decoded(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        tag = value.get(_TAG)
+        if len(value) == 1 and tag in ("Infinity", "-Infinity", "NaN"):
+            return float(tag)
+        return with_floats(value)
+    return [_decoded(item) for item in value] if isinstance(value, list) else value
