@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import os
 import re
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -22,6 +23,7 @@ from joblib.externals.loky import get_reusable_executor
 from joblib.externals.loky.process_executor import BrokenProcessPool
 
 from cluscomp_export.jobs import Computing
+from cluscomp_export.orphans import end_with
 from cluscomp_export.progress import Progress, silent
 from cluscomp_formats.errors import InvalidRequestError, Problem, WorkersLostError
 from cluscomp_formats.ir import AnyArray
@@ -163,7 +165,8 @@ class _LocalWorkers(Workers):
         if self._choice.kind == "threads":
             return joblib.Parallel(self._choice.count, backend="threading", **STREAMING)
         # Arrays go through pipes: joblib would else put large ones into files that last as long as the pool.
-        options = {"inner_max_num_threads": self.threads(self._choice.count), "max_nbytes": None}
+        options: dict[str, Any] = {"inner_max_num_threads": self.threads(self._choice.count), "max_nbytes": None}
+        options |= {"initializer": end_with, "initargs": (os.getpid(),)}
         with joblib.parallel_config("loky", n_jobs=self._choice.count, **options):
             return joblib.Parallel(**STREAMING)
 
