@@ -103,12 +103,11 @@ def opening_fault(model: Model) -> str | None:
     if "auto_map" in model.config:
         return None
     try:
-        try:
-            model_class = named_class(model.config)
-        except UnsupportedError as error:
-            if error.problems[0].remedy is None:
-                raise
-            return None
+        model_class = named_class(model.config)
+    except UnsupportedError as error:
+        # With a remedy: what transformers knows by its model_type alone, it may open by that.
+        return error.problems[0].message if error.problems[0].remedy is None else None
+    try:
         with refusing(f"{model_class.__name__} cannot be built from this configuration"), torch.device("meta"):
             module = model_class(model_class.config_class.from_dict(with_floats(model.config)))
         replace_modules(module, model, MatrixStore(), torch.float32)

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from cluscomp_export.sources.foreign import ADAPTER_CONFIG, adapter_problem
 from cluscomp_export.special_floats import load_config
 from cluscomp_formats.errors import InvalidFileError, Problem, UnsupportedError
 from cluscomp_formats.hf.mapped_shards import open_shard
@@ -184,11 +185,13 @@ def _is_plain_name(name: str) -> bool:
 
 
 def _no_weights(folder: Path) -> Problem:
-    """Why there is nothing to read in the folder: only pickles, differently named files, or no weights at all."""
+    """Why there is nothing to read in the folder: only pickles, an adapter, differently named files, or no weights at all."""
     pickled = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLED_SUFFIXES)
     if pickled:
         return pickled_problem(folder, pickled)
-    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    if (folder / ADAPTER_CONFIG).exists():
+        return adapter_problem(folder)
+    others = sorted(path.name for path in folder.glob("*.safetensors") if not path.name.startswith("consolidated"))
     remedy = (
         f"name the file itself instead of its folder: {others[0]}"
         if others

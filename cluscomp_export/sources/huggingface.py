@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from cluscomp_export.sources.checkpoint import Checkpoint, open_checkpoint
+from cluscomp_export.sources.checkpoint import Checkpoint, open_checkpoint, read_config
+from cluscomp_export.sources.foreign import refuse_foreign_tensors, refuse_quantized_config
 from cluscomp_export.sources.linears import embedding_tensor, head_tensor
-from cluscomp_formats.errors import Problem, UnsupportedError
+from cluscomp_formats.errors import UnsupportedError
 from cluscomp_formats.ir import Array, DenseTensor, Model
 from cluscomp_runtime.architecture import MODEL_TYPES
 
@@ -32,10 +33,17 @@ _IN_BASE_CLASS = re.compile(r"(?:embed_tokens|layers\.\d+|norm)\..*")
 def open_huggingface(folder: Path, weights: Path | None = None) -> Model:
     """Open a Hugging Face folder, or its one file `weights`, as a dense model.
 
-    Raises InvalidFileError with every problem found; UnsupportedError if the checkpoint is already quantised.
+    Raises InvalidFileError with every problem found; UnsupportedError if the checkpoint is already quantised, an adapter, or of
+    Mistral's own format.
     """
-    checkpoint = open_checkpoint(folder, weights)
-    _refuse_quantized(folder, checkpoint.config)
+    try:
+        checkpoint = open_checkpoint(folder, weights)
+    except UnsupportedError:
+        # The configuration may say why a dtype is one that no model has.
+        refuse_quantized_config(folder, read_config(folder))
+        raise
+    refuse_quantized_config(folder, checkpoint.config)
+    refuse_foreign_tensors(folder, checkpoint.tensors.keys())
     model = Model(
         config=checkpoint.config,
         tensors={name: DenseTensor(name, values) for name, values in _prefixed(checkpoint).items()},
@@ -57,15 +65,6 @@ def provenance(source: str, checkpoint: Checkpoint) -> dict[str, Any]:
     """The record of a safetensors source: nothing of it depends on where or when the files were read."""
     num_bytes = sum(path.stat().st_size for path in checkpoint.weight_files)
     return {"format": source, "weight_files": len(checkpoint.weight_files), "weight_bytes": num_bytes, "stored_bits": {}}
-
-
-def _refuse_quantized(folder: Path, config: Mapping[str, Any]) -> None:
-    quantization = config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
-        message = "the checkpoint is already quantised, and its packed weights are not plain matrices"
-        remedy = "start from the checkpoint it was made from, or dequantise it with transformers first"
-        raise UnsupportedError(Problem("already_quantized", message, str(folder), None, str(method), "none", remedy))
 
 
 def untie(model: Model) -> Model:
