@@ -251,8 +251,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         original = LanguageModel.from_model(subject.source)
-        token_ids, bos_id = tokenize(tokenizer_of(original, arguments.model), read_text(arguments.text))
-        windows = choose_protocol().windows(token_ids, count=arguments.windows, bos_id=bos_id)
+        protocol = choose_protocol()
+        token_ids, bos_id = tokenize(tokenizer_of(original, arguments.model), read_text(arguments.text), protocol)
+        windows = protocol.windows(token_ids, count=arguments.windows, bos_id=bos_id)
         reference: Any = Recorded(original, folder)
         ggml = Ggml()
         grids = grid_peers(subject, wanted)

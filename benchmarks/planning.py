@@ -106,8 +106,9 @@ def measured(
 
 def cut(model: LanguageModel, arguments: argparse.Namespace) -> list[list[int]]:
     """The windows to score."""
-    token_ids, bos_id = tokenize(tokenizer_of(model, arguments.model), read_text(arguments.text))
-    return choose_protocol().windows(token_ids, count=arguments.windows, bos_id=bos_id)
+    protocol = choose_protocol()
+    token_ids, bos_id = tokenize(tokenizer_of(model, arguments.model), read_text(arguments.text), protocol)
+    return protocol.windows(token_ids, count=arguments.windows, bos_id=bos_id)
 
 
 def probe(source: Model, sensitivities: Mapping[str, Sensitivity], arguments: argparse.Namespace) -> list[dict[str, Any]]:

@@ -170,8 +170,9 @@ def main() -> None:
         if arguments.artefact is not None:
             options = RecoveryOptions(steps=arguments.steps, precision=fast_precision())
             original = LanguageModel.from_model(source)
-            judge_ids, bos_id = tokenize(tokenizer_of(original, arguments.model), judge_text)
-            windows = choose_protocol().windows(judge_ids, count=arguments.windows, bos_id=bos_id)
+            protocol = choose_protocol()
+            judge_ids, bos_id = tokenize(tokenizer_of(original, arguments.model), judge_text, protocol)
+            windows = protocol.windows(judge_ids, count=arguments.windows, bos_id=bos_id)
             rows = compare_recoveries(source, original, open_source(arguments.artefact), token_ids, windows, options)
         else:
             calibration = calibration_windows(token_ids, arguments.calibration_windows)

@@ -138,9 +138,8 @@ def evaluate_files(
         on_progress("loading", len(loaded), len(stored))
     limit = min(max_tokens(runner) for runner in loaded.values())
     chosen = choose_protocol(protocol, context=context, stride=stride, join=join, limit=limit)
-    prepared = chosen.prepare(words)
-    token_ids, bos_id = tokenize(tokenizer_of(loaded["model"], model_path), prepared)
-    if reference is not None and tokenize(tokenizer_of(loaded["reference"], reference), prepared)[0] != token_ids:
+    token_ids, bos_id = tokenize(tokenizer_of(loaded["model"], model_path), words, chosen)
+    if reference is not None and tokenize(tokenizer_of(loaded["reference"], reference), words, chosen)[0] != token_ids:
         problem = Problem("other_tokenizer", "the reference cuts the text into other tokens", str(reference))
         raise InvalidRequestError(problem)
     cut = chosen.windows(token_ids, count=windows, bos_id=bos_id)
@@ -217,8 +216,8 @@ def tokenizer_of(runner: Runner, path: Path) -> Tokenizer:
     return runner.tokenizer
 
 
-def tokenize(tokenizer: Tokenizer, text: str) -> tuple[list[int], int | None]:
-    """The text's tokens, and the id of the token that begins every text, None if there is none."""
-    token_ids = tokenizer.encode(text)
+def tokenize(tokenizer: Tokenizer, text: str, protocol: ScoringProtocol) -> tuple[list[int], int | None]:
+    """The text's tokens by a protocol, and the id of the token that begins every text, None if there is none."""
+    token_ids = tokenizer.encode(protocol.prepare(text), parse_special=protocol.parse_special)
     begins = tokenizer.bos_id is not None and token_ids[:1] == [tokenizer.bos_id]
     return token_ids, tokenizer.bos_id if begins else None

@@ -1,10 +1,12 @@
 """How a text becomes windows of tokens, and which tokens of a window are scored: the protocols of perplexity.
 
-`llama.cpp` is that of its `perplexity` tool: the text as it is, windows of 512 tokens, of which the second half is scored;
-where the tokenizer begins a text with a token of its own, that token replaces the first of every window.
+`llama.cpp` is that of its `perplexity` tool: the text as it is but for one line end at its end, special tokens in it taken for
+plain characters; windows of 512 tokens, of which the second half is scored; where the tokenizer begins a text with a token of
+its own, that token replaces the first of every window.
 
 `gptq` is that of the quantisation literature since GPTQ (AWQ, AQLM, QuIP#, ClusComp): the lines of the text joined as the data
-set's rows are, windows of 2048 tokens (or what the paper says), all of which but the first are scored, cut as they come.
+set's rows are, special tokens in it found, as transformers' tokenizers do; windows of 2048 tokens (or what the paper says), all
+of which but the first are scored, cut as they come.
 
 Windows do not overlap unless a stride shorter than the context is asked for; what is left at the end is dropped.
 `docs/evaluation.md` tells how the two differ in figures.
@@ -48,9 +50,16 @@ class Protocol:
             return self.context - self.stride
         return self.context // 2 + 1 if self.name == "llama.cpp" else 1
 
+    @property
+    def parse_special(self) -> bool:
+        """Whether the text of a special token is that token, or the characters it is written with."""
+        return self.name != "llama.cpp"
+
     def prepare(self, text: str) -> str:
         """The text as it is tokenized."""
-        return join_rows(text) if self.join == "rows" else text
+        joined = join_rows(text) if self.join == "rows" else text
+        # llama.cpp takes a file for a prompt, which may end like a file.
+        return joined.removesuffix("\n") if self.name == "llama.cpp" else joined
 
     def windows(self, token_ids: Sequence[int], *, count: int | None, bos_id: int | None) -> list[list[int]]:
         """The first `count` (None: all) full windows. `bos_id` is the token that the tokenizer begins every text with, if any.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from cluscomp_formats.errors import ClusCompError, InvalidFileError, InvalidRequestError, Problem
@@ -15,7 +16,7 @@ from cluscomp_formats.packed.json_values import is_unicode
 from cluscomp_formats.tokens import end_tokens as stored_end_tokens
 from cluscomp_formats.tokens import read_json_file, read_tokenizer
 from cluscomp_runtime.streaming import StreamDecoder
-from cluscomp_runtime.tokenizer_backend import Backend, open_backend
+from cluscomp_runtime.tokenizer_backend import Backend, open_backend, plain_copy
 
 __all__ = ["Tokenizer", "end_tokens", "read_json_file"]
 
@@ -68,8 +69,11 @@ class Tokenizer:
         """Number of tokens, added ones included."""
         return int(self.backend.get_vocab_size(with_added_tokens=True))
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
         """Token ids of a text.
+
+        Without `parse_special`, the text of a special token (`</s>`) is that of the characters it is written with, like any
+        other, and not that token; added tokens that are not special are found in either case.
 
         With `add_special_tokens` the text gets what the tokenizer's post-processor adds. A text that already begins with the
         beginning-of-text token gets no second one. Raises InvalidRequestError for a text with lone surrogates,
@@ -78,9 +82,15 @@ class Tokenizer:
         if not is_unicode(text):
             raise InvalidRequestError(Problem("bad_prompt", "the text is not valid Unicode", found=ascii(text)[:200]))
         with _library_faults("cannot encode a text with it"):
-            ids = list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+            backend = self.backend if parse_special else self._plain
+            ids = list(backend.encode(text, add_special_tokens=add_special_tokens).ids)
         written = add_special_tokens and self.bos_token is not None and text.startswith(self.bos_token)
         return ids[1:] if written and ids[:2] == [self.bos_id, self.bos_id] else ids
+
+    @cached_property
+    def _plain(self) -> Backend:
+        with _library_faults("cannot read it"):
+            return plain_copy(self.backend)
 
     def encode_with_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of a text, no special tokens added, and of each the characters it stands for, begin and end.

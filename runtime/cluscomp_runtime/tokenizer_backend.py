@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import subprocess
@@ -12,12 +13,12 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from cluscomp_formats.errors import Problem, UnsupportedError
 from cluscomp_runtime.tokenizer_bounds import reason_to_isolate
 
-__all__ = ["Backend", "Encoded", "IsolatedTokenizer", "open_backend"]
+__all__ = ["Backend", "Encoded", "IsolatedTokenizer", "open_backend", "plain_copy"]
 
 SECONDS = 10
 SECONDS_PER_MEGABYTE = 20
@@ -69,6 +70,15 @@ def open_backend(content: bytes) -> Backend:
     return backend
 
 
+def plain_copy(backend: Backend) -> Backend:
+    """A copy to which special tokens in a text are the characters they are written with. A setting would be for all users."""
+    if isinstance(backend, IsolatedTokenizer):
+        return backend.plain_copy()
+    plain: Any = copy.deepcopy(backend)
+    plain.encode_special_tokens = True
+    return cast(Backend, plain)
+
+
 @dataclass(frozen=True)
 class _Encoding:
     ids: list[int]
@@ -81,17 +91,21 @@ class IsolatedTokenizer:
     Raises UnsupportedError then, and RuntimeError where the library fails. `reason` says why it is not in this process.
     """
 
-    def __init__(self, content: str, reason: str) -> None:
+    def __init__(self, content: str, reason: str, plain: bool = False) -> None:
         self._content = content
         self._reason = reason
+        self._plain = plain
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._owner = 0
         with self._lock:
             self._running()
 
-    def __reduce__(self) -> tuple[type[IsolatedTokenizer], tuple[str, str]]:
-        return type(self), (self._content, self._reason)
+    def __reduce__(self) -> tuple[type[IsolatedTokenizer], tuple[str, str, bool]]:
+        return type(self), (self._content, self._reason, self._plain)
+
+    def plain_copy(self) -> IsolatedTokenizer:
+        return IsolatedTokenizer(self._content, self._reason, plain=True)
 
     def encode(self, sequence: str, *, add_special_tokens: bool = True) -> Encoded:
         found = self._ask("encode", sequence=sequence, add_special_tokens=add_special_tokens)
@@ -123,7 +137,7 @@ class IsolatedTokenizer:
         if self._process is None or self._owner != os.getpid():
             self._process, self._owner = _start(), os.getpid()
             weakref.finalize(self, _end, self._process, self._owner)
-            self._request(self._process, "load", {"content": self._content})
+            self._request(self._process, "load", {"content": self._content, "plain": self._plain})
         return self._process
 
     def _request(self, process: subprocess.Popen[bytes], method: str, arguments: dict[str, Any]) -> Any:

@@ -34,6 +34,7 @@ def serve() -> None:
                 tokenizer = tokenizers.Tokenizer.from_str(request["arguments"]["content"])
                 tokenizer.no_truncation()
                 tokenizer.no_padding()
+                tokenizer.encode_special_tokens = request["arguments"]["plain"]
                 result = None
             else:
                 result = answer(tokenizer, request["method"], request["arguments"])
