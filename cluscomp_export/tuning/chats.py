@@ -39,7 +39,8 @@ def read_chats(path: Path) -> list[ChatLine]:
     """All chats of a file. Raises InvalidFileError with a problem for every bad line, or if there is no chat at all."""
     chats: list[ChatLine] = []
     problems: list[Problem] = []
-    for number, text in enumerate(read_text(path).split("\n"), 1):
+    # JSON has no byte order mark; some editors write one.
+    for number, text in enumerate(read_text(path).removeprefix("\ufeff").split("\n"), 1):
         if not text.strip():
             continue
         found = _messages(text)
