@@ -37,7 +37,7 @@ lint: setup
 
 test: lint
 	@command -v npm >/dev/null && $(MAKE) --no-print-directory programs || echo "Without npm's programs their tests are skipped."
-	$(BIN)/pytest
+	$(BIN)/pytest -n logical --maxprocesses 8 --dist worksteal
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -10,6 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+# Read once, when torch loads. The models of the tests are too small for more threads to help, and pytest-xdist gives every
+# core a process; tests of threads say how many they want.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from hypothesis import settings
