@@ -31,7 +31,7 @@ from cluscomp_export.planning.plan_file import plan_value, read_plan
 from cluscomp_export.progress import Progress, silent
 from cluscomp_export.sensitivity import measure_sensitivities, sensitive_tensors
 from cluscomp_export.sizes import Sizes, model_sizes
-from cluscomp_export.sources import CONFIG_ONLY, open_source, source_bytes
+from cluscomp_export.sources import CONFIG_ONLY, files_left_behind, open_source, source_bytes
 from cluscomp_export.torch_threads import torch_threads
 from cluscomp_export.what_runs import calibration_fault, nowhere_to_run, prediction_fault
 from cluscomp_export.work_folder import WorkFolder
@@ -48,6 +48,8 @@ from cluscomp_runtime.selftest import longest_record
 __all__ = ["Prepared", "make_plan", "prepare", "provenance_of", "sensitivities_of"]
 
 DEFAULT_BITS = 4.0
+MAX_NAMED = 8
+"""Files that a warning names."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,8 @@ def prepare(
         context=context,
         cuda=options.device.startswith("cuda"),
     )
-    warnings += [*_warnings(source, sizes, source_size), *memory_warnings(memory, options.device)]
+    warnings += [*_warnings(source, sizes, source_size), *_file_warnings(source, source_path)]
+    warnings += memory_warnings(memory, options.device)
     nowhere = nowhere_to_run(model) if plan is not None else None
     warnings += [nowhere] if nowhere is not None else []
     return Prepared(source, text, plan, model, sizes, artefact, source_size, sensitivities, memory, tuple(warnings))
@@ -331,6 +334,21 @@ def _out_of_range(options: ConversionOptions) -> Problem | None:
         found, expected = str(options.codebook_bits), " or ".join(map(str, CODEBOOK_DTYPES))
         return Problem("bad_option", "--codebook-bits is out of range", found=found, expected=expected)
     return None
+
+
+def _file_warnings(source: Model, path: Path) -> list[str]:
+    warnings = []
+    left = files_left_behind(source, path)
+    if left:
+        more = f" and {len(left) - MAX_NAMED} more" if len(left) > MAX_NAMED else ""
+        warnings.append(f"not carried along, not known to belong to a model: {', '.join(left[:MAX_NAMED])}{more}")
+    code = [name for name in source.files if name.endswith(".py")]
+    if code:
+        named = ", ".join(code[:MAX_NAMED])
+        warnings.append(
+            f"the artefact carries the model's own code ({named}): nothing here runs it, transformers only if told to trust it"
+        )
+    return warnings
 
 
 def _warnings(source: Model, sizes: Sizes, source_file_bytes: int) -> list[str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from cluscomp_export.sources.checkpoint import PICKLED_SUFFIXES, SIDE_FILES
+from cluscomp_export.sources.checkpoint import PICKLED_SUFFIXES
+from cluscomp_export.sources.side_files import SIDE_FILES
 from cluscomp_formats.gguf.architectures import ARCHITECTURES
 from cluscomp_formats.gguf.word_schemes import SCHEMES
 

@@ -11,7 +11,8 @@ from hostile_paths import place
 from hub_cache import hub_cache
 
 from cluscomp_export.sources import open_source
-from cluscomp_export.sources.checkpoint import CONFIG, INDEX, SIDE_FILES
+from cluscomp_export.sources.checkpoint import CONFIG, INDEX
+from cluscomp_export.sources.side_files import SIDE_FILES
 from cluscomp_formats.errors import InvalidFileError
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs pipes and links")

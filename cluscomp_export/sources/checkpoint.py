@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cluscomp_export.sources.foreign import ADAPTER_CONFIG, adapter_problem
+from cluscomp_export.sources.side_files import read_side_files
 from cluscomp_export.special_floats import load_config
 from cluscomp_formats.errors import InvalidFileError, Problem, UnsupportedError
 from cluscomp_formats.hf.mapped_shards import open_shard
@@ -22,36 +23,21 @@ from cluscomp_formats.hf.safetensors import Entry
 from cluscomp_formats.ir import DTYPES, AnyArray, Array
 from cluscomp_formats.model_folder import read_inside
 from cluscomp_formats.packed.json_values import json_faults
-from cluscomp_formats.side_files import read_side_file
 from cluscomp_formats.stored_file import Stamp, read_again
 
 __all__ = [
     "CONFIG",
     "INDEX",
     "PICKLED_SUFFIXES",
-    "SIDE_FILES",
     "Checkpoint",
     "open_checkpoint",
     "pickled_problem",
     "read_config",
-    "read_side_files",
 ]
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-
-SIDE_FILES = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-)
 
 PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -107,7 +93,7 @@ def open_checkpoint(folder: Path, weights: Path | None = None) -> Checkpoint:
     else:
         problems.append(_no_weights(folder))
 
-    files = _or_problems(read_side_files, folder, problems)
+    files = _or_problems(partial(read_side_files, config=config), folder, problems)
     headers = _Headers(problems=problems)
     for shard in shards:
         _read_header(shard, headers)
@@ -253,22 +239,3 @@ def _check_index(path: Path, index: dict[str, str], headers: _Headers) -> None:
         elif owner is not None and owner != shard:
             message = "the index lists the tensor in another file than the one that holds it"
             headers.problems.append(Problem("misplaced_tensor", message, str(path), name, owner, shard))
-
-
-def read_side_files(folder: Path) -> dict[str, Array]:
-    """Tokenizer and other side files of the folder, those there are, as uint8 `[bytes]`.
-
-    Raises InvalidFileError with the problems of all: what has such a name and is no file, too long or a link that leads out of
-    the folder (see `cluscomp_formats.model_folder`); StorageError.
-    """
-    files: dict[str, Array] = {}
-    problems: list[Problem] = []
-    for name in SIDE_FILES:
-        if os.path.lexists(folder / name):
-            try:
-                files[name] = read_side_file(folder, name)
-            except InvalidFileError as error:
-                problems += error.problems
-    if problems:
-        raise InvalidFileError(problems)
-    return files

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cluscomp_export.sources.checkpoint import read_config, read_side_files
+from cluscomp_export.sources.checkpoint import read_config
+from cluscomp_export.sources.side_files import read_side_files
 from cluscomp_formats.errors import InvalidFileError, Problem
 from cluscomp_formats.ir import FLOAT_DTYPES, Array, DenseTensor, Model
 from cluscomp_runtime.architecture import DecoderSettings, expected_tensors
@@ -36,7 +37,7 @@ def open_config(folder: Path) -> Model:
         raise InvalidFileError(Problem("missing", "only the configuration is here, no weights", str(folder), remedy=remedy))
 
     tensors = {name: DenseTensor(name, Array(shape, dtype, no_payload)) for name, shape in shapes.items()}
-    return Model(config, tensors, read_side_files(folder), {"format": FORMAT, "stored_bits": {}})
+    return Model(config, tensors, read_side_files(folder, config), {"format": FORMAT, "stored_bits": {}})
 
 
 def _dtype(config: Mapping[str, Any], folder: Path) -> str:

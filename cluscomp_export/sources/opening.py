@@ -12,6 +12,7 @@ from cluscomp_export.sources.config_only import open_config
 from cluscomp_export.sources.gguf import gguf_parts, is_gguf, model_of, read_gguf
 from cluscomp_export.sources.huggingface import open_huggingface
 from cluscomp_export.sources.reference import is_reference_config, open_reference
+from cluscomp_export.sources.side_files import left_behind
 from cluscomp_formats import registry
 from cluscomp_formats.atomic import storage_error
 from cluscomp_formats.delta import is_delta, open_delta
@@ -19,7 +20,7 @@ from cluscomp_formats.errors import InvalidFileError, Problem
 from cluscomp_formats.ir import Model
 from cluscomp_formats.regular_file import check_there, first_bytes, open_regular
 
-__all__ = ["CONFIG_ONLY", "open_source", "source_bytes", "source_files"]
+__all__ = ["CONFIG_ONLY", "files_left_behind", "open_source", "source_bytes", "source_files"]
 
 _MAX_HEADER_BYTES = 100_000_000
 """The limit the safetensors library sets to itself."""
@@ -115,6 +116,16 @@ def source_files(path: Path) -> list[Path]:
     """
     beside = _is_safetensors(path) and not is_delta(path)
     return sorted(path.parent.iterdir()) if beside else gguf_parts(path)
+
+
+def files_left_behind(source: Model, path: Path) -> list[str]:
+    """Names of what a checkpoint's folder holds and the model opened from there does not: neither weights nor hidden files."""
+    if source.provenance.get("format") not in ("huggingface", "cluscomp-reference"):
+        return []
+    try:
+        return left_behind(path if path.is_dir() else path.parent, source.files)
+    except OSError as error:
+        raise storage_error(path, error) from error
 
 
 def source_bytes(path: Path) -> int:

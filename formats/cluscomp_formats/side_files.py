@@ -10,16 +10,18 @@ from typing import Any
 
 import numpy as np
 
+from cluscomp_formats.atomic import fsync_folder
 from cluscomp_formats.errors import InvalidFileError, Problem, StorageError
 from cluscomp_formats.ir import Array, Model
 from cluscomp_formats.model_folder import read_inside
 from cluscomp_formats.packed.payload_stream import read_checked
 from cluscomp_formats.packed.payloads import Payload
-from cluscomp_formats.packed.spec import file_name_fault
+from cluscomp_formats.packed.spec import SIDE_FOLDER, side_file_name_fault
 
 __all__ = [
     "MAX_SIDE_FILE_BYTES",
     "json_bytes",
+    "names_in",
     "open_side_files",
     "read_side_file",
     "side_file_problems",
@@ -37,8 +39,9 @@ _GET_ALL = "get this part of the model too"
 
 def side_file_problems(model: Model, taken: Collection[str], file: str) -> Iterator[Problem]:
     """Side files that cannot lie beside the format's own files, which are called `taken`."""
+    folders = {name.partition("/")[0].casefold() for name in model.files if "/" in name}
     for name in model.files:
-        if _is_taken(name, taken):
+        if _is_taken(name, taken) or name.casefold() in folders:
             message = "the name of a side file is that of a file of the format"
             yield Problem("bad_name", message, file, name, remedy="leave the side file out")
         elif len(name.encode(errors="replace")) > _MAX_FILE_NAME_BYTES:
@@ -51,8 +54,13 @@ def write_side_files(model: Model, folder: Path, output: Path, advance: Callable
     for name in sorted(model.files):
         array = model.files[name]
         content = read_checked(Payload(name, "bytes", array.dtype, array.shape), array, output)
-        write_synced(folder / name, content.tobytes())
+        path = folder / name
+        if path.parent != folder:
+            path.parent.mkdir(exist_ok=True)
+        write_synced(path, content.tobytes())
         advance(content.nbytes)
+    for inner in {(folder / name).parent for name in model.files if "/" in name}:
+        fsync_folder(inner)
 
 
 def json_bytes(value: Mapping[str, Any]) -> bytes:
@@ -91,7 +99,7 @@ def open_side_files(folder: Path, names: Any, taken: Collection[str], file: str)
         if not isinstance(name, str):
             problems.append(Problem("wrong_type", "files is not a list of strings", file, found=repr(names)[:200]))
             continue
-        fault = "is taken" if name in files or _is_taken(name, taken) else file_name_fault(name)
+        fault = "is taken" if name in files or _is_taken(name, taken) else side_file_name_fault(name)
         if fault is not None:
             problems.append(Problem("bad_name", f"the name of a side file {fault}", file, found=repr(name)[:200]))
         else:
@@ -103,6 +111,18 @@ def open_side_files(folder: Path, names: Any, taken: Collection[str], file: str)
 
 
 def _is_taken(name: str, taken: Collection[str]) -> bool:
-    """Whether a name is one of the format's own, in any case: file systems may not tell."""
-    folded = name.casefold()
-    return folded in {own.casefold() for own in taken} or folded.endswith(".safetensors")
+    """Whether a name is one of the format's own, or one in a folder of its own, in any case: file systems may not tell."""
+    first, slash, _ = name.casefold().partition("/")
+    return first in {own.casefold() for own in taken} or (not slash and first.endswith(".safetensors"))
+
+
+def names_in(folder: Path) -> Iterator[str]:
+    """Names of all that a model's folder holds, as those of side files are written; a folder deeper than that ends in a slash.
+
+    Raises OSError.
+    """
+    for path in folder.iterdir():
+        if path.is_dir() and SIDE_FOLDER.fullmatch(path.name) and not path.is_symlink():
+            yield from (f"{path.name}/{inner.name}" + "/" * inner.is_dir() for inner in path.iterdir())
+        else:
+            yield path.name + "/" * path.is_dir()

@@ -19,7 +19,7 @@ from cluscomp_formats.model_folder import read_inside
 from cluscomp_formats.packed.json_values import StrictJsonError, parse_strict
 from cluscomp_formats.packed.spec import file_name_fault
 from cluscomp_formats.regular_file import MAX_JSON_BYTES, check_there, read_whole
-from cluscomp_formats.side_files import open_side_files
+from cluscomp_formats.side_files import names_in, open_side_files
 
 __all__ = ["holds_only_model", "looks_hf", "open_hf"]
 
@@ -69,7 +69,7 @@ def holds_only_model(folder: Path) -> bool:
     try:
         record = json.loads(read_whole(folder / RECORD))
         known = {*OWN_FILES, *record["files"]}
-        ours = [(path.name in known or _SHARD.fullmatch(path.name)) and not path.is_dir() for path in folder.iterdir()]
+        ours = [name in known or _SHARD.fullmatch(name) is not None for name in names_in(folder)]
     except (ClusCompError, OSError, ValueError, RecursionError, KeyError, TypeError):
         return False
     return all(ours) and looks_hf(folder)

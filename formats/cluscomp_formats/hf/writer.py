@@ -79,7 +79,7 @@ def write_hf(
             if faults:
                 raise InvalidRequestError(faults)
             _write_record(temporary, model, record)
-        file_bytes = sum(path.stat().st_size for path in temporary.iterdir())
+        file_bytes = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
     return WriteReport(folder, digest, file_bytes, progress.total, len(arrays) + len(model.files))
 
 

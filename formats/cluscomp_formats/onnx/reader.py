@@ -36,7 +36,7 @@ from cluscomp_formats.packed.payloads import stored_payloads
 from cluscomp_formats.packed.reader import content_problems
 from cluscomp_formats.packed.spec import align
 from cluscomp_formats.regular_file import first_bytes, read_whole
-from cluscomp_formats.side_files import open_side_files
+from cluscomp_formats.side_files import names_in, open_side_files
 from cluscomp_formats.stored_file import StoredFile
 
 if TYPE_CHECKING:
@@ -64,10 +64,10 @@ def looks_onnx(path: Path) -> bool:
 def holds_only_onnx(folder: Path) -> bool:
     """Whether a folder is of this format and holds nothing else, so that deleting it loses only the model. Never raises."""
     try:
-        known = {CONFIG, SUBFOLDER, *open_onnx(folder).files}
-        others = {path.name for path in folder.iterdir()} - known
+        known = {CONFIG, f"{SUBFOLDER}/", *open_onnx(folder).files}
+        others = {*names_in(folder)} - known
         inner = {path.name for path in (folder / SUBFOLDER).iterdir()} - {MODEL_FILE, DATA_FILE}
-        return not others and not inner and not (folder / CONFIG).is_dir()
+        return not others and not inner
     except Exception:  # noqa: BLE001 - whatever is wrong with it, the folder is then kept
         return False
 

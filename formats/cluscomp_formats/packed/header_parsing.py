@@ -18,7 +18,15 @@ from cluscomp_formats.packed.header import (
     Section,
     StageEntry,
 )
-from cluscomp_formats.packed.spec import ALIGNMENT, MAX_RANK, PREAMBLE_LENGTH, align, can_be_shape, file_name_fault, name_fault
+from cluscomp_formats.packed.spec import (
+    ALIGNMENT,
+    MAX_RANK,
+    PREAMBLE_LENGTH,
+    align,
+    can_be_shape,
+    name_fault,
+    side_file_name_fault,
+)
 
 __all__ = ["layout_problems", "parse_header"]
 
@@ -98,7 +106,7 @@ class _Parser:
             sections = self.sections(_list(members["sections"], "sections"))
             codebooks = self.entries(members["codebooks"], "codebooks", self.array)
             tensors = self.entries(members["tensors"], "tensors", self.tensor)
-            files = self.entries(members["files"], "files", self.section_number, file_name_fault)
+            files = self.entries(members["files"], "files", self.section_number, side_file_name_fault)
             config = _object(members["config"], "config")
             provenance = _object(members["provenance"], "provenance")
             self_test = None if members["self_test"] is None else _object(members["self_test"], "self_test")

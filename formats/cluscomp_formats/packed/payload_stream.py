@@ -17,7 +17,7 @@ from cluscomp_formats.ir import AnyArray, Array, DigestBuilder, Model
 from cluscomp_formats.packed.bits import pack_bits
 from cluscomp_formats.packed.json_values import json_faults
 from cluscomp_formats.packed.payloads import Payload
-from cluscomp_formats.packed.spec import MAX_RANK, file_name_fault, name_fault
+from cluscomp_formats.packed.spec import MAX_RANK, name_fault, side_file_name_fault
 
 __all__ = [
     "Progress",
@@ -123,7 +123,7 @@ def model_problems(model: Model, payloads: Sequence[tuple[Payload, Array]], file
     for label, names, fault_of in (
         ("tensor", model.tensors, name_fault),
         ("codebook", model.codebooks, name_fault),
-        ("side file", model.files, file_name_fault),
+        ("side file", model.files, side_file_name_fault),
     ):
         for name in names:
             fault = fault_of(name)

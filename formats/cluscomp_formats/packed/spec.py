@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import struct
 import unicodedata
 import zlib
@@ -22,6 +23,7 @@ __all__ = [
     "can_be_shape",
     "file_name_fault",
     "name_fault",
+    "side_file_name_fault",
 ]
 
 MAGIC = b"\xc1CLUS\r\n\x1a"
@@ -105,7 +107,19 @@ def name_fault(name: str) -> str | None:
 
 
 def file_name_fault(name: str) -> str | None:
-    """What is wrong with the name of a side file, which must not lead out of the folder it is unpacked to."""
+    """What is wrong with the plain name of a file, which must not lead out of the folder it is unpacked to."""
     if any(character in name for character in "/\\:") or name in (".", ".."):
-        return "is a path; a side file has a plain name"
+        return "is a path; it has to be a plain name"
     return name_fault(name)
+
+
+SIDE_FOLDER = re.compile(r"additional_chat_templates|[0-9]{1,2}_[A-Za-z][A-Za-z0-9]{0,62}")
+"""Folders that side files may lie in: templates of transformers, and modules of sentence-transformers such as `1_Pooling`."""
+
+
+def side_file_name_fault(name: str) -> str | None:
+    """What is wrong with the name of a side file: a plain name, or one in a `SIDE_FOLDER` with a slash between."""
+    folder, slash, plain = name.partition("/")
+    if slash and SIDE_FOLDER.fullmatch(folder):
+        return file_name_fault(plain) or name_fault(name)
+    return file_name_fault(name)

@@ -1,0 +1,107 @@
+"""Which files of a model's folder travel with its weights, and which stay behind.
+
+What transformers and sentence-transformers open beside the weights does: tokenizers, processors, templates, the modules of an
+embedding model. So do licences, and the model's own code where a configuration names it: as data, which nothing here runs.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from cluscomp_formats.errors import InvalidFileError, Problem
+from cluscomp_formats.ir import Array
+from cluscomp_formats.packed.spec import SIDE_FOLDER, side_file_name_fault
+from cluscomp_formats.side_files import names_in, read_side_file
+
+__all__ = ["SIDE_FILES", "left_behind", "read_side_files"]
+
+SIDE_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "config_sentence_transformers.json",
+    "generation_config.json",
+    "merges.txt",
+    "modules.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "sentence_bert_config.json",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tekken.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "video_preprocessor_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+
+_MORE = re.compile(
+    r"sentence_[a-z]{1,32}_config\.json|[^/]*\.tiktoken|(?i:licen[cs]e|notice|use_policy|copying)(\.(?i:md|txt))?"
+)
+_CODE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\.py")
+_IN_FOLDERS = (".jinja", ".json", ".safetensors", ".txt")
+_AUTO_MAP = b'"auto_map"'
+
+_MOST_FILES = 1000
+"""In each of the folders read here; those of models have a few dozen."""
+
+_OF_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|gguf|h5|msgpack|onnx|onnx_data|ot)(\.index\.json)?")
+_ELSEWHERE = {"config.json", "adapter_config.json", "quantize_config.json"}
+
+
+def read_side_files(folder: Path, config: Mapping[str, Any] | None) -> dict[str, Array]:
+    """The files of the folder that travel with the model of that configuration, by name, as uint8 `[bytes]`.
+
+    Raises InvalidFileError with the problems of all: what has such a name and is no file, too long or a link that leads out of
+    the folder (see `cluscomp_formats.model_folder`); StorageError.
+    """
+    files: dict[str, Array] = {}
+    problems: list[Problem] = []
+
+    def read(names: Collection[str]) -> None:
+        for name in sorted(names):
+            if side_file_name_fault(name) is None:
+                try:
+                    files[name] = read_side_file(folder, name)
+                except InvalidFileError as error:
+                    problems.extend(error.problems)
+
+    there = list(_names(folder))
+    inner = [f"{name}/{file}" for name in there if SIDE_FOLDER.fullmatch(name) for file in _names(folder / name)]
+    read([name for name in there if name in SIDE_FILES or _MORE.fullmatch(name)])
+    read([name for name in inner if name.endswith(_IN_FOLDERS)])
+    if "auto_map" in (config or {}) or any(_AUTO_MAP in array.read().tobytes() for array in _json(files)):
+        read([name for name in there if _CODE.fullmatch(name)])
+    if problems:
+        raise InvalidFileError(problems)
+    return files
+
+
+def _json(files: Mapping[str, Array]) -> Iterator[Array]:
+    return (array for name, array in files.items() if name.endswith(".json") and "/" not in name)
+
+
+def _names(folder: Path) -> Iterator[str]:
+    """Names in a folder, at most so many; none if it is no folder. Raises OSError."""
+    if not folder.is_dir():
+        return
+    with os.scandir(folder) as entries:
+        for number, entry in enumerate(entries):
+            if number == _MOST_FILES:
+                return
+            yield entry.name
+
+
+def left_behind(folder: Path, files: Collection[str]) -> list[str]:
+    """Names in the folder of what is neither among the `files` that travel, nor weights, nor hidden. Raises OSError."""
+    taken = {*files, *_ELSEWHERE}
+    names = islice(names_in(folder), _MOST_FILES)
+    return sorted(name for name in names if name not in taken and not _OF_WEIGHTS.fullmatch(name) and not name.startswith("."))
