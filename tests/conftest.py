@@ -59,7 +59,7 @@ def stories_folder() -> Path:
 @pytest.fixture(scope="session")
 def stories_text() -> Path:
     """Text of the kind that model was trained on."""
-    return STORIES / "sample.txt"
+    return STORIES.with_suffix(".txt")
 
 
 @pytest.fixture(scope="session")

@@ -253,7 +253,7 @@ def test_work_is_taken_up_with_other_threads_and_not_with_other_options(
     )
     assert report.reused == kept
     assert f"resuming with {kept} finished parts" in stages
-    for changed in ({"seed": 1}, {"num_clusters": 8}, {"calibration": str(stories_folder / "sample.txt")}):
+    for changed in ({"seed": 1}, {"num_clusters": 8}, {"calibration": str(stories_folder.with_suffix(".txt"))}):
         output.unlink()
         interrupted(stories_folder, output, options, monkeypatch)
         report = convert(stories_folder, output, replace(options, **changed))  # type: ignore[arg-type]
