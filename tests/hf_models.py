@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import transformers
 
+import cluscomp_runtime.hf  # noqa: F401 - registers the quantizer
+from cluscomp_formats.hf import write_hf
 from cluscomp_formats.ir import Array, ClusteredWeight, Codebook, DenseTensor, Model, Outliers, Stage, Tensor
 
 VOCABULARY = 96
@@ -28,7 +31,7 @@ def llama(**changes: Any) -> Any:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**settings, **changes}))
 
 
-def qwen3() -> Any:
+def qwen3(vocab_size: int = VOCABULARY) -> Any:
     config = transformers.Qwen3Config(
         hidden_size=32,
         intermediate_size=48,
@@ -36,7 +39,7 @@ def qwen3() -> Any:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,
-        vocab_size=VOCABULARY,
+        vocab_size=vocab_size,
         max_position_embeddings=64,
         tie_word_embeddings=True,
     )
@@ -127,3 +130,63 @@ def linear_names(model: Any) -> list[str]:
     kinds = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
     linears = [name for name, module in model.named_modules() if isinstance(module, kinds)]
     return [f"{name}.weight" for name in linears if any(part.isdigit() for part in name.split("."))]
+
+
+SAFETY = 8.0
+"""Room for other orders of summation, as in the self-test record."""
+
+
+def ids() -> torch.Tensor:
+    return torch.randint(0, VOCABULARY, (2, 11), generator=torch.Generator().manual_seed(1))
+
+
+def outputs(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits, or the last hidden state of an encoder."""
+    with torch.no_grad():
+        first: torch.Tensor = model(tokens)[0]
+    return first
+
+
+def expected_and_tolerance(model: Any, weights: list[ClusteredWeight]) -> tuple[torch.Tensor, float]:
+    """Outputs in float64 of the model with decoded weights, and what float32 may differ from them.
+
+    The same model in float32 shows how it amplifies rounding errors; see cluscomp_runtime.selftest.
+    """
+    exact = outputs(with_decoded_weights(model, weights, torch.float64), ids())
+    rounded = outputs(with_decoded_weights(model, weights, torch.float32), ids())
+    error = max((rounded - exact).abs().max().item(), torch.finfo(torch.float32).eps * exact.abs().max().item())
+    return exact, SAFETY * error
+
+
+EMBEDDINGS = {
+    "llama": "model.embed_tokens.weight",
+    "qwen3": "model.embed_tokens.weight",
+    "gpt2": "transformer.wte.weight",
+    "bert": "embeddings.word_embeddings.weight",
+}
+MODELS: dict[str, tuple[Callable[..., Any], Any]] = {
+    "llama": (llama, transformers.AutoModelForCausalLM),
+    "qwen3": (qwen3, transformers.AutoModelForCausalLM),
+    "gpt2": (gpt2, transformers.AutoModelForCausalLM),
+    "bert": (bert, transformers.AutoModel),
+}
+
+
+def weights_of(name: str, model: Any) -> list[ClusteredWeight]:
+    """All linears of the layers, plain, with scales and outliers, and with two stages; and the embedding."""
+    # Conv1D stores the transpose: kernels want the groups along its other axis.
+    axis = "in" if name == "gpt2" else "out"
+    weights = [
+        random_weight(key, tuple(model.get_parameter(key).shape), axis, stages=1 + number % 2, extras=number % 3 == 0)
+        for number, key in enumerate(linear_names(model))
+    ]
+    embedding = EMBEDDINGS[name]
+    return [*weights, random_weight(embedding, tuple(model.get_parameter(embedding).shape), extras=True)]
+
+
+def written(name: str, folder: Path) -> tuple[Any, list[ClusteredWeight], Model]:
+    model = MODELS[name][0]()
+    weights = weights_of(name, model)
+    stored = clustered_model(model, weights)
+    write_hf(stored, folder)
+    return model, weights, stored

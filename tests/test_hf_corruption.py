@@ -145,6 +145,8 @@ QUANTIZATION: dict[str, tuple[Callable[[Any], None], str]] = {
     "another digest": (set_in("digest", "sha256:" + "0" * 64), "digest_mismatch"),
     "weights a list": (set_in("weights", []), "wrong_type"),
     "malformed added": (set_in("added", {"n": 1}), "bad_added"),
+    "malformed added to a part": (set_in("added", {"text_config": {"dtype": "int8"}}), "bad_added"),
+    "nothing added": (set_in("added", {"text_config": {}}), "bad_added"),
     "weight a list": (set_in("weights", "m.weight", []), "wrong_type"),
     "weight with unknown key": (set_in("weights", "m.weight", "bias", 1), "unknown_key"),
     "weight without shape": (set_in("weights", "m.weight", "shape", ...), "missing_key"),

@@ -117,6 +117,27 @@ def test_a_dtype_that_is_there_stays(tmp_path: Path, config: dict[str, object]) 
     assert stored == config == open_hf(tmp_path / "m", check=True).config
 
 
+@pytest.mark.parametrize(
+    ("config", "added"),
+    [
+        ({"dtype": "bfloat16", "text_config": {}}, {"text_config": {"dtype": "bfloat16"}}),
+        ({"text_config": {"dtype": "float16"}}, {"dtype": "float32"}),
+        (
+            {"audio": {"model_type": "a", "text_config": {"n": 1}}, "other": {"n": 1}},
+            {"dtype": "float32", "audio": {"dtype": "float32", "text_config": {"dtype": "float32"}}},
+        ),
+    ],
+)
+def test_parts_without_a_dtype_get_that_of_the_whole(
+    tmp_path: Path, config: dict[str, object], added: dict[str, object]
+) -> None:
+    """transformers opens the text part of a multimodal model by itself, and would take the dtype of a codebook for it."""
+    write_hf(Model(config, {}), tmp_path / "m")
+    stored = json.loads((tmp_path / "m" / "config.json").read_bytes())
+    assert stored["quantization_config"]["added"] == added
+    assert open_hf(tmp_path / "m", check=True).config == config
+
+
 @pytest.mark.parametrize("former", [None, {"quant_method": "gptq"}, "x", {"replaced": 1}])
 def test_a_former_quantization_config_comes_back(tmp_path: Path, former: object) -> None:
     model = Model({"quantization_config": former}, {})

@@ -8,7 +8,6 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,77 +17,31 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from hf_models import VOCABULARY, clustered_model, linear_names, random_weight, with_decoded_weights
+from hf_models import (
+    MODELS,
+    SAFETY,
+    VOCABULARY,
+    clustered_model,
+    expected_and_tolerance,
+    ids,
+    linear_names,
+    outputs,
+    random_weight,
+    weights_of,
+    with_decoded_weights,
+    written,
+)
 
-from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, OutputExistsError, UnsupportedError
+from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, UnsupportedError
 from cluscomp_formats.hf import open_hf, write_hf
-from cluscomp_formats.ir import Array, ClusteredWeight, DenseTensor, Model
+from cluscomp_formats.ir import DenseTensor
 from cluscomp_runtime.hf.modules import ClusteredEmbedding, ClusteredLinear, ClusteredModule, transposed
 from cluscomp_runtime.language_model import LanguageModel
-
-SAFETY = 8.0
-"""Room for other orders of summation, as in the self-test record."""
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
-
-
-def ids() -> torch.Tensor:
-    return torch.randint(0, VOCABULARY, (2, 11), generator=torch.Generator().manual_seed(1))
-
-
-def outputs(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits, or the last hidden state of an encoder."""
-    with torch.no_grad():
-        first: torch.Tensor = model(tokens)[0]
-    return first
-
-
-def expected_and_tolerance(model: Any, weights: list[ClusteredWeight]) -> tuple[torch.Tensor, float]:
-    """Outputs in float64 of the model with decoded weights, and what float32 may differ from them.
-
-    The same model in float32 shows how it amplifies rounding errors; see cluscomp_runtime.selftest.
-    """
-    exact = outputs(with_decoded_weights(model, weights, torch.float64), ids())
-    rounded = outputs(with_decoded_weights(model, weights, torch.float32), ids())
-    error = max((rounded - exact).abs().max().item(), torch.finfo(torch.float32).eps * exact.abs().max().item())
-    return exact, SAFETY * error
-
-
-EMBEDDINGS = {
-    "llama": "model.embed_tokens.weight",
-    "qwen3": "model.embed_tokens.weight",
-    "gpt2": "transformer.wte.weight",
-    "bert": "embeddings.word_embeddings.weight",
-}
-MODELS: dict[str, tuple[Callable[[], Any], Any]] = {
-    "llama": (hf_models.llama, transformers.AutoModelForCausalLM),
-    "qwen3": (hf_models.qwen3, transformers.AutoModelForCausalLM),
-    "gpt2": (hf_models.gpt2, transformers.AutoModelForCausalLM),
-    "bert": (hf_models.bert, transformers.AutoModel),
-}
-
-
-def weights_of(name: str, model: Any) -> list[ClusteredWeight]:
-    """All linears of the layers, plain, with scales and outliers, and with two stages; and the embedding."""
-    # Conv1D stores the transpose: kernels want the groups along its other axis.
-    axis = "in" if name == "gpt2" else "out"
-    weights = [
-        random_weight(key, tuple(model.get_parameter(key).shape), axis, stages=1 + number % 2, extras=number % 3 == 0)
-        for number, key in enumerate(linear_names(model))
-    ]
-    embedding = EMBEDDINGS[name]
-    return [*weights, random_weight(embedding, tuple(model.get_parameter(embedding).shape), extras=True)]
-
-
-def written(name: str, folder: Path) -> tuple[Any, list[ClusteredWeight], Model]:
-    model = MODELS[name][0]()
-    weights = weights_of(name, model)
-    stored = clustered_model(model, weights)
-    write_hf(stored, folder)
-    return model, weights, stored
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -114,63 +67,6 @@ def test_logits_are_those_of_the_runtime(name: str, tmp_path: Path) -> None:
     model = MODELS[name][1].from_pretrained(tmp_path / "m")
     ours = LanguageModel.from_model(stored, dtype=torch.float32).forward(ids())
     assert (outputs(model, ids()) - ours).abs().max().item() <= tolerance
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_saving_gives_the_folder_back(name: str, tmp_path: Path) -> None:
-    _, _, stored = written(name, tmp_path / "m")
-    model = MODELS[name][1].from_pretrained(tmp_path / "m")
-    for target in ("n", "n", "m"):
-        model.save_pretrained(tmp_path / target)
-        assert open_hf(tmp_path / target, check=True).digest() == stored.digest()
-    assert {path.name: path.read_bytes() for path in (tmp_path / "n").iterdir()} == {
-        path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()
-    }
-
-
-def test_saving_keeps_files_and_records_and_shards(tmp_path: Path) -> None:
-    _, _, stored = written("llama", tmp_path / "m")
-    stored = replace(
-        stored, files={"notes.txt": Array.of(np.frombuffer(b"hello", np.uint8))}, provenance={"a": 1}, self_test={"version": 1}
-    )
-    write_hf(stored, tmp_path / "n", shard_bytes=2000)
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "n")
-    model.save_pretrained(tmp_path / "o", max_shard_size="2KB")
-    assert {path.name: path.read_bytes() for path in (tmp_path / "n").iterdir()} == {
-        path.name: path.read_bytes() for path in (tmp_path / "o").iterdir()
-    }
-    assert len(list((tmp_path / "o").glob("*.safetensors"))) > 1
-    assert (tmp_path / "o" / "notes.txt").read_bytes() == b"hello"
-
-
-def test_saving_writes_what_changed_since_loading(tmp_path: Path) -> None:
-    _, _, stored = written("llama", tmp_path / "m")
-    write_hf(replace(stored, self_test={"version": 1}), tmp_path / "n")
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "n")
-    model.model.norm.weight.fill_(0.25)
-    model.save_pretrained(tmp_path / "o")
-    found = open_hf(tmp_path / "o", check=True)
-    assert set(found.tensors["model.norm.weight"].decode()) == {0.25}
-    assert found.self_test is None
-    others = [key for key in stored.tensors if key != "model.norm.weight"]
-    assert all(np.array_equal(found.tensors[key].decode(), stored.tensors[key].decode()) for key in others)
-
-
-def test_saving_leaves_folders_of_others_alone(tmp_path: Path) -> None:
-    written("llama", tmp_path / "m")
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
-    (tmp_path / "n").mkdir()
-    model.save_pretrained(tmp_path / "n")
-    (tmp_path / "n" / "diary.txt").write_text("mine")
-    with pytest.raises(OutputExistsError) as caught:
-        model.save_pretrained(tmp_path / "n")
-    assert caught.value.problems[0].kind == "output_is_foreign"
-    assert (tmp_path / "n" / "diary.txt").read_text() == "mine"
-    model.save_pretrained(tmp_path / "o", is_main_process=False)
-    assert not (tmp_path / "o").exists()
-    for options in ({"push_to_hub": True}, {"variant": "fp16"}, {"max_shard_size": "big"}):
-        with pytest.raises(InvalidRequestError):
-            model.save_pretrained(tmp_path / "o", **options)
 
 
 def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:

@@ -63,9 +63,53 @@ def _quantization_value(model: Model, digest: str) -> dict[str, Any]:
     }
     if MEMBER in model.config:
         value["replaced"] = model.config[MEMBER]
-    if not model.config.keys() & {"dtype", "torch_dtype"}:
-        value["added"] = {"dtype": _dense_dtype(model)}
+    added = _missing_dtypes(model.config, _dense_dtype(model))
+    if added:
+        value["added"] = added
     return value
+
+
+def _missing_dtypes(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The dtype to add to a configuration that has none, and to its parts, such as the text part of a multimodal model.
+
+    `dtype` is that of the whole that the configuration is a part of.
+    """
+    own = config.get("dtype", config.get("torch_dtype"))
+    added: dict[str, Any] = {} if config.keys() & {"dtype", "torch_dtype"} else {"dtype": dtype}
+    for name, part in config.items():
+        if isinstance(part, dict) and (name == "text_config" or isinstance(part.get("model_type"), str)):
+            nested = _missing_dtypes(part, own if own in FLOAT_DTYPES else dtype)
+            if nested:
+                added[name] = nested
+    return added
+
+
+def _join(config: Mapping[str, Any], added: Mapping[str, Any]) -> dict[str, Any]:
+    joined = dict(config)
+    for name, value in added.items():
+        joined[name] = _join(config.get(name) or {}, value) if isinstance(value, dict) else value
+    return joined
+
+
+def _split(config: dict[str, Any], added: Any) -> dict[str, Any]:
+    """Without what was added; `added` may be anything, and is checked elsewhere."""
+    for name, value in added.items() if isinstance(added, dict) else ():
+        part = config.get(name)
+        if not isinstance(value, dict):
+            config.pop(name, None)
+        elif isinstance(part, dict):
+            config[name] = _split(dict(part), value)
+    return config
+
+
+def _is_added(value: Any) -> bool:
+    """Whether it is a dtype to add, to the configuration, or parts of it, or both."""
+    if not isinstance(value, dict) or not value:
+        return False
+    return all(
+        member in FLOAT_DTYPES if name == "dtype" and isinstance(member, str) else _is_added(member)
+        for name, member in value.items()
+    )
 
 
 def _dense_dtype(model: Model) -> str:
@@ -81,7 +125,7 @@ def join_config(model: Model, digest: str) -> dict[str, Any]:
     one is added.
     """
     ours = _quantization_value(model, digest)
-    return {**model.config, **ours.get("added", {}), MEMBER: ours}
+    return {**_join(model.config, ours.get("added", {})), MEMBER: ours}
 
 
 def split_config(stored: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
@@ -91,8 +135,7 @@ def split_config(stored: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
     if isinstance(ours, dict):
         if "replaced" in ours:
             config[MEMBER] = ours["replaced"]
-        for name in ours["added"] if isinstance(ours.get("added"), dict) else ():
-            config.pop(name, None)
+        config = _split(config, ours.get("added"))
     return config, ours
 
 
@@ -115,9 +158,8 @@ def parse_quantization(value: Any, file: str) -> Quantization:
         raise fail(*fault)
     if not (isinstance(value["digest"], str) and _DIGEST.fullmatch(value["digest"])):
         raise fail("bad_digest", "the digest is malformed", value["digest"], "sha256: and 64 hexadecimal digits")
-    added = value.get("added", {"dtype": "float32"})
-    if not isinstance(added, dict) or added.keys() != {"dtype"} or added["dtype"] not in FLOAT_DTYPES:
-        raise fail("bad_added", "malformed added", added, f"dtype: one of {', '.join(FLOAT_DTYPES)}")
+    if "added" in value and not _is_added(value["added"]):
+        raise fail("bad_added", "malformed added", value["added"], f"dtype: one of {', '.join(FLOAT_DTYPES)}; parts alike")
     if not isinstance(value["weights"], dict):
         raise fail("wrong_type", "weights is not an object", value["weights"], "name -> settings")
     problems: list[Problem] = []

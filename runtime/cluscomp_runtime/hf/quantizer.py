@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, apply_renamings
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -27,6 +27,7 @@ from cluscomp_formats.ir import ClusteredWeight, Model
 from cluscomp_runtime.hf.model_methods import attach_methods
 from cluscomp_runtime.hf.modules import MatrixStore
 from cluscomp_runtime.hf.replacement import Replacement, dtype_of, merged_values, replace_modules
+from cluscomp_runtime.hf.stored_names import Merge
 from cluscomp_runtime.linear import decoded
 
 __all__ = ["ClusCompConfig", "ClusCompQuantizer"]
@@ -73,7 +74,7 @@ class ClusCompQuantizer(HfQuantizer):  # type: ignore[misc]
         model._keys_to_ignore_on_load_unexpected = {*patterns, *_ARRAYS}
         _watch_missing(model)
 
-    def update_weight_conversions(self, weight_conversions: Any, model: Any = None) -> Any:
+    def update_weight_conversions(self, weight_conversions: Any, *_: Any) -> Any:
         """Parameters that get decoded weights have converters, found before those of the model.
 
         The codes of the first weight are what they match, and the dense tensors that transformers would merge with it.
@@ -81,10 +82,10 @@ class ClusCompQuantizer(HfQuantizer):  # type: ignore[misc]
         renamings = deepcopy([entry for entry in weight_conversions if isinstance(entry, WeightRenaming)])
         clustered = self.stored.clustered
 
-        def converter(key: str, names: Sequence[str], values: Callable[[], dict[str, torch.Tensor]]) -> Any:
+        def converter(key: str, names: Sequence[str], values: Callable[[Any], dict[str, torch.Tensor]]) -> Any:
             first = next(name for name in names if name in clustered)
             found = [part_key(first, "codes"), *(name for name in names if name not in clustered)]
-            patterns = [f"^{re.escape(apply_renamings(name, renamings))}$" for name in found]
+            patterns = [f"^{re.escape(rename_source_key(name, renamings, [])[0])}$" for name in found]
             return WeightConverter(patterns, key, operations=[_Decode(values)])
 
         ours = [
@@ -92,10 +93,10 @@ class ClusCompQuantizer(HfQuantizer):  # type: ignore[misc]
             for key, weight in self.replacement.decoded.items()
         ]
         ours += [
-            converter(merge.key, merge.names, functools.partial(merged_values, model, self.stored, merge))
+            converter(merge.key, merge.names, functools.partial(_merged, self.stored, merge))
             for merge in self.replacement.merges
         ]
-        return super().update_weight_conversions([*ours, *weight_conversions], model)
+        return [*ours, *weight_conversions]
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         # The weights of a folder stay as they are; adapters bring parameters of their own.
@@ -130,15 +131,15 @@ class ClusCompQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 class _Decode(ConversionOps):  # type: ignore[misc]
-    """Gives the parameters that `values()` says, as transformers would have loaded them, whatever arrays it is given."""
+    """Gives the parameters that `values` says, as transformers would have loaded them, whatever arrays it is given."""
 
-    def __init__(self, values: Callable[[], dict[str, torch.Tensor]]) -> None:
+    def __init__(self, values: Callable[[Any], dict[str, torch.Tensor]]) -> None:
         self.values = values
 
     def convert(self, input_dict: dict[str, Any], model: Any = None, **_: Any) -> dict[str, torch.Tensor]:
         arrays = next(iter(input_dict.values()))
         device = (arrays[0] if isinstance(arrays, list) else arrays).device
-        made = self.values()
+        made = self.values(model)
         dtypes = {key: dtype_of(model, key, model.get_parameter_or_buffer(key).dtype) for key in made}
         return {key: value.to(device, dtypes[key]) for key, value in made.items()}
 
@@ -147,8 +148,12 @@ def _is_ours(conversion: Any) -> bool:
     return any(isinstance(operation, _Decode) for operation in getattr(conversion, "operations", ()))
 
 
-def _decoded(key: str, weight: ClusteredWeight) -> dict[str, torch.Tensor]:
+def _decoded(key: str, weight: ClusteredWeight, _: Any) -> dict[str, torch.Tensor]:
     return {key: decoded(weight)}
+
+
+def _merged(stored: Model, merge: Merge, model: Any) -> dict[str, torch.Tensor]:
+    return merged_values(model, stored, merge)
 
 
 def _watch_missing(model: Any) -> None:

@@ -16,7 +16,6 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
-    apply_renamings,
     dot_natural_key,
     rename_source_key,
 )
@@ -56,11 +55,11 @@ class Merge:
             renamed, pattern = converter.rename_source_key(key)
             converter.add_tensor(renamed, key, pattern, value.detach())
             first = first or renamed
+        made = converter.convert(first, model=model, config=model.config)
+        # What is loaded into the base model, or from it, has or lacks its prefix.
         prefix = f"{model.base_model_prefix}."
-        made = {
-            key.removeprefix(prefix): value for key, value in converter.convert(first, model=model, config=model.config).items()
-        }
-        return {name: made[renamed.removeprefix(prefix)] for name, renamed, _ in self.sources}
+        bare = {name.removeprefix(prefix): value for name, value in made.items()}
+        return {name: bare[renamed.removeprefix(prefix)] for name, renamed, _ in self.sources}
 
 
 @dataclass(frozen=True)
@@ -95,6 +94,6 @@ def places_of(model: Any, names: Iterable[str]) -> Places:
         elif pattern is None:
             keys[name] = key
         else:
-            merged.setdefault(key, []).append((name, apply_renamings(name, renamings), pattern))
+            merged.setdefault(key, []).append((name, rename_source_key(name, renamings, [])[0], pattern))
     merges = tuple(Merge(key, by_pattern[sources[0][2]], tuple(sources)) for key, sources in merged.items())
     return Places(keys, merges, lost)

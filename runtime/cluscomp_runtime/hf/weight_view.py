@@ -5,6 +5,7 @@ Many modules of transformers, PEFT and users look at `module.weight` for its dty
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -18,11 +19,13 @@ __all__ = ["WeightView"]
 class WeightView(torch.Tensor):
     """Of the dtype, device and shape of the decoded weight of `module`, a ClusteredModule; without memory of its own.
 
-    Any operation on it is done on the decoded values, and its result is an ordinary tensor. Raises UnsupportedError for
-    operations that would write to it, which nobody would ever read.
+    Operations on it are done on the decoded values. Their results are ordinary tensors, but for those that share memory with
+    the weight, such as rows or the transpose: values of further stand-ins. Raises UnsupportedError for operations that would
+    write to the weight, which nobody would ever read.
     """
 
     _module: Any
+    _shared: torch.Tensor | None
 
     # torch's initialization and transformers' leave alone what has this.
     _is_hf_initialized = True
@@ -30,38 +33,45 @@ class WeightView(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, module: Any) -> WeightView:
-        place = module._placement
+    def __new__(cls, module: Any, values: torch.Tensor | None = None) -> WeightView:
+        like = torch.empty(module.clustered.shape, dtype=module._placement.dtype, device="meta") if values is None else values
         view: WeightView = torch.Tensor._make_wrapper_subclass(
-            cls, module.clustered.shape, dtype=place.dtype, device=place.device, requires_grad=False
+            cls, like.shape, like.stride(), dtype=like.dtype, device=module._placement.device, requires_grad=False
         )
-        view._module = module
+        view._module, view._shared = module, values
         return view
+
+    def _decoded(self) -> torch.Tensor:
+        values: torch.Tensor = self._module.decoded() if self._shared is None else self._shared
+        return values
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        named = kwargs or {}
         if func is torch.ops.aten.detach.default:
-            # `.data`, `.detach()`: still a stand-in, so that writing to those is refused as well.
-            return cls(args[0]._module)
-        for argument, value in zip(func._schema.arguments, args, strict=False):
+            return cls(args[0]._module, args[0]._shared)
+        given = [args[place] if place < len(args) else named.get(of.name) for place, of in enumerate(func._schema.arguments)]
+        for argument, value in zip(func._schema.arguments, given, strict=True):
             if isinstance(value, cls) and argument.alias_info is not None and argument.alias_info.is_write:
                 refuse_write(value._module)
-        args, kwargs = tree_map_only(cls, lambda view: view._module.decoded(), (args, kwargs or {}))
-        return func(*args, **kwargs)
+        result = func(*tree_map_only(cls, cls._decoded, args), **tree_map_only(cls, cls._decoded, named))
+        if isinstance(given[0], cls) and func.is_view:
+            return tree_map_only(torch.Tensor, functools.partial(cls, given[0]._module), result)
+        return result
 
     @property
     def data(self) -> WeightView:
-        return WeightView(self._module)
+        return WeightView(self._module, self._shared)
 
     @data.setter
     def data(self, _: torch.Tensor) -> None:
         refuse_write(self._module)
 
     def numpy(self, *, force: bool = False) -> Any:
-        return self._module.decoded().numpy(force=force)
+        return self._decoded().numpy(force=force)
 
     def tolist(self) -> Any:
-        return self._module.decoded().tolist()
+        return self._decoded().tolist()
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"WeightView({self._module.clustered.name}, shape={tuple(self.shape)}, dtype={self.dtype})"
