@@ -16,7 +16,7 @@ from cluscomp_formats.packed.json_values import is_unicode
 from cluscomp_formats.tokens import end_tokens as stored_end_tokens
 from cluscomp_formats.tokens import read_json_file, read_tokenizer
 from cluscomp_runtime.streaming import StreamDecoder
-from cluscomp_runtime.tokenizer_backend import Backend, open_backend, plain_copy
+from cluscomp_runtime.tokenizer_backend import Backend, decoder_description, open_backend, plain_copy, special_ids
 
 __all__ = ["Tokenizer", "end_tokens", "read_json_file"]
 
@@ -69,6 +69,23 @@ class Tokenizer:
         """Number of tokens, added ones included."""
         return int(self.backend.get_vocab_size(with_added_tokens=True))
 
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that `decode` leaves out. Raises InvalidFileError if the tokenizer fails."""
+        with _library_faults("cannot name its special tokens"):
+            return special_ids(self.backend)
+
+    @cached_property
+    def decoder(self) -> Any:
+        """What `decode` does, as in tokenizer.json. Raises InvalidFileError if the tokenizer fails."""
+        with _library_faults("cannot describe its decoder"):
+            return decoder_description(self.backend)
+
+    def token_text(self, token: int) -> str | None:
+        """How the vocabulary spells a token, None if it has no such token. Raises InvalidFileError if the tokenizer fails."""
+        with _library_faults("cannot look up a token"):
+            return self.backend.id_to_token(token)
+
     def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
         """Token ids of a text.
 
@@ -107,6 +124,9 @@ class Tokenizer:
         """The text of token ids; bytes that are no valid UTF-8 become U+FFFD. Raises InvalidRequestError, InvalidFileError."""
         if any(not 0 <= token < 2**32 for token in ids):
             raise InvalidRequestError(Problem("token_out_of_range", "a token id is negative or too large to be one"))
+        if not ids:
+            # Of which some decoders make a panic.
+            return ""
         with _library_faults("cannot decode tokens with it"):
             return str(self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
 

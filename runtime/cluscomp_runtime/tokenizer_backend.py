@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -44,6 +44,13 @@ class Encoded(Protocol):
     def offsets(self) -> Sequence[tuple[int, int]]: ...
 
 
+class AddedToken(Protocol):
+    """A token that is found in a text before anything else is done with it."""
+
+    @property
+    def special(self) -> bool: ...
+
+
 class Backend(Protocol):
     """What is used of `tokenizers.Tokenizer`."""
 
@@ -52,6 +59,9 @@ class Backend(Protocol):
     def token_to_id(self, token: str) -> int | None: ...
     def id_to_token(self, id: int) -> str | None: ...  # noqa: A002 - the library's name
     def get_vocab_size(self, with_added_tokens: bool = True) -> int: ...
+    def get_added_tokens_decoder(self) -> Mapping[int, AddedToken]: ...
+    @property
+    def decoder(self) -> Any: ...
 
 
 def open_backend(content: bytes) -> Backend:
@@ -79,10 +89,34 @@ def plain_copy(backend: Backend) -> Backend:
     return cast(Backend, plain)
 
 
+def special_ids(backend: Backend) -> frozenset[int]:
+    """Tokens that decoding leaves out."""
+    return frozenset(token for token, added in backend.get_added_tokens_decoder().items() if added.special)
+
+
+def decoder_description(backend: Backend) -> Any:
+    """The decoder as tokenizer.json has it, None if there is none."""
+    # The library shows its parts when they are pickled.
+    return backend.decoder and json.loads(backend.decoder.__getstate__())
+
+
 @dataclass(frozen=True)
 class _Encoding:
     ids: list[int]
     offsets: list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class _AddedToken:
+    special: bool
+
+
+@dataclass(frozen=True)
+class _Part:
+    description: Any
+
+    def __getstate__(self) -> bytes:
+        return json.dumps(self.description).encode()
 
 
 class IsolatedTokenizer:
@@ -124,6 +158,15 @@ class IsolatedTokenizer:
 
     def get_vocab_size(self, with_added_tokens: bool = True) -> int:
         return int(self._ask("get_vocab_size", with_added_tokens=with_added_tokens))
+
+    def get_added_tokens_decoder(self) -> Mapping[int, AddedToken]:
+        found = self._ask("get_added_tokens_decoder")
+        return {int(token): _AddedToken(special) for token, special in found.items()}
+
+    @property
+    def decoder(self) -> _Part | None:
+        description = self._ask("decoder")
+        return description and _Part(json.loads(description))
 
     def _ask(self, method: str, **arguments: Any) -> Any:
         if self._owner != os.getpid():

@@ -18,6 +18,10 @@ def answer(tokenizer: Any, method: str, arguments: dict[str, Any]) -> Any:
     if method == "encode":
         encoding = tokenizer.encode(**arguments)
         return {"ids": list(encoding.ids), "offsets": list(encoding.offsets)}
+    if method == "get_added_tokens_decoder":
+        return {token: added.special for token, added in tokenizer.get_added_tokens_decoder().items()}
+    if method == "decoder":
+        return tokenizer.decoder and tokenizer.decoder.__getstate__().decode()
     return getattr(tokenizer, method)(**arguments)
 
 
