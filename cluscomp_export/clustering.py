@@ -185,7 +185,9 @@ class _Clustering:
             if scale.min() < SCALE_RANGE[0] or scale.max() > SCALE_RANGE[1]:
                 found = f"rows of root mean square {scale.min():g} to {scale.max():g}"
                 expected = f"{SCALE_RANGE[0]:g} to {SCALE_RANGE[1]:g}, the range of float16"
-                remedy = "use --share none, which needs no row scales"
+                # Without row scales the centroids are as large as the weights.
+                small = scale.max() <= SCALE_RANGE[1]
+                remedy = "use --share none, which needs no row scales" if small else "no codebook holds it; get a sound copy"
                 raise InvalidFileError(Problem("out_of_range", "row scales do not fit", None, name, found, expected, remedy))
             weight = np.divide(weight, scale[:, None], dtype=np.float32)
         dim = treatment.codebook.cluster_dim

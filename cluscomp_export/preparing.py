@@ -134,6 +134,8 @@ def prepare(
     )
     warnings += [*_warnings(source, sizes, source_size), *_file_warnings(source, source_path)]
     warnings += memory_warnings(memory, options.device)
+    if options.embedding_bits is not None and plan is not None and not embedding_tensors(source):
+        warnings.append("--embedding-bits has no effect: no tensor is called like an embedding or a head")
     nowhere = nowhere_to_run(model) if plan is not None else None
     warnings += [nowhere] if nowhere is not None else []
     return Prepared(source, text, plan, model, sizes, artefact, source_size, sensitivities, memory, tuple(warnings))

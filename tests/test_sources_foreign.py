@@ -15,7 +15,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from cluscomp_export.sources import linear_tensors, open_source
+from cluscomp_export.sources import embedding_tensor, linear_tensors, open_source
 from cluscomp_formats.errors import InvalidFileError, Problem, UnsupportedError
 from cluscomp_formats.ir import Array, DenseTensor, Model
 
@@ -137,3 +137,17 @@ def test_a_gate_beside_experts_is_a_router(module: str) -> None:
     names = [f"model.layers.0.{module}.{part}.weight" for part in ("gate", "experts.0.w1", "shared.gate")]
     tensors = {name: DenseTensor(name, Array.of(torch.ones(4, 4).numpy())) for name in names}
     assert linear_tensors(Model({"model_type": "strange"}, tensors)) == names[1:]
+
+
+def test_shards_without_their_index_are_not_offered_one_by_one(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    assert "model.safetensors.index.json" in (refusal(folder, InvalidFileError).remedy or "")
+    (folder / "model-00001-of-00002.safetensors").rename(folder / "weights.safetensors")
+    remedy = refusal(folder, InvalidFileError).remedy or ""
+    assert open_source(folder / remedy.rpartition(" ")[2]).tensors
+
+
+@pytest.mark.parametrize("name", ["shared", "backbone.embeddings", "rwkv.embeddings", "model.shared"])
+def test_embeddings_of_other_names(name: str) -> None:
+    tensor = DenseTensor(f"{name}.weight", Array.of(torch.ones(4, 4).numpy()))
+    assert embedding_tensor(Model({}, {tensor.name: tensor})) == tensor.name

@@ -13,12 +13,13 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 from cluscomp_export.cli import cli
 from cluscomp_export.convert import ConversionOptions, convert, prepare
 from cluscomp_export.sources import open_source
 from cluscomp_export.what_runs import nowhere_to_run
-from cluscomp_formats.errors import ClusCompError, InvalidRequestError, UnsupportedError
+from cluscomp_formats.errors import ClusCompError, InvalidFileError, InvalidRequestError, UnsupportedError
 from cluscomp_runtime import load
 
 
@@ -125,3 +126,26 @@ def test_a_thousand_tensors_of_other_names_are_one_error(tmp_path: Path) -> None
     with pytest.raises(ClusCompError, match="other names than the decoder's") as error:
         load(tmp_path / "out.clus")
     assert len(error.value.problems) == 1
+
+
+def test_embedding_bits_that_find_nothing_are_told(opt: Path) -> None:
+    path = opt / "model.safetensors"
+    tensors = {name.replace("embed_tokens", "lexicon"): values for name, values in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    prepared = prepare(opt, ConversionOptions(bits=4, embedding_bits=8, calibration="none"))
+    assert any("--embedding-bits has no effect" in text for text in prepared.warnings)
+
+
+@pytest.mark.parametrize(("size", "share"), [(1e-9, "none"), (1e6, None)])
+def test_weights_past_float16_end_in_a_way_out_or_in_none(tmp_path: Path, size: float, share: Any) -> None:
+    peer = hf_models.llama()
+    with torch.no_grad():
+        for layer in peer.model.layers:
+            layer.mlp.up_proj.weight.mul_(0).add_(size)
+    peer.save_pretrained(tmp_path / "source")
+    options = {"cluster_dim": 4, "num_clusters": 16, "calibration": "none"}
+    with pytest.raises(InvalidFileError, match="row scales do not fit") as error:
+        convert(tmp_path / "source", tmp_path / "out.clus", ConversionOptions(**options, share="kind", codebook_bits=16))
+    assert ("--share none" in (error.value.problems[0].remedy or "")) == (share == "none")
+    if share is not None:
+        convert(tmp_path / "source", tmp_path / "out.clus", ConversionOptions(**options, share=share))

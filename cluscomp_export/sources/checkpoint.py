@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -40,6 +41,8 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+
+_SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
 
 _CONVERT_PICKLED = (
     "on a machine that may trust the file, run in Python: "
@@ -178,11 +181,12 @@ def _no_weights(folder: Path) -> Problem:
     if (folder / ADAPTER_CONFIG).exists():
         return adapter_problem(folder)
     others = sorted(path.name for path in folder.glob("*.safetensors") if not path.name.startswith("consolidated"))
-    remedy = (
-        f"name the file itself instead of its folder: {others[0]}"
-        if others
-        else "download the weights; to plan without them, add --dry-run"
-    )
+    if not others:
+        remedy = "download the weights; to plan without them, add --dry-run"
+    elif _SHARD.search(others[0]):
+        remedy = f"download {INDEX} as well, which says what belongs together"
+    else:
+        remedy = f"name the file itself instead of its folder: {others[0]}"
     found = ", ".join(others[:4]) or "no weights"
     return Problem("missing", "no weights under the usual names", str(folder), None, found, f"{SINGLE} or {INDEX}", remedy)
 
