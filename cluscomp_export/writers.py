@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cluscomp_formats.errors import InvalidRequestError, Problem
-from cluscomp_formats.gguf import dense_gguf_size, write_dense_gguf
+from cluscomp_formats.gguf import DENSE_TYPES, dense_gguf_size, write_dense_gguf
 from cluscomp_formats.ir import Model
 from cluscomp_formats.registry import CheckOutput, WriteModel, Written, find_format, formats
 
@@ -55,6 +55,9 @@ def find_writer(name: str, gguf_type: str | None = None) -> Writer:
     if name == "onnx":
         return Writer(fmt.check_output, _write_onnx, _build_graph, _onnx_size)
     if gguf_type is not None:
+        if gguf_type not in DENSE_TYPES:
+            found, expected = repr(gguf_type)[:200], ", ".join(DENSE_TYPES)
+            raise InvalidRequestError(Problem("bad_option", "no such GGUF type", found=found, expected=expected))
         write = functools.partial(_write_dense_gguf, gguf_type)
         return Writer(fmt.check_output, write, size=functools.partial(dense_gguf_size, gguf_type=gguf_type))
     if fmt.write is None:

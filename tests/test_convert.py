@@ -188,6 +188,25 @@ def test_options_that_make_no_sense_are_refused_before_any_work(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("option", "known"),
+    [
+        ("gguf_type", "f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1"),
+        ("effort", "fast, balanced, best"),
+        ("share", "none, kind, model"),
+        ("sensitivity", "measured, equal"),
+        ("method", "fast, lloyd"),
+    ],
+)
+def test_a_value_that_is_no_choice_is_refused_with_the_choices(
+    stories_folder: Path, tmp_path: Path, option: str, known: str
+) -> None:
+    options = replace(ConversionOptions(bits=4, to="gguf"), **{option: "Q4_K_M"})
+    with pytest.raises(InvalidRequestError) as error:
+        convert(stories_folder, tmp_path / "out.gguf", options)
+    assert (error.value.problems[0].found, error.value.problems[0].expected) == ("'Q4_K_M'", known)
+
+
 def test_too_little_space_is_seen_before_any_work(
     stories_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
