@@ -14,11 +14,11 @@ import pytest
 import transformers
 from runtime_models import byte_tokenizer_files, clustered_model, side_file, small_config
 
+from cluscomp_formats.chat_templates import choose_chat_template, find_chat_templates
 from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, UnsupportedError
 from cluscomp_formats.ir import Array
 from cluscomp_runtime import LanguageModel, chat, chat_process
 from cluscomp_runtime.chat import Chat, Rendered, render_chat, render_chats
-from cluscomp_runtime.chat_templates import choose_chat_template, find_chat_templates
 from cluscomp_runtime.tokenizer import Tokenizer
 
 TEMPLATE = """{{ bos_token }}

@@ -16,6 +16,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoTokenizer
 
 from cluscomp_export.sources import open_source
+from cluscomp_formats.chat_templates import find_chat_templates
 from cluscomp_formats.errors import UnsupportedError
 from cluscomp_formats.gguf import open_gguf, write_dense_gguf, write_gguf
 from cluscomp_formats.gguf.word_schemes import SCHEMES
@@ -209,6 +210,24 @@ def test_a_chat_template_in_a_file_of_its_own(tmp_path: Path) -> None:
     template = Array.of(np.frombuffer(b"{{ from_the_file }}", np.uint8))
     write_dense_gguf(replace(model, files={**model.files, "chat_template.jinja": template}), tmp_path / "m.gguf")
     assert gguf.GGUFReader(tmp_path / "m.gguf").fields["tokenizer.chat_template"].contents() == "{{ from_the_file }}"
+
+
+def test_named_chat_templates(tmp_path: Path) -> None:
+    named = [{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T"}, {"name": "r-1", "template": "R"}]
+    model = with_tokenizer(byte_level([], use_regex=True), {**SPECIAL, "chat_template": named}, 410)
+    write_dense_gguf(model, tmp_path / "m.gguf")
+    writer = gguf.GGUFWriter(tmp_path / "peer.gguf", "llama")
+    writer.add_chat_template(named)
+    ours = {key: field.contents() for key, field in gguf.GGUFReader(tmp_path / "m.gguf").fields.items()}
+    theirs = {key: value.value for key, value in writer.kv_data[0].items() if "chat_template" in key}
+    assert {key: value for key, value in ours.items() if "chat_template" in key} == {
+        **theirs,
+        # gguf-py's order is that of a set.
+        "tokenizer.chat_templates": ["tool_use", "r_1"],
+    }
+    assert set(theirs["tokenizer.chat_templates"]) == {"tool_use", "r_1"}
+    found = find_chat_templates(open_source(tmp_path / "m.gguf").files)
+    assert found == {"default": "D", "tool_use": "T", "r_1": "R"}
 
 
 @pytest.mark.smollm2

@@ -267,6 +267,33 @@ def test_only_what_the_assistant_says_counts(chat_file: Path, tokenizer: Tokeniz
     ]
 
 
+def test_what_generation_blocks_write_counts(chat_file: Path, tokenizer: Tokenizer) -> None:
+    # Such a template may write earlier turns otherwise once the chat goes on: its blocks tell which they are.
+    template = (
+        "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}{{ messages | length }}"
+        "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
+    )
+    examples = chat_examples(read_chats(chat_file), template, tokenizer, chat_file)
+    assert "assistant: 2A big red ball." in tokenizer.decode(examples[1].ids)
+    assert [learnt(example, tokenizer).split() for example in examples] == [
+        ["Tom", "and", "Lily."],
+        ["A", "big", "red", "ball."],
+        ["In", "the", "park."],
+        ["Hello!See", "you."],
+    ]
+
+
+def test_a_conversation_the_assistant_begins_counts_where_blocks_say_so(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    block = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}\n{% endfor %}"
+    file = tmp_path / "chats.jsonl"
+    file.write_text('{"messages": [{"role": "assistant", "content": "Hello!"}, {"role": "user", "content": "Bye."}]}')
+    assert all(chat_examples(read_chats(file), block, tokenizer, file)[0].scored[:5])
+    with pytest.raises(InvalidRequestError, match="no token of any chat"):
+        chat_examples(
+            read_chats(file), block.replace("{% generation %}", "").replace("{% endgeneration %}", ""), tokenizer, file
+        )
+
+
 def test_every_bad_line_is_named(tmp_path: Path) -> None:
     file = tmp_path / "bad.jsonl"
     lines = [

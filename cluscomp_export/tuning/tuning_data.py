@@ -12,9 +12,9 @@ from typing import Any
 from cluscomp_export.calibration import read_text
 from cluscomp_export.tuning.chats import chat_examples, read_chats
 from cluscomp_export.tuning.examples import Example, cut, split, text_examples
+from cluscomp_formats.chat_templates import choose_chat_template, find_chat_templates
 from cluscomp_formats.errors import InvalidRequestError, Problem
 from cluscomp_formats.ir import Model
-from cluscomp_runtime.chat_templates import choose_chat_template, find_chat_templates
 from cluscomp_runtime.tokenizer import Tokenizer
 
 __all__ = ["TuningData", "read_data"]

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from cluscomp_formats.chat_templates import choose_chat_template, find_chat_templates
 from cluscomp_formats.delta import Delta
 from cluscomp_formats.errors import InvalidRequestError, Problem
 from cluscomp_formats.ir import Model
 from cluscomp_runtime.architecture import DecoderSettings, check_tensors
 from cluscomp_runtime.chat import render_chat
-from cluscomp_runtime.chat_templates import choose_chat_template, find_chat_templates
 from cluscomp_runtime.decoder import Decoder
 from cluscomp_runtime.generate import Generation, GenerationStream, check_prompt
 from cluscomp_runtime.linear import MatrixBuilder, check_kernel

@@ -14,7 +14,7 @@ from cluscomp_formats.errors import ClusCompError, InvalidFileError, InvalidRequ
 from cluscomp_formats.ir import Array
 from cluscomp_formats.packed.json_values import is_unicode
 from cluscomp_formats.tokens import end_tokens as stored_end_tokens
-from cluscomp_formats.tokens import read_json_file, read_tokenizer
+from cluscomp_formats.tokens import read_json_file, read_tokenizer, special_tokens
 from cluscomp_runtime.streaming import StreamDecoder
 from cluscomp_runtime.tokenizer_backend import Backend, decoder_description, open_backend, plain_copy, special_ids
 
@@ -41,13 +41,13 @@ def _library_faults(what: str) -> Iterator[None]:
 class Tokenizer:
     """A model's tokenizer: a thin layer over `backend`, a `tokenizers.Tokenizer` or one in a process of its own.
 
-    `special_tokens` are the texts of special tokens by name (`bos_token`, ...). `bos_token` and `eos_token` are texts or None,
-    `bos_id` and `eos_id` their ids.
+    `settings` name special tokens as `tokenizer_config.json` does; `special_tokens` are their texts by name (`bos_token`, ...).
+    `bos_token` and `eos_token` are texts or None, `bos_id` and `eos_id` their ids.
     """
 
-    def __init__(self, backend: Backend, special_tokens: Mapping[str, str]) -> None:
+    def __init__(self, backend: Backend, settings: Mapping[str, Any]) -> None:
         self.backend = backend
-        self.special_tokens = dict(special_tokens)
+        self.special_tokens = special_tokens(settings)
         self.bos_token = self.special_tokens.get("bos_token")
         self.eos_token = self.special_tokens.get("eos_token")
         with _library_faults("cannot look up a special token"):
@@ -62,7 +62,7 @@ class Tokenizer:
             return None
         with _library_faults("cannot read it"):
             backend = open_backend(stored.content)
-        return cls(backend, stored.special_tokens)
+        return cls(backend, {"extra_special_tokens": stored.special_tokens})
 
     @property
     def vocab_size(self) -> int:

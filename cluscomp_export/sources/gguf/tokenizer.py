@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cluscomp_formats.chat_templates import DEFAULT
 from cluscomp_formats.gguf.end_of_generation import KEYS, ends_generation, types_in_use
 from cluscomp_formats.gguf.word_schemes import SCHEMES, Scheme
 from cluscomp_formats.packed.json_values import is_unicode
@@ -93,12 +94,23 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> dict[str, bytes]:
         "add_eos_token": add_eos,
         **vocabulary.special,
     }
-    template = metadata.get("tokenizer.chat_template")
-    if isinstance(template, str):
-        if not is_unicode(template):
-            raise UnsupportedTokenizer("the chat template is not valid UTF-8")
-        config["chat_template"] = template
+    config |= _chat_templates(metadata)
     return {"tokenizer.json": _json_bytes(tokenizer), "tokenizer_config.json": _json_bytes(config)}
+
+
+def _chat_templates(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The `chat_template` of `tokenizer_config.json`: a text, or a list of named ones."""
+    key = "tokenizer.chat_template"
+    found = {
+        name.removeprefix(f"{key}.") if name != key else DEFAULT: text
+        for name, text in metadata.items()
+        if (name == key or name.startswith(f"{key}.")) and isinstance(text, str)
+    }
+    if not all(is_unicode(name) and is_unicode(text) for name, text in found.items()):
+        raise UnsupportedTokenizer("the chat template is not valid UTF-8")
+    if found.keys() <= {DEFAULT}:
+        return {"chat_template": found[DEFAULT]} if found else {}
+    return {"chat_template": [{"name": name, "template": text} for name, text in found.items()]}
 
 
 def build_generation_config(metadata: Mapping[str, Any]) -> dict[str, bytes]:

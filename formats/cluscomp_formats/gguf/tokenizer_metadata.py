@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cluscomp_formats.chat_templates import DEFAULT, find_chat_templates, is_template_file
 from cluscomp_formats.errors import InvalidFileError
 from cluscomp_formats.gguf.container_encoding import Value
 from cluscomp_formats.gguf.end_of_generation import end_keys
@@ -22,12 +23,9 @@ from cluscomp_formats.gguf.word_schemes import GPT2_WORDS, SCHEMES
 from cluscomp_formats.ir import Array, Model
 from cluscomp_formats.packed.payload_stream import read_checked
 from cluscomp_formats.packed.payloads import Payload
-from cluscomp_formats.tokens import TOKEN_FILES, TokenizerFiles, end_tokens, read_json_file, read_tokenizer
+from cluscomp_formats.tokens import TOKEN_FILES, TokenizerFiles, end_tokens, read_tokenizer
 
 __all__ = ["InexpressibleTokenizer", "TokenizerMetadata", "tokenizer_metadata", "with_tokenizer_read"]
-
-TOKENIZER_FILES = {*TOKEN_FILES, "chat_template.jinja"}
-"""The side files that are read."""
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 """Values of `tokenizer.ggml.token_type`."""
@@ -77,7 +75,7 @@ def with_tokenizer_read(model: Model, path: Path) -> Model:
     Raises StorageError, InvalidRequestError, naming the output `path`.
     """
     files = dict(model.files)
-    for name in TOKENIZER_FILES & files.keys():
+    for name in [name for name in files if name in TOKEN_FILES or is_template_file(name)]:
         array = files[name]
         files[name] = Array.of(read_checked(Payload(name, "bytes", array.dtype, array.shape), array, path))
     return replace(model, files=files)
@@ -123,9 +121,7 @@ def _metadata(model: Model, stored: TokenizerFiles, vocab_size: int) -> Tokenize
         "add_eos_token": Value("bool", add_eos),
     }
     metadata = {f"tokenizer.ggml.{key}": value for key, value in values.items()}
-    template = _chat_template(model, read_json_file(model.files, "tokenizer_config.json"))
-    if template is not None:
-        metadata["tokenizer.chat_template"] = Value("string", template)
+    metadata |= _chat_templates(model)
     return TokenizerMetadata(metadata, (*vocabulary.notes, *notes))
 
 
@@ -298,10 +294,13 @@ def _framing(post_processor: Mapping[str, Any] | None, vocabulary: _Vocabulary) 
     raise InexpressibleTokenizer("its post-processor adds tokens other than the begin and end tokens")
 
 
-def _chat_template(model: Model, config: Mapping[str, Any]) -> str | None:
-    if "chat_template.jinja" in model.files:
-        return model.files["chat_template.jinja"].read().tobytes().decode()
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
-    return template if isinstance(template, str) else None
+def _chat_templates(model: Model) -> dict[str, Value]:
+    """The keys of the chat templates, as gguf-py writes them: what is not a letter or digit in a name becomes `_`."""
+    templates = find_chat_templates(model.files)
+    named = {re.sub("[^A-Za-z0-9]", "_", name): text for name, text in templates.items() if name not in ("", DEFAULT)}
+    values = {f"tokenizer.chat_template.{name}": Value("string", text) for name, text in named.items()}
+    if named:
+        values["tokenizer.chat_templates"] = Value("string", list(named))
+    if DEFAULT in templates:
+        values["tokenizer.chat_template"] = Value("string", templates[DEFAULT])
+    return values

@@ -1,8 +1,8 @@
 """What a model's side files say about its tokens: one answer, whatever container the files came in; see `docs/tokens.md`."""
 
-from cluscomp_formats.tokens.added_tokens import AddedToken
+from cluscomp_formats.tokens.added_tokens import AddedToken, special_tokens
 from cluscomp_formats.tokens.end_tokens import end_tokens
 from cluscomp_formats.tokens.json_files import read_json_file
 from cluscomp_formats.tokens.tokenizer_files import TOKEN_FILES, TokenizerFiles, read_tokenizer
 
-__all__ = ["TOKEN_FILES", "AddedToken", "TokenizerFiles", "end_tokens", "read_json_file", "read_tokenizer"]
+__all__ = ["TOKEN_FILES", "AddedToken", "TokenizerFiles", "end_tokens", "read_json_file", "read_tokenizer", "special_tokens"]

@@ -20,7 +20,7 @@ from typing import Any
 from cluscomp_formats.errors import InvalidFileError, Problem
 from cluscomp_formats.packed.json_values import is_unicode
 
-__all__ = ["NAMES", "AddedToken", "TokenSettings", "assign_ids", "missing_tokens", "read_settings"]
+__all__ = ["NAMES", "AddedToken", "TokenSettings", "assign_ids", "missing_tokens", "read_settings", "special_tokens"]
 
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """Names every tokenizer may have a token for, in the order in which transformers adds them."""
@@ -91,6 +91,11 @@ def read_settings(
     # A name stands for the token of that text, with the flags that are told where the token is.
     named = {name: flags.get(token.content, token) for name, token in named.items()}
     return TokenSettings(named, tuple(others), by_id)
+
+
+def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """Texts by name of the special tokens that `tokenizer_config.json` names. Raises InvalidFileError for malformed ones."""
+    return {name: token.content for name, token in read_settings(config, {}, {}, {}).named.items()}
 
 
 def missing_tokens(settings: TokenSettings, stored: Iterable[AddedToken]) -> list[AddedToken]:

@@ -12,27 +12,29 @@ from typing import Any
 
 from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem
 from cluscomp_formats.ir import Array
-from cluscomp_runtime.tokenizer import read_json_file
+from cluscomp_formats.tokens.json_files import read_json_file
 
-__all__ = ["choose_chat_template", "find_chat_templates"]
+__all__ = ["DEFAULT", "choose_chat_template", "find_chat_templates", "is_template_file"]
 
 DEFAULT = "default"
 TOOL_USE = "tool_use"
 """The template that is taken for a chat with tools, where there is one of this name."""
 
-_FOLDER, _SUFFIX = "additional_chat_templates/", ".jinja"
+_FILE, _FOLDER, _SUFFIX = "chat_template.jinja", "additional_chat_templates/", ".jinja"
+_JSON_FILES = ("tokenizer_config.json", "chat_template.json")
+
+
+def is_template_file(name: str) -> bool:
+    """Whether the side file of that name may hold chat templates."""
+    return name in (_FILE, *_JSON_FILES) or _is_additional(name)
 
 
 def find_chat_templates(files: Mapping[str, Array]) -> dict[str, str]:
     """Templates by name, a single one as `default`; empty if there is none. Raises InvalidFileError."""
-    named = {
-        name.removeprefix(_FOLDER).removesuffix(_SUFFIX): _text(files, name)
-        for name in files
-        if name.startswith(_FOLDER) and name.endswith(_SUFFIX)
-    }
-    if "chat_template.jinja" in files:
-        named.setdefault(DEFAULT, _text(files, "chat_template.jinja"))
-    return named or _in_json(files, "tokenizer_config.json") or _in_json(files, "chat_template.json")
+    named = {name.removeprefix(_FOLDER).removesuffix(_SUFFIX): _text(files, name) for name in files if _is_additional(name)}
+    if _FILE in files:
+        named.setdefault(DEFAULT, _text(files, _FILE))
+    return named or _in_json(files, _JSON_FILES[0]) or _in_json(files, _JSON_FILES[1])
 
 
 def choose_chat_template(templates: Mapping[str, str], *, tools: bool = False, remedy: str = "give a plain prompt") -> str:
@@ -45,6 +47,10 @@ def choose_chat_template(templates: Mapping[str, str], *, tools: bool = False, r
         message, found = "none of the model's chat templates is the default one", ", ".join(sorted(templates))
         raise InvalidRequestError(Problem("no_chat_template", message, None, None, found[:200], DEFAULT, remedy))
     raise InvalidRequestError(Problem("no_chat_template", "this model has no chat template", remedy=remedy))
+
+
+def _is_additional(name: str) -> bool:
+    return name.startswith(_FOLDER) and name.endswith(_SUFFIX)
 
 
 def _text(files: Mapping[str, Array], name: str) -> str:
