@@ -17,7 +17,7 @@ import click
 
 from cluscomp_export.command_options import DEVICE, JSON, PATH, levels_from
 from cluscomp_export.planning_commands import plan, planning_options, show_plan
-from cluscomp_export.terminal import ProgressDisplay, json_document, print_json, print_table, say
+from cluscomp_export.terminal import ProgressDisplay, json_document, print_json, print_table, say, show
 from cluscomp_export.tuning_commands import merge, tune
 from cluscomp_formats.atomic import atomic_write, check_output
 from cluscomp_formats.errors import ClusCompError, grouped, printable
@@ -136,10 +136,10 @@ def convert(
         ("", "source", chosen.to),
         [("MB", f"{report.source_file_bytes / 1e6:.1f}", f"{report.file_bytes / 1e6:.1f}")],
     )
-    click.echo(f"bits per weight: {bits['linears']:.2f} (linear layers), {bits['all']:.2f} (everything)")
+    show(f"bits per weight: {bits['linears']:.2f} (linear layers), {bits['all']:.2f} (everything)")
     if report.digest:
-        click.echo(report.digest)
-    click.echo(f"wrote {report.output} in {report.seconds:.0f} s")
+        show(report.digest)
+    show(f"wrote {report.output} in {report.seconds:.0f} s")
 
 
 @cli.command()
@@ -200,17 +200,17 @@ def verify(a: Path, b: Path, *, delta: Path | None, device: str, as_json: bool) 
         print_table(("worst tensors", "relative error", "largest difference"), rows)
     if result.logits:
         values = result.logits
-        click.echo(
+        show(
             f"logits on the self-test sequences: KL {values['kl']:.4f}, top-1 agreement {100 * values['top1']:.1f} %, "
             f"largest difference {values['max_difference']:.4g}"
         )
     for name, test in result.self_tests.items():
         verdict = {True: "passed", False: "FAILED", None: "not run"}[test["passed"]]
         detail = f" (difference {test['max_difference']:.3g}, allowed {test['tolerance']:.3g})" if "tolerance" in test else ""
-        click.echo(f"self-test of {name}: {verdict}{detail}")
+        show(f"self-test of {name}: {verdict}{detail}")
     for reason in result.reasons:
-        click.echo(f"- {printable(reason)}")
-    click.echo(result.verdict.upper())
+        show(f"- {printable(reason)}")
+    show(result.verdict.upper())
     return result.exit_code
 
 
@@ -313,6 +313,7 @@ def evaluate(
 @click.argument("prompt")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option("--chat", is_flag=True, help="Treat PROMPT as a user's message, through the model's chat template.")
+@click.option("--raw", is_flag=True, help="Print what the model writes as it is, control characters included.")
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-k", type=click.IntRange(min=1), help="Sample among the k likeliest tokens.")
 @click.option(
@@ -335,10 +336,14 @@ def generate(
     kernel: str,
     selftest: bool,
     chat: bool,
+    raw: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Continue PROMPT with MODEL."""
+    """Continue PROMPT with MODEL.
+
+    Control characters that the model writes are shown escaped (\\x1b), as is what reverses the order of text.
+    """
     from dataclasses import asdict
 
     from cluscomp_runtime import load
@@ -350,17 +355,16 @@ def generate(
     text = loaded.chat([{"role": "user", "content": prompt}]) if chat else prompt
     stream = loaded.stream(text, add_special_tokens=not chat, **options)
     if not as_json and not chat:
-        click.echo(prompt, nl=False)
+        show(prompt, end="", raw=raw)
     for piece in stream:
         if not as_json:
-            click.echo(piece, nl=False)
-            sys.stdout.flush()
+            show(piece, end="", raw=raw)
     result = stream.finish()
     if as_json:
         rates = {"new_tokens": result.new_tokens, "tokens_per_second": result.tokens_per_second}
         print_json({**asdict(result), **rates, "kernel": loaded.kernel_summary})
         return
-    click.echo()
+    show()
     say(f"{result.new_tokens} tokens, {result.tokens_per_second:.1f} tokens/s, stopped by {result.stop_reason}")
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from cluscomp_export.sources.linears import kind
-from cluscomp_export.terminal import print_table, say
+from cluscomp_export.terminal import print_table, say, show
 from cluscomp_formats.errors import Problem, printable
 
 if TYPE_CHECKING:
@@ -67,27 +65,25 @@ def print_plan(report: Mapping[str, Any]) -> None:
             for (name, how, codebook, width), group in sorted(merged.items(), key=str)
         ],
     )
-    click.echo(
+    show(
         "its bits: of a value of the codebook; bits: of a weight, codebook not counted; error: squared, of the weights' squares"
     )
     if report["predicted_loss"] is None:
-        click.echo("Every weight counts alike.")
+        show("Every weight counts alike.")
     else:
-        click.echo("sensitivity: nats per token that an error of 1 would cost; loss: sensitivity times error, as a share")
-    click.echo()
+        show("sensitivity: nats per token that an error of 1 would cost; loss: sensitivity times error, as a share")
+    show()
     print_memory(report["memory"])
-    click.echo(f"MB at most; on the host beside the process itself (about {report['process_bytes'] / 1e6:.0f} MB)")
-    click.echo()
+    show(f"MB at most; on the host beside the process itself (about {report['process_bytes'] / 1e6:.0f} MB)")
+    show()
     bits = report["bits_per_weight"]
-    click.echo(f"bits per weight: {bits['linears']:.2f} (linear layers), {bits['all']:.2f} (everything)")
+    show(f"bits per weight: {bits['linears']:.2f} (linear layers), {bits['all']:.2f} (everything)")
     size, bound = report["file_bytes"], " at most"
     if size is None:
         size, bound = report["payload_bytes"], ", headers not counted"
-    click.echo(
-        f"predicted size: {size / 1e6:.3f} MB ({size:,} bytes){bound}; source: {report['source_file_bytes'] / 1e6:.1f} MB"
-    )
+    show(f"predicted size: {size / 1e6:.3f} MB ({size:,} bytes){bound}; source: {report['source_file_bytes'] / 1e6:.1f} MB")
     if report["predicted_loss"] is not None:
-        click.echo(
+        show(
             f"predicted loss: {report['predicted_loss']:.3g} nats per token on text like the calibration text, before error "
             "feedback and training"
         )
@@ -110,12 +106,12 @@ def print_inspection(report: Mapping[str, Any]) -> None:
     """The report of `inspect_model`: tables and facts on standard output, problems on standard error."""
     print_tensors(report["tensors"])
     if report["codebooks"]:
-        click.echo()
+        show()
         _print_codebooks(report["codebooks"])
     if report["worst_tensors"]["names"]:
-        click.echo()
+        show()
         _print_worst(report)
-    click.echo()
+    show()
     bits = report["bits_per_weight"]
     unread = "not looked for (--quick)"
     facts = {
@@ -131,7 +127,7 @@ def print_inspection(report: Mapping[str, Any]) -> None:
         "kernel here": report["kernel"],
     }
     for name, value in facts.items():
-        click.echo(f"{name:>17}: {printable(str(value))}")
+        show(f"{name:>17}: {printable(str(value))}")
     for difference in report["reference"]["differences"] if report["reference"] else ():
         say(f"warning: {difference}")
     for problem in report["problems"]:
@@ -152,7 +148,7 @@ def print_delta(report: Mapping[str, Any]) -> None:
         for row in report["parameters"]
     ]
     print_table(("changed", "count", "values", "MB", "dtype", "relative change"), rows)
-    click.echo()
+    show()
     record = report["record"]
     facts = {
         "file": f"{report['file_bytes'] / 1e6:.3f} MB",
@@ -165,7 +161,7 @@ def print_delta(report: Mapping[str, Any]) -> None:
     if isinstance(curve, list) and curve and all(isinstance(entry, dict) for entry in curve):
         facts["held-out loss"] = ", ".join(f"{entry.get('held_out')} at {entry.get('step')}" for entry in (curve[0], curve[-1]))
     for name, value in facts.items():
-        click.echo(f"{name:>17}: {printable(str(value))}")
+        show(f"{name:>17}: {printable(str(value))}")
 
 
 def _print_codebooks(rows: Rows) -> None:
@@ -219,15 +215,15 @@ def print_scores(scores: Evaluation) -> None:
 
     protocol = scores.record["protocol"]
     overlap = f", {protocol['stride']} apart" if protocol["stride"] < protocol["context"] else ""
-    click.echo(f"protocol {protocol['name']}: {scores.windows} windows of {scores.context} tokens{overlap}")
-    click.echo(f"perplexity {shown(scores.perplexity, scores.perplexity_error)} ({scores.scored_tokens} tokens scored)")
+    show(f"protocol {protocol['name']}: {scores.windows} windows of {scores.context} tokens{overlap}")
+    show(f"perplexity {shown(scores.perplexity, scores.perplexity_error)} ({scores.scored_tokens} tokens scored)")
     if scores.kl is None:
         return
-    click.echo(f"reference perplexity {shown(scores.reference_perplexity, scores.reference_perplexity_error)}")
-    click.echo(f"perplexity ratio {shown(scores.perplexity_ratio, scores.perplexity_ratio_error)}")
+    show(f"reference perplexity {shown(scores.reference_perplexity, scores.reference_perplexity_error)}")
+    show(f"perplexity ratio {shown(scores.perplexity_ratio, scores.perplexity_ratio_error)}")
     spread = f"median {scores.kl_median:.4f}, 90 % {scores.kl_p90:.4f}, 99 % {scores.kl_p99:.4f}, largest {scores.kl_max:.4f}"
-    click.echo(f"KL divergence {shown(scores.kl, scores.kl_error)} nats per token ({spread})")
-    click.echo(f"top-1 agreement {shown(scores.top1, scores.top1_error, 100, 2)} %")
+    show(f"KL divergence {shown(scores.kl, scores.kl_error)} nats per token ({spread})")
+    show(f"top-1 agreement {shown(scores.top1, scores.top1_error, 100, 2)} %")
 
 
 def print_task_results(results: Mapping[str, Mapping[str, Any]]) -> None:

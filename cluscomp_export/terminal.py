@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from cluscomp_formats.errors import printable
+from cluscomp_formats.errors import displayable, printable
 
-__all__ = ["ProgressDisplay", "json_document", "print_json", "print_table", "say"]
+__all__ = ["ProgressDisplay", "json_document", "print_json", "print_table", "say", "show"]
 
 
 LINE_SECONDS = 60.0
@@ -66,8 +66,9 @@ class ProgressDisplay:
         # "clustering q_proj" and "clustering k_proj" share a bar: only one of them runs at a time.
         key = stage.split(" ", 1)[0]
         if key not in self._tasks:
-            self._tasks[key] = self._progress.add_task(self._prefix + stage, total=total)
-        self._progress.update(self._tasks[key], description=self._prefix + stage, completed=done, total=total)
+            self._tasks[key] = self._progress.add_task("", total=total)
+        # Stages name tensors of a file of any origin.
+        self._progress.update(self._tasks[key], description=printable(self._prefix + stage), completed=done, total=total)
         if self._progress.disable and total > 1 and time.monotonic() - self._told >= LINE_SECONDS:
             self._told = time.monotonic()
             left = next(task.time_remaining for task in self._progress.tasks if task.id == self._tasks[key])
@@ -77,8 +78,18 @@ class ProgressDisplay:
 
 
 def say(text: str) -> None:
-    """Text for the person, on standard error."""
-    click.echo(text, err=True)
+    """Text for the person, on standard error, without what a terminal would obey."""
+    show(text, err=True)
+
+
+def show(text: str = "", *, end: str = "\n", raw: bool = False, err: bool = False) -> None:
+    """Text on standard output; what a terminal would obey is escaped unless `raw`, as is what the stream cannot encode."""
+    shown = (text if raw else displayable(text)) + end
+    stream = sys.stderr if err else sys.stdout
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    # Not click.echo: into a pipe it drops colours, which are raw, too.
+    stream.write(shown.encode(encoding, "backslashreplace").decode(encoding))
+    stream.flush()
 
 
 def json_document(value: Mapping[str, Any]) -> str:
@@ -88,7 +99,7 @@ def json_document(value: Mapping[str, Any]) -> str:
 
 def print_json(value: Mapping[str, Any]) -> None:
     """A JSON document on standard output, and nothing else there."""
-    click.echo(json_document(value))
+    show(json_document(value))
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from cluscomp_export.command_options import DEVICE, GGUF_TYPE, JSON, PATH, PRECISIONS, SCHEDULES, OutputFormat
-from cluscomp_export.terminal import ProgressDisplay, print_json, print_table, say
+from cluscomp_export.terminal import ProgressDisplay, print_json, print_table, say, show
 
 __all__ = ["merge", "tune"]
 
@@ -133,9 +133,9 @@ def tune(
             return
         rows = [(kind, f"{count}") for kind, count in plan.parameters.items()]
         print_table(("to train", "values"), rows)
-        click.echo(f"{plan.examples} examples with {plan.predictions} tokens to learn, {plan.held_out_examples} held out")
-        click.echo(f"{plan.steps} steps of {how['batch']}")
-        click.echo(f"delta: at most {plan.delta_bytes / 1e6:.1f} MB, {plan.delta_bytes / plan.model_bytes:.1%} of the model")
+        show(f"{plan.examples} examples with {plan.predictions} tokens to learn, {plan.held_out_examples} held out")
+        show(f"{plan.steps} steps of {how['batch']}")
+        show(f"delta: at most {plan.delta_bytes / 1e6:.1f} MB, {plan.delta_bytes / plan.model_bytes:.1%} of the model")
         return
     try:
         with ProgressDisplay() as progress:
@@ -159,9 +159,9 @@ def tune(
     if report.stopped:
         say(f"stopped: {report.stopped}")
     changed = ", ".join(f"{count} {name}" for name, kind in KINDS.items() if (count := report.changed.get(kind)))
-    click.echo(f"changed: {changed or 'nothing'}")
-    click.echo(f"{report.file_bytes / 1e6:.2f} MB, {report.share_of_model:.1%} of the model")
-    click.echo(f"wrote {report.output} in {report.seconds:.0f} s")
+    show(f"changed: {changed or 'nothing'}")
+    show(f"{report.file_bytes / 1e6:.2f} MB, {report.share_of_model:.1%} of the model")
+    show(f"wrote {report.output} in {report.seconds:.0f} s")
 
 
 @click.command()
@@ -202,5 +202,5 @@ def merge(model: Path, deltas: tuple[Path, ...], output: Path, *, force: bool, a
         print_json(asdict(report))
         return
     if report.digest:
-        click.echo(report.digest)
-    click.echo(f"wrote {report.output} ({report.file_bytes / 1e6:.1f} MB) in {report.seconds:.0f} s")
+        show(report.digest)
+    show(f"wrote {report.output} ({report.file_bytes / 1e6:.1f} MB) in {report.seconds:.0f} s")

@@ -16,7 +16,7 @@ from typing import Any
 from cluscomp_export.convert import ConversionOptions, convert, prepare
 from cluscomp_export.evaluate import evaluate_files
 from cluscomp_export.sources import open_source
-from cluscomp_export.terminal import ProgressDisplay, print_table, say
+from cluscomp_export.terminal import ProgressDisplay, print_table, say, show
 from cluscomp_runtime import LanguageModel, load
 
 ROOT = Path(__file__).parent.parent
@@ -98,7 +98,7 @@ def main() -> None:
         for row in (first, *rows)
     ]
     print_table(("", "MB", "bits/weight", "linears", "perplexity", "KL", "top-1 %", "tokens/s", "seconds"), table)
-    print(f"\nself-test passed; kernel: {model.kernel_summary}\n\nQ: {QUESTION}\nA ({arguments.bits[0]:g} bits): {answer}")
+    show(f"\nself-test passed; kernel: {model.kernel_summary}\n\nQ: {QUESTION}\nA ({arguments.bits[0]:g} bits): {answer}")
 
 
 if __name__ == "__main__":

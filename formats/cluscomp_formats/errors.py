@@ -6,6 +6,7 @@ can tell the cases apart. The command line prints the problems; libraries raise 
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ __all__ = [
     "StorageError",
     "UnsupportedError",
     "WorkersLostError",
+    "displayable",
     "grouped",
     "printable",
 ]
@@ -89,6 +91,24 @@ def _listed(values: Iterable[str | None]) -> str | None:
     distinct = list(dict.fromkeys(value for value in values if value is not None))
     left = len(distinct) - MAX_NAMES
     return ", ".join(distinct[:MAX_NAMES]) + (f" and {left} more" if left > 0 else "") if distinct else None
+
+
+# What reverses the order of the characters after it.
+_REORDERING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def displayable(text: str) -> str:
+    """A text of any origin with the control characters escaped that a terminal would obey; line ends and tabs stay.
+
+    So are those that reorder the text around them, and lone surrogates, which no stream can encode. All else is text.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c.encode("unicode_escape").decode() if _steers(c) else c for c in text)
+
+
+def _steers(character: str) -> bool:
+    return character in _REORDERING or (character not in "\n\t" and unicodedata.category(character) in ("Cc", "Cs"))
 
 
 class ClusCompError(Exception):
