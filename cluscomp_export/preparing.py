@@ -31,6 +31,7 @@ from cluscomp_export.progress import Progress, silent
 from cluscomp_export.sensitivity import measure_sensitivities, sensitive_tensors
 from cluscomp_export.sizes import Sizes, model_sizes
 from cluscomp_export.sources import CONFIG_ONLY, files_left_behind, open_source, source_bytes
+from cluscomp_export.tokenizer_warnings import tokenizer_warnings
 from cluscomp_export.torch_threads import torch_threads
 from cluscomp_export.what_runs import calibration_fault, nowhere_to_run, prediction_fault
 from cluscomp_export.work_folder import WorkFolder
@@ -130,7 +131,8 @@ def prepare(
         context=context,
         cuda=options.device.startswith("cuda"),
     )
-    warnings += [*_warnings(source, sizes, source_size), *_file_warnings(source, source_path)]
+    warnings += [] if only_config else tokenizer_warnings(source)
+    warnings += [*writer.notes(model), *_warnings(sizes, source_size), *_file_warnings(source, source_path)]
     warnings += memory_warnings(memory, options.device)
     if options.embedding_bits is not None and plan is not None and not embedding_tensors(source):
         warnings.append("--embedding-bits has no effect: no tensor is called like an embedding or a head")
@@ -289,10 +291,8 @@ def _file_warnings(source: Model, path: Path) -> list[str]:
     return warnings
 
 
-def _warnings(source: Model, sizes: Sizes, source_file_bytes: int) -> list[str]:
+def _warnings(sizes: Sizes, source_file_bytes: int) -> list[str]:
     warnings = []
-    if "tokenizer.json" not in source.files and source.provenance.get("format") != CONFIG_ONLY:
-        warnings.append("the source has no tokenizer.json; the artefact will take and give token ids only")
     if sizes.payload_bytes > source_file_bytes:
         dense = (
             "; --embedding-bits 8 or 4 clusters the embedding and the head" if sizes.all_bits > 2 * sizes.linear_bits else ""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cluscomp_formats.errors import InvalidRequestError, Problem
-from cluscomp_formats.gguf import DENSE_TYPES, dense_gguf_size, write_dense_gguf
+from cluscomp_formats.gguf import DENSE_TYPES, dense_gguf_notes, dense_gguf_size, write_dense_gguf
 from cluscomp_formats.ir import Model
 from cluscomp_formats.registry import CheckOutput, WriteModel, Written, find_format, formats
 
@@ -29,6 +29,8 @@ class Writer:
     """Refuses a model before any work, by its configuration and shapes. Raises UnsupportedError, InvalidFileError."""
     size: Callable[[Model], int] | None = None
     """Bytes of what `write` makes of a model with that self-test record, at most; see `Format`."""
+    notes: Callable[[Model], Sequence[str]] = lambda model: ()
+    """What the artefact will not say of the model, though it goes on. Raises what `write` does before it writes."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ def find_writer(name: str, gguf_type: str | None = None) -> Writer:
             found, expected = repr(gguf_type)[:200], ", ".join(DENSE_TYPES)
             raise InvalidRequestError(Problem("bad_option", "no such GGUF type", found=found, expected=expected))
         write = functools.partial(_write_dense_gguf, gguf_type)
-        return Writer(fmt.check_output, write, size=functools.partial(dense_gguf_size, gguf_type=gguf_type))
+        size = functools.partial(dense_gguf_size, gguf_type=gguf_type)
+        return Writer(fmt.check_output, write, size=size, notes=dense_gguf_notes)
     if fmt.write is None:
         expected = ", ".join(output_formats())
         raise InvalidRequestError(Problem("not_writable", "this format is only read", found=name, expected=expected))

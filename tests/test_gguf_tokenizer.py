@@ -19,8 +19,8 @@ from cluscomp_export.sources import open_source
 from cluscomp_formats.chat_templates import find_chat_templates
 from cluscomp_formats.errors import UnsupportedError
 from cluscomp_formats.gguf import open_gguf, write_dense_gguf, write_gguf
-from cluscomp_formats.gguf.word_schemes import SCHEMES
 from cluscomp_formats.ir import Array, Model
+from cluscomp_formats.tokens.word_schemes import SCHEMES
 
 TEXT = "Once upon a time, there were 1234 apples; naïve café 日本 <|end|> isn't it?\n\n  Yes   indeed.\t"
 CORPUS = [TEXT, "the quick brown fox jumps over the lazy dog " * 3, "0123456789 aren't we'll they've " * 3]

@@ -25,6 +25,7 @@ from cluscomp_formats.ir import DTYPES, AnyArray, Array
 from cluscomp_formats.model_folder import read_inside
 from cluscomp_formats.packed.json_values import json_faults
 from cluscomp_formats.stored_file import Stamp, read_again
+from cluscomp_formats.tokens import with_tokenizer
 
 __all__ = [
     "CONFIG",
@@ -106,7 +107,9 @@ def open_checkpoint(folder: Path, weights: Path | None = None) -> Checkpoint:
         raise InvalidFileError(headers.problems)
     if headers.unsupported:
         raise UnsupportedError(headers.unsupported)
-    return Checkpoint(config or {}, headers.tensors, files or {}, tuple(shards))
+    return Checkpoint(
+        config or {}, headers.tensors, with_tokenizer(files or {}, str((config or {}).get("model_type"))), tuple(shards)
+    )
 
 
 def _or_problems(read: Callable[[Path], _T], path: Path, problems: list[Problem]) -> _T | None:

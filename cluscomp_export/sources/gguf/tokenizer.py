@@ -3,7 +3,7 @@
 Two of llama.cpp's tokenizer models are rebuilt:
 
 - `gpt2`: byte-level BPE with the merges of the file. How text is cut into words before merging is not stored, only the name
-  of a scheme (`tokenizer.ggml.pre`), see `cluscomp_formats.gguf.word_schemes`.
+  of a scheme (`tokenizer.ggml.pre`), see `cluscomp_formats.tokens.word_schemes`.
 - `llama`: SentencePiece BPE. It merges, over and over, the neighbours whose union has the best score; the
   `tokenizers` library wants a ranked list of merges instead, which is recovered from the scores.
 
@@ -20,8 +20,10 @@ from typing import Any
 
 from cluscomp_formats.chat_templates import DEFAULT
 from cluscomp_formats.gguf.end_of_generation import KEYS, ends_generation, types_in_use
-from cluscomp_formats.gguf.word_schemes import SCHEMES, Scheme
 from cluscomp_formats.packed.json_values import is_unicode
+from cluscomp_formats.tokens.merges import merges_from_scores
+from cluscomp_formats.tokens.unsupported import UnsupportedTokenizer
+from cluscomp_formats.tokens.word_schemes import SCHEMES, Scheme
 
 __all__ = ["UnsupportedTokenizer", "build_generation_config", "build_tokenizer"]
 
@@ -35,15 +37,6 @@ _DEFAULTS = {"llama": {"bos": 1, "eos": 2, "unknown": 0}, "gpt2": {"bos": 11, "e
 """What llama.cpp assumes where a file does not name these tokens, if there are as many."""
 
 _SPACE = "\u2581"
-
-_MAX_TOKEN = 1024
-"""Characters of a token. Splitting one takes time in the square of its length; SmolLM2's longest has 81."""
-_MAX_SPLITS = 16
-"""Characters of all splits of tokens into two others, per character of the vocabulary. SmolLM2's would have 2.3."""
-
-
-class UnsupportedTokenizer(Exception):  # noqa: N818 - not an error of the file: the model is read without it
-    """Why no tokenizer could be built."""
 
 
 @dataclass(frozen=True)
@@ -269,35 +262,16 @@ def _sentencepiece(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> dict
     unknown = vocabulary.special.get("unk_token") or next(
         (token for token, token_type in zip(vocabulary.tokens, vocabulary.types, strict=True) if token_type == _UNKNOWN), None
     )
-    merges = _merges_from_scores(vocabulary, scores)
+    merges = merges_from_scores(
+        {
+            token: score
+            for token, token_type, score in zip(vocabulary.tokens, vocabulary.types, scores, strict=True)
+            if token_type == _NORMAL
+        }
+    )
     return {
         "normalizer": {"type": "Sequence", "normalizers": normalizers},
         "pre_tokenizer": None,
         "decoder": {"type": "Sequence", "decoders": decoders},
         "model": _bpe(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True),
     }
-
-
-def _merges_from_scores(vocabulary: _Vocabulary, scores: Sequence[float]) -> list[tuple[str, str]]:
-    """Every way to make a normal token of two others, best score first.
-
-    Among the ways to make one token the longer left part goes first; which one applies is decided by what is there. Raises
-    UnsupportedTokenizer for a vocabulary made to have too many.
-    """
-    normal = {
-        token: score
-        for token, token_type, score in zip(vocabulary.tokens, vocabulary.types, scores, strict=True)
-        if token_type == _NORMAL
-    }
-    longest = max(map(len, normal), default=0)
-    if longest > _MAX_TOKEN:
-        raise UnsupportedTokenizer(f"a token has {longest} characters, more than {_MAX_TOKEN}")
-    left = _MAX_SPLITS * sum(map(len, normal))
-    ways = []
-    for token, score in normal.items():
-        splits = [at for at in range(1, len(token)) if token[:at] in normal and token[at:] in normal]
-        left -= len(splits) * len(token)
-        if left < 0:
-            raise UnsupportedTokenizer("its tokens can be made of others in more ways than those of any real vocabulary")
-        ways += [(-score, -at, token) for at in splits]
-    return [(token[:-at], token[-at:]) for _, at, token in sorted(ways, key=lambda way: way[:2])]

@@ -1,6 +1,6 @@
 """GGUF files: *native*, a codebook model under our own keys, and *dense*, for stock llama.cpp; see `docs/gguf-format.md`."""
 
-from cluscomp_formats.gguf.dense_writer import DENSE_TYPES, DenseReport, dense_gguf_size, write_dense_gguf
+from cluscomp_formats.gguf.dense_writer import DENSE_TYPES, DenseReport, dense_gguf_notes, dense_gguf_size, write_dense_gguf
 from cluscomp_formats.gguf.reader import looks_gguf, open_gguf
 from cluscomp_formats.gguf.writer import gguf_size, write_gguf
 from cluscomp_formats.registry import Format
@@ -9,6 +9,7 @@ __all__ = [
     "DENSE_TYPES",
     "FORMAT",
     "DenseReport",
+    "dense_gguf_notes",
     "dense_gguf_size",
     "looks_gguf",
     "open_gguf",

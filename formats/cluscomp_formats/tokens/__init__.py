@@ -3,6 +3,18 @@
 from cluscomp_formats.tokens.added_tokens import AddedToken, special_tokens
 from cluscomp_formats.tokens.end_tokens import end_tokens
 from cluscomp_formats.tokens.json_files import read_json_file
-from cluscomp_formats.tokens.tokenizer_files import TOKEN_FILES, TokenizerFiles, read_tokenizer
+from cluscomp_formats.tokens.tokenizer_files import TOKEN_FILES, TokenizerFiles, no_tokenizer, read_tokenizer, with_tokenizer
+from cluscomp_formats.tokens.unsupported import UnsupportedTokenizer
 
-__all__ = ["TOKEN_FILES", "AddedToken", "TokenizerFiles", "end_tokens", "read_json_file", "read_tokenizer", "special_tokens"]
+__all__ = [
+    "TOKEN_FILES",
+    "AddedToken",
+    "TokenizerFiles",
+    "UnsupportedTokenizer",
+    "end_tokens",
+    "no_tokenizer",
+    "read_json_file",
+    "read_tokenizer",
+    "special_tokens",
+    "with_tokenizer",
+]

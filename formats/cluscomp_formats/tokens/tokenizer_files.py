@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from cluscomp_formats.ir import Array
 from cluscomp_formats.tokens.added_tokens import AddedToken, assign_ids, missing_tokens, read_settings
+from cluscomp_formats.tokens.from_vocabulary import VOCABULARY_FILES, build_tokenizer_files
 from cluscomp_formats.tokens.json_files import read_json_file
+from cluscomp_formats.tokens.unsupported import UnsupportedTokenizer
 
-__all__ = ["TOKEN_FILES", "TokenizerFiles", "read_tokenizer"]
+__all__ = ["TOKEN_FILES", "TokenizerFiles", "no_tokenizer", "read_tokenizer", "with_tokenizer"]
 
 TOKENIZER = "tokenizer.json"
-TOKEN_FILES = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
+TOKEN_FILES = (
+    *(TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json"),
+    *VOCABULARY_FILES,
+)
 """The side files that say what tokens there are, which of them are special and which end a text."""
 
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -24,22 +31,50 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 class TokenizerFiles:
     """What the side files say.
 
-    `tokenizer` is a complete `tokenizer.json`, `content` the same as bytes, `special_tokens` the special tokens by name.
-    `moved` are the added tokens to which a file gives another id than the tokenizers library does, by text: (claimed, real).
+    `tokenizer` is a complete `tokenizer.json`, `content` the same as bytes, `special_tokens` the special tokens by name, `ids`
+    the ids of all tokens by text. `moved` are the added tokens to which a file gives another id than the tokenizers library
+    does, by text: (claimed, real). The last two are empty for a `tokenizer.json` that is not laid out as usual.
     """
 
     tokenizer: Mapping[str, Any]
     content: bytes
     special_tokens: Mapping[str, str]
-    moved: Mapping[str, tuple[int, int]]
+    ids: Mapping[str, int] = field(default_factory=dict)
+    moved: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+
+def with_tokenizer(files: Mapping[str, Array], model_type: str | None = None) -> dict[str, Array]:
+    """The side files with a `tokenizer.json` built from other files if it is missing and that can be done.
+
+    `model_type` is that of the model's configuration. Raises InvalidFileError.
+    """
+    try:
+        built = build_tokenizer_files(files, model_type)
+    except UnsupportedTokenizer:
+        built = {}
+    return {**files, **{name: Array.of(np.frombuffer(content, np.uint8)) for name, content in built.items()}}
+
+
+def no_tokenizer(files: Mapping[str, Array], model_type: str | None = None) -> str | None:
+    """Why the side files give no tokenizer, and what to do; None if they do. Raises InvalidFileError."""
+    try:
+        build_tokenizer_files(files, model_type)
+    except UnsupportedTokenizer as reason:
+        if not files.keys() & set(VOCABULARY_FILES):
+            return f"{reason}: copy the model's own beside its weights"
+        made = "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        needs = "offline; it may ask for the package sentencepiece or tiktoken"
+        return f"there is no tokenizer.json, and {reason}: make one with transformers, {made} ({needs})"
+    return None
 
 
 def read_tokenizer(files: Mapping[str, Array]) -> TokenizerFiles | None:
-    """The tokenizer among a model's side files, None if there is no `tokenizer.json`.
+    """The tokenizer among a model's side files, None if there is no `tokenizer.json` and none can be built.
 
     A `tokenizer.json` that is not laid out as usual comes back as it is: the library that it is for says what is wrong with it.
     Raises InvalidFileError for files that are no JSON objects and for malformed added tokens.
     """
+    files = with_tokenizer(files)
     if TOKENIZER not in files:
         return None
     content = files[TOKENIZER].read().tobytes()
@@ -50,7 +85,7 @@ def read_tokenizer(files: Mapping[str, Array]) -> TokenizerFiles | None:
     settings = read_settings(config, special_map, added, dict(listed or ()))
     special_tokens = {name: token.content for name, token in settings.named.items()}
     if listed is None or vocabulary is None:
-        return TokenizerFiles(tokenizer, content, special_tokens, {})
+        return TokenizerFiles(tokenizer, content, special_tokens)
     stored = [token for _, token in listed]
     more = missing_tokens(settings, stored)
     placed = assign_ids(vocabulary, [*stored, *more])
@@ -60,7 +95,8 @@ def read_tokenizer(files: Mapping[str, Array]) -> TokenizerFiles | None:
         entries = sorted(placed.values(), key=lambda item: item[0])
         tokenizer = {**tokenizer, "added_tokens": [token.entry(number) for number, token in entries]}
         content = json.dumps(tokenizer, ensure_ascii=False).encode()
-    return TokenizerFiles(tokenizer, content, special_tokens, moved)
+    ids = {**vocabulary, **{text: number for text, (number, _) in placed.items()}}
+    return TokenizerFiles(tokenizer, content, special_tokens, ids, moved)
 
 
 def vocabulary_ids(tokenizer: Mapping[str, Any]) -> dict[str, int] | None:
