@@ -201,8 +201,8 @@ def verify(a: Path, b: Path, *, delta: Path | None, device: str, as_json: bool) 
     if result.logits:
         values = result.logits
         show(
-            f"logits on the self-test sequences: KL {values['kl']:.4f}, top-1 agreement {100 * values['top1']:.1f} %, "
-            f"largest difference {values['max_difference']:.4g}"
+            f"logits on {values['positions']} positions: KL {values['kl']:.4f} (by chance {values['chance']:.2f}), "
+            f"top-1 agreement {100 * values['top1']:.1f} %, largest difference {values['max_difference']:.4g}"
         )
     for name, test in result.self_tests.items():
         verdict = {True: "passed", False: "FAILED", None: "not run"}[test["passed"]]
@@ -210,6 +210,9 @@ def verify(a: Path, b: Path, *, delta: Path | None, device: str, as_json: bool) 
         show(f"self-test of {name}: {verdict}{detail}")
     for reason in result.reasons:
         show(f"- {printable(reason)}")
+    for label, texts in (("proven", result.proven), ("only claimed", result.claimed)):
+        for text in texts:
+            show(f"{label}: {printable(text)}")
     show(result.verdict.upper())
     return result.exit_code
 

@@ -28,7 +28,7 @@ from cluscomp_formats.ir import AnyArray, Array, ClusteredWeight, Codebook, Dens
 from cluscomp_formats.parameters import codebook_name, norm_name, parameters, row_scale_name
 from cluscomp_runtime.memory import trim_heap
 
-__all__ = ["FIT_VECTORS_PER_CLUSTER", "cluster_model", "unit_bytes"]
+__all__ = ["FIT_VECTORS_PER_CLUSTER", "cluster_model", "dense_as_stored", "unit_bytes"]
 
 Floats = npt.NDArray[np.float32]
 
@@ -97,7 +97,7 @@ def unit_bytes(model: Model) -> dict[str, int]:
     }
 
 
-def _dense(tensor: DenseTensor) -> DenseTensor:
+def dense_as_stored(tensor: DenseTensor) -> DenseTensor:
     """The tensor as it is stored: matrices of float32 and float64 as float16, everything else as it was."""
     if tensor.values.dtype not in ("float32", "float64") or len(tensor.shape) < 2:
         return tensor
@@ -164,7 +164,7 @@ class _Clustering:
         return ClusteredWeight(name, treatment.shape, (Stage(codebook, codes),), row_scale=scale)
 
     def dense(self, tensor: DenseTensor) -> DenseTensor:
-        stored = _dense(tensor)
+        stored = dense_as_stored(tensor)
         values = stored.values
         load = lambda: self._tuned_value(norm_name(tensor.name), tensor.name, values.read)  # noqa: E731
         return replace(stored, values=Array(values.shape, values.dtype, load))

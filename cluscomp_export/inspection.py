@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from cluscomp_export.derivation import compare_tensors
 from cluscomp_export.health import CodebookHealth, Health, check_health, codebook_users
 from cluscomp_export.progress import Progress, silent
 from cluscomp_export.sizes import model_sizes, tensor_rows
 from cluscomp_export.sources import open_source, source_bytes
-from cluscomp_export.verify import compare_tensors
 from cluscomp_formats.delta import open_delta
 from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem
 from cluscomp_formats.ir import Array, Model

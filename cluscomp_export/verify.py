@@ -1,21 +1,21 @@
 """Does an artefact compute the same thing as another, or come from the source it claims?
 
-Two artefacts are compared by digest, tensor by tensor, and by their logits on the self-test records. An artefact and a dense
-source are compared by the source digest in the artefact's provenance; the error of every tensor and of the logits is then
-reported, not judged, and the artefact's own self-test decides whether it is sound.
+Two artefacts are compared by digest, tensor by tensor, and by their outputs. An artefact says in its provenance which dense
+source it was made from, and everything that can be computed is held against that: structure, configuration and tensors
+(`derivation`), outputs (`judging_outputs`), the self-test record, computed anew, and what runtimes make of it. What is only
+claimed is said to be.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
-
+from cluscomp_export.derivation import TensorError, compare_tensors, hold_against_source, is_trained
+from cluscomp_export.judging_outputs import OutputComparison, chosen_sequences, compare_outputs
 from cluscomp_export.onnx_graph.running import OnnxSession
 from cluscomp_export.progress import Progress, silent
 from cluscomp_export.sources import open_source
@@ -24,30 +24,45 @@ from cluscomp_formats.ir import Model
 from cluscomp_formats.onnx import looks_onnx
 from cluscomp_runtime import LanguageModel
 from cluscomp_runtime.architecture import DecoderSettings
-from cluscomp_runtime.memory import is_memory_fault
-from cluscomp_runtime.selftest import check_record, compare_with_record, run_self_test
+from cluscomp_runtime.memory import is_memory_fault, memory_faults
+from cluscomp_runtime.selftest import (
+    SelfTestReport,
+    check_against_weights,
+    check_record,
+    compare_with_record,
+    run_self_test,
+)
 
-__all__ = ["TensorError", "Verification", "compare_tensors", "verify"]
+__all__ = ["Verification", "verify"]
 
-Verdict = Literal["equal", "derived", "different", "unknown"]
+MOST_REASONS = 10
+"""Reasons listed one by one."""
 
+Verdict = Literal["equal", "derived", "degraded", "different", "unknown"]
 
-@dataclass(frozen=True)
-class TensorError:
-    """How far one tensor of B is from A: `relative` is the root mean square of the difference over that of A."""
+_EXIT_CODES: Mapping[Verdict, int] = {"equal": 0, "derived": 0, "degraded": 1, "different": 1, "unknown": 2}
 
-    name: str
-    relative: float
-    max_absolute: float
+TEXT_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+"""The side files that say what text becomes of tokens, and tokens of text. The digest does not cover them."""
 
 
 @dataclass(frozen=True)
 class Verification:
     """The verdict, the reasons for it, and what was measured.
 
-    `equal`: the same model. `derived`: made from that source, and sound. `different`: neither. `unknown`: could not tell.
-    `logits`: on the self-test sequences, the largest absolute difference, mean KL divergence (nats per token) and top-1
-    agreement of B against A, where both run.
+    `equal`: the same model. `derived`: made from that source, and sound. `degraded`: its tensors are made from that source, but
+    its outputs are no nearer to the source's than chance. `different`: none of these. `unknown`: could not tell.
+    `proven` and `claimed` say in words what was computed here and what the artefact only says. `self_tests` are those of
+    runtimes, and of the records themselves. `logits` are the figures of `OutputComparison`, of B against A, where both run.
     """
 
     verdict: Verdict
@@ -56,13 +71,33 @@ class Verification:
     tensors: tuple[TensorError, ...] = ()
     self_tests: dict[str, dict[str, Any]] = field(default_factory=dict)
     logits: dict[str, float] | None = None
+    proven: tuple[str, ...] = ()
+    claimed: tuple[str, ...] = ()
 
     @property
     def exit_code(self) -> int:
-        """0 equal or derived, 1 different, 2 could not tell."""
-        return {"equal": 0, "derived": 0, "different": 1, "unknown": 2}[self.verdict]
+        """0 equal or derived, 1 degraded or different, 2 could not tell."""
+        return _EXIT_CODES[self.verdict]
 
 
+@dataclass(frozen=True)
+class _Pair:
+    """The two models, which of them is dense and which made from it, if so, and what was computed of them."""
+
+    paths: tuple[Path, Path]
+    models: tuple[Model, Model]
+    digests: tuple[str, str]
+    tensors: Sequence[TensorError]
+    structure: Sequence[str]
+
+    @property
+    def source(self) -> int | None:
+        """Which one is the dense source of the other; None if both or none are clustered."""
+        clustered = [bool(model.clustered) for model in self.models]
+        return None if clustered[0] == clustered[1] else clustered.index(False)
+
+
+@memory_faults("run it again with more memory free")
 def verify(
     path_a: Path, path_b: Path, *, delta: Path | None = None, device: str = "cpu", on_progress: Progress = silent
 ) -> Verification:
@@ -70,95 +105,152 @@ def verify(
 
     Raises ClusCompError if one of them cannot be read: then nothing can be told.
     """
-    model_a, model_b = open_source(path_a), open_source(path_b, delta)
-    on_progress("computing digests", 0, 2)
-    digest_a = model_a.digest()
-    on_progress("computing digests", 1, 2)
-    digest_b = model_b.digest()
+    models = (open_source(path_a), open_source(path_b, delta))
+    digests: list[str] = []
+    for model in models:
+        on_progress("computing digests", len(digests), 2)
+        digests.append(model.digest())
     on_progress("computing digests", 2, 2)
-    tensors, structure = compare_tensors(model_a, model_b, on_progress)
-    paths = {str(path_a): model_a, str(path_b): model_b}
-    runnable, skipped = _load(paths, device)
-    self_tests = {name: _self_test(model, runnable.get(name)) for name, model in paths.items() if model.self_test}
-    for path, model in ((path_a, model_a), (path_b, model_b)):
-        if model.self_test and looks_onnx(path):
-            on_progress(f"running {path} in onnxruntime", 0, 1)
-            self_tests[f"{path} in onnxruntime"] = _self_test_in_onnxruntime(path, model, skipped)
-    records = [model.self_test for model in paths.values() if model.self_test]
-    logits = _compare_logits(list(runnable.values()), records) if len(runnable) == 2 and not structure else None
-
-    verdict, reasons = _judge(path_a, path_b, model_a, model_b, digest_a, digest_b, tensors, structure)
-    digests = ((path_a, model_a, digest_a), (path_b, model_b, digest_b))
-    damaged = [str(path) for path, model, digest in digests if model.claimed_digest not in (None, digest)]
-    broken = [name for name, result in self_tests.items() if result.get("passed") is False]
-    if broken or damaged:
-        verdict = "different"
-        reasons = [*reasons, *(f"{name} is not what its own digest says: it is damaged" for name in damaged)]
-        reasons += [f"{name} fails its self-test" for name in broken]
+    tensors, structure = compare_tensors(*models, on_progress)
+    pair = _Pair((path_a, path_b), models, (digests[0], digests[1]), tensors, structure)
+    paths = {str(path): model for path, model in zip(pair.paths, models, strict=True)}
+    runnable, notes = _load(paths, device)
+    self_tests = _self_tests(pair, runnable, notes, on_progress)
+    outputs = None
+    if len(runnable) == len(paths) == 2 and not structure:
+        on_progress("comparing outputs", 0, 1)
+        outputs = _compare_outputs(pair, runnable)
+    verdict, reasons = _judge(pair, outputs, trained=delta is not None)
+    faults = _faults(pair, self_tests)
+    if faults:
+        verdict, reasons = "different", [*reasons, *faults]
     elif verdict == "derived" and not any(result.get("passed") for result in self_tests.values()):
         verdict = "unknown"
-        reasons = [*reasons, "no self-test could be run, so whether it computes the right thing is not known"]
-    return Verification(verdict, (*reasons, *skipped), (digest_a, digest_b), tuple(tensors), self_tests, logits)
+        reasons.append("no self-test could be run, so whether it computes the right thing is not known")
+    return Verification(
+        verdict=verdict,
+        reasons=(*reasons, *_file_notes(pair), *notes),
+        digests=pair.digests,
+        tensors=tuple(tensors),
+        self_tests=self_tests,
+        logits=None if outputs is None else asdict(outputs),
+        proven=tuple(_proven(pair, verdict, self_tests, outputs)),
+        claimed=tuple(_claimed(pair)),
+    )
 
 
-def _judge(
-    path_a: Path,
-    path_b: Path,
-    model_a: Model,
-    model_b: Model,
-    digest_a: str,
-    digest_b: str,
-    tensors: Sequence[TensorError],
-    structure: Sequence[str],
-) -> tuple[Verdict, list[str]]:
-    if digest_a == digest_b:
+def _judge(pair: _Pair, outputs: OutputComparison | None, *, trained: bool) -> tuple[Verdict, list[str]]:
+    if pair.digests[0] == pair.digests[1]:
         return "equal", ["the digests are equal: the same configuration, codebooks, codes, scales and dense tensors"]
-    if bool(model_a.clustered) != bool(model_b.clustered):
-        source, artefact = (path_a, path_b) if model_b.clustered else (path_b, path_a)
-        source_digest = digest_a if model_b.clustered else digest_b
-        provenance = (model_b if model_b.clustered else model_a).provenance
-        claimed = provenance.get("source", {}).get("digest") if isinstance(provenance.get("source"), dict) else None
-        if claimed is None:
-            return "unknown", [f"{artefact} does not say which source it was made from"]
-        if claimed != source_digest:
-            return "different", [f"{artefact} was made from another source: {claimed}; {source} is {source_digest}"]
-        return "derived", [f"{artefact} was made from {source}: its provenance holds the source's digest"]
-    if structure:
-        return "different", list(structure)
-    differing = [error for error in tensors if error.max_absolute > 0]
+    if pair.source is not None:
+        return _judge_derivation(pair, pair.source, outputs, trained=trained)
+    if pair.structure:
+        return "different", list(pair.structure)
+    differing = [error for error in pair.tensors if error.max_absolute != 0]
     if differing:
         worst = max(differing, key=lambda error: error.relative)
         return "different", [
-            f"{len(differing)} of {len(tensors)} tensors differ; most: {worst.name} by {worst.relative:.3g} relative"
+            f"{len(differing)} of {len(pair.tensors)} tensors differ; most: {worst.name} by {worst.relative:.3g} relative"
         ]
     return "different", ["every decoded tensor is equal, but the configuration or the way the weights are stored is not"]
 
 
-def compare_tensors(model_a: Model, model_b: Model, on_progress: Progress) -> tuple[list[TensorError], list[str]]:
-    """Errors of the tensors both have, and in words what only one has or what differs in shape."""
-    structure = []
-    for label, one, other in (("first", model_a, model_b), ("second", model_b, model_a)):
-        missing = sorted(set(one.tensors) - set(other.tensors))
-        if missing:
-            structure.append(
-                f"only the {label} has {len(missing)} tensor(s): {', '.join(missing[:3])}{' ...' if missing[3:] else ''}"
-            )
-    errors = []
-    names = sorted(set(model_a.tensors) & set(model_b.tensors))
-    for done, name in enumerate(names):
-        on_progress("comparing tensors", done, len(names))
-        tensor_a, tensor_b = model_a.tensors[name], model_b.tensors[name]
-        if tensor_a.shape != tensor_b.shape:
-            structure.append(f"{name} has shape {list(tensor_a.shape)} in the first, {list(tensor_b.shape)} in the second")
+def _judge_derivation(pair: _Pair, index: int, outputs: OutputComparison | None, *, trained: bool) -> tuple[Verdict, list[str]]:
+    source, artefact = pair.paths[index], pair.paths[1 - index]
+    original, made = pair.models[index], pair.models[1 - index]
+    recorded = made.provenance.get("source")
+    claimed = recorded.get("digest") if isinstance(recorded, Mapping) else None
+    if claimed is not None and claimed != pair.digests[index]:
+        return "different", [f"{artefact} was made from another source: {claimed}; {source} is {pair.digests[index]}"]
+    against = hold_against_source(original, made, pair.tensors, trained=trained or is_trained(made.provenance))
+    if against:
+        listed = [*against[:MOST_REASONS], *([f"and {len(against) - MOST_REASONS} more"] if against[MOST_REASONS:] else [])]
+        return "different", [f"{artefact} cannot have been made from {source}:", *listed]
+    if claimed is None:
+        return "unknown", [f"{artefact} does not say which source it was made from"]
+    derived = f"{artefact} was made from {source}: its provenance holds the source's digest, and its content agrees"
+    if outputs is None:
+        return "unknown", [derived, "outputs could not be compared, so whether it computes the right thing is not known"]
+    if not outputs.tells:
+        return "derived", [derived, "the source's predictions hardly depend on its input: outputs tell nothing"]
+    if not outputs.beats_chance:
+        what = f"a divergence of {outputs.kl:.3g} nats per token, by chance {outputs.chance:.3g}"
+        return "degraded", [derived, f"it computes too little of the source: {what}", "convert with more bits or effort"]
+    return "derived", [derived]
+
+
+def _faults(pair: _Pair, self_tests: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What makes a model something else than it says, whatever it is compared with."""
+    reasons = [
+        f"{path} is not what its own digest says: it is damaged"
+        for path, model, digest in zip(pair.paths, pair.models, pair.digests, strict=True)
+        if model.claimed_digest not in (None, digest)
+    ]
+    reasons += [f"{name}: {result['reason']}" for name, result in self_tests.items() if result["passed"] is False]
+    made = 1 if pair.source is None else 1 - pair.source
+    if pair.source is not None or pair.digests[0] == pair.digests[1]:
+        reasons += [
+            f"{pair.paths[made]}: {name} is not that of {pair.paths[1 - made]}"
+            for name in TEXT_FILES
+            if name in pair.models[made].files and _content(pair.models[0], name) != _content(pair.models[1], name)
+        ]
+    return reasons
+
+
+def _content(model: Model, name: str) -> bytes | None:
+    return model.files[name].read().tobytes() if name in model.files else None
+
+
+def _file_notes(pair: _Pair) -> list[str]:
+    """Side files that only one has, or that are not alike and say nothing about text."""
+    notes = []
+    for label, one, other in (("first", 0, 1), ("second", 1, 0)):
+        names = sorted(pair.models[one].files.keys() - pair.models[other].files.keys())
+        if names:
+            notes.append(f"only the {label} has the side files {', '.join(names[:5])}{' ...' if names[5:] else ''}")
+    both = sorted(pair.models[0].files.keys() & pair.models[1].files.keys() - set(TEXT_FILES))
+    changed = [name for name in both if _content(pair.models[0], name) != _content(pair.models[1], name)]
+    if changed:
+        notes.append(f"side files differ: {', '.join(changed[:5])}{' ...' if changed[5:] else ''}")
+    return notes
+
+
+def _proven(
+    pair: _Pair, verdict: Verdict, self_tests: Mapping[str, Mapping[str, Any]], outputs: OutputComparison | None
+) -> Iterator[str]:
+    """What was computed here, and holds."""
+    if verdict not in ("equal", "derived", "degraded"):
+        return
+    if any(model.claimed_digest is not None for model in pair.models):
+        yield "the content is what the digest says"
+    if verdict == "equal":
+        yield "configuration and every payload are the same, bit for bit"
+    else:
+        clustered = len(pair.models[1 - (pair.source or 0)].clustered)
+        yield (
+            f"the source's structure and configuration, {len(pair.tensors) - clustered} dense tensors of its values or trained "
+            f"ones near them, {clustered} clustered ones nearer to it than chance"
+        )
+    if outputs is not None and outputs.tells and outputs.beats_chance:
+        yield (
+            f"outputs on {outputs.positions} positions of our choice: divergence {outputs.kl:.3g} nats per token, by chance "
+            f"{outputs.chance:.3g}"
+        )
+    if all(_content(pair.models[0], name) == _content(pair.models[1], name) for name in TEXT_FILES):
+        yield "tokenizer, chat template and generation settings are the same"
+    for name, result in self_tests.items():
+        if result.get("passed"):
+            yield f"{name}: the logits of its self-test record"
+
+
+def _claimed(pair: _Pair) -> Iterator[str]:
+    """What an artefact says about itself that nothing here can show."""
+    for path, model in zip(pair.paths, pair.models, strict=True):
+        if not model.clustered:
             continue
-        values = tensor_a.decode()
-        difference = tensor_b.decode() - values
-        energy = float(np.square(values, dtype=np.float64).sum())
-        error = float(np.square(difference, dtype=np.float64).sum())
-        relative = math.sqrt(error / energy) if energy else (0.0 if error == 0 else math.inf)
-        errors.append(TensorError(name, relative, float(np.abs(difference).max(initial=0.0))))
-    on_progress("comparing tensors", len(names), len(names))
-    return errors, structure
+        provenance = model.provenance
+        tool = " ".join(str(provenance[key])[:50] for key in ("tool", "version") if key in provenance) or "an unknown tool"
+        yield f"{path} was made by {tool}, with the options, calibration and trainings of its provenance (not authenticated)"
 
 
 def _load(paths: dict[str, Model], device: str) -> tuple[dict[str, LanguageModel], list[str]]:
@@ -190,45 +282,55 @@ def _try_load(model: Model, device: str, kernel: str) -> LanguageModel | str | N
         return None
 
 
-def _self_test(model: Model, runnable: LanguageModel | None) -> dict[str, Any]:
-    if runnable is None or model.self_test is None:
-        return {"passed": None}
+def _self_tests(
+    pair: _Pair, runnable: Mapping[str, LanguageModel], notes: list[str], on_progress: Progress
+) -> dict[str, dict[str, Any]]:
+    """Of every record: whether it is one of these weights, and what the runtimes that are here make of it."""
+    found: dict[str, dict[str, Any]] = {}
+    for path, model in zip(pair.paths, pair.models, strict=True):
+        name, record = str(path), model.self_test
+        if record is None:
+            continue
+        on_progress(f"computing the self-test of {name} anew", 0, 1)
+        anew = functools.partial(check_against_weights, model, record)
+        found[f"{name}, its record"] = _tested(anew, "the self-test record is not what these weights compute in float64")
+        loaded = runnable.get(name)
+        found[name] = {"passed": None} if loaded is None else _tested(functools.partial(run_self_test, loaded, record))
+        if looks_onnx(path):
+            on_progress(f"running {name} in onnxruntime", 0, 1)
+            found[f"{name} in onnxruntime"] = _self_test_in_onnxruntime(path, model, notes)
+    return found
+
+
+def _tested(run: Callable[[], SelfTestReport], failure: str = "the self-test fails") -> dict[str, Any]:
     try:
-        report = run_self_test(runnable, model.self_test)
+        with memory_faults():
+            report = run()
+    except UnsupportedError:
+        return {"passed": None}
     except ClusCompError as error:
-        return {"passed": False, "problems": [problem.as_dict() for problem in error.problems]}
-    return {"passed": report.ok, "max_difference": report.max_difference, "tolerance": report.tolerance}
+        reason = f"{failure}: {error.problems[0].message}"
+        return {"passed": False, "reason": reason, "problems": [problem.as_dict() for problem in error.problems]}
+    found = {"passed": report.ok, "max_difference": report.max_difference, "tolerance": report.tolerance}
+    return found if report.ok else {**found, "reason": failure}
 
 
-def _self_test_in_onnxruntime(path: Path, model: Model, skipped: list[str]) -> dict[str, Any]:
+def _self_test_in_onnxruntime(path: Path, model: Model, notes: list[str]) -> dict[str, Any]:
     """The same with the graph of an ONNX folder, in the mode that keeps the weights as codes."""
     record = model.self_test or {}
-    try:
+
+    def run() -> SelfTestReport:
         settings = DecoderSettings.from_config(model.config)
         check_record(record, settings.vocab_size, settings.max_position_embeddings)
         session = OnnxSession(path, compact=True)
-    except UnsupportedError as error:
-        skipped.append(f"{path} was not run in onnxruntime: {error.problems[0].message}")
-        return {"passed": None}
-    report = compare_with_record(record, "float32", session.forward, session.forward_cached)
-    return {"passed": report.ok, "max_difference": report.max_difference, "tolerance": report.tolerance}
+        return compare_with_record(record, "float32", session.forward, session.forward_cached)
+
+    result = _tested(run)
+    if result["passed"] is None:
+        notes.append(f"{path} was not run in onnxruntime")
+    return result
 
 
-@torch.inference_mode()
-def _compare_logits(models: Sequence[LanguageModel], records: Sequence[Any]) -> dict[str, float] | None:
-    """B against A on the sequences of all self-test records."""
-    sequences = {tuple(sequence["input_ids"]) for record in records for sequence in record["sequences"]}
-    if not sequences:
-        return None
-    largest, divergences, agreements = 0.0, [], []
-    # All at once, as every call may read the whole model; what follows a sequence does not reach its logits.
-    longest = max(len(sequence) for sequence in sequences)
-    ids = [[*sequence, *[0] * (longest - len(sequence))] for sequence in sorted(sequences)]
-    all_logits = [model.forward(ids).cpu() for model in models]
-    for index, sequence in enumerate(sorted(sequences)):
-        logits_a, logits_b = (logits[index, : len(sequence)].double() for logits in all_logits)
-        largest = max(largest, float((logits_a - logits_b).abs().max()))
-        expected, scores = torch.log_softmax(logits_a, -1), torch.log_softmax(logits_b, -1)
-        divergences.append((expected.exp() * (expected - scores)).sum(-1))
-        agreements.append((logits_a.argmax(-1) == logits_b.argmax(-1)).double())
-    return {"max_difference": largest, "kl": float(torch.cat(divergences).mean()), "top1": float(torch.cat(agreements).mean())}
+def _compare_outputs(pair: _Pair, runnable: Mapping[str, LanguageModel]) -> OutputComparison:
+    first, second = (runnable[str(path)] for path in pair.paths)
+    return compare_outputs(first, second, chosen_sequences(first))

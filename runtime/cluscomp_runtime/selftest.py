@@ -14,12 +14,16 @@ factor of 32 allows for other orders of summation. A kernel that adds up channel
 much as a matrix library, which adds up in blocks (4 times at 1536 channels), and one float32 run tells no more than the order
 of magnitude of what roundings come to: an intact SmolLM2 at 3 bits was seen to need 15. Only the dtype of computation matters:
 weights are stored in dtypes of their own and are the same in every run.
+
+A record read from a file is a claim. `check_record` refuses tolerances that no amplification explains: different ones for
+different dtypes, or one in float32 of the logits' own size, which would accept anything. `check_against_weights` computes the
+same numbers anew, so that a record stands for the weights beside it and for nothing else.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -35,6 +39,7 @@ from cluscomp_runtime.tokenizer import Tokenizer
 __all__ = [
     "SelfTestReport",
     "SequenceReport",
+    "check_against_weights",
     "check_record",
     "compare_with_record",
     "longest_record",
@@ -54,6 +59,10 @@ MAX_SEQUENCES = 64
 MAX_TOKENS = 1024
 MAX_TOP_K = 256
 """Limits on a record read from a file, whatever it says."""
+
+MOST_TOLERANCE = 1 / 16
+"""Largest tolerance of float32, in units of the largest recorded logit. Records of models of all sizes and widths allow less
+than a thousandth."""
 
 _LONGEST_LOGIT = -1.23456789e-300
 _LONGEST_TOLERANCE = 1.234e-300
@@ -123,24 +132,69 @@ def make_self_test(
         expected = f"1 to {MAX_SEQUENCES} sequences of 1 to {MAX_TOKENS} tokens"
         raise InvalidRequestError(Problem("bad_sequences", "unusable self-test sequences", expected=expected))
     top_k = min(top_k, exact.settings.vocab_size, MAX_TOP_K)
-    logits64 = exact.forward(_padded(chosen))
-    logits32 = LanguageModel.from_model(model, dtype=torch.float32, kernel="reference").forward(_padded(chosen))
-    if not (logits64.isfinite().all() and logits32.isfinite().all()):
-        raise SelfTestError(Problem("not_finite", "the model's logits are not finite", remedy="check the source's weights"))
     recorded, amplification = [], 0.0
-    for index, ids in enumerate(chosen):
-        top, top_ids = logits64[index, : len(ids)].topk(top_k, dim=-1)
-        error = (logits32[index, : len(ids)].double().gather(-1, top_ids) - top).abs().max().item()
-        amplification = max(amplification, error / torch.finfo(torch.float32).eps, top.abs().max().item())
+    for ids, logits64, logits32 in _reference_logits(model, exact, chosen):
+        top, top_ids = logits64.topk(top_k, dim=-1)
+        amplification = max(amplification, _amplification(top, logits32.gather(-1, top_ids)))
         # Nine digits tell all float32 values apart and leave out what varies between machines in float64.
         rounded = [[float(f"{value:.9g}") for value in row] for row in top.tolist()]
         recorded.append({"input_ids": ids, "top_ids": top_ids.tolist(), "top_logits": rounded})
-    tolerance = {
+    return {"version": RECORD_VERSION, "sequences": recorded, "tolerance": _tolerances(amplification)}
+
+
+def _reference_logits(
+    model: Model, exact: LanguageModel, sequences: Sequence[Sequence[int]]
+) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+    """Each sequence's ids and its logits `[tokens, vocab_size]` as float64, computed in float64 and in float32.
+
+    Raises SelfTestError if they are not finite.
+    """
+    single = LanguageModel.from_model(model, dtype=torch.float32, kernel="reference")
+    for batch in _batches(sequences):
+        ids = _padded(batch)
+        logits64, logits32 = exact.forward(ids), single.forward(ids).double()
+        for index, sequence in enumerate(batch):
+            rows = logits64[index, : len(sequence)], logits32[index, : len(sequence)]
+            if not (rows[0].isfinite().all() and rows[1].isfinite().all()):
+                remedy = "check the weights it was made from"
+                raise SelfTestError(Problem("not_finite", "the model's logits are not finite", remedy=remedy))
+            yield list(sequence), *rows
+
+
+def _amplification(logits64: torch.Tensor, logits32: torch.Tensor) -> float:
+    """Of rounding errors, as the module's docstring defines it, over these logits."""
+    error = float((logits32 - logits64).abs().max()) / torch.finfo(torch.float32).eps
+    return max(error, float(logits64.abs().max()))
+
+
+def _tolerances(amplification: float) -> dict[str, float]:
+    return {
         # An all-zero model is exact in any dtype, yet a tolerance must be positive.
         name: max(float(f"{SAFETY * amplification * torch.finfo(dtype).eps:.4g}"), torch.finfo(torch.float32).tiny)
         for name, dtype in TOLERANCE_DTYPES.items()
     }
-    return {"version": RECORD_VERSION, "sequences": recorded, "tolerance": tolerance}
+
+
+def check_against_weights(model: Model, record: Mapping[str, Any]) -> SelfTestReport:
+    """Whether a record is one of this model: its logits computed anew in float64, and its tolerance held against them.
+
+    Passes if no logit is further from the recorded one than float32 would explain here, and the recorded tolerance is at most
+    `SAFETY` times that of this machine: one run in float32 tells no more than the order of magnitude. Needs as much memory as
+    `make_self_test`, and two passes over the weights for every `MAX_TOKENS` tokens. Raises InvalidFileError for a malformed
+    record, SelfTestError if the logits are not finite, and what `LanguageModel.from_model` raises.
+    """
+    exact = LanguageModel.from_model(model, dtype=torch.float64, kernel="reference")
+    check_record(record, exact.settings.vocab_size, exact.settings.max_position_embeddings)
+    sequences, reports, amplification = record["sequences"], [], 0.0
+    computed = _reference_logits(model, exact, [sequence["input_ids"] for sequence in sequences])
+    for index, (sequence, (_, logits64, logits32)) in enumerate(zip(sequences, computed, strict=True)):
+        reports.append(_compare(index, "prefill", sequence, logits64))
+        ids = torch.tensor(sequence["top_ids"], dtype=torch.int64)
+        amplification = max(amplification, _amplification(logits64.gather(-1, ids), logits32.gather(-1, ids)))
+    explained = _tolerances(amplification)["float32"]
+    worst = max(report.difference for report in reports)
+    ok = worst <= explained and float(record["tolerance"]["float32"]) <= SAFETY * explained
+    return SelfTestReport(ok, worst, explained, tuple(reports))
 
 
 def longest_record(model: Model) -> dict[str, Any] | None:
@@ -188,12 +242,10 @@ def compare_with_record(
     """
     sequences = record["sequences"]
     tolerance = float(record["tolerance"].get(dtype, record["tolerance"]["float32"]))
-    together = max(1, MAX_TOKENS // max(len(sequence["input_ids"]) for sequence in sequences))
-    reports = []
-    for start in range(0, len(sequences), together):
-        batch = sequences[start : start + together]
-        logits = forward(_padded([sequence["input_ids"] for sequence in batch]))
-        reports += [_compare(start + index, "prefill", sequence, logits[index]) for index, sequence in enumerate(batch)]
+    reports: list[SequenceReport] = []
+    for batch in _batches([sequence["input_ids"] for sequence in sequences]):
+        for logits in forward(_padded(batch)):
+            reports.append(_compare(len(reports), "prefill", sequences[len(reports)], logits))
     ids = sequences[0]["input_ids"]
     first = max(1, min(PREFILL_BEFORE_DECODE, len(ids) - 1))
     reports.append(_compare(0, "decode", sequences[0], decode(ids, first)))
@@ -235,6 +287,12 @@ def _compare(
         float(found[position, column]),
         float(expected[position, column]),
     )
+
+
+def _batches(sequences: Sequence[Sequence[int]]) -> list[Sequence[Sequence[int]]]:
+    """Sequences in groups of no more than `MAX_TOKENS` tokens, fill included, which bounds the logits in memory."""
+    together = max(1, MAX_TOKENS // max(len(sequence) for sequence in sequences))
+    return [sequences[start : start + together] for start in range(0, len(sequences), together)]
 
 
 def _padded(sequences: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -281,6 +339,8 @@ def check_record(record: Mapping[str, Any], vocab_size: int, longest: int) -> No
             problems.append(_bad(f"{where}.input_ids", ids, expected))
             continue
         problems += _check_rows(where, sequence, len(ids), vocab_size)
+    if not problems:
+        problems = _check_tolerances(record)
     if problems:
         raise InvalidFileError(problems)
 
@@ -296,6 +356,23 @@ def _check_rows(where: str, sequence: Mapping[str, Any], positions: int, vocab_s
         return [_bad(f"{where}.top_ids", top_ids, f"rows of equally many token ids below {vocab_size}")]
     if not all(isinstance(row, list) and len(row) == width and all(map(_is_number, row)) for row in top_logits):
         return [_bad(f"{where}.top_logits", top_logits, f"rows of {width} finite numbers")]
+    return []
+
+
+def _check_tolerances(record: Mapping[str, Any]) -> list[Problem]:
+    """What no amplification of rounding errors explains."""
+    tolerance = record["tolerance"]
+    least = torch.finfo(torch.float32).tiny
+    rows = (row for sequence in record["sequences"] for row in sequence["top_logits"])
+    largest = max(abs(value) for row in rows for value in row)
+    single = tolerance["float32"]
+    if single > max(MOST_TOLERANCE * largest, least):
+        return [_bad("tolerance.float32", single, f"at most {MOST_TOLERANCE:g} of the largest logit, {largest:.6g}")]
+    for name, dtype in TOLERANCE_DTYPES.items():
+        expected = single * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
+        # Four digits are stored, and the least value stands for all below it.
+        if tolerance[name] > least and not math.isclose(tolerance[name], expected, rel_tol=2e-3):
+            return [_bad(f"tolerance.{name}", tolerance[name], f"{expected:.4g}, as tolerance.float32 and its precision tell")]
     return []
 
 

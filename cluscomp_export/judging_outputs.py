@@ -1,0 +1,96 @@
+"""Are an artefact's outputs nearer to its source's than chance? Asked on sequences of our own, which no artefact chooses.
+
+Chance is the best that any model can do which ignores its input: of all fixed predictions the mean of the source's own, over
+the same positions, has the least divergence from them. (That of the uniform distribution is larger.) An artefact whose
+divergence is not below that may be honest, of too few bits, but computes too little of its source to be called sound.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from cluscomp_runtime import LanguageModel
+
+__all__ = ["OutputComparison", "chosen_sequences", "compare_outputs"]
+
+SENTENCES = (
+    "One day, Tom and his sister went to the park. They saw a big red ball under a tree and wanted to play with it.",
+    "The committee decided, after a long debate, that 3 of the 47 proposals should be sent back to their authors.",
+    "Why do birds sing in the morning? Nobody knows for certain, but there are many good guesses about it.",
+)
+RANDOM_SEQUENCES = 2
+TOKENS = 32
+SEED = 20250313
+
+LEAST_CHANCE = 0.01
+"""Nats per token. A source whose predictions vary by less hardly depends on its input: its outputs tell nothing."""
+
+
+@dataclass(frozen=True)
+class OutputComparison:
+    """B against A: mean divergence in nats per token, what it is by `chance` and for `uniform` predictions, share of positions
+    with the same likeliest token, largest difference of a logit, number of positions."""
+
+    kl: float
+    chance: float
+    uniform: float
+    top1: float
+    max_difference: float
+    positions: int
+
+    @property
+    def tells(self) -> bool:
+        """Whether the source depends on its input enough for its outputs to tell anything."""
+        return self.chance >= LEAST_CHANCE
+
+    @property
+    def beats_chance(self) -> bool:
+        """Whether B is nearer to A than any model that ignores its input. NaN is not."""
+        return self.kl < self.chance
+
+
+def chosen_sequences(model: LanguageModel) -> list[list[int]]:
+    """Token ids: sentences, where there is a tokenizer, and random ones; the same at every call."""
+    longest, vocab_size = min(TOKENS, model.settings.max_position_embeddings), model.settings.vocab_size
+    texts = [] if model.tokenizer is None else [model.tokenizer.encode(text)[:longest] for text in SENTENCES]
+    sequences = [ids for ids in texts if ids and max(ids) < vocab_size]
+    count = RANDOM_SEQUENCES if sequences else RANDOM_SEQUENCES + len(SENTENCES)
+    random: list[list[int]] = np.random.default_rng(SEED).integers(0, vocab_size, (count, longest)).tolist()
+    return [*sequences, *random]
+
+
+@torch.inference_mode()
+def compare_outputs(model_a: LanguageModel, model_b: LanguageModel, sequences: Sequence[Sequence[int]]) -> OutputComparison:
+    """Both models' predictions on `sequences`. Each is called once: a call may read the whole model."""
+    longest = max(len(sequence) for sequence in sequences)
+    # What follows a sequence does not reach its logits.
+    ids = [[*sequence, *[0] * (longest - len(sequence))] for sequence in sequences]
+    logits_a, logits_b = (model.forward(ids).cpu() for model in (model_a, model_b))
+    positions = sum(len(sequence) for sequence in sequences)
+    vocab_size = logits_a.shape[-1]
+    total = torch.zeros(vocab_size, dtype=torch.float64)
+    kl = negative_entropy = agreements = largest = 0.0
+    for index, sequence in enumerate(sequences):
+        first, second = (logits[index, : len(sequence)].double() for logits in (logits_a, logits_b))
+        expected, scores = torch.log_softmax(first, -1), torch.log_softmax(second, -1)
+        probabilities = expected.exp()
+        kl += float((probabilities * (expected - scores)).sum())
+        negative_entropy += float((probabilities * expected).sum()) / positions
+        total += probabilities.sum(0)
+        agreements += int((first.argmax(-1) == second.argmax(-1)).sum())
+        largest = max(largest, float((first - second).abs().max()))
+    mean = total / positions
+    return OutputComparison(
+        kl=kl / positions,
+        # The mean over positions of sum p (log p - log mean).
+        chance=negative_entropy - float(torch.xlogy(mean, mean).sum()),
+        uniform=negative_entropy + math.log(vocab_size),
+        top1=agreements / positions,
+        max_difference=largest,
+        positions=positions,
+    )
