@@ -10,8 +10,8 @@ import itertools
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ from cluscomp_formats.errors import (
     InvalidFileError,
     OutputExistsError,
     Problem,
+    SelfTestError,
     StorageError,
     UnsupportedError,
 )
@@ -56,8 +57,19 @@ from cluscomp_formats.ir import FLOAT_DTYPES, AnyArray, Array, Model
 from cluscomp_formats.packed.payloads import is_finite
 from cluscomp_runtime.language_model import check_device
 from cluscomp_runtime.memory import memory_faults
+from cluscomp_runtime.selftest import check_against_weights, make_self_test
 
-__all__ = ["ConversionOptions", "ConversionReport", "Prepared", "convert", "prepare", "record_self_test", "scan_source"]
+__all__ = [
+    "ConversionOptions",
+    "ConversionReport",
+    "Prepared",
+    "convert",
+    "faults_of",
+    "prepare",
+    "record_self_test",
+    "run_own_self_test",
+    "scan_source",
+]
 
 _MEMORY_REMEDY = "run it again with more memory free, or with --device cpu if a GPU was full: what is finished has been kept"
 
@@ -127,9 +139,12 @@ def convert(
         unfinished.enter_context(torch_threads(options.torch_threads))
         work = unfinished.enter_context(work_folder(output)) if prepared.plan is not None else None
         _check_space(output, prepared, work)
-        if prepared.plan is not None and work is not None:
+        if prepared.plan is None:
+            run_own_self_test(model, source_path, warnings, on_progress)
+        elif work is not None:
             with _opened(options, on_progress) as workers:
                 model = _clustered(prepared, source_path, options, writer, work, workers, curves, warnings, on_progress)
+        unfinished.enter_context(faults_of(source_path))
         written = writer.write(
             model,
             output,
@@ -334,8 +349,6 @@ def _check_space(output: Path, prepared: Prepared, work: WorkFolder | None) -> N
 
 def record_self_test(written: Model, warnings: list[str], on_progress: Progress) -> Mapping[str, Any] | None:
     """The self-test record of the model just written, or None where the runtime cannot run its architecture."""
-    from cluscomp_runtime.selftest import make_self_test
-
     on_progress("recording the self-test", 0, 1)
     try:
         record = make_self_test(written)
@@ -344,3 +357,35 @@ def record_self_test(written: Model, warnings: list[str], on_progress: Progress)
         return None
     on_progress("recording the self-test", 1, 1)
     return record
+
+
+def run_own_self_test(source: Model, path: Path, warnings: list[str], on_progress: Progress) -> None:
+    """Hold a clustered source against its own self-test record, which goes with it: what it does not compute is not passed on.
+
+    Warns where the runtime cannot run its architecture. Raises SelfTestError, InvalidFileError for a malformed record.
+    """
+    if source.self_test is None:
+        return
+    on_progress("running the source's self-test", 0, 1)
+    try:
+        with faults_of(path):
+            report = check_against_weights(source, source.self_test)
+    except UnsupportedError as error:
+        warnings.append(f"the source's self-test was not run: {error.problems[0].message}")
+        return
+    on_progress("running the source's self-test", 1, 1)
+    if not report.ok:
+        message = "the source does not compute what its self-test record says"
+        found = f"logits off by {report.max_difference:.3g}, float32 tolerance {source.self_test['tolerance']['float32']:.3g}"
+        expected = f"rounding explains {report.tolerance:.3g}"
+        remedy = "get a sound copy, or convert the original model anew"
+        raise SelfTestError(Problem("self_test_failed", message, str(path), None, found, expected, remedy))
+
+
+@contextlib.contextmanager
+def faults_of(source: Path) -> Iterator[None]:
+    """Have errors about a model's content, which writers find, say where the model was read."""
+    try:
+        yield
+    except InvalidFileError as error:
+        raise InvalidFileError([replace(problem, file=problem.file or str(source)) for problem in error.problems]) from error

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cluscomp_export.convert import record_self_test
+from cluscomp_export.convert import faults_of, record_self_test, run_own_self_test
 from cluscomp_export.outputs import check_apart
 from cluscomp_export.progress import Progress, silent
 from cluscomp_export.sources import open_source
@@ -73,6 +73,7 @@ def merge(
     merged = replace(merged, provenance=_provenance(model, base, delta_paths, [delta.record for delta in deltas], shares))
     writer.check_model(merged)
     warnings: list[str] = []
+    run_own_self_test(model, model_path, warnings, on_progress)
     record: Mapping[str, Any] | None = None
 
     def self_test(written: Model) -> Mapping[str, Any] | None:
@@ -80,13 +81,14 @@ def merge(
         record = record_self_test(written, warnings, on_progress)
         return record
 
-    written = writer.write(
-        merged,
-        output,
-        force=force,
-        self_test=self_test,
-        on_progress=lambda done, total: on_progress("writing", done, total),
-    )
+    with faults_of(model_path):
+        written = writer.write(
+            merged,
+            output,
+            force=force,
+            self_test=self_test,
+            on_progress=lambda done, total: on_progress("writing", done, total),
+        )
     return MergeReport(
         output=str(output),
         file_bytes=written.file_bytes,

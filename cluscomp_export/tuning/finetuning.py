@@ -30,6 +30,7 @@ from cluscomp_formats.atomic import check_output
 from cluscomp_formats.delta import Delta, changes, write_delta
 from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem
 from cluscomp_formats.ir import DTYPES, Model
+from cluscomp_formats.packed.payload_stream import check_claim
 from cluscomp_formats.parameters import KINDS, kind_of
 from cluscomp_formats.version import __version__
 from cluscomp_runtime.language_model import LanguageModel, check_device
@@ -197,11 +198,7 @@ def checked_digest(model: Model, path: Path, on_progress: Progress = silent) -> 
     on_progress("computing the digest", 0, 1)
     digest = model.digest()
     on_progress("computing the digest", 1, 1)
-    if model.claimed_digest not in (None, digest):
-        message, remedy = "the content is not what the digest says", "copy, download or convert it again"
-        raise InvalidFileError(
-            Problem("digest_mismatch", message, str(path), None, digest, model.claimed_digest, remedy),
-        )
+    check_claim(model, digest, str(path))
     return digest
 
 

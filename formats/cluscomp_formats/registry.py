@@ -49,7 +49,9 @@ class WriteModel(Protocol):
     """Writes a model to `path`, atomically and one payload at a time.
 
     `self_test` gets the model as opened from the finished payloads and gives the record to store; `on_progress` gets bytes
-    done and in total. Raises OutputExistsError, StorageError, InvalidRequestError, UnsupportedError.
+    done and in total. A model whose `claimed_digest` is not its digest must not become an artefact: `check_claim` of
+    `cluscomp_formats.packed.payload_stream` raises InvalidFileError. Raises OutputExistsError, StorageError,
+    InvalidRequestError, UnsupportedError.
     """
 
     def __call__(

@@ -26,7 +26,7 @@ from cluscomp_formats.gguf.tokenizer_metadata import (
     with_tokenizer_read,
 )
 from cluscomp_formats.ir import FLOAT_DTYPES, AnyArray, DenseTensor, Model, float32_to_bfloat16
-from cluscomp_formats.packed.payload_stream import Progress
+from cluscomp_formats.packed.payload_stream import Progress, check_claim
 
 __all__ = ["DENSE_TYPES", "DenseReport", "dense_gguf_notes", "dense_gguf_size", "write_dense_gguf"]
 
@@ -93,7 +93,8 @@ def write_dense_gguf(
 
     Raises OutputExistsError, StorageError; InvalidRequestError for an unknown type, a model that lacks tensors, or weights
     that are not finite in the type asked for; UnsupportedError for architectures, configurations and tokenizers llama.cpp
-    cannot express, and without the package gguf.
+    cannot express, and without the package gguf; InvalidFileError for a model that is not what its digest claims, for which all
+    of it is read once more.
     """
     if gguf_type not in DENSE_TYPES:
         expected = ", ".join(DENSE_TYPES)
@@ -104,6 +105,9 @@ def write_dense_gguf(
     model = with_tokenizer_read(model, path)
     planned = _plan(model, hyperparameters, DENSE_TYPES[gguf_type], str(path))
     header, entries, total = _layout(model, hyperparameters, planned, DENSE_TYPES[gguf_type], str(path))
+    if model.claimed_digest is not None:
+        # What is written has no digest that would be computed on the way.
+        check_claim(model, model.digest())
     with atomic_write(path, force=force) as stream:
         stream.write(header.ljust(aligned(len(header), _ALIGNMENT), b"\0"))
         start = stream.tell()

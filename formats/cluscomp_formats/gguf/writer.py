@@ -39,8 +39,8 @@ def write_gguf(
     With `self_test`, the callback gets the model as opened from the finished payloads, valid only while it runs, and returns
     the self-test record to store; without, `model.self_test` is kept. `on_progress` gets payload bytes done and in total.
 
-    Raises OutputExistsError, StorageError, InvalidRequestError as `write_packed` does; UnsupportedError without the package
-    gguf. Each payload's loader is called once.
+    Raises OutputExistsError, StorageError, InvalidRequestError, InvalidFileError as `write_packed` does; UnsupportedError
+    without the package gguf. Each payload's loader is called once.
     """
     check_output(path, force=force)
     problems = list(request_problems(model, list(stored_payloads(model)), str(path)))

@@ -20,6 +20,7 @@ from cluscomp_formats.packed.payload_stream import (
     Progress,
     SelfTest,
     WriteReport,
+    check_claim,
     hash_payload,
     json_problems,
     model_problems,
@@ -55,6 +56,7 @@ def write_hf(
     written for names, configuration and shapes, and before the folder appears for values (a code past its codebook, NaN in a
     codebook, unsorted outliers). Each payload's loader is called once; what it raises passes through, but an OSError comes
     as a StorageError that names the tensor.
+    InvalidFileError, and no output, for a model that is not what its digest claims.
     """
     check_output_folder(folder, force=force, replaceable=holds_only_model)
     if shard_bytes < 1:
@@ -158,7 +160,9 @@ def _write_shards(folder: Path, shards: Sequence[_Shard], model: Model, output: 
                     del values, piece
                 stream.flush()
                 os.fsync(stream.fileno())
-    return builder.digest()
+    digest = builder.digest()
+    check_claim(model, digest)
+    return digest
 
 
 def _write_record(folder: Path, model: Model, self_test: Mapping[str, Any] | None) -> None:

@@ -63,6 +63,7 @@ def write_onnx(
     Raises OutputExistsError and StorageError; InvalidRequestError for a model the format cannot hold: before anything is
     written for names, configuration, shapes and graph, and before the folder appears for values. Each payload's loader is
     called once; what it raises passes through, but an OSError comes as a StorageError that names the tensor.
+    InvalidFileError, and no output, for a model that is not what its digest claims.
     """
     check_output_folder(folder, force=force, replaceable=holds_only_onnx)
     arrays = list(stored_arrays(model))

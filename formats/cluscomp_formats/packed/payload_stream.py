@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from cluscomp_formats.atomic import storage_error
-from cluscomp_formats.errors import InvalidRequestError, Problem, StorageError
+from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem, StorageError
 from cluscomp_formats.ir import AnyArray, Array, DigestBuilder, Model
 from cluscomp_formats.packed.bits import pack_bits
 from cluscomp_formats.packed.json_values import json_faults
@@ -24,6 +24,7 @@ __all__ = [
     "SelfTest",
     "WriteReport",
     "Writeback",
+    "check_claim",
     "hash_payload",
     "json_problems",
     "model_problems",
@@ -82,6 +83,16 @@ def hash_payload(builder: DigestBuilder, payload: Payload, array: Array, values:
     """Add a payload to the digest; side files do not enter."""
     if payload.description is not None:
         builder.add(payload.description, array, values)
+
+
+def check_claim(model: Model, digest: str, file: str | None = None) -> None:
+    """Hold the computed digest of a model against the one it was read with. Raises InvalidFileError if they differ.
+
+    Writers do so before their output appears: an artefact that is not what it says must not become one that is.
+    """
+    if model.claimed_digest not in (None, digest):
+        message, remedy = "the content is not what the digest says", "copy, download or convert it again"
+        raise InvalidFileError(Problem("digest_mismatch", message, file, None, digest, model.claimed_digest, remedy))
 
 
 def read_checked(payload: Payload, array: Array, path: Path) -> AnyArray:

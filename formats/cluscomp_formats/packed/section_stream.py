@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from cluscomp_formats.ir import Array, DigestBuilder, Model
 from cluscomp_formats.packed.header import Section
-from cluscomp_formats.packed.payload_stream import Progress, Writeback, hash_payload, read_checked, stored_pieces
+from cluscomp_formats.packed.payload_stream import Progress, Writeback, check_claim, hash_payload, read_checked, stored_pieces
 from cluscomp_formats.packed.payloads import Payload
 from cluscomp_formats.packed.spec import align
 
@@ -49,7 +49,8 @@ def write_sections(
 
     `offset_of(end, length)` places a section of that length after one that ended there. Zeros fill up the last one's line.
 
-    Raises InvalidRequestError for values the formats cannot hold, StorageError if a payload cannot be read.
+    Raises InvalidRequestError for values the formats cannot hold, InvalidFileError if the model is not what its digest claims,
+    StorageError if a payload cannot be read.
     """
     total = sum(payload.stored_bytes for payload, _ in payloads)
     done = 0
@@ -77,7 +78,9 @@ def write_sections(
             sections.append(Section(offset, payload.stored_bytes, checksum.value))
             del values, piece, tasks
     stream.write(bytes(align(stream.tell()) - stream.tell()))
-    return sections, builder.digest()
+    digest = builder.digest()
+    check_claim(model, digest)
+    return sections, digest
 
 
 class _Checksum:

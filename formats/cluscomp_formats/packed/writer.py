@@ -40,6 +40,7 @@ def write_packed(
     written for names, configuration and shapes, and before the file appears for values (a code past its codebook, NaN in a
     codebook, unsorted outliers). Each payload's loader is called once; what it raises passes through, but an OSError comes
     as a StorageError that names the tensor.
+    InvalidFileError, and no output, for a model that is not what its digest claims.
     """
     check_output(path, force=force)
     payloads = list(stored_payloads(model))
