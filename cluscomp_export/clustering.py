@@ -21,11 +21,13 @@ from cluscomp_export.jobs import SCALE_RANGE, Computing, Encoding, Fit, Method
 from cluscomp_export.planning import CodebookPlan, Plan, Treatment
 from cluscomp_export.progress import Progress, silent
 from cluscomp_export.tuning.training import Curve, Trained, curve_array, curve_entries, curve_form
+from cluscomp_export.unit_order import UnitOrder, discard_void
 from cluscomp_export.work_folder import Forms, WorkFolder
 from cluscomp_export.workers import Job, Workers
 from cluscomp_formats.errors import InvalidFileError, Problem
 from cluscomp_formats.ir import AnyArray, Array, ClusteredWeight, Codebook, DenseTensor, Model, Stage, Tensor
 from cluscomp_formats.parameters import codebook_name, norm_name, parameters, row_scale_name
+from cluscomp_runtime.blocks import steps_of_block
 from cluscomp_runtime.memory import trim_heap
 
 __all__ = ["FIT_VECTORS_PER_CLUSTER", "cluster_model", "dense_as_stored", "unit_bytes"]
@@ -79,6 +81,8 @@ def cluster_model(
         else:
             tensors[name] = clustering.dense(tensor) if isinstance(tensor, DenseTensor) else tensor
     clustering.tensors.update(tensors)
+    if work is not None:
+        clustering.discard_void(work)
     if workers is not None:
         clustering.compute_all()
     return Model(source.config, tensors, source.files, provenance or {})
@@ -226,6 +230,28 @@ class _Clustering:
             weights.append(weight)
         weighted = any(name in self.energies for name in book.members)
         return np.concatenate(samples), np.concatenate(weights) if weighted else None
+
+    def discard_void(self, work: WorkFolder) -> None:
+        """Delete the finished units that cannot be used, because others that they were computed from are not there."""
+        forms = {_tensor_unit(name): self._forms(name) for name in self.plan.treatments}
+        chained = [name for name in self.plan.treatments if self._is_fed_back(name)]
+        steps: list[Mapping[str, Forms]] = []
+        blocks = {index for name in self.tensors if (index := block_index(name)) is not None}
+        for index in sorted(blocks) if self.feedback is not None else ():
+            units = [[_tensor_unit(name) for name in names] for names in steps_of_block(index)]
+            steps += [{unit: forms[unit] for unit in step if unit in forms} for step in units]
+            if self.feedback is not None and self.feedback.tuning is not None:
+                steps.append({_block_unit(index): self._tuned_forms(index)})
+        steps.append({_tensor_unit(name): forms[_tensor_unit(name)] for name in chained if block_index(name) is None})
+        order = UnitOrder(
+            codebooks={_codebook_unit(book): _codebook_forms(book) for book in self.plan.codebooks},
+            alone={unit: forms[unit] for name in self.plan.treatments if name not in chained and (unit := _tensor_unit(name))},
+            steps=steps,
+            codebook_of={_tensor_unit(name): _codebook_unit(each.codebook) for name, each in self.plan.treatments.items()},
+        )
+        count = discard_void(work, order, from_scratch=work.started)
+        if count:
+            self.on_progress(f"discarding {count} parts that were computed from missing ones", count, count)
 
     def compute_all(self) -> None:
         """Have the workers compute every unit of work that is not there yet."""
@@ -395,10 +421,13 @@ class _Clustering:
 
     def _tuned(self, index: int) -> dict[str, AnyArray] | None:
         if self.tuned is None or self.tuned[0] != index or self.tuned[1] is None:
-            forms = {name: (array.dtype, array.shape) for name, array in self._tunable(index).items()}
-            forms[_CURVE] = curve_form(self._curve_rows())
-            self.tuned = (index, self._known(_block_unit(index), forms))
+            self.tuned = (index, self._known(_block_unit(index), self._tuned_forms(index)))
         return self.tuned[1]
+
+    def _tuned_forms(self, index: int) -> Forms:
+        forms = {name: (array.dtype, array.shape) for name, array in self._tunable(index).items()}
+        forms[_CURVE] = curve_form(self._curve_rows())
+        return forms
 
     def _curve_rows(self) -> int:
         return 0 if self.feedback is None or self.feedback.tuning is None else self.feedback.tuning.most_checks

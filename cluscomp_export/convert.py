@@ -6,7 +6,6 @@ What a clustering has finished is kept beside the output until that is there: se
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import shutil
 import time
@@ -15,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from cluscomp_export.calibration import (
@@ -29,6 +27,7 @@ from cluscomp_export.clustering import cluster_model
 from cluscomp_export.conversion_options import ConversionOptions
 from cluscomp_export.effort import levels_of
 from cluscomp_export.error_feedback import ErrorFeedback
+from cluscomp_export.finite_values import scan_dense, scan_source
 from cluscomp_export.fisher import WINDOWS
 from cluscomp_export.jobs import Computing
 from cluscomp_export.outputs import check_apart
@@ -53,8 +52,7 @@ from cluscomp_formats.errors import (
     StorageError,
     UnsupportedError,
 )
-from cluscomp_formats.ir import FLOAT_DTYPES, AnyArray, Array, Model
-from cluscomp_formats.packed.payloads import is_finite
+from cluscomp_formats.ir import AnyArray, Model
 from cluscomp_runtime.language_model import check_device
 from cluscomp_runtime.memory import memory_faults
 from cluscomp_runtime.selftest import check_against_weights, make_self_test
@@ -68,7 +66,6 @@ __all__ = [
     "prepare",
     "record_self_test",
     "run_own_self_test",
-    "scan_source",
 ]
 
 _MEMORY_REMEDY = "run it again with more memory free, or with --device cpu if a GPU was full: what is finished has been kept"
@@ -140,6 +137,7 @@ def convert(
         work = unfinished.enter_context(work_folder(output)) if prepared.plan is not None else None
         _check_space(output, prepared, work)
         if prepared.plan is None:
+            scan_dense(model, source_path, on_progress)
             run_own_self_test(model, source_path, warnings, on_progress)
         elif work is not None:
             with _opened(options, on_progress) as workers:
@@ -301,39 +299,6 @@ def _remove_finished_work(output: Path) -> None:
             remove_work(output, fingerprint(open_source(output).provenance))
 
 
-def scan_source(source: Model, path: Path, on_progress: Progress = silent) -> str:
-    """Read the whole source once, before the long work: its digest, and that every value is finite.
-
-    Raises InvalidFileError with one problem per tensor that holds NaN or infinity.
-    """
-    problems: list[Problem] = []
-    total = sum(1 for _ in source.payloads())
-    done = itertools.count(1)
-
-    def check(description: Mapping[str, Any], array: Array, values: AnyArray) -> None:
-        on_progress("checking the source", next(done), total)
-        position = _first_not_finite(array, values)
-        if position is not None:
-            name = str(description.get("tensor") or description.get("codebook"))
-            found, expected = f"NaN or infinity at {list(position)}", "finite values"
-            remedy = "the source is damaged or its training diverged; get a sound copy"
-            problems.append(Problem("not_finite", "a value is not finite", str(path), name, found, expected, remedy))
-
-    digest = source.digest(check)
-    if problems:
-        raise InvalidFileError(problems)
-    return digest
-
-
-def _first_not_finite(array: Array, values: AnyArray) -> tuple[int, ...] | None:
-    if array.dtype not in FLOAT_DTYPES:
-        return None
-    finite = is_finite(values, array.dtype)
-    if finite.all():
-        return None
-    return tuple(int(index) for index in np.unravel_index(int(np.argmin(finite)), values.shape))
-
-
 def _check_space(output: Path, prepared: Prepared, work: WorkFolder | None) -> None:
     """Refuse early what would run out of space at the end: the artefact and, until it is there, the unfinished work."""
     needed = max(peak.disk for peak in prepared.memory)
@@ -384,8 +349,8 @@ def run_own_self_test(source: Model, path: Path, warnings: list[str], on_progres
 
 @contextlib.contextmanager
 def faults_of(source: Path) -> Iterator[None]:
-    """Have errors about a model's content, which writers find, say where the model was read."""
+    """Have errors about a model's content, which writers and the runtime find, say where the model was read."""
     try:
         yield
-    except InvalidFileError as error:
-        raise InvalidFileError([replace(problem, file=problem.file or str(source)) for problem in error.problems]) from error
+    except (InvalidFileError, SelfTestError) as error:
+        raise type(error)([replace(problem, file=problem.file or str(source)) for problem in error.problems]) from error

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cluscomp_export.convert import faults_of, record_self_test, run_own_self_test
+from cluscomp_export.finite_values import scan_dense
 from cluscomp_export.outputs import check_apart
 from cluscomp_export.progress import Progress, silent
 from cluscomp_export.sources import open_source
@@ -73,6 +74,7 @@ def merge(
     merged = replace(merged, provenance=_provenance(model, base, delta_paths, [delta.record for delta in deltas], shares))
     writer.check_model(merged)
     warnings: list[str] = []
+    scan_dense(model, model_path, on_progress)
     run_own_self_test(model, model_path, warnings, on_progress)
     record: Mapping[str, Any] | None = None
 

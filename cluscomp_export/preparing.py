@@ -14,6 +14,7 @@ from cluscomp_export.calibration import calibration_context, calibration_tokens,
 from cluscomp_export.clustering import cluster_model
 from cluscomp_export.conversion_options import ConversionOptions
 from cluscomp_export.effort import levels_of
+from cluscomp_export.finite_values import scan_source
 from cluscomp_export.fisher import WINDOWS
 from cluscomp_export.memory_model import Peak, conversion_memory, memory_warnings
 from cluscomp_export.option_checks import check_options
@@ -109,6 +110,8 @@ def prepare(
         model = source
     else:
         provenance = provenance_of(source, options, text, NO_DIGEST)
+        if measure and options.measures:
+            scan_source(source, source_path, on_progress)
         if measure:
             with torch_threads(options.torch_threads):
                 sensitivities = sensitivities_of(source, options, text, None, on_progress)

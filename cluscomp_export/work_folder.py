@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ class WorkFolder:
         self.conversion = ""
         self._saved: set[str] = set()
         self._reused: set[str] = set()
+        self._sound: set[str] = set()
 
     def begin(self, conversion: str) -> tuple[int, int]:
         """Keep the units of the conversion with this fingerprint, delete all others. How many were kept, and deleted.
@@ -72,7 +73,33 @@ class WorkFolder:
         return kept, deleted
 
     def load(self, name: str, forms: Forms) -> dict[str, AnyArray] | None:
-        """The arrays of a unit, None if it has not been finished, is damaged or holds other arrays than `forms`."""
+        """The arrays of a unit, None if it has not been finished, is damaged or holds other arrays than `forms`.
+
+        Raises StorageError if it was sound before: what depends on it would not be what it was computed from.
+        """
+        arrays = self._read(name, forms)
+        if arrays is None and name in self._sound:
+            message, remedy = "a finished part is gone or was changed while it was needed", "run the same command again"
+            raise StorageError(Problem("unit_changed", message, str(self._file(name)), remedy=remedy))
+        if arrays is not None and name not in self._saved:
+            self._reused.add(name)
+        return arrays
+
+    def holds(self, name: str, forms: Forms) -> bool:
+        """Whether a unit is there, sound and of these `forms`."""
+        if self._read(name, forms) is None:
+            return False
+        self._sound.add(name)
+        return True
+
+    def discard(self, names: Iterable[str]) -> int:
+        """Delete units, those that are there: how many. Raises StorageError."""
+        files = [file for file in map(self._file, names) if file.exists()]
+        for file in files:
+            _delete(file)
+        return len(files)
+
+    def _read(self, name: str, forms: Forms) -> dict[str, AnyArray] | None:
         try:
             shard = open_shard(self._file(name))
             stored = {key: (entry.dtype, entry.shape) for key, entry in shard.entries.items()}
@@ -87,8 +114,6 @@ class WorkFolder:
         checksum = arrays.pop(_CHECKSUM)
         if checksum.tobytes() != self._checksum(name, arrays):
             return None
-        if name not in self._saved:
-            self._reused.add(name)
         return {_array_name(key): values for key, values in arrays.items()}
 
     def save(self, name: str, arrays: Mapping[str, AnyArray]) -> None:
@@ -99,15 +124,23 @@ class WorkFolder:
         file = self._file(name)
         unfinished = file.with_suffix(".part")
         try:
-            # Not synced: if the machine fails, the checksum tells what came to the disk.
+            # Synced before it has its name: else a machine that fails could keep what was computed from it, and not the unit.
             with unfinished.open("wb") as stream:
                 stream.write(header_bytes(entries))
                 for key in entries:
                     stream.write(stored[key].reshape(-1).view(np.uint8).data)
+                stream.flush()
+                os.fsync(stream.fileno())
             unfinished.replace(file)
         except OSError as error:
             raise storage_error(file, error) from error
         self._saved.add(name)
+        self._sound.add(name)
+
+    @property
+    def started(self) -> bool:
+        """Whether a unit was finished since this folder was opened."""
+        return bool(self._saved)
 
     @property
     def reused(self) -> int:

@@ -14,7 +14,8 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from cluscomp_export import jobs
-from cluscomp_export.convert import ConversionOptions, convert, prepare, scan_source
+from cluscomp_export.convert import ConversionOptions, convert, prepare
+from cluscomp_export.finite_values import scan_source
 from cluscomp_export.sources import open_source
 from cluscomp_export.torch_threads import torch_threads
 from cluscomp_export.tuning.prediction_loss import PredictionLoss
@@ -28,7 +29,8 @@ from cluscomp_formats.errors import (
     StorageError,
     UnsupportedError,
 )
-from cluscomp_formats.packed import open_packed
+from cluscomp_formats.ir import Array, DenseTensor
+from cluscomp_formats.packed import open_packed, write_packed
 from cluscomp_runtime import load
 
 
@@ -353,3 +355,33 @@ def test_a_second_conversion_to_the_same_output_is_refused(stories_folder: Path,
     with work_folder(output), pytest.raises(StorageError) as caught:
         convert(stories_folder, output, ConversionOptions(cluster_dim=4, num_clusters=16))
     assert caught.value.problems[0].kind == "busy"
+
+
+def with_a_nan_norm(source: Path, folder: Path) -> Path:
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.input_layernorm.weight"][3] = np.nan
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def test_nothing_is_measured_on_a_source_with_a_nan_norm(stories_folder: Path, tmp_path: Path) -> None:
+    source = with_a_nan_norm(stories_folder, tmp_path / "source")
+    with pytest.raises(InvalidFileError, match="NaN or infinity") as caught:
+        prepare(source, ConversionOptions(bits=4, sensitivity="measured"), to_plan=True)
+    assert caught.value.problems[0].tensor == "model.layers.1.input_layernorm.weight"
+
+
+def test_an_artefact_with_a_nan_norm_is_not_passed_on(packed: Path, tmp_path: Path) -> None:
+    """Of whatever architecture: no self-test is needed to see it."""
+    model = open_packed(packed)
+    name = "model.layers.1.input_layernorm.weight"
+    values = model.tensors[name].decode().copy()
+    values[3] = np.inf
+    tensors = {**model.tensors, name: DenseTensor(name, Array.of(values))}
+    faulty = tmp_path / "faulty.clus"
+    write_packed(replace(model, config={"model_type": "unknown"}, tensors=tensors, claimed_digest=None, self_test=None), faulty)
+    with pytest.raises(InvalidFileError, match="NaN or infinity") as caught:
+        convert(faulty, tmp_path / "out", ConversionOptions(to="hf"))
+    assert (caught.value.problems[0].file, caught.value.problems[0].tensor) == (str(faulty), name)
+    assert list(tmp_path.iterdir()) == [faulty]

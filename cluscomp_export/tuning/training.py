@@ -219,7 +219,9 @@ class Training(Generic[Batch]):
         if not self._resume():
             state.curve.append({"step": 0, "held_out": self.evaluate()})
             if not math.isfinite(state.curve[0]["held_out"]):
-                raise InvalidRequestError(Problem("not_finite", "the model's loss is not finite before any training"))
+                remedy = "inspect tells whether the model, and the reference if there is one, is sound"
+                message = "the model's loss is not finite before any training"
+                raise InvalidRequestError(Problem("not_finite", message, remedy=remedy))
             state.best = self._snapshot()
         saved = time.monotonic()
         stopped = self._stop()

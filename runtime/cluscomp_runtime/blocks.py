@@ -12,7 +12,7 @@ from cluscomp_runtime.decoder import Attention, Decoder, DecoderLayer, FeedForwa
 from cluscomp_runtime.generate import check_prompt
 from cluscomp_runtime.linear import MatrixBuilder
 
-__all__ = ["HALVES", "BlockRunner", "Half"]
+__all__ = ["HALVES", "BlockRunner", "Half", "steps_of_block"]
 
 HALVES = ("attention", "feed_forward")
 
@@ -20,6 +20,13 @@ _MATRICES = {
     "attention": ("self_attn", ("q_proj", "k_proj", "v_proj"), "o_proj"),
     "feed_forward": ("mlp", ("gate_proj", "up_proj"), "down_proj"),
 }
+
+
+def steps_of_block(index: int) -> list[tuple[str, ...]]:
+    """The matrices of block `index` in the order in which its activations flow: none of a group depends on another of it."""
+    halves = [_MATRICES[half] for half in HALVES]
+    steps = [(module, names) for module, readers, writer in halves for names in (readers, (writer,))]
+    return [tuple(f"model.layers.{index}.{module}.{name}.weight" for name in names) for module, names in steps]
 
 
 class Half:
@@ -31,9 +38,8 @@ class Half:
 
     def __init__(self, runner: BlockRunner, index: int, half: str, model: Model, device: torch.device) -> None:
         prefix = f"model.layers.{index}"
-        module, readers, writer = _MATRICES[half]
-        self.readers = tuple(f"{prefix}.{module}.{name}.weight" for name in readers)
-        self.writer = f"{prefix}.{module}.{writer}.weight"
+        first = 2 * HALVES.index(half)
+        self.readers, (self.writer,) = steps_of_block(index)[first : first + 2]
         self._runner = runner
         builder, settings = MatrixBuilder("dense", torch.float32, device), runner.settings
         norm = {"attention": "input_layernorm", "feed_forward": "post_attention_layernorm"}[half]
