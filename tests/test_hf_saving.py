@@ -150,14 +150,14 @@ def test_a_tie_that_is_broken_is_saved(tmp_path: Path) -> None:
 
 def test_settings_are_saved(tmp_path: Path) -> None:
     _, _, stored = written("llama", tmp_path / "m")
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.bfloat16)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.bfloat16, pad_token_id=3)
     model.config.use_cache = False
     model.config.id2label = {0: "good", 1: "bad"}
     model.generation_config.temperature, model.generation_config.do_sample = 0.5, True
     model.save_pretrained(tmp_path / "n")
     found = open_hf(tmp_path / "n", check=True)
     # The dtype it was loaded in is no change.
-    expected = {**stored.config, "use_cache": False, "id2label": {"0": "good", "1": "bad"}}
+    expected = {**stored.config, "use_cache": False, "pad_token_id": 3, "id2label": {"0": "good", "1": "bad"}}
     assert {**found.config, "label2id": None} == {**expected, "label2id": None}
     assert all(np.array_equal(found.tensors[name].decode(), stored.tensors[name].decode()) for name in stored.tensors)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "n")
@@ -176,7 +176,9 @@ def test_settings_of_the_text_part_are_saved_in_their_place(tmp_path: Path) -> N
     assert found == {**made.stored.config, "text_config": {**made.stored.config["text_config"], "rms_norm_eps": 1e-4}}
 
 
-@pytest.mark.parametrize("edit", [{"num_hidden_layers": 1}, {"intermediate_size": 52}, {"vocab_size": 97}])
+@pytest.mark.parametrize(
+    "edit", [{"num_hidden_layers": 1}, {"intermediate_size": 52}, {"vocab_size": 97}, {"hidden_act": "unheard of"}]
+)
 def test_settings_that_contradict_the_weights_are_refused(edit: dict[str, object], tmp_path: Path) -> None:
     written("llama", tmp_path / "m")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")

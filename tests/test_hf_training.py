@@ -190,6 +190,13 @@ def test_writing_to_a_weight_is_refused() -> None:
     assert torch.equal(module.weight.clone(), expected)
 
 
+def test_who_means_to_train_a_clustered_weight_is_told() -> None:
+    module, _ = linear()
+    with pytest.warns(UserWarning, match="w is clustered: it is not trained"):
+        module.requires_grad_()
+    assert module.requires_grad_(requires_grad=False) is module
+
+
 def test_a_model_that_looks_at_the_dtype_of_a_weight_runs_on_the_codes(tmp_path: Path) -> None:
     made = checkpoint(hf_checkpoints.t5, tmp_path)
     model = transformers.AutoModelForSeq2SeqLM.from_pretrained(made.folder)

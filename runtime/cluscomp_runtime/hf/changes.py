@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -56,7 +56,7 @@ def changed_tensors(model: Any, stored: Model, replacement: Replacement) -> dict
     optional = [*(model._keys_to_ignore_on_load_missing or ()), *(model._keys_to_ignore_on_save or ())]
     new = [key for key, value in state.items() if key not in seen and id(value) not in known]
     new = [key for key in new if not any(re.search(pattern, key) for pattern in optional)]
-    expected = _shapes_of(model, model.config) if new else {}
+    expected = _fresh(model, model.config.to_dict()).state_dict() if new else {}
     for key in new:
         if key in expected and key not in stored.tensors:
             changed[key] = state[key]
@@ -68,30 +68,47 @@ def changed_tensors(model: Any, stored: Model, replacement: Replacement) -> dict
 
 
 def changed_config(model: Any, stored: Mapping[str, Any], loaded: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration to write: `stored` with the settings in which that of `model` is no longer as `loaded`.
+    """The configuration to write: `stored` with the settings that `model` has otherwise, since it was loaded or given to load.
 
-    Raises InvalidRequestError for settings that contradict the weights, or that would not be read back as they are.
+    `loaded` is what transformers made of it. Raises InvalidRequestError for settings that contradict the weights, or that
+    would not be read back as they are.
     """
     now = model.config.to_dict()
-    edits = dict(_edits(loaded, now))
     config = deepcopy(dict(stored))
-    if not edits:
-        return config
     part = _part_of(config, model.config.model_type)
-    if part is not None:
-        for path, value in edits.items():
-            _set(part, path, value)
-        again = type(model.config).from_dict(deepcopy(part))
-        wrong = {path[0] for path, _ in _edits(again.to_dict(), now)}
-        shapes = _shapes_of(model, again)
-        wrong |= {path[0] for path in edits} if shapes != _shapes(model) else set()
+    if part is None:
+        wrong = {path[0] for path, _ in _edits(loaded, now)}
     else:
-        wrong = {path[0] for path in edits}
+        try:
+            before = _fresh(model, part).config.to_dict()
+        except InvalidRequestError:
+            before = loaded
+        edits = dict(_edits(before, now))
+        if not edits:
+            return config
+        for path, value in edits.items():
+            _set(part, path, json.loads(json.dumps(model.config._encode_special_floats(value), default=str)))
+        again = _fresh(model, part, edits)
+        wrong = {path[0] for path, _ in _edits(again.config.to_dict(), now)}
+        wrong |= {path[0] for path in edits} if _shapes(again) != _shapes(model) else set()
     if wrong:
-        message = "a changed setting cannot be saved: it contradicts the weights, or would not be read back as it is"
-        found = ", ".join(sorted(wrong))
-        raise InvalidRequestError(Problem("cannot_save", message, "config.json", None, found, None, "undo the change"))
+        raise _contradiction(wrong, "it contradicts the weights, or would not be read back as it is")
     return config
+
+
+def _contradiction(settings: Iterable[str], reason: str) -> InvalidRequestError:
+    message, found = f"a changed setting cannot be saved: {reason}", ", ".join(sorted(settings))
+    return InvalidRequestError(Problem("cannot_save", message, "config.json", None, found, None, "undo the change"))
+
+
+def _fresh(model: Any, config: Mapping[str, Any], edits: Iterable[tuple[str, ...]] = ()) -> Any:
+    """A model without weights of this configuration, with these edits: transformers changes some while it builds one."""
+    try:
+        with torch.device("meta"):
+            # transformers has a form of its own for numbers that JSON has not.
+            return type(model)(type(model.config).from_dict(model.config._decode_special_floats(deepcopy(dict(config)))))
+    except Exception as error:  # what transformers raises for a setting it does not take is of many kinds
+        raise _contradiction({path[0] for path in edits}, str(error).strip().split("\n")[0][:300]) from error
 
 
 def _cannot_save(key: str, what: str) -> Problem:
@@ -136,8 +153,8 @@ def _edits(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[
         old, new = before.get(name), now.get(name)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             yield from (((str(name), *path), value) for path, value in _edits(old, new))
-        elif old != new:
-            yield (str(name),), json.loads(json.dumps(new, default=str))
+        elif old != new and repr(old) != repr(new):  # NaN is not itself
+            yield (str(name),), new
 
 
 def _set(part: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
@@ -156,15 +173,8 @@ def _part_of(config: dict[str, Any], model_type: str) -> dict[str, Any] | None:
     return next((part for part in parts if part is not None), None)
 
 
-def _shapes_of(model: Any, config: Any) -> dict[str, tuple[int, ...]]:
-    """The shapes of the parameters and persistent buffers that a model of this class and configuration has."""
-    with torch.device("meta"):
-        fresh = type(model)(deepcopy(config))
-    return {key: tuple(value.shape) for key, value in fresh.state_dict().items() if isinstance(value, torch.Tensor)}
-
-
 def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
-    """Those that a model has, clustered weights included."""
+    """The shapes of the parameters and persistent buffers of a model, clustered weights included."""
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, ClusteredModule):

@@ -106,6 +106,13 @@ class ClusteredModule(nn.Module):
             refuse_write(self)
         super().__setattr__(name, value)
 
+    def requires_grad_(self, requires_grad: bool = True) -> ClusteredModule:
+        """As of any module; warns whoever means to train this one, as PEFT's `modules_to_save` does, that its weight is not."""
+        if requires_grad:
+            warnings.warn(f"{self.clustered.name} is clustered: it is not trained", stacklevel=2)
+        super().requires_grad_(requires_grad)
+        return self
+
     def decoded(self) -> torch.Tensor:
         """The decoded weight; kept from the second time on, with a warning: what reads it twice reads it at every call."""
         if self._decoded is not None:

@@ -49,6 +49,7 @@ class WeightView(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         named = kwargs or {}
         if func is torch.ops.aten.detach.default:
+            # Decodes nothing.
             return cls(args[0]._module, args[0]._shared)
         given = [args[place] if place < len(args) else named.get(of.name) for place, of in enumerate(func._schema.arguments)]
         for argument, value in zip(func._schema.arguments, given, strict=True):
@@ -68,7 +69,7 @@ class WeightView(torch.Tensor):
         refuse_write(self._module)
 
     def numpy(self, *, force: bool = False) -> Any:
-        return self._decoded().numpy(force=force)
+        return self._decoded().clone().numpy(force=force)
 
     def tolist(self) -> Any:
         return self._decoded().tolist()
