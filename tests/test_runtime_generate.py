@@ -128,7 +128,21 @@ def test_a_stream_broken_off_has_no_result() -> None:
     assert stream.result.new_tokens == 128
 
 
-@pytest.mark.parametrize("prompt", [[5, 6, 7], (5, 6, 7), torch.tensor([5, 6, 7]), torch.tensor([[5, 6, 7]])])
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        [5, 6, 7],
+        (5, 6, 7),
+        range(5, 8),
+        [[5, 6, 7]],
+        torch.tensor([5, 6, 7]),
+        torch.tensor([[5, 6, 7]], dtype=torch.uint8),
+        list(torch.tensor([5, 6, 7])),
+        np.array([5, 6, 7]),
+        np.array([[5, 6, 7]], np.uint64),
+        [np.int32(5), np.uint64(6), 7],
+    ],
+)
 def test_prompts_of_token_ids(model: LanguageModel, prompt: Any) -> None:
     assert model.generate(prompt, max_new_tokens=6).token_ids == model.generate([5, 6, 7], max_new_tokens=6).token_ids
     assert model.generate(prompt, max_new_tokens=6).text == ""
@@ -155,8 +169,27 @@ def test_greedy_is_deterministic(model: LanguageModel) -> None:
         ([1, -1], "token_out_of_range"),
         ([1] * 129, "prompt_too_long"),
         ("text", "no_tokenizer"),
+        ([10**30], "token_out_of_range"),
+        (np.array([2**64 - 1], np.uint64), "token_out_of_range"),
+        (np.array([], np.int64), "empty_prompt"),
+        ([[]], "empty_prompt"),
         (torch.tensor([1.0]), "bad_prompt"),
         (torch.tensor([[1], [2]]), "bad_prompt"),
+        (torch.tensor([[[1]]]), "bad_prompt"),
+        (torch.empty(2, dtype=torch.int64, device="meta"), "bad_prompt"),
+        (np.array(5), "bad_prompt"),
+        (np.array([1.0]), "bad_prompt"),
+        (np.array([1, 0], bool), "bad_prompt"),
+        (np.array([None]), "bad_prompt"),
+        ([1.0], "bad_prompt"),
+        ([True, False], "bad_prompt"),
+        (["a"], "bad_prompt"),
+        ([1, [2]], "bad_prompt"),
+        (b"bytes", "bad_prompt"),
+        ({"input_ids": [1]}, "bad_prompt"),
+        ({1, 2}, "bad_prompt"),
+        (5, "bad_prompt"),
+        (None, "bad_prompt"),
     ],
 )
 def test_prompts_that_are_refused(model: LanguageModel, prompt: Any, kind: str) -> None:
@@ -171,10 +204,39 @@ def test_inputs_that_forward_refuses(model: LanguageModel) -> None:
             model.forward(torch.tensor(ids, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("batch", [[[5, 6], [7, 8]], np.array([[5, 6], [7, 8]]), [torch.tensor([5, 6]), np.array([7, 8])]])
+def test_batches_that_forward_takes(model: LanguageModel, batch: Any) -> None:
+    assert torch.equal(model(batch), model(torch.tensor([[5, 6], [7, 8]])))
+
+
+@pytest.mark.parametrize(
+    ("batch", "kind"),
+    [
+        ([[1, 43], [1]], "ragged_batch"),
+        ([[1], []], "ragged_batch"),
+        ([[1.5]], "bad_prompt"),
+        ([[True]], "bad_prompt"),
+        (torch.tensor([[1.0]]), "bad_prompt"),
+        ([[[1]]], "bad_prompt"),
+        (np.array([1, 2]), "bad_input"),
+        ([1, 2], "bad_input"),
+        ([[2**70]], "token_out_of_range"),
+        ("text", "bad_prompt"),
+    ],
+)
+def test_batches_that_forward_refuses(model: LanguageModel, batch: Any, kind: str) -> None:
+    with pytest.raises(InvalidRequestError) as error:
+        model(batch)
+    assert error.value.problems[0].kind == kind
+
+
 @pytest.mark.parametrize(
     "options",
     [
         {"max_new_tokens": 0},
+        {"max_new_tokens": 2.5},
+        {"max_new_tokens": None},
+        {"max_new_tokens": True},
         {"temperature": -0.1},
         {"temperature": math.nan},
         {"temperature": math.inf},

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from runtime_models import byte_tokenizer_files, side_file
 
 from cluscomp_formats.errors import InvalidFileError, InvalidRequestError
@@ -144,9 +146,15 @@ def test_a_broken_tokenizer_config_is_an_invalid_file(content: str) -> None:
     assert error.value.problems[0].file == "tokenizer_config.json"
 
 
-def test_ids_that_are_none_are_refused() -> None:
+@pytest.mark.parametrize("ids", [[-1], [2**32], [1.5], [True], ["a"], "text", 5, None])
+def test_ids_that_are_none_are_refused(ids: Any) -> None:
     with pytest.raises(InvalidRequestError):
-        byte_tokenizer().decode([-1])
+        byte_tokenizer().decode(ids)
+
+
+@pytest.mark.parametrize("ids", [np.array([97, 98], np.uint16), (97, np.int64(98)), torch.tensor([97, 98])])
+def test_ids_of_arrays_are_decoded(ids: Any) -> None:
+    assert byte_tokenizer().decode(ids) == "ab"
 
 
 @pytest.mark.parametrize(

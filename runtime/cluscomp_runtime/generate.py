@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ class GenerationStream:
         on_token: Callable[[int], None] | None = None,
     ) -> None:
         check_prompt(prompt, decoder.settings.vocab_size, context)
-        if max_new_tokens < 1:
+        if isinstance(max_new_tokens, bool) or not hasattr(max_new_tokens, "__index__") or max_new_tokens < 1:
             problem = Problem("out_of_range", "max_new_tokens is out of range", found=str(max_new_tokens), expected="1 or more")
             raise InvalidRequestError(problem)
         self.result: Generation | None = None
@@ -80,7 +81,7 @@ class GenerationStream:
         self._prompt = prompt
         self._sampler = sampler
         self._context = context
-        self._max_new_tokens = max_new_tokens
+        self._max_new_tokens = operator.index(max_new_tokens)
         self._end_tokens = end_tokens
         self._on_token = on_token
         self._pieces = self._run()
@@ -140,7 +141,10 @@ def check_prompt(prompt: Sequence[int], vocab_size: int, limit: int) -> None:
         expected = f"0 to {vocab_size - 1}"
         raise InvalidRequestError(
             Problem(
-                "token_out_of_range", "the prompt has token ids outside the vocabulary", found=str(wrong[:5]), expected=expected
+                "token_out_of_range",
+                "the prompt has token ids outside the vocabulary",
+                found=str(wrong[:5])[:200],
+                expected=expected,
             )
         )
     if len(prompt) > limit:

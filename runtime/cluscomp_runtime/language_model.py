@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from cluscomp_formats.chat_templates import choose_chat_template, find_chat_templates
@@ -19,6 +21,7 @@ from cluscomp_runtime.generate import Generation, GenerationStream, check_prompt
 from cluscomp_runtime.linear import MatrixBuilder, check_kernel
 from cluscomp_runtime.memory import check_memory, memory_faults
 from cluscomp_runtime.sampling import Sampler
+from cluscomp_runtime.token_ids import token_batch, token_ids
 from cluscomp_runtime.tokenizer import Tokenizer, end_tokens
 
 __all__ = ["DEFAULT_CONTEXT", "LanguageModel", "check_device", "compute_dtype", "observe_inputs"]
@@ -28,7 +31,8 @@ DEFAULT_CONTEXT = 2048
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-Prompt = str | Sequence[int] | torch.Tensor
+Prompt = str | Sequence[int] | torch.Tensor | npt.NDArray[np.integer[Any]]
+"""A text, or token ids `[tokens]` or `[1, tokens]`."""
 
 
 class LanguageModel:
@@ -111,20 +115,17 @@ class LanguageModel:
         counts = Counter(self.kernels.values()).most_common()
         return ", ".join(f"{path} ({count} {'matrices' if count > 1 else 'matrix'})" for path, count in counts)
 
-    def forward(self, input_ids: torch.Tensor | Sequence[Sequence[int]]) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor | npt.NDArray[np.integer[Any]] | Sequence[Sequence[int]]) -> torch.Tensor:
         """Logits `[batch, tokens, vocab_size]` for `input_ids` `[batch, tokens]`, each token seeing those before it.
 
         Without a cache, so only the model's own limit bounds the length. Raises InvalidRequestError for ids outside the
-        vocabulary, no tokens at all, or more than `max_position_embeddings`.
+        vocabulary, sequences of different lengths, no tokens at all, or more than `max_position_embeddings`.
         """
-        ids = torch.as_tensor(input_ids, dtype=torch.int64)
-        if ids.dim() != 2:
-            found = str(tuple(ids.shape))
-            raise InvalidRequestError(Problem("bad_input", "wrong shape of input_ids", found=found, expected="[batch, tokens]"))
-        for row in ids.tolist() or [[]]:
+        batch = token_batch(input_ids)
+        for row in batch:
             check_prompt(row, self.settings.vocab_size, self.settings.max_position_embeddings)
         with torch.inference_mode(), memory_faults():
-            return self.decoder(ids.to(self.device))
+            return self.decoder(torch.tensor(batch, dtype=torch.int64, device=self.device))
 
     __call__ = forward
 
@@ -200,13 +201,7 @@ class LanguageModel:
                 remedy = "give token ids instead of text"
                 raise InvalidRequestError(Problem("no_tokenizer", "this model has no tokenizer.json", remedy=remedy))
             return self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
-        ids: list[Any] = prompt.tolist() if isinstance(prompt, torch.Tensor) else list(prompt)
-        if isinstance(prompt, torch.Tensor) and prompt.dim() == 2 and len(prompt) == 1:
-            ids = ids[0]
-        if not all(isinstance(token, int) for token in ids):
-            expected = "a text, or integer token ids [tokens]"
-            raise InvalidRequestError(Problem("bad_prompt", "this is no prompt", found=repr(ids)[:200], expected=expected))
-        return ids
+        return token_ids(prompt)
 
 
 def observe_inputs(model: Model, input_ids: torch.Tensor, observe: Callable[[str, torch.Tensor], None]) -> None:

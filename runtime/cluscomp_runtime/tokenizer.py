@@ -16,6 +16,7 @@ from cluscomp_formats.packed.json_values import is_unicode
 from cluscomp_formats.tokens import end_tokens as stored_end_tokens
 from cluscomp_formats.tokens import read_json_file, read_tokenizer, special_tokens
 from cluscomp_runtime.streaming import StreamDecoder
+from cluscomp_runtime.token_ids import token_ids
 from cluscomp_runtime.tokenizer_backend import Backend, decoder_description, open_backend, plain_copy, special_ids
 
 __all__ = ["Tokenizer", "end_tokens", "read_json_file"]
@@ -122,13 +123,14 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of token ids; bytes that are no valid UTF-8 become U+FFFD. Raises InvalidRequestError, InvalidFileError."""
-        if any(not 0 <= token < 2**32 for token in ids):
+        tokens = token_ids(ids)
+        if any(not 0 <= token < 2**32 for token in tokens):
             raise InvalidRequestError(Problem("token_out_of_range", "a token id is negative or too large to be one"))
-        if not ids:
+        if not tokens:
             # Of which some decoders make a panic.
             return ""
         with _library_faults("cannot decode tokens with it"):
-            return str(self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+            return str(self.backend.decode(tokens, skip_special_tokens=skip_special_tokens))
 
     def stream(self, prompt: Sequence[int]) -> StreamDecoder:
         """A decoder for tokens that come one at a time after those of `prompt`."""
