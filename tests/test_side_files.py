@@ -86,9 +86,16 @@ def test_through_every_format_and_back(source: Path, tmp_path: Path) -> None:
 
 def test_a_processor_opens_from_the_folder(tmp_path: Path) -> None:
     hf_models.llama().save_pretrained(tmp_path / "source")
-    transformers.WhisperFeatureExtractor(feature_size=4).save_pretrained(tmp_path / "source")
+    (tmp_path / "vocab.json").write_text(
+        json.dumps({token: number for number, token in enumerate(["<pad>", "<unk>", "|", "a"])})
+    )
+    tokenizer = transformers.Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json"))
+    ears = transformers.Wav2Vec2FeatureExtractor(sampling_rate=123)
+    transformers.Wav2Vec2Processor(feature_extractor=ears, tokenizer=tokenizer).save_pretrained(tmp_path / "source")
     convert(tmp_path / "source", tmp_path / "hf", ConversionOptions(bits=4, calibration="none", to="hf"))
-    assert transformers.AutoFeatureExtractor.from_pretrained(tmp_path / "hf").feature_size == 4
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "hf")
+    assert processor.feature_extractor.sampling_rate == 123
+    assert processor.tokenizer("a").input_ids == tokenizer("a").input_ids
 
 
 @pytest.mark.parametrize("named", ["config.json", "tokenizer_config.json", None])
