@@ -9,7 +9,8 @@
 - `... at nominal width`: the same quantisers on each matrix flattened, so that every weight takes the width of the type. No
   stock file can do that; it is the fair peer at equal bits.
 
-GPTQ and importance matrices see the text that `cluscomp-export convert` calibrates on. Weights are decoded to float32 and
+GPTQ and importance matrices see the windows of the calibration text that `cluscomp-export convert` sees with its default effort
+(`best` sees four times as many, and its recovery trains on more of the text). Weights are decoded to float32 and
 scored like ours: perplexity, divergence from the source and top-1 agreement on the first windows of a text that is not the
 calibration text. "linears" are bits per weight of the linear layers with scales and zero points; MB is the whole model with
 all else as wide as in the source, or the stock file's size. Seconds go from the source to the quantised weights, calibration

@@ -115,8 +115,8 @@ def join_rows(text: str) -> str:
     r"""A text file as the scripts of GPTQ and its successors see it: `"\n\n".join(dataset["text"])`.
 
     The data set on the Hugging Face hub has a row per line of the file, line end included, and an empty row for a line of
-    nothing but white space.
+    nothing but white space. It was read by Python as a text file: a line ends with `\n`, `\r\n` or `\r`, and all become `\n`.
     """
-    lines = text.split("\n")
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     rows = [f"{line}\n" for line in lines[:-1]] + ([lines[-1]] if lines[-1] else [])
     return "\n\n".join(row if row.strip() else "" for row in rows)

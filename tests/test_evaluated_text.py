@@ -18,7 +18,7 @@ from llama_perplexity import texts
 
 from cluscomp_export.calibration import read_text
 from cluscomp_export.evaluate import evaluate_files, tokenize
-from cluscomp_export.protocols import choose_protocol
+from cluscomp_export.protocols import choose_protocol, join_rows
 from cluscomp_export.sources import open_source
 from cluscomp_export.tuning.chats import read_chats
 from cluscomp_formats.errors import InvalidFileError
@@ -101,6 +101,14 @@ def test_special_tokens_are_found_by_the_other_protocol_alone(stories_folder: Pa
     # A text that is written to begin with the begin token: its characters come after that token.
     written, _ = tokenize(tokenizer, "<s>Once", choose_protocol("llama.cpp"))
     assert written == peer.tokenizer("<s>Once", split_special_tokens=True)["input_ids"]
+
+
+def test_rows_are_those_of_a_file_that_python_reads_as_text(tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_bytes(b" \r\n = A = \r\n\r\nb\rc\x85d\x0be\n")
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        rows = [line if line.strip() else "" for line in lines]
+    assert join_rows(file.read_bytes().decode(errors="replace")) == "\n\n".join(rows)
 
 
 def test_a_tokenizer_in_a_process_of_its_own_does_the_same(stories_folder: Path) -> None:
