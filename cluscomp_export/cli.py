@@ -7,6 +7,7 @@ Results go to standard output, progress and messages to standard error. Exit cod
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import warnings
@@ -19,7 +20,7 @@ from cluscomp_export.command_options import DEVICE, JSON, PATH, levels_from
 from cluscomp_export.planning_commands import plan, planning_options, show_plan
 from cluscomp_export.terminal import ProgressDisplay, json_document, print_json, print_table, say, show
 from cluscomp_export.tuning_commands import merge, tune
-from cluscomp_formats.atomic import atomic_write, check_output
+from cluscomp_formats.atomic import atomic_write, check_output, storage_error
 from cluscomp_formats.errors import ClusCompError, grouped, printable
 from cluscomp_formats.version import __version__
 
@@ -402,6 +403,9 @@ def main() -> None:
     ) -> None:
         say(f"warning: {message}")
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names of files need not be text, and not every stream takes every text.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with warnings.catch_warnings():
             warnings.showwarning = show_warning
@@ -412,6 +416,11 @@ def main() -> None:
     except ClusCompError as error:
         _report(error, as_json=as_json, exit_code=error.exit_code)
         code = error.exit_code
+    except OSError as error:
+        # A file that went away meanwhile, for instance.
+        refused = storage_error(Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None, error)
+        _report(refused, as_json=as_json, exit_code=refused.exit_code)
+        code = refused.exit_code
     except (KeyboardInterrupt, click.Abort):
         say("interrupted; no output was written")
         code = INTERRUPTED

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, TypeVar
 
+from cluscomp_export.ranges import MOST, MOST_RATE, MOST_SEED, check_range
 from cluscomp_export.tuning.blockwise import BlockwiseOptions
 from cluscomp_export.tuning.recovery import RecoveryOptions
 from cluscomp_export.tuning.training import fast_precision
-from cluscomp_formats.errors import InvalidRequestError, Problem
 
 __all__ = ["Effort", "Levels", "levels_of"]
 
@@ -17,6 +17,14 @@ Effort = Literal["fast", "balanced", "best"]
 
 WINDOWS = 64
 """Windows of the calibration text that error feedback and block-wise tuning see; four times as many with `best`."""
+
+_RANGES = {
+    "rate": (0, MOST_RATE, True),
+    "same_input": (0, MOST, False),
+    "held_out": (0, 1 - 2**-10, True),
+    "warmup": (0, MOST, False),
+}
+"""Of settings, the others are counted from 1: the least, the most, whether the least itself is out of range."""
 
 _Options = TypeVar("_Options", BlockwiseOptions, RecoveryOptions)
 
@@ -74,13 +82,16 @@ def levels_of(
     `blockwise` are settings of `BlockwiseOptions`, `recovery` of `RecoveryOptions`; 0 `epochs` or 0 `steps` leave a level out,
     any other setting puts it in. Raises InvalidRequestError for values that are out of range.
     """
+    check_range("--seed", seed, 0, MOST_SEED)
+    if windows is not None:
+        check_range("--calibration-windows", windows, 1, MOST)
     usual = 4 * WINDOWS if effort == "best" else WINDOWS
     with_precision = RecoveryOptions(seed=seed, precision=fast_precision())
     return Levels(
         feedback=effort != "fast" if feedback is None else feedback,
         blockwise=_level("blockwise", "epochs", BlockwiseOptions(seed=seed), effort != "fast", blockwise or {}),
         recovery=_level("recovery", "steps", with_precision, effort == "best", recovery or {}),
-        windows=_positive("--calibration-windows", usual if windows is None else windows),
+        windows=usual if windows is None else windows,
     )
 
 
@@ -92,18 +103,7 @@ def _level(name: str, amount: str, default: _Options, included: bool, settings: 
     if unknown:
         raise TypeError(f"{type(default).__name__} has no {', '.join(unknown)}")
     for key, value in given.items():
-        if isinstance(value, int | float) and key not in ("same_input", "warmup"):
-            option = "lr" if key == "rate" else key.replace("_", "-")
-            _positive(f"--{name}-{option}", value)
+        if isinstance(value, int | float):
+            least, most, above = _RANGES.get(key, (1, MOST, False))
+            check_range(f"--{name}-{'lr' if key == 'rate' else key.replace('_', '-')}", value, least, most, above=above)
     return replace(default, **given)
-
-
-_Number = TypeVar("_Number", int, float)
-
-
-def _positive(option: str, value: _Number) -> _Number:
-    if not value > 0:
-        raise InvalidRequestError(
-            Problem("bad_option", f"{option} is out of range", found=f"{value:g}", expected="more than 0")
-        )
-    return value

@@ -119,7 +119,7 @@ class FisherPass:
             see_predictions = self.watch_head(hidden, weight)
         gradients = torch.empty_like(hidden)
         for number, window in enumerate(hidden):
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + first + number)
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + first + number) % 2**63)
             leaf = window.clone().requires_grad_()
             normed = self.decoder.norm(leaf)
             of_normed = torch.empty_like(window)

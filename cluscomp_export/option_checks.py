@@ -9,6 +9,7 @@ from cluscomp_export.conversion_options import ConversionOptions
 from cluscomp_export.effort import Effort
 from cluscomp_export.jobs import Method
 from cluscomp_export.planning import CODEBOOK_DTYPES, Share
+from cluscomp_export.torch_threads import check_threads
 from cluscomp_export.workers import parse_workers
 from cluscomp_export.writers import Writer
 from cluscomp_formats.errors import InvalidRequestError, Problem
@@ -24,6 +25,7 @@ def check_options(options: ConversionOptions, writer: Writer) -> None:
     if problem:
         raise InvalidRequestError(problem)
     options.levels()
+    check_threads(options.threads)
     if options.workers is not None:
         parse_workers(options.workers)
 

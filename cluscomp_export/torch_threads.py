@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-__all__ = ["torch_threads"]
+from cluscomp_formats.errors import InvalidRequestError, Problem
+
+__all__ = ["MOST_THREADS", "check_threads", "torch_threads"]
+
+MOST_THREADS = max(256, 4 * (os.cpu_count() or 1))
+"""Of threads, and of processes that work here. More only wait for each other, and by the million they end the process."""
+
+
+def check_threads(number: int | None, option: str = "--threads") -> None:
+    """Raise InvalidRequestError for a number of threads or processes that no machine like this one can use."""
+    if number is not None and not 1 <= number <= MOST_THREADS:
+        expected = f"1 to {MOST_THREADS}; this machine has {os.cpu_count()} cores"
+        raise InvalidRequestError(Problem("bad_option", f"{option} is out of range", found=str(number), expected=expected))
 
 
 @contextmanager
@@ -15,7 +28,9 @@ def torch_threads(number: int | None) -> Iterator[None]:
     """Let torch compute with `number` threads in the block, or with as many as before if None.
 
     It is told that number, too: untold, the libraries behind it may use fewer, and the last bits of a training depend on that.
+    Raises InvalidRequestError for what `check_threads` refuses.
     """
+    check_threads(number)
     before = torch.get_num_threads()
     torch.set_num_threads(before if number is None else number)
     try:

@@ -25,6 +25,7 @@ from joblib.externals.loky.process_executor import BrokenProcessPool
 from cluscomp_export.jobs import Computing
 from cluscomp_export.orphans import end_with
 from cluscomp_export.progress import Progress, silent
+from cluscomp_export.torch_threads import check_threads
 from cluscomp_formats.errors import InvalidRequestError, Problem, WorkersLostError
 from cluscomp_formats.ir import AnyArray
 from cluscomp_formats.version import __version__
@@ -70,6 +71,7 @@ def parse_workers(text: str) -> WorkerChoice:
     """`N`, `threads:N`, `ray` or `ray://HOST:PORT`. Raises InvalidRequestError."""
     local = _LOCAL.fullmatch(text)
     if local is not None:
+        check_threads(int(local[2]), "--workers")
         return WorkerChoice("threads" if local[1] else "processes", int(local[2]))
     if text == "ray":
         return WorkerChoice("ray")

@@ -19,6 +19,7 @@ import torch
 
 from cluscomp_export.outputs import check_apart
 from cluscomp_export.progress import Progress, silent
+from cluscomp_export.ranges import MOST, MOST_RATE, MOST_SEED, check_range
 from cluscomp_export.sources import open_source, source_bytes
 from cluscomp_export.tuning.examples import Example, make_batch, shuffled_batches
 from cluscomp_export.tuning.parameters import TrainableModel
@@ -262,6 +263,13 @@ def _check_options(options: TuneOptions) -> None:
         problem = Problem("bad_option", "--lr is positive, and --kl is not negative")
     if problem:
         raise InvalidRequestError(problem)
+    for option in ("steps", "batch", "warmup", "checks", "patience"):
+        check_range(f"--{option}", getattr(training, option), 0, MOST)
+    check_range("--context", options.context, 2, MOST)
+    check_range("--epochs", options.epochs, 0, MOST)
+    check_range("--seed", training.seed, 0, MOST_SEED)
+    check_range("--lr", training.rate or 0, 0, MOST_RATE)
+    check_range("--kl", options.kl, 0, MOST)
 
 
 def _check_ids(examples: Sequence[Example], vocab_size: int, path: Path) -> None:

@@ -114,8 +114,8 @@ def fsync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def storage_error(path: Path, error: OSError) -> StorageError:
-    """The operating system's refusal as a problem with a remedy."""
+def storage_error(path: Path | None, error: OSError) -> StorageError:
+    """The operating system's refusal, about that file if it is known, as a problem with a remedy."""
     remedy = {
         errno.ENOSPC: "free some space, or write to another disk",
         errno.EDQUOT: "free some of your quota, or write to another disk",
@@ -123,4 +123,4 @@ def storage_error(path: Path, error: OSError) -> StorageError:
         errno.ENAMETOOLONG: "choose a shorter name",
         errno.EROFS: "write to a file system that is not read-only",
     }.get(error.errno or 0)
-    return StorageError(Problem("os_error", error.strerror or str(error), str(path), remedy=remedy))
+    return StorageError(Problem("os_error", error.strerror or str(error), None if path is None else str(path), remedy=remedy))

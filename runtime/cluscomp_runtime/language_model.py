@@ -229,9 +229,10 @@ def check_device(device: str | torch.device) -> torch.device:
     """The device, if torch can use it here. Raises InvalidRequestError."""
     try:
         target = torch.device(device)
-        torch.empty(0, device=target)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
+        # Of the values of a meta tensor nothing is there.
+        torch.zeros(1, device=target).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         problem = Problem("no_device", f"this device cannot be used: {reason}", found=str(device), remedy='use device="cpu"')
         raise InvalidRequestError(problem) from error
     return target

@@ -11,6 +11,8 @@ from cluscomp_formats.errors import ClusCompError, InvalidRequestError, Problem
 
 __all__ = ["Sampler", "probabilities"]
 
+_LEAST_TEMPERATURE = torch.finfo(torch.float32).tiny
+
 
 def probabilities(
     logits: torch.Tensor, *, temperature: float, top_k: int | None = None, top_p: float | None = None
@@ -21,8 +23,8 @@ def probabilities(
     most likely tokens whose probabilities reach `top_p` (nucleus sampling, Holtzman et al., arXiv 1904.09751); what is left
     renormalised.
     """
-    # Subtracting the maximum first keeps a tiny temperature from overflowing.
-    scaled = (logits.float() - logits.float().max()) / temperature
+    # Subtracting the maximum first keeps a tiny temperature from overflowing; one that float32 does not hold would be 0.
+    scaled = (logits.float() - logits.float().max()) / max(temperature, _LEAST_TEMPERATURE)
     values, order = scaled.sort(descending=True, stable=True)
     values[min(top_k or len(values), len(values)) :] = -math.inf
     ranked = values.softmax(-1)
