@@ -83,7 +83,13 @@ def _current(model: Any, loaded: Loaded) -> Model:
     if not tensors and config == stored.config:
         return replace(stored, files={**stored.files, **files}) if files else stored
     return replace(
-        stored, config=config, tensors={**stored.tensors, **tensors}, files={**stored.files, **files}, self_test=None
+        stored,
+        config=config,
+        tensors={**stored.tensors, **tensors},
+        files={**stored.files, **files},
+        # Those of what was loaded.
+        self_test=None,
+        claimed_digest=None,
     )
 
 
