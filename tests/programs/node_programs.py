@@ -34,7 +34,9 @@ def run(script: str, request: Mapping[str, Any], *, timeout: float = 600) -> Any
     Raises RuntimeError with what it wrote if it fails, subprocess.TimeoutExpired after `timeout` seconds.
     """
     command = ["node", str(FOLDER / script)]
-    done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False, timeout=timeout)
+    done = subprocess.run(
+        command, input=json.dumps(request), capture_output=True, encoding="utf-8", check=False, timeout=timeout
+    )
     if done.returncode:
         raise RuntimeError(f"{script} failed with {done.returncode}:\n{done.stdout}{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ MAX_DEPTH = 64
 """Objects and arrays may be nested this deep."""
 
 _INTEGERS = range(-(2**63), 2**64)
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _MAX_KEY = 80
 """Characters of a key in a message."""
 
@@ -110,7 +112,7 @@ def parse_canonical(data: bytes) -> Any:
 
 def is_unicode(text: str) -> bool:
     """Whether a text can be encoded: it holds no lone surrogate."""
-    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
+    return text.isascii() or _SURROGATE.search(text) is None
 
 
 def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -25,7 +25,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     folder = Path(__file__).parent.parent
     candidates = sorted(path for pattern in ("_native*.so", "_native*.pyd") for path in folder.glob(pattern))
     if not candidates:
-        return None, "the C kernels were not built; install a C compiler (gcc or clang) and reinstall cluscomp-export"
+        reason = "there was no C compiler (gcc or clang) when cluscomp-export was installed, or it failed"
+        return None, f"the C kernels were not built: {reason}; reinstall it with pip install -v to see why"
     try:
         return ctypes.CDLL(str(candidates[0])), ""
     except OSError as error:
