@@ -337,6 +337,7 @@ def test_the_process_has_no_environment(monkeypatch: pytest.MonkeyPatch) -> None
         "{{ '\\ud800' }}",
     ],
 )
+@pytest.mark.usefixtures("no_process")
 def test_broken_templates(template: str) -> None:
     with pytest.raises(InvalidFileError, match="template fails"):
         render_chat(template, MESSAGES, special_tokens={})
