@@ -73,7 +73,7 @@ def merge(
         _check_result(merged, deltas[0].result, delta_paths[0])
     merged = replace(merged, provenance=_provenance(model, base, delta_paths, [delta.record for delta in deltas], shares))
     writer.check_model(merged)
-    warnings: list[str] = []
+    warnings = [*writer.notes(merged)]
     scan_dense(model, model_path, on_progress)
     run_own_self_test(model, model_path, warnings, on_progress)
     record: Mapping[str, Any] | None = None

@@ -62,7 +62,7 @@ def find_writer(name: str, gguf_type: str | None = None) -> Writer:
             raise InvalidRequestError(Problem("bad_option", "no such GGUF type", found=found, expected=expected))
         write = functools.partial(_write_dense_gguf, gguf_type)
         size = functools.partial(dense_gguf_size, gguf_type=gguf_type)
-        return Writer(fmt.check_output, write, size=size, notes=dense_gguf_notes)
+        return Writer(fmt.check_output, write, size=size, notes=functools.partial(dense_gguf_notes, gguf_type=gguf_type))
     if fmt.write is None:
         expected = ", ".join(output_formats())
         raise InvalidRequestError(Problem("not_writable", "this format is only read", found=name, expected=expected))

@@ -18,7 +18,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from cluscomp_export.sources import open_source
 from cluscomp_formats.errors import InvalidRequestError, OutputExistsError, StorageError, UnsupportedError
-from cluscomp_formats.gguf import DENSE_TYPES, write_dense_gguf
+from cluscomp_formats.gguf import DENSE_TYPES, dense_gguf_notes, write_dense_gguf
 from cluscomp_formats.ir import Array, DenseTensor, Model, float32_to_bfloat16
 
 CASES: list[Any] = [
@@ -132,6 +132,11 @@ def test_rows_that_are_no_whole_blocks_stay_at_half_precision_and_are_named(tmp_
     assert types["blk.0.ffn_down.weight"] == "Q8_0"
     assert types["blk.0.ffn_up.weight"] == types["token_embd.weight"] == "F16"
     assert types["blk.0.attn_norm.weight"] == "F32"
+    kept = [note for note in dense_gguf_notes(model, "q8_0") if "stored as f16" in note]
+    assert len(kept) == 1
+    assert kept[0].startswith(f"{len(report.kept_at_f16)} tensors")
+    assert report.kept_at_f16[0] in kept[0]
+    assert not any("stored as f16" in note for note in dense_gguf_notes(model, "f16"))
 
 
 def test_bfloat16_weights_stay_what_they_are(tmp_path: Path) -> None:
@@ -220,6 +225,14 @@ def test_rotary_buffers_are_left_out(tmp_path: Path) -> None:
     write_dense_gguf(with_more(tiny_llama(), "model.layers.0.self_attn.rotary_emb.inv_freq", (4,)), tmp_path / "1.gguf")
     write_dense_gguf(tiny_llama(), tmp_path / "2.gguf")
     assert (tmp_path / "1.gguf").read_bytes() == (tmp_path / "2.gguf").read_bytes()
+
+
+def test_layers_that_predict_further_tokens_are_left_out_and_told(tmp_path: Path) -> None:
+    model = with_more(tiny_llama(), "mtp.layers.0.mlp.up_proj.weight", (4, 4))
+    write_dense_gguf(model, tmp_path / "1.gguf")
+    write_dense_gguf(tiny_llama(), tmp_path / "2.gguf")
+    assert (tmp_path / "1.gguf").read_bytes() == (tmp_path / "2.gguf").read_bytes()
+    assert any("further tokens are left out" in note for note in dense_gguf_notes(model, "f16"))
 
 
 def test_a_head_of_its_own_wins_over_a_tied_one(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Each tensor is decoded to float32 and stored in one of ggml's types by gguf-py's
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,9 @@ DENSE_TYPES = {
 """The types that can be asked for, by name."""
 
 _ALIGNMENT = 32
+_FURTHER_LAYERS = re.compile(r"(?:model\.)?mtp\..*")
+_NAMED = 3
+"""Tensors named in a note, at most."""
 _QUANTIZATION_VERSION = 2
 
 
@@ -117,9 +121,11 @@ def write_dense_gguf(
             if on_progress is not None:
                 on_progress(stream.tell() - start, total)
         file_bytes = stream.tell()
-    asked = DENSE_TYPES[gguf_type]
-    kept = tuple(item.place.name for item in planned if len(item.place.shape) > 1 and item.dense_type is not asked)
-    return DenseReport(path, file_bytes, len(entries), kept)
+    return DenseReport(path, file_bytes, len(entries), _kept_at_f16(planned, DENSE_TYPES[gguf_type]))
+
+
+def _kept_at_f16(planned: list[_Planned], asked: _DenseType) -> tuple[str, ...]:
+    return tuple(item.place.name for item in planned if len(item.place.shape) > 1 and item.dense_type is not asked)
 
 
 def dense_gguf_size(model: Model, gguf_type: str) -> int:
@@ -131,9 +137,21 @@ def dense_gguf_size(model: Model, gguf_type: str) -> int:
     return aligned(len(header), _ALIGNMENT) + total
 
 
-def dense_gguf_notes(model: Model) -> tuple[str, ...]:
-    """What the file `write_dense_gguf` makes cannot say of the tokenizer. Raises what that does before it writes."""
-    return _tokenizer(model, read_hyperparameters(model.config), "").notes
+def dense_gguf_notes(model: Model, gguf_type: str) -> tuple[str, ...]:
+    """What the file `write_dense_gguf` makes cannot say of the tokenizer, or holds otherwise than asked.
+
+    Raises what that does before it writes.
+    """
+    hyperparameters = read_hyperparameters(model.config)
+    notes = [*_tokenizer(model, hyperparameters, "").notes]
+    kept = _kept_at_f16(_plan(model, hyperparameters, DENSE_TYPES[gguf_type], ""), DENSE_TYPES[gguf_type])
+    if kept:
+        named = ", ".join(kept[:_NAMED]) + (f" and {len(kept) - _NAMED} more" if len(kept) > _NAMED else "")
+        notes.append(f"{len(kept)} tensors are stored as f16: their rows are no whole blocks of {gguf_type}: {named}")
+    further = [name for name in model.tensors if _FURTHER_LAYERS.fullmatch(name)]
+    if further:
+        notes.append(f"{len(further)} tensors of layers that predict further tokens are left out: {further[0]}, ...")
+    return tuple(notes)
 
 
 def _layout(
@@ -175,7 +193,8 @@ def _plan(model: Model, hyperparameters: Hyperparameters, asked: _DenseType, fil
         raise InvalidRequestError(problems)
     # Old checkpoints store the rotary frequencies, which follow from the configuration.
     placed = {place.name for place in expected.values()}
-    unknown = [name for name in sorted(model.tensors) if name not in placed and not name.endswith("rotary_emb.inv_freq")]
+    others = [name for name in sorted(model.tensors) if name not in placed and not name.endswith("rotary_emb.inv_freq")]
+    unknown = [name for name in others if not _FURTHER_LAYERS.fullmatch(name)]
     if unknown:
         message = "llama.cpp has no place for this tensor; running without it could give wrong results"
         raise UnsupportedError([Problem("unused_tensor", message, file, name) for name in unknown])
