@@ -148,6 +148,24 @@ def test_the_post_processor_alone_says_what_goes_around_a_text(
     assert (ours.encode("Once")[-1:] == [2]) == (theirs("Once").input_ids[-1:] == [2])
 
 
+@pytest.mark.parametrize("tokenizer_class", [*CLASSES, "GPTNeoXTokenizer", "CohereTokenizer", "GPT2TokenizerFast"])
+@pytest.mark.parametrize("settings", [{}, {"eos_token": None, "unk_token": "<s>"}])
+def test_special_tokens_of_a_class_that_no_file_names(
+    tokenizer_class: str, settings: dict[str, Any], stories: dict[str, Any], tmp_path: Path
+) -> None:
+    texts = ["<bos>", "<eos>", "<pad>", "<mask>", "<|endoftext|>", "<|padding|>", "<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>"]
+    texts += ["<UNK>", "<SEP>", "<PAD>", "<CLS>", "<MASK_TOKEN>"]
+    tokenizer = copy.deepcopy(stories)
+    tokenizer["model"]["vocab"] |= {text: 512 + number for number, text in enumerate(texts)}
+    values = {"tokenizer": tokenizer, "tokenizer_config": {"tokenizer_class": tokenizer_class, **settings}}
+    theirs = as_folder(values, tmp_path)
+    ours = Tokenizer.from_files(as_files(values))
+    assert ours is not None
+    assert ours.special_tokens == theirs.special_tokens_map
+    for token in theirs.special_tokens_map.values():
+        assert ours.encode(f"{token}a", add_special_tokens=False)[0] == theirs.convert_tokens_to_ids(token)
+
+
 MALFORMED = [
     ("tokenizer_config", {DECODER: [1]}),
     ("tokenizer_config", {DECODER: {"x": entry(A)}}),

@@ -16,6 +16,7 @@ from cluscomp_formats.ir import Array
 from cluscomp_formats.packed.json_values import is_unicode
 from cluscomp_formats.tokens import sentencepiece_model as sp
 from cluscomp_formats.tokens.added_tokens import AddedToken
+from cluscomp_formats.tokens.class_tokens import tokenizer_class, with_class_tokens
 from cluscomp_formats.tokens.json_files import read_json_file
 from cluscomp_formats.tokens.merges import merges_from_scores
 from cluscomp_formats.tokens.sentencepiece_model import SentencePieceModel
@@ -35,12 +36,7 @@ _LLAMA = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
 """Classes whose ids are those of the SentencePiece model; many others have tables of their own."""
 _T5 = "T5Tokenizer"
 
-_GPT2_END = "<|endoftext|>"
-_BYTE_LEVEL_NAMES = {
-    "GPT2Tokenizer": dict.fromkeys(("bos_token", "eos_token", "unk_token"), _GPT2_END),
-    "Qwen2Tokenizer": dict.fromkeys(("eos_token", "unk_token", "pad_token"), _GPT2_END),
-}
-"""Special tokens of a class where `tokenizer_config.json` does not name them."""
+_BYTE_LEVEL = ("GPT2Tokenizer", "Qwen2Tokenizer")
 _CLASS_OF_TYPE = {"gpt2": "GPT2Tokenizer", "qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer"}
 
 
@@ -53,13 +49,12 @@ def build_tokenizer_files(files: Mapping[str, Array], model_type: str | None = N
     if "tokenizer.json" in files:
         return {}
     config = read_json_file(files, _CONFIG)
-    found = config.get("tokenizer_class")
-    tokenizer_class = found.removesuffix("Fast") if isinstance(found, str) else ""
+    class_name = tokenizer_class(config)
     pieces = next((name for name in ("tokenizer.model", "spiece.model") if name in files), None)
     if pieces is not None:
-        tokenizer, names = _sentencepiece(files[pieces].read().tobytes(), config, tokenizer_class)
+        tokenizer, names = _sentencepiece(files[pieces].read().tobytes(), config, class_name)
     elif {"vocab.json", "merges.txt"} <= files.keys():
-        tokenizer, names = _byte_level(files, tokenizer_class or _CLASS_OF_TYPE.get(model_type or "", ""))
+        tokenizer, names = _byte_level(files, class_name or _CLASS_OF_TYPE.get(model_type or "", ""))
     else:
         known = [name for name in VOCABULARY_FILES if name in files]
         raise UnsupportedTokenizer(f"{known[0]} alone is not read" if known else "there is no tokenizer.json")
@@ -71,9 +66,9 @@ def build_tokenizer_files(files: Mapping[str, Array], model_type: str | None = N
     return built
 
 
-def _sentencepiece(content: bytes, config: Mapping[str, Any], tokenizer_class: str) -> tuple[dict[str, Any], dict[str, str]]:
-    if tokenizer_class not in (*_GENERAL, *_LLAMA, _T5):
-        raise UnsupportedTokenizer(f"{tokenizer_class} gives the pieces of a SentencePiece model ids of its own")
+def _sentencepiece(content: bytes, config: Mapping[str, Any], class_name: str) -> tuple[dict[str, Any], dict[str, str]]:
+    if class_name not in (*_GENERAL, *_LLAMA, _T5):
+        raise UnsupportedTokenizer(f"{class_name} gives the pieces of a SentencePiece model ids of its own")
     try:
         model = SentencePieceModel.parse(content)
     except UnsupportedTokenizer as reason:
@@ -91,7 +86,7 @@ def _sentencepiece(content: bytes, config: Mapping[str, Any], tokenizer_class: s
         for number, piece in enumerate(model.pieces)
         if piece.kind in (sp.UNKNOWN, sp.CONTROL, sp.USER_DEFINED)
     ]
-    if tokenizer_class == _T5:
+    if class_name == _T5:
         added += _sentinels(config, len(model.pieces))
     first_only = config.get("legacy") is False and model.add_prefix
     tokenizer = {
@@ -191,19 +186,19 @@ def _bpe_model(
     }
 
 
-def _byte_level(files: Mapping[str, Array], tokenizer_class: str) -> tuple[dict[str, Any], dict[str, str]]:
-    if tokenizer_class not in _BYTE_LEVEL_NAMES:
-        found = tokenizer_class or "no tokenizer_class"
+def _byte_level(files: Mapping[str, Array], class_name: str) -> tuple[dict[str, Any], dict[str, str]]:
+    if class_name not in _BYTE_LEVEL:
+        found = class_name or "no tokenizer_class"
         raise UnsupportedTokenizer(f"how {found} cuts words before vocab.json and merges.txt is not known")
     vocabulary = read_json_file(files, "vocab.json")
     if not all(type(number) is int and is_unicode(token) for token, number in vocabulary.items()):
         raise UnsupportedTokenizer("vocab.json has ids that are no integers, or tokens that are not valid Unicode")
     merges = _read_merges(files["merges.txt"].read().tobytes(), vocabulary)
-    qwen = tokenizer_class == "Qwen2Tokenizer"
+    qwen = class_name == "Qwen2Tokenizer"
     words = SCHEMES["qwen2"].patterns[0] if qwen else GPT2_WORDS
     split = {"type": "Split", "pattern": {"Regex": words}, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    names = {name: text for name, text in _BYTE_LEVEL_NAMES[tokenizer_class].items() if text in vocabulary}
+    names: dict[str, str] = with_class_tokens({}, class_name, vocabulary)
     tokenizer = {
         "added_tokens": [AddedToken(text).entry(vocabulary[text]) for text in sorted(set(names.values()))],
         "normalizer": {"type": "NFC"} if qwen else None,

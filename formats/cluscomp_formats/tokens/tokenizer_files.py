@@ -11,6 +11,7 @@ import numpy as np
 
 from cluscomp_formats.ir import Array
 from cluscomp_formats.tokens.added_tokens import AddedToken, assign_ids, missing_tokens, read_settings
+from cluscomp_formats.tokens.class_tokens import tokenizer_class, with_class_tokens
 from cluscomp_formats.tokens.from_vocabulary import VOCABULARY_FILES, build_tokenizer_files
 from cluscomp_formats.tokens.json_files import read_json_file
 from cluscomp_formats.tokens.unsupported import UnsupportedTokenizer
@@ -82,6 +83,8 @@ def read_tokenizer(files: Mapping[str, Array]) -> TokenizerFiles | None:
     config = read_json_file(files, "tokenizer_config.json")
     special_map, added = (read_json_file(files, f"{name}.json") for name in ("special_tokens_map", "added_tokens"))
     listed, vocabulary = _stored_tokens(tokenizer), vocabulary_ids(tokenizer)
+    known = {token.content for _, token in listed or ()} | (vocabulary or {}).keys()
+    config = with_class_tokens(config, tokenizer_class(config), known)
     settings = read_settings(config, special_map, added, dict(listed or ()))
     special_tokens = {name: token.content for name, token in settings.named.items()}
     if listed is None or vocabulary is None:
