@@ -272,6 +272,7 @@ BYTE_FILES = {"vocab.json": '{"a": 0, "b": 1, "ab": 2}', "merges.txt": "a b\n"}
     [
         ({}, r"there is no tokenizer\.json: copy the model's own"),
         ({"tekken.json": "{}"}, r"tekken\.json alone is not read: make one with transformers"),
+        ({"qwen.tiktoken": "IQ== 0"}, r"qwen\.tiktoken alone is not read: make one"),
         ({"vocab.txt": "[UNK]\n"}, r"vocab\.txt alone is not read: make one"),
         ({"vocab.json": "{}"}, r"vocab\.json alone is not read: make one"),
         ({"tokenizer.model": "IQ== 0\nIg== 1\n"}, r"a vocabulary of tiktoken.*: make one"),

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-__all__ = ["tokenizer_class", "with_class_tokens"]
+__all__ = ["CLASSES", "tokenizer_class", "with_class_tokens"]
 
 _TEXT_END = "<|endoftext|>"
 _SENTENCE = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-_CLASSES: dict[str, dict[str, str]] = {
+CLASSES: dict[str, dict[str, str]] = {
     "LlamaTokenizer": _SENTENCE,
     "CodeLlamaTokenizer": _SENTENCE,
     "GemmaTokenizer": {
-        "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>",
-        "pad_token": "<pad>", "mask_token": "<mask>",
+        "bos_token": "<bos>",
+        "eos_token": "<eos>",
+        "unk_token": "<unk>",
+        "pad_token": "<pad>",
+        "mask_token": "<mask>",
     },
     "T5Tokenizer": {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
     "GPT2Tokenizer": dict.fromkeys(("bos_token", "eos_token", "unk_token"), _TEXT_END),
@@ -24,10 +27,16 @@ _CLASSES: dict[str, dict[str, str]] = {
     },
     "Qwen2Tokenizer": dict.fromkeys(("eos_token", "unk_token", "pad_token"), _TEXT_END),
     "CohereTokenizer": {
-        "bos_token": "<BOS_TOKEN>", "eos_token": "<|END_OF_TURN_TOKEN|>", "unk_token": "<UNK>", "sep_token": "<SEP>",
-        "pad_token": "<PAD>", "cls_token": "<CLS>", "mask_token": "<MASK_TOKEN>",
+        "bos_token": "<BOS_TOKEN>",
+        "eos_token": "<|END_OF_TURN_TOKEN|>",
+        "unk_token": "<UNK>",
+        "sep_token": "<SEP>",
+        "pad_token": "<PAD>",
+        "cls_token": "<CLS>",
+        "mask_token": "<MASK_TOKEN>",
     },
 }
+"""Texts by name of a token, by class."""
 
 
 def tokenizer_class(config: Mapping[str, Any]) -> str:
@@ -41,5 +50,5 @@ def with_class_tokens(config: Mapping[str, Any], class_name: str, known: Collect
 
     A name that is given as null stays without a token.
     """
-    named = {name: text for name, text in _CLASSES.get(class_name, {}).items() if text in known}
+    named = {name: text for name, text in CLASSES.get(class_name, {}).items() if text in known}
     return {**named, **config}

@@ -23,21 +23,29 @@ from cluscomp_formats.tokens.sentencepiece_model import SentencePieceModel
 from cluscomp_formats.tokens.unsupported import UnsupportedTokenizer
 from cluscomp_formats.tokens.word_schemes import GPT2_WORDS, SCHEMES
 
-__all__ = ["VOCABULARY_FILES", "build_tokenizer_files"]
+__all__ = ["BYTE_LEVEL_CLASSES", "SENTENCEPIECE_CLASSES", "VOCABULARY_FILES", "build_tokenizer_files", "vocabularies"]
 
-VOCABULARY_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt", "tekken.json")
+VOCABULARY_FILES = (
+    *("tokenizer.model", "spiece.model", "vocab.json", "merges.txt"),
+    *("vocab.txt", "tekken.json", "sentencepiece.bpe.model"),
+)
 """The files that are looked at where there is no `tokenizer.json`."""
 
 _CONFIG = "tokenizer_config.json"
 _SPACE = "\u2581"
 
 _GENERAL = ("", "PreTrainedTokenizer", "TokenizersBackend")
-_LLAMA = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
-"""Classes whose ids are those of the SentencePiece model; many others have tables of their own."""
 _T5 = "T5Tokenizer"
+SENTENCEPIECE_CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", _T5)
+"""Classes whose ids are those of the SentencePiece model; many others have tables of their own."""
 
-_BYTE_LEVEL = ("GPT2Tokenizer", "Qwen2Tokenizer")
+BYTE_LEVEL_CLASSES = ("GPT2Tokenizer", "Qwen2Tokenizer")
 _CLASS_OF_TYPE = {"gpt2": "GPT2Tokenizer", "qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer"}
+
+
+def vocabularies(files: Mapping[str, Array]) -> list[str]:
+    """Names of the files from which somebody can make a tokenizer."""
+    return [*(name for name in VOCABULARY_FILES if name in files), *(name for name in files if name.endswith(".tiktoken"))]
 
 
 def build_tokenizer_files(files: Mapping[str, Array], model_type: str | None = None) -> dict[str, bytes]:
@@ -56,7 +64,7 @@ def build_tokenizer_files(files: Mapping[str, Array], model_type: str | None = N
     elif {"vocab.json", "merges.txt"} <= files.keys():
         tokenizer, names = _byte_level(files, class_name or _CLASS_OF_TYPE.get(model_type or "", ""))
     else:
-        known = [name for name in VOCABULARY_FILES if name in files]
+        known = vocabularies(files)
         raise UnsupportedTokenizer(f"{known[0]} alone is not read" if known else "there is no tokenizer.json")
     whole = {"version": "1.0", "truncation": None, "padding": None, **tokenizer}
     built = {"tokenizer.json": json.dumps(whole, ensure_ascii=False, indent=1).encode()}
@@ -67,7 +75,7 @@ def build_tokenizer_files(files: Mapping[str, Array], model_type: str | None = N
 
 
 def _sentencepiece(content: bytes, config: Mapping[str, Any], class_name: str) -> tuple[dict[str, Any], dict[str, str]]:
-    if class_name not in (*_GENERAL, *_LLAMA, _T5):
+    if class_name not in (*_GENERAL, *SENTENCEPIECE_CLASSES):
         raise UnsupportedTokenizer(f"{class_name} gives the pieces of a SentencePiece model ids of its own")
     try:
         model = SentencePieceModel.parse(content)
@@ -187,7 +195,7 @@ def _bpe_model(
 
 
 def _byte_level(files: Mapping[str, Array], class_name: str) -> tuple[dict[str, Any], dict[str, str]]:
-    if class_name not in _BYTE_LEVEL:
+    if class_name not in BYTE_LEVEL_CLASSES:
         found = class_name or "no tokenizer_class"
         raise UnsupportedTokenizer(f"how {found} cuts words before vocab.json and merges.txt is not known")
     vocabulary = read_json_file(files, "vocab.json")

@@ -12,7 +12,7 @@ import numpy as np
 from cluscomp_formats.ir import Array
 from cluscomp_formats.tokens.added_tokens import AddedToken, assign_ids, missing_tokens, read_settings
 from cluscomp_formats.tokens.class_tokens import tokenizer_class, with_class_tokens
-from cluscomp_formats.tokens.from_vocabulary import VOCABULARY_FILES, build_tokenizer_files
+from cluscomp_formats.tokens.from_vocabulary import VOCABULARY_FILES, build_tokenizer_files, vocabularies
 from cluscomp_formats.tokens.json_files import read_json_file
 from cluscomp_formats.tokens.unsupported import UnsupportedTokenizer
 
@@ -61,7 +61,7 @@ def no_tokenizer(files: Mapping[str, Array], model_type: str | None = None) -> s
     try:
         build_tokenizer_files(files, model_type)
     except UnsupportedTokenizer as reason:
-        if not files.keys() & set(VOCABULARY_FILES):
+        if not vocabularies(files):
             return f"{reason}: copy the model's own beside its weights"
         made = "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         needs = "offline; it may ask for the package sentencepiece or tiktoken"
