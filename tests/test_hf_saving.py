@@ -15,11 +15,12 @@ import pytest
 import torch
 import transformers
 from hf_checkpoints import checkpoint, run
-from hf_models import MODELS, VOCABULARY, clustered_model, ids, outputs, weights_of, written
+from hf_models import MODELS, VOCABULARY, clustered_model, ids, outputs, weights_of, with_decoded_weights, written
 
 from cluscomp_formats.errors import InvalidRequestError, OutputExistsError
 from cluscomp_formats.hf import open_hf, write_hf
 from cluscomp_formats.ir import Array
+from cluscomp_runtime.hf.modules import ClusteredModule
 
 
 @pytest.fixture(autouse=True)
@@ -213,6 +214,26 @@ def test_parameters_and_memory_are_those_the_weights_stand_for(name: str, tmp_pa
     stored += sum(stage.codebook.values.nbytes for weight in weights for stage in weight.stages)
     dense = sum(value.nbytes for value in (*model.parameters(), *model.buffers()))
     assert model.get_memory_footprint() == stored + dense < original.get_memory_footprint()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_made_dense_is_an_ordinary_one(name: str, tmp_path: Path) -> None:
+    original, weights, _ = written(name, tmp_path / "m")
+    model = MODELS[name][1].from_pretrained(tmp_path / "m").dequantize()
+    assert not any(isinstance(module, ClusteredModule) for module in model.modules())
+    oracle = with_decoded_weights(original, weights, torch.float32)
+    assert {key: tuple(value.shape) for key, value in model.state_dict().items()} == {
+        key: tuple(value.shape) for key, value in oracle.state_dict().items()
+    }
+    # A transposed weight has its two scales multiplied in the other order.
+    state = oracle.state_dict()
+    assert all(torch.allclose(value, state[key], rtol=1e-6, atol=0) for key, value in model.state_dict().items())
+    model.resize_token_embeddings(VOCABULARY + 3, mean_resizing=False)
+    model.save_pretrained(tmp_path / "n")
+    again = MODELS[name][1].from_pretrained(tmp_path / "n")
+    assert not hasattr(again.config, "quantization_config")
+    assert again.num_parameters() == model.num_parameters()
+    assert torch.equal(outputs(again, ids()), outputs(model, ids()))
 
 
 def test_a_model_is_pickled_with_its_arrays(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from hf_checkpoints import checkpoint, run, tolerance
 from hf_models import clustered_model, ids, outputs, random_weight, weights_of, with_decoded_weights, written
 from torch import nn
 
-from cluscomp_formats.errors import UnsupportedError
+from cluscomp_formats.errors import InvalidRequestError, UnsupportedError
 from cluscomp_formats.hf import open_hf, write_hf
 from cluscomp_formats.ir import ClusteredWeight
 from cluscomp_runtime.hf.modules import ClusteredLinear, ClusteredModule, MatrixStore
@@ -316,10 +316,23 @@ def test_an_adapter_of_the_original_fits_and_cannot_be_merged(tmp_path: Path) ->
     ours = peft.PeftModel.from_pretrained(model, tmp_path / "adapter")
     expected = outputs(adapted.eval(), ids())
     assert (outputs(ours.eval(), ids()) - expected).abs().max().item() <= tolerance(expected)
-    with pytest.raises(UnsupportedError, match="without merging"):
-        ours.merge_and_unload()
-    with pytest.raises(Exception, match="save adapters by themselves"):
+    with pytest.raises(InvalidRequestError, match="save adapters by themselves"):
         model.save_pretrained(tmp_path / "n")
+    with pytest.raises(UnsupportedError, match=r"call model.dequantize\(\) first"):
+        ours.merge_and_unload()
+
+
+@needs_peft
+def test_an_adapter_is_merged_into_a_dense_model(tmp_path: Path) -> None:
+    model, oracle = models(tmp_path / "m")
+    config = peft.LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(oracle, config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    expected = outputs(adapted.eval(), ids())
+    merged = peft.PeftModel.from_pretrained(model.dequantize(), tmp_path / "adapter").merge_and_unload()
+    merged.save_pretrained(tmp_path / "n")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "n")
+    assert (outputs(again, ids()) - expected).abs().max().item() <= tolerance(expected)
 
 
 @needs_peft

@@ -23,7 +23,7 @@ __all__ = ["changed_config", "changed_tensors"]
 _OF_LOADING = ("_attn_implementation", "_name_or_path", "architectures", "dtype", "quantization_config", "transformers_version")
 """Settings that say how a model was loaded, not what it is."""
 
-_REMEDY = "save adapters by themselves (PeftModel.save_pretrained); change other weights in the original and convert that"
+_REMEDY = "save adapters by themselves (PeftModel.save_pretrained), or call model.dequantize() and save an ordinary model"
 
 
 def changed_tensors(model: Any, stored: Model, replacement: Replacement) -> dict[str, Tensor]:

@@ -6,14 +6,21 @@ import functools
 import warnings
 from typing import Any
 
-from torch import nn
-
 from cluscomp_formats.ir import ClusteredWeight, Model
-from cluscomp_runtime.hf.modules import ClusteredEmbedding, ClusteredLinear, ClusteredModule
+from cluscomp_runtime.hf.dense_modules import make_dense
+from cluscomp_runtime.hf.modules import ClusteredEmbedding, ClusteredModule
 from cluscomp_runtime.hf.replacement import WEIGHT, Replacement
 from cluscomp_runtime.hf.saving import Loaded, save_pretrained
 
-__all__ = ["attach_methods"]
+__all__ = ["attach_methods", "detach_methods"]
+
+_METHODS = (
+    "save_pretrained",
+    "resize_token_embeddings",
+    "num_parameters",
+    "get_memory_footprint",
+    "get_expanded_tied_weights_keys",
+)
 
 
 def attach_methods(model: Any, stored: Model, replacement: Replacement) -> None:
@@ -26,6 +33,15 @@ def attach_methods(model: Any, stored: Model, replacement: Replacement) -> None:
     model.get_expanded_tied_weights_keys = functools.partial(_get_expanded_tied_weights_keys, model)
 
 
+def detach_methods(model: Any) -> None:
+    """Give `model`, in which nothing is clustered any more, transformers' own methods back, and its ties."""
+    for name in _METHODS:
+        delattr(model, name)
+    ties = model.get_expanded_tied_weights_keys(all_submodels=True)
+    shared = {key: source for key, source in ties.items() if model.get_parameter(key) is model.get_parameter(source)}
+    model.all_tied_weights_keys = shared
+
+
 def _resize_token_embeddings(
     model: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
 ) -> Any:
@@ -34,37 +50,13 @@ def _resize_token_embeddings(
     wanted = rows if new_num_tokens is None else new_num_tokens
     if pad_to_multiple_of:
         wanted = -(-wanted // pad_to_multiple_of) * pad_to_multiple_of
-    if wanted != rows:
-        _make_dense(model, [model.get_input_embeddings(), model.get_output_embeddings()])
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    clustered = [end for end in ends if isinstance(end, ClusteredModule)]
+    if wanted != rows and clustered:
+        size = make_dense(model, clustered)
+        names = ", ".join(dict.fromkeys(module.clustered.name for module in clustered))
+        warnings.warn(f"{names}: decoded to dense to be resized, {size / 1e6:.1f} MB", stacklevel=2)
     return type(model).resize_token_embeddings(model, new_num_tokens, pad_to_multiple_of, mean_resizing)
-
-
-def _make_dense(model: Any, modules: list[Any]) -> None:
-    """Put dense modules in the place of clustered ones, wherever those are; of one weight, they share the parameter."""
-    weights = {id(module.clustered): module for module in modules if isinstance(module, ClusteredModule)}
-    parameters = {key: nn.Parameter(module._decode(), requires_grad=False) for key, module in weights.items()}
-    made: dict[int, nn.Module] = {}
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(module, ClusteredModule) and id(module.clustered) in parameters:
-            if id(module) not in made:
-                made[id(module)] = _dense(module, parameters[id(module.clustered)])
-            model.set_submodule(name, made[id(module)])
-    if parameters:
-        names = ", ".join(module.clustered.name for module in weights.values())
-        size = sum(parameter.nbytes for parameter in parameters.values())
-        warnings.warn(f"{names}: decoded to dense to be resized, {size / 1e6:.1f} MB", stacklevel=4)
-
-
-def _dense(module: ClusteredModule, weight: nn.Parameter) -> nn.Module:
-    rows, columns = weight.shape
-    dense: nn.Module
-    if isinstance(module, ClusteredEmbedding):
-        dense = nn.Embedding(rows, columns, module.padding_idx, device="meta")
-    else:
-        dense = nn.Linear(columns, rows, bias=False, device="meta")
-        dense.register_parameter("bias", module.bias if isinstance(module, ClusteredLinear) else None)
-    dense.weight = weight
-    return dense.train(module.training)
 
 
 def _num_parameters(model: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:

@@ -70,8 +70,8 @@ class ClusteredModule(nn.Module):
     def __init__(self, clustered: ClusteredWeight, store: MatrixStore, dtype: torch.dtype, device: torch.device) -> None:
         nn.Module.__init__(self)
         self.clustered = clustered
-        # A Conv1D's is the other way round.
-        self.stored_shape = clustered.shape
+        # Whether the weight is the transpose of the parameter of the module it stands for, which is a `Conv1D` then.
+        self.transposed = False
         self._store = store
         self._builder: MatrixBuilder | None = None
         self._matrix: Matrix | None = None
@@ -82,6 +82,12 @@ class ClusteredModule(nn.Module):
         # Says where the module is; whoever moves a model, moves its buffers.
         self.register_buffer("_placement", torch.empty(0, dtype=dtype, device=device), persistent=False)
         self._placement: torch.Tensor
+
+    @property
+    def stored_shape(self) -> tuple[int, int]:
+        """The shape of the parameter that the module it stands for has."""
+        rows, columns = self.clustered.shape
+        return (columns, rows) if self.transposed else (rows, columns)
 
     def matrix(self) -> Matrix:
         """The weight prepared for the module's device and dtype."""

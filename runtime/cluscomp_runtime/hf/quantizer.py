@@ -24,8 +24,9 @@ from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Probl
 from cluscomp_formats.hf import open_hf
 from cluscomp_formats.hf.layout import METHOD, RECORD, part_key
 from cluscomp_formats.ir import ClusteredWeight, Model
-from cluscomp_runtime.hf.model_methods import attach_methods
-from cluscomp_runtime.hf.modules import MatrixStore
+from cluscomp_runtime.hf.dense_modules import make_dense
+from cluscomp_runtime.hf.model_methods import attach_methods, detach_methods
+from cluscomp_runtime.hf.modules import ClusteredModule, MatrixStore
 from cluscomp_runtime.hf.replacement import Replacement, dtype_of, merged_values, replace_modules
 from cluscomp_runtime.hf.stored_names import Merge
 from cluscomp_runtime.linear import decoded
@@ -120,6 +121,12 @@ class ClusCompQuantizer(HfQuantizer):  # type: ignore[misc]
         # Ours have no way back, and cannot be pickled.
         model._weight_conversions = [entry for entry in model._weight_conversions if not _is_ours(entry)]
         attach_methods(model, self.stored, self.replacement)
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """What `model.dequantize()` calls: an ordinary model, with dense modules for all clustered ones."""
+        make_dense(model, [module for module in model.modules() if isinstance(module, ClusteredModule)])
+        detach_methods(model)
+        return model if dtype is None else model.to(dtype)
 
     def is_serializable(self) -> bool:
         return True

@@ -82,7 +82,6 @@ def replace_modules(model: Any, stored: Model, store: MatrixStore, dtype: torch.
         if ours is None:
             done.decoded[key] = weight
         else:
-            ours.stored_shape = weight.shape
             model.set_submodule(path, ours)
             done.modules[key] = ours
     if problems:
@@ -144,7 +143,9 @@ def _clustered_module(module: Any, weight: ClusteredWeight, store: MatrixStore, 
     if kind == "linear":
         return ClusteredLinear(weight, store, dtype, device, module.bias)
     if kind == "conv1d":
-        return ClusteredLinear(transposed(weight), store, dtype, device, module.bias)
+        ours = ClusteredLinear(transposed(weight), store, dtype, device, module.bias)
+        ours.transposed = True
+        return ours
     if kind == "embedding":
         return ClusteredEmbedding(weight, store, dtype, device, module.padding_idx)
     return None

@@ -81,5 +81,5 @@ class WeightView(torch.Tensor):
 def refuse_write(module: Any) -> None:
     """Raise UnsupportedError: the weight of `module` is being written to."""
     message = "the weight is clustered: it has codes and codebooks, no values to change one by one"
-    remedy = "train adapters beside it, such as LoRA, without merging them; or change the original model and convert that"
+    remedy = "call model.dequantize() first: it makes the model dense; or keep adapters, such as LoRA, beside it, unmerged"
     raise UnsupportedError(Problem("weight_is_clustered", message, None, module.clustered.name, remedy=remedy))
