@@ -48,6 +48,8 @@ from cluscomp_runtime.selftest import longest_record
 __all__ = ["Prepared", "make_plan", "prepare", "provenance_of", "sensitivities_of"]
 
 DEFAULT_BITS = 4.0
+LARGE_SHARE = 0.1
+"""Of the weights: from here on it is said that they are not clustered."""
 MAX_NAMED = 8
 """Files that a warning names."""
 
@@ -137,10 +139,7 @@ def prepare(
     warnings += [] if only_config else tokenizer_warnings(source)
     warnings += [*writer.notes(model), *_warnings(sizes, source_size), *_file_warnings(source, source_path)]
     warnings += memory_warnings(memory, options.device)
-    if options.embedding_bits is not None and plan is not None and not embedding_tensors(source):
-        warnings.append("--embedding-bits has no effect: no tensor is called like an embedding or a head")
-    nowhere = nowhere_to_run(model) if plan is not None else None
-    warnings += [nowhere] if nowhere is not None else []
+    warnings += _plan_warnings(source, options, model) if plan is not None else []
     return Prepared(source, text, plan, model, sizes, artefact, source_size, sensitivities, memory, tuple(warnings))
 
 
@@ -277,6 +276,22 @@ def make_plan(
         codebook_bits=codebook_bits,
         sensitivities=sensitivities,
     )
+
+
+def _plan_warnings(source: Model, options: ConversionOptions, model: Model) -> list[str]:
+    """What the plan leaves out that one may have expected, and where the result will not run."""
+    warnings = []
+    if options.embedding_bits is not None and not embedding_tensors(source):
+        warnings.append("--embedding-bits has no effect: no tensor is called like an embedding or a head")
+    left = {name: tensor.num_weights for name, tensor in model.tensors.items() if len(tensor.shape) > 2}
+    share = sum(left.values()) / max(1, sum(tensor.num_weights for tensor in model.tensors.values()))
+    if share > LARGE_SHARE:
+        first = next(iter(left))
+        warnings.append(
+            f"{share:.0%} of the weights lie in tensors of more than two dimensions and stay as they are: {first}, ..."
+        )
+    nowhere = nowhere_to_run(model)
+    return warnings if nowhere is None else [*warnings, nowhere]
 
 
 def _file_warnings(source: Model, path: Path) -> list[str]:

@@ -79,7 +79,7 @@ def test_transformers_5_calls_the_dtype_otherwise(folder: Path) -> None:
 
 def test_a_conversion_needs_weights(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidFileError, match="no weights") as caught:
-        convert(folder, tmp_path / "out.clus", ConversionOptions(bits=3))
+        convert(folder, tmp_path.with_suffix(".clus"), ConversionOptions(bits=3))
     assert "--dry-run" in str(caught.value)
 
 

@@ -149,3 +149,12 @@ def test_weights_past_float16_end_in_a_way_out_or_in_none(tmp_path: Path, size: 
     assert ("--share none" in (error.value.problems[0].remedy or "")) == (share == "none")
     if share is not None:
         convert(tmp_path / "source", tmp_path / "out.clus", ConversionOptions(**options, share=share))
+
+
+@pytest.mark.parametrize(("experts", "told"), [(1, False), (64, True)])
+def test_weights_that_are_not_matrices_are_told_if_they_are_many(opt: Path, experts: int, told: bool) -> None:
+    path = opt / "model.safetensors"
+    more = {"model.decoder.layers.0.experts.up_proj": torch.ones(experts, 16, 16)}
+    save_file({**load_file(path), **more}, path, metadata={"format": "pt"})
+    warnings = prepare(opt, ConversionOptions(bits=4, calibration="none")).warnings
+    assert any("more than two dimensions" in text for text in warnings) == told
