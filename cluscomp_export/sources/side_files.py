@@ -6,10 +6,8 @@ embedding model. So do licences, and the model's own code where a configuration 
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Collection, Iterator, Mapping
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +48,6 @@ _CODE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\.py")
 _IN_FOLDERS = (".jinja", ".json", ".safetensors", ".txt")
 _AUTO_MAP = b'"auto_map"'
 
-_MOST_FILES = 1000
-"""In each of the folders read here; those of models have a few dozen."""
-
 _OF_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|gguf|h5|msgpack|onnx|onnx_data|ot)(\.index\.json)?")
 _ELSEWHERE = {"config.json", "adapter_config.json", "quantize_config.json"}
 
@@ -74,34 +69,29 @@ def read_side_files(folder: Path, config: Mapping[str, Any] | None) -> dict[str,
                 except InvalidFileError as error:
                     problems.extend(error.problems)
 
-    there = list(_names(folder))
+    there = _names(folder)
     inner = [f"{name}/{file}" for name in there if SIDE_FOLDER.fullmatch(name) for file in _names(folder / name)]
     read([name for name in there if name in SIDE_FILES or _MORE.fullmatch(name)])
     read([name for name in inner if name.endswith(_IN_FOLDERS)])
-    if "auto_map" in (config or {}) or any(_AUTO_MAP in array.read().tobytes() for array in _json(files)):
+    if "auto_map" in (config or {}) or any(_AUTO_MAP in array.read().tobytes() for array in _configurations(files)):
         read([name for name in there if _CODE.fullmatch(name)])
     if problems:
         raise InvalidFileError(problems)
     return files
 
 
-def _json(files: Mapping[str, Array]) -> Iterator[Array]:
-    return (array for name, array in files.items() if name.endswith(".json") and "/" not in name)
+def _configurations(files: Mapping[str, Array]) -> Iterator[Array]:
+    return (array for name, array in files.items() if name.endswith("config.json") and "/" not in name)
 
 
-def _names(folder: Path) -> Iterator[str]:
-    """Names in a folder, at most so many; none if it is no folder. Raises OSError."""
-    if not folder.is_dir():
-        return
-    with os.scandir(folder) as entries:
-        for number, entry in enumerate(entries):
-            if number == _MOST_FILES:
-                return
-            yield entry.name
+def _names(folder: Path) -> list[str]:
+    """Names in a folder, none if it is no folder. Raises OSError."""
+    return [path.name for path in folder.iterdir()] if folder.is_dir() else []
 
 
 def left_behind(folder: Path, files: Collection[str]) -> list[str]:
     """Names in the folder of what is neither among the `files` that travel, nor weights, nor hidden. Raises OSError."""
     taken = {*files, *_ELSEWHERE}
-    names = islice(names_in(folder), _MOST_FILES)
-    return sorted(name for name in names if name not in taken and not _OF_WEIGHTS.fullmatch(name) and not name.startswith("."))
+    return sorted(
+        name for name in names_in(folder) if name not in taken and not _OF_WEIGHTS.fullmatch(name) and not name.startswith(".")
+    )
