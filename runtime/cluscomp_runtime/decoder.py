@@ -6,6 +6,7 @@ key-value cache written in place, rotary tables made once. Any batch of equally 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from cluscomp_formats.ir import Model
+from cluscomp_kernels import threads
 from cluscomp_runtime.architecture import DecoderSettings
 from cluscomp_runtime.linear import Matrix, MatrixBuilder
 from cluscomp_runtime.rope import apply_rope, rope_tables
@@ -163,6 +165,7 @@ class Decoder:
     """The network. Expects a model that `architecture.check_tensors` has passed."""
 
     def __init__(self, model: Model, settings: DecoderSettings, builder: MatrixBuilder) -> None:
+        threads.ready_after_fork()
         self.settings = settings
         self.dtype, self.device = builder.dtype, builder.device
         self.embedding = builder.build(model.tensors["model.embed_tokens.weight"])
@@ -182,8 +185,12 @@ class Decoder:
         With a cache the tokens continue what it holds, and are added to it. `last_only` computes the logits of the last
         token alone, `[batch, 1, vocab_size]`: the head is the largest matrix.
         """
-        x = self.stream(input_ids, cache)
-        return self.head(self.norm(x[:, -1:] if last_only else x))
+        threads.ready_after_fork()
+        # Beside our kernels torch has little to do for one token, and its threads would poll.
+        alone = threads.torch_polls and input_ids.shape[1] == 1 and self.device.type == "cpu"
+        with threads.torch_alone() if alone else contextlib.nullcontext():
+            x = self.stream(input_ids, cache)
+            return self.head(self.norm(x[:, -1:] if last_only else x))
 
     def stream(self, input_ids: torch.Tensor, cache: KeyValueCache | None = None) -> torch.Tensor:
         """What flows out of the last layer, before the last norm, `[batch, tokens, hidden_size]`; arguments as for logits."""

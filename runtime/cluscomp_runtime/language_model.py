@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -56,6 +57,7 @@ class LanguageModel:
         self._base = model
         self._builder = builder
         self._changed: frozenset[str] = frozenset()
+        self._delta: Delta | None = None
 
     @classmethod
     def from_model(
@@ -88,6 +90,18 @@ class LanguageModel:
         builder.warn_without_kernel()
         return cls(model, decoder, positions, builder)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled with its tensors: the other process needs no file, prepares its own kernels, and computes the same."""
+        return _rebuilt, (self._base, self.device, self.dtype, self._builder.kernel, self.context, self._delta)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LanguageModel:
+        """A model of its own on the same stored tensors; what a delta changes in one is not changed in the other."""
+        return _rebuilt(self._base, self.device, self.dtype, self._builder.kernel, self.context, self._delta)
+
+    def __copy__(self) -> LanguageModel:
+        """As deep a copy: kernels and what a delta changes in them belong to one model."""
+        return self.__deepcopy__({})
+
     def apply_delta(self, delta: Delta | None) -> None:
         """Swap in the codebooks, row scales and norms of a delta; None brings back those of the model as it was loaded.
 
@@ -99,7 +113,7 @@ class LanguageModel:
         new = frozenset(() if delta is None else delta.arrays)
         with memory_faults():
             self._builder.update(model, self._changed | new)
-        self._changed = new
+        self._changed, self._delta = new, delta
 
     @property
     def device(self) -> torch.device:
@@ -202,6 +216,18 @@ class LanguageModel:
                 raise InvalidRequestError(Problem("no_tokenizer", "this model has no tokenizer.json", remedy=remedy))
             return self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
         return token_ids(prompt)
+
+
+def _rebuilt(
+    model: Model, device: torch.device, dtype: torch.dtype, kernel: str, context: int, delta: Delta | None
+) -> LanguageModel:
+    with warnings.catch_warnings():
+        # Said of the model that this is a copy of.
+        warnings.simplefilter("ignore")
+        made = LanguageModel.from_model(model, device=device, dtype=dtype, kernel=kernel, context=context)
+    if delta is not None:
+        made.apply_delta(delta)
+    return made
 
 
 def observe_inputs(model: Model, input_ids: torch.Tensor, observe: Callable[[str, torch.Tensor], None]) -> None:

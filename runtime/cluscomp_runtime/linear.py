@@ -19,6 +19,7 @@ from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Probl
 from cluscomp_formats.ir import Array, ClusteredWeight, Codebook, DenseTensor, Model, Outliers, Stage, Tensor
 from cluscomp_formats.parameters import codebook_name, norm_name, row_scale_name
 from cluscomp_kernels import clus_linear
+from cluscomp_kernels.threads import torch_together
 
 __all__ = ["ClusLinear", "DecodedLinear", "DenseLinear", "Matrix", "MatrixBuilder", "check_kernel", "tensor_of"]
 
@@ -55,7 +56,8 @@ class DenseLinear:
         self.path = path
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
+        with torch_together():
+            return F.linear(x, self.weight, self.bias)
 
     def embedding(self, ids: torch.Tensor) -> torch.Tensor:
         return F.embedding(ids, self.weight)

@@ -22,6 +22,7 @@ from torch import Tensor
 from cluscomp_kernels import native
 from cluscomp_kernels.clus_linear.library import define_operator
 from cluscomp_kernels.clus_linear.operands import check_input
+from cluscomp_kernels.threads import kernel_threads
 
 __all__ = [
     "LANES",
@@ -132,7 +133,7 @@ def tile_codes(codes: Tensor, num_clusters: int, cluster_dim: int) -> Tensor:
     tiled = torch.empty((-(-groups // per_tile), in_features, per_tile), dtype=torch.uint8 if narrow else torch.uint16)
     source = codes.contiguous()
     code_bytes = 1 if narrow else 2
-    threads = torch.get_num_threads()
+    threads = kernel_threads()
     largest = _functions().tile(source.data_ptr(), in_features, groups, per_tile, code_bytes, tiled.data_ptr(), threads)
     if largest >= num_clusters:
         raise ValueError(f"codes go up to {largest}, but the codebook has only {num_clusters} clusters")
@@ -169,7 +170,7 @@ def _weight(
         _VALUE_TYPES[codebook.dtype],
         1 if codes.dtype == torch.uint8 else 2,
         _variant_number(os.environ.get("CLUSCOMP_CPU")),
-        torch.get_num_threads(),
+        kernel_threads(),
     )
 
 
@@ -238,7 +239,7 @@ class BoundWeight:
         """The same result as the operator, for an `x` that it takes."""
         shape = x.shape
         y = torch.empty((*shape[:-1], self._out_features), dtype=torch.float32)
-        self._weight.threads = torch.get_num_threads()
+        self._weight.threads = kernel_threads()
         self._linear(self._weight, x.data_ptr(), shape[:-1].numel(), y.data_ptr())
         return y
 

@@ -1,0 +1,114 @@
+"""Threads of torch and of our kernels side by side, and in forked processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from runtime_models import clustered_model, small_config
+
+from cluscomp_formats.packed import write_packed
+from cluscomp_kernels import threads
+from cluscomp_runtime import LanguageModel, make_self_test
+
+
+@pytest.fixture
+def two_threads() -> object:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_torch_computes_alone_beside_the_kernels() -> None:
+    assert threads.kernel_threads() == 2
+    with threads.torch_alone():
+        assert (torch.get_num_threads(), threads.kernel_threads()) == (1, 2)
+        with threads.torch_together():
+            assert (torch.get_num_threads(), threads.kernel_threads()) == (2, 2)
+        with threads.torch_alone():
+            assert (torch.get_num_threads(), threads.kernel_threads()) == (1, 2)
+        assert (torch.get_num_threads(), threads.kernel_threads()) == (1, 2)
+    with threads.torch_together():
+        assert torch.get_num_threads() == 2
+    assert (torch.get_num_threads(), threads.kernel_threads()) == (2, 2)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_thread_that_begins_meanwhile_has_all_threads() -> None:
+    """torch gives a new thread the number that was set last, by whichever thread."""
+    found: list[tuple[int, int]] = []
+
+    def run() -> None:
+        with threads.torch_alone():
+            found.append((torch.get_num_threads(), threads.kernel_threads()))
+        found.append((torch.get_num_threads(), threads.kernel_threads()))
+
+    with threads.torch_alone():
+        other = threading.Thread(target=run)
+        other.start()
+        other.join()
+    assert found == [(1, 2), (2, 2)]
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("kernel", ["auto", "dense"])
+def test_decoding_gives_the_same_bits_whoever_polls(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LanguageModel.from_model(clustered_model(small_config()), kernel=kernel)
+    results = []
+    for polls in (False, True):
+        monkeypatch.setattr(threads, "torch_polls", polls)
+        cache = model.decoder.cache(20)
+        with torch.inference_mode():
+            results.append([model.decoder(torch.tensor([[token]]), cache) for token in range(20)])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+FORKING = """
+import multiprocessing, os, sys, warnings
+import cluscomp_runtime, torch
+torch.set_num_threads(2)
+# So that torch's threads exist.
+torch.randn(1 << 20).exp_().sum()
+model = cluscomp_runtime.load(sys.argv[1])
+right = model.generate([1, 2, 3], max_new_tokens=5).token_ids
+
+def child():
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        same = model.generate([1, 2, 3], max_new_tokens=5).token_ids == right
+        loaded = cluscomp_runtime.load(sys.argv[1], selftest=True).generate([1, 2, 3], max_new_tokens=5).token_ids == right
+        # Large operations of torch, as in a long prompt.
+        torch.randn(1 << 20).exp_().sum()
+    from cluscomp_kernels import threads
+    forked = ["forked" in str(one.message) for one in said]
+    assert same and loaded and forked == [True], (same, loaded, said)
+    assert (torch.get_num_threads(), threads.kernel_threads()) == (1, 2)
+
+if __name__ == "__main__":
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(60)
+    if process.is_alive():
+        process.kill()
+        sys.exit("the child hangs")
+    assert model.generate([1, 2, 3], max_new_tokens=5).token_ids == right
+    sys.exit(process.exitcode)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_process_generates(tmp_path: Path) -> None:
+    program, path = tmp_path / "forking.py", tmp_path / "model.clus"
+    program.write_text(FORKING)
+    model = clustered_model(small_config())
+    write_packed(replace(model, self_test=make_self_test(model)), path)
+    done = subprocess.run([sys.executable, program, path], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
