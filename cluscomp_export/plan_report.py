@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from cluscomp_export.memory_model import PROCESS_BYTES
 from cluscomp_export.preparing import Prepared
 from cluscomp_export.sizes import tensor_rows
 
@@ -45,7 +44,7 @@ def explain(prepared: Prepared) -> dict[str, Any]:
         "file_bytes": prepared.file_bytes,
         "source_file_bytes": prepared.source_file_bytes,
         "memory": [vars(peak) for peak in prepared.memory],
-        "process_bytes": PROCESS_BYTES,
+        "process_bytes": prepared.process_bytes,
         "predicted_loss": None if sensitivities is None else total,
         "warnings": prepared.warnings,
         "codebooks": books,

@@ -16,7 +16,7 @@ from cluscomp_export.conversion_options import ConversionOptions
 from cluscomp_export.effort import levels_of
 from cluscomp_export.finite_values import scan_source
 from cluscomp_export.fisher import WINDOWS
-from cluscomp_export.memory_model import Peak, conversion_memory, memory_warnings
+from cluscomp_export.memory_model import Peak, conversion_memory, memory_warnings, process_bytes
 from cluscomp_export.option_checks import check_options
 from cluscomp_export.planning import (
     Plan,
@@ -61,7 +61,7 @@ class Prepared:
     `text` is what to calibrate on, if anything. `model` tells sizes, `plan` is None when a clustered source is only repacked,
     `memory` is what each phase needs at most.
     `file_bytes` is the size of the artefact, at most; None where the format cannot tell. `sensitivities` are what the plan was
-    made with, None if every weight counted alike.
+    made with, None if every weight counted alike. `process_bytes` is the memory of the process itself, on top of every phase.
     """
 
     source: Model
@@ -73,6 +73,7 @@ class Prepared:
     source_file_bytes: int
     sensitivities: Mapping[str, Sensitivity] | None
     memory: tuple[Peak, ...]
+    process_bytes: int
     warnings: tuple[str, ...]
 
 
@@ -124,6 +125,8 @@ def prepare(
     artefact = None if writer.size is None else writer.size(replace(model, self_test=record))
     only_config = source.provenance.get("format") == CONFIG_ONLY
     source_size = model_sizes(source).payload_bytes if only_config else source_bytes(source_path)
+    levels = levels_of("fast") if text is None else options.levels()
+    process = process_bytes(measures=options.measures, levels=None if plan is None else levels)
     memory = conversion_memory(
         source,
         model,
@@ -131,16 +134,16 @@ def prepare(
         output_bytes=sizes.payload_bytes if artefact is None else artefact,
         calibrated=text is not None,
         measures=options.measures,
-        levels=levels_of("fast") if text is None else options.levels(),
+        levels=levels,
         windows=most_windows(text or "", options.levels().windows, context),
         context=context,
         cuda=options.device.startswith("cuda"),
     )
     warnings += [] if only_config else tokenizer_warnings(source)
     warnings += [*writer.notes(model), *_warnings(sizes, source_size), *_file_warnings(source, source_path)]
-    warnings += memory_warnings(memory, options.device)
+    warnings += memory_warnings(memory, options.device, process)
     warnings += _plan_warnings(source, options, model) if plan is not None else []
-    return Prepared(source, text, plan, model, sizes, artefact, source_size, sensitivities, memory, tuple(warnings))
+    return Prepared(source, text, plan, model, sizes, artefact, source_size, sensitivities, memory, process, tuple(warnings))
 
 
 def _calibration_text(source: Model, options: ConversionOptions, warnings: list[str]) -> str | None:

@@ -77,6 +77,45 @@ def test_a_conversion_needs_what_was_predicted(sensitivity: str, synthetic: Path
     assert found["measured"] >= 0.6 * found["predicted"], found
 
 
+WHOLE = """
+import sys
+from pathlib import Path
+from cluscomp_export.convert import ConversionOptions, convert
+from cluscomp_runtime.memory import return_freed_arrays
+
+return_freed_arrays()
+convert(Path(sys.argv[1]), Path(sys.argv[2]), eval(sys.argv[3]))
+print(int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize(
+    "options",
+    [
+        ConversionOptions(bits=3, effort="fast", threads=1),
+        ConversionOptions(
+            bits=3,
+            share="none",
+            effort="best",
+            calibration_windows=4,
+            calibration_context=64,
+            recovery={"steps": 1, "batch": 1, "context": 64},
+            threads=1,
+        ),
+    ],
+    ids=["fast", "best"],
+)
+def test_the_fixed_part_holds_for_a_small_model(options: ConversionOptions, stories_folder: Path, tmp_path: Path) -> None:
+    """A model of 1 MB takes little else: the whole process, from its start, needs no more than is said."""
+    planned = prepare(stories_folder, options, measure=False)
+    predicted = planned.process_bytes + max(peak.host for peak in planned.memory)
+    command = [sys.executable, "-c", WHOLE, stories_folder, tmp_path / "out.clus", repr(options)]
+    child = subprocess.run([*map(str, command)], stdout=subprocess.PIPE, text=True, check=True)
+    measured = int(child.stdout)
+    assert 0.6 * predicted <= measured <= predicted
+
+
 def prepared(name: str, folder: Path, **options: Any) -> Prepared:
     (folder / "config.json").write_text(json.dumps(KNOWN[name][0]), encoding="utf-8")
     return prepare(folder, ConversionOptions(**options), to_plan=True)
