@@ -23,6 +23,7 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKEN
 
 from cluscomp_export.sources import open_source
 from cluscomp_export.sources.gguf.tokenizer import UnsupportedTokenizer, build_generation_config, build_tokenizer
+from cluscomp_formats.gguf.end_of_generation import end_keys
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = (
     int(gguf.TokenType[name]) for name in ("NORMAL", "UNKNOWN", "CONTROL", "USER_DEFINED", "BYTE")
@@ -423,6 +424,24 @@ def test_a_generation_ends_where_llama_cpp_ends_it(
 ) -> None:
     config = json.loads(build_generation_config(with_tokens(changes, **ids))["generation_config.json"])
     assert config["eos_token_id"] == expected
+
+
+@pytest.mark.parametrize(
+    ("wanted", "eos", "keys", "left"),
+    [
+        ([], None, {}, []),
+        ([300], None, {"eos": 300}, []),
+        ([300, 301], None, {"eos": 300, "eot": 301}, []),
+        ([300, 301, 302], 302, {"eos": 302, "eot": 300, "eom": 301}, []),
+        ([300, 301, 302, 303], None, {"eos": 300, "eot": 301, "eom": 302}, [303]),
+        # Where llama.cpp ends by itself, no key is spent.
+        ([300, 2, 400, 301], None, {"eos": 300, "eot": 301}, []),
+        ([300], 301, {"eos": 301, "eot": 300}, []),
+    ],
+)
+def test_the_keys_that_name_end_tokens(wanted: list[int], eos: int | None, keys: dict[str, int], left: list[int]) -> None:
+    tokens = with_tokens({400: ("<reponame>", CONTROL)})["tokenizer.ggml.tokens"]
+    assert end_keys(tokens, wanted, eos) == (keys, left)
 
 
 def test_texts_that_llama_cpp_knows_are_control_tokens_whatever_their_type() -> None:

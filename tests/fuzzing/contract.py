@@ -101,6 +101,8 @@ class _Watch:
         roots = {
             "/proc",
             "/sys",
+            # Where processes of their own leave what they have nothing to do with.
+            os.devnull,
             *sys.path,
             sys.prefix,
             sys.base_prefix,

@@ -223,9 +223,13 @@ def stock_folder_seeds(folder: Path) -> Iterator[bytes]:
         "model.layers.0.mlp.up_proj.weight": ("BF16", [2, 2], bytes(8)),
         "mask": ("BOOL", [2], b"\0\1"),
     }
-    tokenizer = json.dumps(byte_tokenizer()).encode()
     yield join_members(
-        {"config.json": json.dumps(config).encode(), "model.safetensors": safetensors_of(arrays), "tokenizer.json": tokenizer}
+        {
+            "config.json": json.dumps(config).encode(),
+            "model.safetensors": safetensors_of(arrays),
+            "tokenizer.json": json.dumps(byte_tokenizer()).encode(),
+            **token_files(),
+        }
     )
     first = {name: arrays[name] for name in list(arrays)[:2]}
     second = {name: arrays[name] for name in list(arrays)[2:]}
@@ -237,8 +241,41 @@ def stock_folder_seeds(folder: Path) -> Iterator[bytes]:
             "model.safetensors.index.json": json.dumps(index).encode(),
             names[0]: safetensors_of(first),
             names[1]: safetensors_of(second),
+            "tokenizer.model": sentencepiece_model(),
+            "tokenizer_config.json": json.dumps({"tokenizer_class": "LlamaTokenizer", "legacy": False}).encode(),
         }
     )
+
+
+def token_files() -> dict[str, bytes]:
+    """Tokens in all the files beside `tokenizer.json` that may have some."""
+    entry = {"content": "<x>", "lstrip": False, "rstrip": True, "single_word": False, "normalized": False, "special": True}
+    values: dict[str, Any] = {
+        "tokenizer_config.json": {"bos_token": "<s>", "extra_special_tokens": ["<y>"], "tokenizer_class": "LlamaTokenizer"},
+        "special_tokens_map.json": {"pad_token": entry, "additional_special_tokens": ["<z>"]},
+        "added_tokens.json": {"<x>": 9, "<w>": 8},
+        "generation_config.json": {"eos_token_id": [1, 3]},
+    }
+    return {name: json.dumps(value).encode() for name, value in values.items()}
+
+
+def sentencepiece_model() -> bytes:
+    """A byte-pair model of a few pieces: each its text, its score and its kind."""
+    pieces = [
+        ("<unk>", 0.0, 2),
+        ("<s>", 0.0, 3),
+        ("</s>", 0.0, 3),
+        ("ab", -0.0, 1),
+        ("\u2581", -1.0, 1),
+        ("a", -2.0, 1),
+        ("b", -3.0, 1),
+    ]
+    content = b""
+    for text, score, kind in pieces:
+        stored = text.encode()
+        piece = b"\x0a" + bytes([len(stored)]) + stored + b"\x15" + struct.pack("<f", score) + b"\x18" + bytes([kind])
+        content += b"\x0a" + bytes([len(piece)]) + piece
+    return content + b"\x12\x05\x18\x02\x98\x02\x01\x1a\x02\x20\x00"
 
 
 def reference_seeds(folder: Path) -> Iterator[bytes]:

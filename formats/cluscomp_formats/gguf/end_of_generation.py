@@ -121,7 +121,8 @@ def end_keys(tokens: Sequence[str], wanted: Sequence[int], eos_id: int | None) -
     `eos_id` is what `eos_token_id` should be, if anything in particular.
     """
     eos = eos_id if eos_id is not None else wanted[0] if wanted else None
-    others = [number for number in wanted if number != eos and tokens[number] not in END_TEXTS]
     found = {} if eos is None else {"eos": eos}
-    found |= dict(zip(("eot", "eom"), others, strict=False))
+    # It ends at tokens whose text it knows without a key.
+    known = ends_generation(tokens, found)
+    found |= dict(zip(("eot", "eom"), (number for number in wanted if number not in known), strict=False))
     return found, [number for number in wanted if number not in ends_generation(tokens, found)]
