@@ -189,6 +189,14 @@ def test_malformed_tokens_are_an_invalid_file(file: str, content: dict[str, Any]
     assert error.value.problems[0].file == f"{file}.json"
 
 
+def test_a_vocabulary_that_is_no_unicode_is_an_invalid_file_with_added_tokens_too(stories: dict[str, Any]) -> None:
+    tokenizer = copy.deepcopy(stories)
+    tokenizer["model"]["vocab"]["\ud800"] = 512
+    for config in ({}, {"extra_special_tokens": [A]}):
+        with pytest.raises(InvalidFileError):
+            Tokenizer.from_files(as_files({"tokenizer": tokenizer, "tokenizer_config": config}))
+
+
 @pytest.mark.parametrize("value", [False, 3, [], {}, {"content": 3}, None])
 def test_what_is_merely_no_token_counts_as_absent(value: Any, stories: dict[str, Any]) -> None:
     config = {"bos_token": value, "own_token": value, "extra_special_tokens": [value]}

@@ -97,7 +97,8 @@ def read_tokenizer(files: Mapping[str, Array]) -> TokenizerFiles | None:
     if more or any(placed[token.content][0] != number for number, token in listed if token.content):
         entries = sorted(placed.values(), key=lambda item: item[0])
         tokenizer = {**tokenizer, "added_tokens": [token.entry(number) for number, token in entries]}
-        content = json.dumps(tokenizer, ensure_ascii=False).encode()
+        # Escaped, so that what is no valid Unicode is the library's to refuse.
+        content = json.dumps(tokenizer).encode()
     ids = {**vocabulary, **{text: number for text, (number, _) in placed.items()}}
     return TokenizerFiles(tokenizer, content, special_tokens, ids, moved)
 
