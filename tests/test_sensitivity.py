@@ -148,7 +148,7 @@ def test_what_cannot_be_measured_is_refused(stories_folder: Path, tmp_path: Path
         (tmp_path / name).write_bytes((stories_folder / name).read_bytes())
     for options in (ConversionOptions(match_loss=0.5), ConversionOptions(bits=3, sensitivity="measured")):
         with pytest.raises(InvalidRequestError, match="no tokenizer"):
-            convert(tmp_path, tmp_path / "out.clus", options)
+            convert(tmp_path, tmp_path.with_suffix(".clus"), options)
 
 
 def test_nothing_is_measured_unless_asked_for(stories_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

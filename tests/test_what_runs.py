@@ -158,3 +158,11 @@ def test_weights_that_are_not_matrices_are_told_if_they_are_many(opt: Path, expe
     save_file({**load_file(path), **more}, path, metadata={"format": "pt"})
     warnings = prepare(opt, ConversionOptions(bits=4, calibration="none")).warnings
     assert any("more than two dimensions" in text for text in warnings) == told
+
+
+def test_the_command_says_each_warning_once(opt: Path, tmp_path: Path) -> None:
+    (opt / "README.md").write_text("about other weights")
+    done = CliRunner().invoke(cli, ["convert", str(opt), str(tmp_path / "out.clus"), "--bits", "4", "--effort", "fast"])
+    assert done.exit_code == 0
+    for text in ("clustered without a calibration text", "README.md", "no self-test record"):
+        assert done.stderr.count(text) == 1
