@@ -75,7 +75,8 @@ def calibration_tokens(model: Model, text: str) -> list[int]:
     if tokenizer is None:
         raise InvalidRequestError(Problem("no_tokenizer", "the source has no tokenizer to read a calibration text with"))
     token_ids = tokenizer.encode(text)
-    if not token_ids:
+    # Of an empty text a tokenizer may still make a token that begins it.
+    if not token_ids or not text.strip():
         raise InvalidRequestError(Problem("text_too_short", "the calibration text is empty"))
     vocab_size = model.config.get("vocab_size")
     if isinstance(vocab_size, int) and max(token_ids) >= vocab_size:

@@ -9,9 +9,23 @@ from typing import Any, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
+from cluscomp_formats.errors import printable
+
 __all__ = ["DEVICE", "GGUF_TYPE", "JSON", "PATH", "PRECISIONS", "SCHEDULES", "OutputFormat", "level_options", "levels_from"]
 
-PATH = click.Path(path_type=Path)
+
+class _AnyPath(click.Path):
+    """A path, whatever is there: the command says what is wrong with that."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return super().convert(value, param, ctx)
+        except ValueError as error:
+            # It looks even at what need not exist.
+            self.fail(f"{printable(str(value))} is a name no file can have: {error}.", param, ctx)
+
+
+PATH = _AnyPath(path_type=Path)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
 DEVICE = click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1, ...")
 GGUF_TYPE = click.option(

@@ -27,6 +27,14 @@ def check_output(path: Path, *, force: bool) -> None:
     if problem is not None:
         raise OutputExistsError(problem)
     clear_leftovers(path, folder=False)
+    probe = unfinished_name(path)
+    try:
+        # Permissions do not tell all: think of network file systems.
+        with contextlib.suppress(FileExistsError):
+            probe.open("xb").close()
+            probe.unlink()
+    except OSError as error:
+        raise storage_error(path, error) from error
 
 
 def check_place(path: Path) -> os.stat_result | None:

@@ -31,6 +31,14 @@ def check_output_folder(folder: Path, *, force: bool, replaceable: Callable[[Pat
         if problem is not None:
             raise OutputExistsError(problem)
     clear_leftovers(folder, folder=True)
+    probe = unfinished_name(folder)
+    try:
+        # Permissions do not tell all: think of network file systems.
+        with contextlib.suppress(FileExistsError):
+            probe.mkdir()
+            probe.rmdir()
+    except OSError as error:
+        raise storage_error(folder, error) from error
 
 
 def _in_the_way(status: os.stat_result, folder: Path, *, force: bool, replaceable: Callable[[Path], bool]) -> Problem | None:

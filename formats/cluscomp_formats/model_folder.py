@@ -7,6 +7,7 @@ the user then passes on. Weights may lie elsewhere, on a larger disk: they are n
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 from cluscomp_formats.errors import InvalidFileError, Problem
@@ -25,7 +26,10 @@ def read_inside(folder: Path, name: str, most: int = MAX_JSON_BYTES, remedy: str
     if not _stays(folder, path):
         message, target = "a link that leads out of the model's folder", os.path.realpath(path)
         found, expected = f"a link to {target}", "a file, or a link within the folder or the Hub's cache"
-        advice = f"if it belongs to the model, put the file in place of the link: cp --remove-destination {target} {path}"
+        # People paste it into a shell, and the names are a stranger's.
+        copy = shlex.join(["cp", "--remove-destination", target, str(path)])
+        is_file = os.path.isfile(target)  # noqa: PTH113 - Path.is_file raises
+        advice = f"if it belongs to the model, put the file in place of the link: {copy}" if is_file else "remove the link"
         raise InvalidFileError(Problem("foreign_link", message, str(path), None, found, expected, advice))
     return read_whole(path, most, remedy)
 

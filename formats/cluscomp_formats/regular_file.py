@@ -70,8 +70,8 @@ def read_whole(path: Path, most: int = MAX_JSON_BYTES, remedy: str | None = None
             length = os.fstat(handle).st_size
             if length > most:
                 found, expected = f"{length} bytes", f"at most {most}"
-                message = "the file is too long"
-                raise InvalidFileError(Problem("file_too_long", message, str(path), None, found, expected, remedy))
+                message, advice = "the file is too long", "it is damaged, or not what its name says: get it again"
+                raise InvalidFileError(Problem("file_too_long", message, str(path), None, found, expected, advice))
             content = stream.read(length + 1)
     except OSError as error:
         raise storage_error(path, error) from error
