@@ -180,7 +180,8 @@ def inspect(model: Path, *, quick: bool, reference: Path | None, as_json: bool) 
 def verify(a: Path, b: Path, *, delta: Path | None, device: str, as_json: bool) -> int:
     """Check that A and B are the same model, or that one was made from the other.
 
-    Exit code 0: equal, or derived from that source and sound. 1: different, or a self-test fails. 2: could not tell.
+    Exit code 0: equal, or derived from that source and sound. 1: different, a self-test fails, or too few bits to compute
+    anything of the source. 2: could not tell. docs/verify.md has the rules; what is proven and what only claimed is printed.
     """
     from dataclasses import asdict
 

@@ -27,6 +27,7 @@ from cluscomp_export.score_statistics import Scores, TokenScores
 from cluscomp_export.sources import open_source
 from cluscomp_formats.errors import InvalidRequestError, Problem, UnsupportedError
 from cluscomp_formats.ir import Model
+from cluscomp_formats.packed.payload_stream import check_claim
 from cluscomp_formats.version import __version__
 from cluscomp_runtime import LanguageModel
 from cluscomp_runtime.architecture import DecoderSettings
@@ -182,12 +183,15 @@ def max_tokens(runner: Runner) -> int:
 def run_record(stored: Mapping[str, tuple[Path, Model]], runner: Runner, on_progress: Progress = silent) -> dict[str, Any]:
     """What ran, by role: paths and digests of the models, the tokenizer's files, versions, device, dtype, threads.
 
-    Reads every model once for its digest.
+    Reads every model once for its digest. Raises InvalidFileError if a file claims another.
     """
     models: dict[str, Any] = {}
     for role, (path, model) in stored.items():
         on_progress("computing digests", len(models), len(stored))
-        models[role] = {"path": str(path), "digest": model.digest()}
+        digest = model.digest()
+        # Figures that carry a digest are those of the model that has it.
+        check_claim(model, digest, str(path))
+        models[role] = {"path": str(path), "digest": digest}
         files = {name: model.files[name].read().tobytes() for name in TOKENIZER_FILES if name in model.files}
         models[role]["tokenizer"] = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     on_progress("computing digests", len(models), len(stored))

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from cluscomp_export.protocols import choose_protocol
 from cluscomp_export.sources import open_source
 from cluscomp_formats.errors import ClusCompError, InvalidFileError, InvalidRequestError
 from cluscomp_formats.packed import write_packed
+from cluscomp_formats.packed.writer import NO_DIGEST
 from cluscomp_runtime import LanguageModel
 from cluscomp_runtime.tokenizer import Tokenizer
 
@@ -257,3 +259,12 @@ def test_a_text_that_cannot_be_read_is_refused(stories_folder: Path, tmp_path: P
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     with pytest.raises(InvalidFileError, match="not UTF-8"):
         evaluate_files(stories_folder, text=tmp_path / "latin.txt")
+
+
+def test_figures_are_not_given_for_a_model_that_is_not_what_its_digest_says(
+    stories_folder: Path, stories_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = replace(open_source(stories_folder), claimed_digest=NO_DIGEST)
+    monkeypatch.setattr("cluscomp_export.evaluate.open_source", lambda *_: model)
+    with pytest.raises(InvalidFileError, match="not what the digest says"):
+        evaluate_files(stories_folder, text=stories_text, context=64, windows=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,11 +14,13 @@ from onnx_graphs import check_strictly
 from runtime_models import ORACLES, clustered_model, oracle, small_config
 
 from cluscomp_export.convert import ConversionOptions, convert
+from cluscomp_export.judging_outputs import chosen_sequences
 from cluscomp_export.onnx_graph import build_graph
 from cluscomp_export.onnx_graph.running import OnnxSession
 from cluscomp_export.verify import verify
 from cluscomp_formats.errors import UnsupportedError
 from cluscomp_formats.ir import Model
+from cluscomp_formats.onnx import open_onnx
 from cluscomp_formats.onnx.spec import MODEL_FILE, SUBFOLDER
 from cluscomp_formats.onnx.writer import write_onnx
 from cluscomp_runtime import LanguageModel, load
@@ -156,6 +159,42 @@ def test_verify_finds_a_graph_that_computes_something_else(stories_folder: Path,
     assert (result.verdict, result.exit_code) == ("different", 1)
     assert result.self_tests[str(tmp_path / "onnx")]["passed"] is True
     assert result.self_tests[f"{tmp_path / 'onnx'} in onnxruntime"]["passed"] is False
+
+
+def other_on_a_token_that_is_not_recorded(proto: onnx.ModelProto, model: Model) -> None:
+    recorded = {token for sequence in (model.self_test or {})["sequences"] for token in sequence["input_ids"]}
+    seen = {token for sequence in chosen_sequences(LanguageModel.from_model(model)) for token in sequence}
+    token = min(seen - recorded)
+    for node in proto.graph.node:
+        node.input[:] = ["ids" if name == "input_ids" else name for name in node.input]
+    nodes = [
+        onnx.helper.make_node("Constant", [], ["odd"], value_int=token),
+        onnx.helper.make_node("Constant", [], ["even"], value_int=min(recorded)),
+        onnx.helper.make_node("Equal", ["input_ids", "odd"], ["is_odd"]),
+        onnx.helper.make_node("Where", ["is_odd", "even", "input_ids"], ["ids"]),
+    ]
+    for node in reversed(nodes):
+        proto.graph.node.insert(0, node)
+
+
+def not_runnable(proto: onnx.ModelProto, model: Model) -> None:
+    softmax = next(node for node in proto.graph.node if node.op_type == "Softmax")
+    next(attribute for attribute in softmax.attribute if attribute.name == "axis").i = 99
+
+
+@pytest.mark.parametrize("forge", [other_on_a_token_that_is_not_recorded, not_runnable])
+def test_verify_finds_a_graph_that_only_keeps_to_its_record(
+    forge: Callable[[onnx.ModelProto, Model], None], stories_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "onnx"
+    convert(stories_folder, folder, ConversionOptions(bits=4, effort="fast", to="onnx"))
+    file = folder / SUBFOLDER / MODEL_FILE
+    proto = onnx.load(file, load_external_data=False)
+    forge(proto, open_onnx(folder))
+    file.write_bytes(proto.SerializeToString())
+    result = verify(stories_folder, folder)
+    assert (result.verdict, result.exit_code) == ("different", 1)
+    assert result.self_tests[f"{folder} in onnxruntime"]["passed"] is False
 
 
 def test_an_unknown_architecture_is_refused() -> None:
