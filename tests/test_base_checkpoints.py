@@ -72,6 +72,8 @@ def test_a_tied_base_checkpoint_is_a_language_model(save: Any, tmp_path: Path) -
     with_names = open_source(source)
     without_prefix(source)
     assert {*open_source(source).tensors} == {*with_names.tensors}
+    assert "added_prefix" not in with_names.provenance
+    assert open_source(source).provenance["added_prefix"] == "model."
     report = calibrated(source, tmp_path / "out.clus")
     assert report.self_test
     assert verify(source, tmp_path / "out.clus").verdict == "derived"

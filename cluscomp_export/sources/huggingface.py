@@ -9,7 +9,6 @@ that repeats it byte for byte is dropped; where it differs, the tensors win over
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,21 +43,12 @@ def open_huggingface(folder: Path, weights: Path | None = None) -> Model:
         raise
     refuse_quantized_config(folder, checkpoint.config)
     refuse_foreign_tensors(folder, checkpoint.tensors.keys())
-    model = Model(
-        config=checkpoint.config,
-        tensors={name: DenseTensor(name, values) for name, values in _prefixed(checkpoint).items()},
-        files=checkpoint.files,
-        provenance=provenance("huggingface", checkpoint),
-    )
-    return untie(model)
-
-
-def _prefixed(checkpoint: Checkpoint) -> Mapping[str, Array]:
-    """The tensors under the names that a causal language model stores them under."""
-    tensors = checkpoint.tensors
-    if checkpoint.config.get("model_type") not in MODEL_TYPES or any(name.startswith(_PREFIX) for name in tensors):
-        return tensors
-    return {_PREFIX + name if _IN_BASE_CLASS.fullmatch(name) else name: values for name, values in tensors.items()}
+    arrays, record = checkpoint.tensors, provenance("huggingface", checkpoint)
+    if checkpoint.config.get("model_type") in MODEL_TYPES and not any(name.startswith(_PREFIX) for name in arrays):
+        arrays = {_PREFIX + name if _IN_BASE_CLASS.fullmatch(name) else name: values for name, values in arrays.items()}
+        record["added_prefix"] = _PREFIX
+    tensors = {name: DenseTensor(name, values) for name, values in arrays.items()}
+    return untie(Model(checkpoint.config, tensors, checkpoint.files, record))
 
 
 def provenance(source: str, checkpoint: Checkpoint) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def grouped(problems: Iterable[Problem]) -> list[Problem]:
     for problem in problems:
         where = None if problem.tensor is None else problem.file
         groups.setdefault((problem.kind, problem.message, problem.remedy, where), []).append(problem)
-    return [_merged(group) for group in groups.values()]
+    return [group[0] if len(group) == 1 else _merged(group) for group in groups.values()]
 
 
 def _merged(group: Sequence[Problem]) -> Problem:

@@ -178,8 +178,11 @@ def _plan(model: Model, hyperparameters: Hyperparameters, asked: _DenseType, fil
     for stored_name, place in expected.items():
         tensor = model.tensors.get(place.name)
         if tensor is None:
-            message = "the model lacks a tensor its configuration calls for"
-            problems.append(Problem("missing_tensor", message, file, place.name))
+            message, remedy = "the model lacks a tensor its configuration calls for", None
+            if place.name == "lm_head.weight":
+                message = "the model has no head and none is tied; llama.cpp would take the embedding for it"
+                remedy = "write another format, such as packed"
+            problems.append(Problem("missing_tensor", message, file, place.name, remedy=remedy))
         elif tensor.shape != place.shape:
             found, wanted = str(list(tensor.shape)), str(list(place.shape))
             message = "the tensor's shape contradicts the configuration"
