@@ -55,6 +55,7 @@ class TransformersModel:
             if tensor.name not in placed:
                 placed[tensor.name] = self._in_place(decoded(tensor))
             self._set(key, placed[tensor.name])
+        self._merged = sum(name in model.clustered for merge in places.merges for name in merge.names)
         for merge in places.merges:
             for key, values in merged_values(self._module, model, merge).items():
                 self._set(key, self._in_place(values))
@@ -86,7 +87,8 @@ class TransformersModel:
     @property
     def kernel_summary(self) -> str:
         counts = Counter(module.kernel for module in self._replaced.values()).most_common()
-        return ", ".join(["transformers", *(f"{path} ({count} modules)" for path, count in counts)])
+        merged = [f"dense, decoded ({self._merged} matrices that transformers merges)"] if self._merged else []
+        return ", ".join(["transformers", *(f"{path} ({count} modules)" for path, count in counts), *merged])
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Logits `[batch, tokens, vocab_size]` for `input_ids` int64 `[batch, tokens]`."""

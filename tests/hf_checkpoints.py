@@ -93,6 +93,12 @@ def mamba() -> Any:
     return transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=VOCABULARY, **sizes))
 
 
+def rwkv() -> Any:
+    """Halves some of its weights before it computes, and doubles them to be trained."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32, "context_length": 64}
+    return transformers.RwkvForCausalLM(transformers.RwkvConfig(vocab_size=VOCABULARY, **sizes, rescale_every=1))
+
+
 def falcon() -> Any:
     """Its linears have a class of their own."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

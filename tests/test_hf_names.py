@@ -74,7 +74,10 @@ def test_evaluation_finds_renamed_and_merged_tensors(tmp_path: Path) -> None:
         ids = torch.arange(3, 12)[None]
         with torch.no_grad():
             expected = model(ids).logits
-        found = TransformersModel(replace(made.stored, files=files)).forward(ids)
+        evaluated = TransformersModel(replace(made.stored, files=files))
+        experts = sum(".experts." in name for name in made.stored.clustered)
+        assert (f"{experts} matrices that transformers merges" in evaluated.kernel_summary) == (experts > 0)
+        found = evaluated.forward(ids)
         assert (found - expected).abs().max().item() <= tolerance(expected)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from hf_checkpoints import checkpoint, run
+from hf_checkpoints import checkpoint, run, tolerance
 from hf_models import MODELS, VOCABULARY, clustered_model, ids, outputs, weights_of, with_decoded_weights, written
 
 from cluscomp_formats.errors import InvalidRequestError, OutputExistsError
@@ -214,6 +214,17 @@ def test_parameters_and_memory_are_those_the_weights_stand_for(name: str, tmp_pa
     stored += sum(stage.codebook.values.nbytes for weight in weights for stage in weight.stages)
     dense = sum(value.nbytes for value in (*model.parameters(), *model.buffers()))
     assert model.get_memory_footprint() == stored + dense < original.get_memory_footprint()
+
+
+@pytest.mark.filterwarnings("ignore:.* decoded to dense")
+def test_weights_that_a_model_rescales_are_saved_as_they_were(tmp_path: Path) -> None:
+    made = checkpoint(hf_checkpoints.rwkv, tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(made.folder)
+    expected = run(transformers.AutoModelForCausalLM.from_pretrained(made.plain))
+    for _ in range(2):
+        assert (run(model) - expected).abs().max().item() <= tolerance(expected)
+        model.save_pretrained(tmp_path / "n")
+        assert open_hf(tmp_path / "n", check=True).digest() == made.stored.digest()
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -69,7 +71,9 @@ def save_pretrained(
     if not is_main_process:
         return
     folder = Path(save_directory)
-    write_hf(_current(model, loaded), folder, force=looks_hf(folder), shard_bytes=_bytes(max_shard_size))
+    with _as_stored(model):
+        current = _current(model, loaded)
+    write_hf(current, folder, force=looks_hf(folder), shard_bytes=_bytes(max_shard_size))
 
 
 def _current(model: Any, loaded: Loaded) -> Model:
@@ -91,6 +95,22 @@ def _current(model: Any, loaded: Loaded) -> Model:
         self_test=None,
         claimed_digest=None,
     )
+
+
+@contextmanager
+def _as_stored(model: Any) -> Iterator[None]:
+    """RWKV halves some of its weights for inference, and doubles them again for training; what is stored is the latter."""
+    base = model.base_model
+    if not getattr(base, "layers_are_rescaled", False):
+        yield
+        return
+    base.train()
+    base._rescale_layers()
+    try:
+        yield
+    finally:
+        base.eval()
+        base._rescale_layers()
 
 
 def _generation(model: Any) -> dict[str, Any] | None:
