@@ -10,6 +10,7 @@ Runs the source in reference mode: memory stays bounded by the largest matrix an
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from cluscomp_export.progress import Progress, silent
 from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem
 from cluscomp_formats.ir import Model
 from cluscomp_formats.regular_file import read_whole
+from cluscomp_formats.tokens import no_tokenizer
 from cluscomp_runtime.language_model import observe_inputs
 from cluscomp_runtime.tokenizer import Tokenizer
 
@@ -73,7 +75,8 @@ def calibration_tokens(model: Model, text: str) -> list[int]:
     """
     tokenizer = Tokenizer.from_files(model.files)
     if tokenizer is None:
-        raise InvalidRequestError(Problem("no_tokenizer", "the source has no tokenizer to read a calibration text with"))
+        message = "the source has no tokenizer to read a calibration text with"
+        raise InvalidRequestError(replace(no_tokenizer(model), message=message))
     token_ids = tokenizer.encode(text)
     # Of an empty text a tokenizer may still make a token that begins it.
     if not token_ids or not text.strip():

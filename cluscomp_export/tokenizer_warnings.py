@@ -16,10 +16,8 @@ def tokenizer_warnings(source: Model) -> list[str]:
     """Warnings for people. Raises InvalidFileError for files that are malformed."""
     stored = read_tokenizer(source.files)
     if stored is None:
-        unreadable = str(source.provenance.get("tokenizer", "")).removeprefix("unsupported: ")
-        remedy = "start from the Hugging Face folder of this model"
-        reason = f"{unreadable}: {remedy}" if unreadable else no_tokenizer(source.files, source.config.get("model_type"))
-        return [f"no tokenizer ({reason}); the artefact will take and give token ids only"]
+        problem = no_tokenizer(source)
+        return [f"no tokenizer: {problem.found}; {problem.remedy}. The artefact will take and give token ids only"]
     warnings = []
     if stored.moved:
         moves = [f"{text!a} {real}, not {claimed}" for text, (claimed, real) in stored.moved.items()]

@@ -137,8 +137,8 @@ def test_a_source_without_a_tokenizer_is_told(name: str, stories_folder: Path, t
     (folder / "tokenizer.model").unlink()
     if name != "none":
         (folder / name).write_bytes(b"IQ== 0\nIg== 1\n")
-    expected = "tiktoken" if name != "none" else "copy the model's own"
+    expected = "tiktoken" if name != "none" else "put the model's own"
     (warning,) = tokenizer_warnings(open_source(folder))
-    assert warning.startswith("no tokenizer (")
+    assert warning.startswith("no tokenizer: ")
     assert expected in warning
-    assert warning.endswith("the artefact will take and give token ids only")
+    assert warning.endswith("The artefact will take and give token ids only")

@@ -24,7 +24,7 @@ from cluscomp_export.sources import open_source
 from cluscomp_export.tokenizer_warnings import tokenizer_warnings
 from cluscomp_formats.errors import ClusCompError
 from cluscomp_formats.gguf import write_dense_gguf
-from cluscomp_formats.ir import Array
+from cluscomp_formats.ir import Array, Model
 from cluscomp_formats.tokens import UnsupportedTokenizer, no_tokenizer
 from cluscomp_formats.tokens.from_vocabulary import build_tokenizer_files
 from cluscomp_runtime.tokenizer import Tokenizer
@@ -270,12 +270,12 @@ BYTE_FILES = {"vocab.json": '{"a": 0, "b": 1, "ab": 2}', "merges.txt": "a b\n"}
 @pytest.mark.parametrize(
     ("files", "reason"),
     [
-        ({}, r"there is no tokenizer\.json: copy the model's own"),
-        ({"tekken.json": "{}"}, r"tekken\.json alone is not read: make one with transformers"),
-        ({"qwen.tiktoken": "IQ== 0"}, r"qwen\.tiktoken alone is not read: make one"),
-        ({"vocab.txt": "[UNK]\n"}, r"vocab\.txt alone is not read: make one"),
-        ({"vocab.json": "{}"}, r"vocab\.json alone is not read: make one"),
-        ({"tokenizer.model": "IQ== 0\nIg== 1\n"}, r"a vocabulary of tiktoken.*: make one"),
+        ({}, r"there is no tokenizer\.json: put the model's own"),
+        ({"tekken.json": "{}"}, r"tekken\.json alone is not read: make a tokenizer"),
+        ({"qwen.tiktoken": "IQ== 0"}, r"qwen\.tiktoken alone is not read: make a tokenizer"),
+        ({"vocab.txt": "[UNK]\n"}, r"vocab\.txt alone is not read: make a tokenizer"),
+        ({"vocab.json": "{}"}, r"vocab\.json alone is not read: make a tokenizer"),
+        ({"tokenizer.model": "IQ== 0\nIg== 1\n"}, r"a vocabulary of tiktoken.*: make a tokenizer"),
         (BYTE_FILES, r"how no tokenizer_class cuts words"),
         ({**BYTE_FILES, "tokenizer_config.json": '{"tokenizer_class": "RobertaTokenizer"}'}, r"how RobertaTokenizer cuts"),
         ({**BYTE_FILES, "merges.txt": "a c", "tokenizer_config.json": '{"tokenizer_class": "GPT2Tokenizer"}'}, "'a c' of"),
@@ -284,7 +284,6 @@ BYTE_FILES = {"vocab.json": '{"a": 0, "b": 1, "ab": 2}', "merges.txt": "a b\n"}
 )
 def test_a_model_without_a_tokenizer_says_why_and_what_to_do(files: dict[str, str], reason: str) -> None:
     stored = {name: side_file(content) for name, content in files.items()}
-    found = no_tokenizer(stored)
-    assert found is not None
-    assert re.search(reason, found)
+    found = no_tokenizer(Model({}, {}, stored))
+    assert re.search(reason, f"{found.found}: {found.remedy}")
     assert Tokenizer.from_files(stored) is None

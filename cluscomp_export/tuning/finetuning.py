@@ -33,6 +33,7 @@ from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Probl
 from cluscomp_formats.ir import DTYPES, Model
 from cluscomp_formats.packed.payload_stream import check_claim
 from cluscomp_formats.parameters import KINDS, kind_of
+from cluscomp_formats.tokens import no_tokenizer
 from cluscomp_formats.version import __version__
 from cluscomp_runtime.language_model import LanguageModel, check_device
 from cluscomp_runtime.memory import memory_faults
@@ -211,8 +212,7 @@ def _prepare(model_path: Path, options: TuneOptions) -> _Prepared:
         raise InvalidRequestError(Problem("not_clustered", message, str(model_path), remedy=remedy))
     tokenizer = Tokenizer.from_files(model.files)
     if tokenizer is None:
-        remedy = "convert from a source with tokenizer.json"
-        raise InvalidRequestError(Problem("no_tokenizer", "this model has no tokenizer", str(model_path), remedy=remedy))
+        raise InvalidRequestError(replace(no_tokenizer(model), file=str(model_path)))
     data = read_data(
         options.data,
         options.held_out,

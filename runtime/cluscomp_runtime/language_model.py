@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from cluscomp_formats.chat_templates import choose_chat_template, find_chat_temp
 from cluscomp_formats.delta import Delta
 from cluscomp_formats.errors import InvalidRequestError, Problem
 from cluscomp_formats.ir import Model
+from cluscomp_formats.tokens import no_tokenizer
 from cluscomp_runtime.architecture import DecoderSettings, check_tensors
 from cluscomp_runtime.chat import render_chat
 from cluscomp_runtime.decoder import Decoder
@@ -212,8 +214,8 @@ class LanguageModel:
     def _prompt_ids(self, prompt: Prompt, *, add_special_tokens: bool) -> list[int]:
         if isinstance(prompt, str):
             if self.tokenizer is None:
-                remedy = "give token ids instead of text"
-                raise InvalidRequestError(Problem("no_tokenizer", "this model has no tokenizer.json", remedy=remedy))
+                problem = no_tokenizer(self._base)
+                raise InvalidRequestError(replace(problem, remedy=f"give token ids instead of text, or {problem.remedy}"))
             return self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
         return token_ids(prompt)
 

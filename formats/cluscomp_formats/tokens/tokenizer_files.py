@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from cluscomp_formats.ir import Array
+from cluscomp_formats.errors import Problem
+from cluscomp_formats.ir import Array, Model
 from cluscomp_formats.tokens.added_tokens import AddedToken, assign_ids, missing_tokens, read_settings
 from cluscomp_formats.tokens.class_tokens import tokenizer_class, with_class_tokens
 from cluscomp_formats.tokens.from_vocabulary import VOCABULARY_FILES, build_tokenizer_files, vocabularies
@@ -24,6 +25,9 @@ TOKEN_FILES = (
     *VOCABULARY_FILES,
 )
 """The side files that say what tokens there are, which of them are special and which end a text."""
+
+_UNSUPPORTED = "unsupported: "
+"""How `provenance["tokenizer"]` of a GGUF source begins whose tokenizer could not be rebuilt; the reason follows."""
 
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
@@ -56,17 +60,21 @@ def with_tokenizer(files: Mapping[str, Array], model_type: str | None = None) ->
     return {**files, **{name: Array.of(np.frombuffer(content, np.uint8)) for name, content in built.items()}}
 
 
-def no_tokenizer(files: Mapping[str, Array], model_type: str | None = None) -> str | None:
-    """Why the side files give no tokenizer, and what to do; None if they do. Raises InvalidFileError."""
+def no_tokenizer(model: Model) -> Problem:
+    """Why a model has no tokenizer, and what to do. Raises InvalidFileError."""
+    reason, remedy = "there is no tokenizer.json", "put the model's own tokenizer.json beside the weights of the source"
+    in_source = str(model.provenance.get("tokenizer", ""))
     try:
-        build_tokenizer_files(files, model_type)
-    except UnsupportedTokenizer as reason:
-        if not vocabularies(files):
-            return f"{reason}: copy the model's own beside its weights"
+        build_tokenizer_files(model.files, model.config.get("model_type"))
+    except UnsupportedTokenizer as fault:
+        reason = str(fault)
+    if in_source.startswith(_UNSUPPORTED):
+        reason, remedy = in_source.removeprefix(_UNSUPPORTED), "start from the Hugging Face folder of this model"
+    elif vocabularies(model.files):
         made = "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         needs = "offline; it may ask for the package sentencepiece or tiktoken"
-        return f"there is no tokenizer.json, and {reason}: make one with transformers, {made} ({needs})"
-    return None
+        remedy = f"make a tokenizer.json in the folder of the source with transformers, {made} ({needs})"
+    return Problem("no_tokenizer", "this model has no tokenizer", None, None, reason, "tokenizer.json", remedy)
 
 
 def read_tokenizer(files: Mapping[str, Array]) -> TokenizerFiles | None:
