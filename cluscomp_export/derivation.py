@@ -8,9 +8,9 @@ than chance. For a weight `w`, centred, and its decoded codes `q`, what is left 
 the share of the energy of `w` that `q`, best scaled, explains. Codes of `b` bits per weight can keep `1 - 2^(-2 b)` of a
 Gaussian (its distortion-rate function); k-means keeps more than half of that at any width, and error feedback, which moves the
 weights of small models far from the original's when bits are few, was seen to keep a seventh at 1 bit. `LEAST_KEPT` of it is
-asked for. What has nothing to do with the source (codes permuted, matrices swapped) keeps about one over the number of weights,
-zeros and constants keep nothing. The scale is bounded by the relative error, which for an unrelated matrix of the same energy
-is the square root of 2.
+asked for. What has nothing to do with the source (codes permuted, matrices swapped) keeps one over the number `m` of its
+vectors or less, zeros and constants keep nothing. Between the two an artefact is said to be degraded. The scale is bounded by
+the relative error, which for an unrelated matrix of the same energy is the square root of 2.
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ from cluscomp_export.progress import Progress
 from cluscomp_formats.ir import Array, ClusteredWeight, DenseTensor, Model
 from cluscomp_formats.parameters import norm_name, parameters
 
-__all__ = ["TensorError", "compare_tensors", "hold_against_source", "is_trained"]
+__all__ = ["Objections", "TensorError", "compare_tensors", "hold_against_source", "is_trained"]
 
 LEAST_KEPT = 1 / 16
+CHANCE = 16.0
+"""In units of `1 / m`: four standard deviations of the correlation of unrelated vectors."""
 MOST_RELATIVE = math.sqrt(2)
 MOST_TRAINED = 0.5
 """The most that training may have moved a norm, in units of it. Recovery moves norms by hundredths, a long finetuning by a
@@ -119,13 +121,21 @@ def is_trained(provenance: Mapping[str, Any]) -> bool:
     return bool(levels or provenance.get("merges"))
 
 
-def hold_against_source(source: Model, artefact: Model, errors: Sequence[TensorError], *, trained: bool) -> list[str]:
-    """Why the artefact cannot have been made from the dense source, in words; empty if nothing speaks against it.
+@dataclass(frozen=True)
+class Objections:
+    """What speaks against an artefact's having been made from a source, and what says that little of it is left, in words."""
 
-    `errors` are those of `compare_tensors(source, artefact)`; `trained` says that norms may have moved a little. What its
-    outputs are is another question.
+    against: tuple[str, ...]
+    degraded: tuple[str, ...]
+
+
+def hold_against_source(source: Model, artefact: Model, errors: Sequence[TensorError], *, trained: bool) -> Objections:
+    """Hold all of an artefact but its outputs against the dense source it is said to be made from.
+
+    `errors` are those of `compare_tensors(source, artefact)`; `trained` says that norms may have moved a little.
     """
-    reasons = [*_structure(source, artefact), *_configuration(source.config, artefact.config)]
+    against = [*_structure(source, artefact), *_configuration(source.config, artefact.config)]
+    degraded: list[str] = []
     by_name = {error.name: error for error in errors}
     norms = parameters(artefact) if trained else {}
     for name, tensor in artefact.tensors.items():
@@ -133,13 +143,14 @@ def hold_against_source(source: Model, artefact: Model, errors: Sequence[TensorE
         if error is None or not isinstance(original, DenseTensor):
             continue
         if isinstance(tensor, ClusteredWeight):
-            reasons += _clustered(tensor, original, error)
+            against += _unrelated(tensor, original, error)
+            degraded += _little_kept(tensor, error)
         elif norm_name(name) in norms and tensor.values.dtype == original.values.dtype:
             if not error.relative <= MOST_TRAINED:
-                reasons.append(f"{name}: no training moves a norm by {error.relative:.3g} of its size")
+                against.append(f"{name}: no training moves a norm by {error.relative:.3g} of its size")
         elif not _same(dense_as_stored(original).values, tensor.values):
-            reasons.append(f"{name}: not the source's values, from which it differs by {error.relative:.3g} relative")
-    return reasons
+            against.append(f"{name}: not the source's values, from which it differs by {error.relative:.3g} relative")
+    return Objections(tuple(against), tuple(degraded))
 
 
 def _structure(source: Model, artefact: Model) -> list[str]:
@@ -171,7 +182,7 @@ def _shown(config: Mapping[str, Any], name: str) -> str:
     return repr(config[name])[:100] if name in config else "nothing"
 
 
-def _clustered(tensor: ClusteredWeight, original: DenseTensor, error: TensorError) -> list[str]:
+def _unrelated(tensor: ClusteredWeight, original: DenseTensor, error: TensorError) -> list[str]:
     if not error.relative < MOST_RELATIVE:
         return [f"{tensor.name}: as far from the source as any matrix (relative error {error.relative:.3g})"]
     if error.kept is None:
@@ -180,12 +191,23 @@ def _clustered(tensor: ClusteredWeight, original: DenseTensor, error: TensorErro
             # A constant has nothing to correlate with.
             return []
         return [f"{tensor.name}: all weights are the same"]
-    bits = sum(math.log2(stage.codebook.num_clusters) / stage.codebook.cluster_dim for stage in tensor.stages)
-    least = LEAST_KEPT * (1 - 2 ** (-2 * bits))
-    if not error.kept >= least:
-        what = f"{error.kept:.2g} of the source's energy is left, chance is {1 / tensor.num_weights:.1g}"
-        return [f"{tensor.name}: no more of the source than chance would give ({what}; at least {least:.2g} is asked for)"]
+    chance = CHANCE / max(stage.codes.size for stage in tensor.stages)
+    if not error.kept >= min(chance, _least_kept(tensor)):
+        what = f"{error.kept:.2g} of the source's energy is left, by chance up to {chance:.2g}"
+        return [f"{tensor.name}: no more of the source than chance would give ({what})"]
     return []
+
+
+def _little_kept(tensor: ClusteredWeight, error: TensorError) -> list[str]:
+    least = _least_kept(tensor)
+    if error.kept is None or error.kept >= least:
+        return []
+    return [f"{tensor.name}: {error.kept:.2g} of the source's energy is left, at least {least:.2g} is asked for"]
+
+
+def _least_kept(tensor: ClusteredWeight) -> float:
+    bits = sum(math.log2(stage.codebook.num_clusters) / stage.codebook.cluster_dim for stage in tensor.stages)
+    return LEAST_KEPT * (1 - 2 ** (-2 * bits))
 
 
 def _same(expected: Array, found: Array) -> bool:

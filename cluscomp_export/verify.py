@@ -38,6 +38,8 @@ __all__ = ["Verification", "verify"]
 MOST_REASONS = 10
 """Reasons listed one by one."""
 
+MORE = "convert with more bits, or more calibration text"
+
 Verdict = Literal["equal", "derived", "degraded", "different", "unknown"]
 
 _EXIT_CODES: Mapping[Verdict, int] = {"equal": 0, "derived": 0, "degraded": 1, "different": 1, "unknown": 2}
@@ -59,8 +61,8 @@ TEXT_FILES = (
 class Verification:
     """The verdict, the reasons for it, and what was measured.
 
-    `equal`: the same model. `derived`: made from that source, and sound. `degraded`: its tensors are made from that source, but
-    its outputs are no nearer to the source's than chance. `different`: none of these. `unknown`: could not tell.
+    `equal`: the same model. `derived`: made from that source, and sound. `degraded`: too little of that source is
+    left, in a tensor or in the outputs, to tell or to be of use. `different`: none of these. `unknown`: could not tell.
     `proven` and `claimed` say in words what was computed here and what the artefact only says. `self_tests` are those of
     runtimes, and of the records themselves. `logits` are the figures of `OutputComparison`, of B against A, where both run.
     """
@@ -162,21 +164,28 @@ def _judge_derivation(pair: _Pair, index: int, outputs: OutputComparison | None,
     claimed = recorded.get("digest") if isinstance(recorded, Mapping) else None
     if claimed is not None and claimed != pair.digests[index]:
         return "different", [f"{artefact} was made from another source: {claimed}; {source} is {pair.digests[index]}"]
-    against = hold_against_source(original, made, pair.tensors, trained=trained or is_trained(made.provenance))
-    if against:
-        listed = [*against[:MOST_REASONS], *([f"and {len(against) - MOST_REASONS} more"] if against[MOST_REASONS:] else [])]
-        return "different", [f"{artefact} cannot have been made from {source}:", *listed]
+    found = hold_against_source(original, made, pair.tensors, trained=trained or is_trained(made.provenance))
+    if found.against:
+        return "different", [f"{artefact} cannot have been made from {source}:", *_first(found.against)]
     if claimed is None:
         return "unknown", [f"{artefact} does not say which source it was made from"]
     derived = f"{artefact} was made from {source}: its provenance holds the source's digest, and its content agrees"
+    if found.degraded:
+        told = f"{artefact} holds the digest, the structure and the dense tensors of {source}, and too little of its matrices:"
+        return "degraded", [told, *_first(found.degraded), MORE]
     if outputs is None:
         return "unknown", [derived, "outputs could not be compared, so whether it computes the right thing is not known"]
     if not outputs.tells:
         return "derived", [derived, "the source's predictions hardly depend on its input: outputs tell nothing"]
     if not outputs.beats_chance:
         what = f"a divergence of {outputs.kl:.3g} nats per token, by chance {outputs.chance:.3g}"
-        return "degraded", [derived, f"it computes too little of the source: {what}", "convert with more bits or effort"]
+        return "degraded", [derived, f"it computes too little of the source: {what}", MORE]
     return "derived", [derived]
+
+
+def _first(reasons: Sequence[str]) -> list[str]:
+    more = len(reasons) - MOST_REASONS
+    return [*reasons[:MOST_REASONS], *([f"and {more} more"] if more > 0 else [])]
 
 
 def _faults(pair: _Pair, self_tests: Mapping[str, Mapping[str, Any]]) -> list[str]:

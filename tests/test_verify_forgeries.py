@@ -135,7 +135,6 @@ CONTENT: dict[str, Forgery] = {
     "all codes permuted": lambda model: with_codes(model, list(model.clustered), permuted),
     "codes of one matrix permuted": lambda model: with_codes(model, [FIRST], permuted),
     "codes of one matrix zero": lambda model: with_codes(model, [SECOND], np.zeros_like),
-    "matrices of two layers swapped": swapped,
     "one layer of five": fewer_layers,
     "another model": of_another_model,
     "codebook in another order": lambda model: with_codebook(model, lambda values: values[::-1]),
@@ -178,6 +177,15 @@ def test_other_content_is_different(forge: Forgery, stories_folder: Path, honest
     assert (result.verdict, result.exit_code) == ("different", 1)
     assert all(test["passed"] for test in result.self_tests.values())
     assert "cannot have been made from" in result.reasons[0]
+
+
+def test_matrices_of_two_layers_swapped_are_not_derived(stories_folder: Path, honest: Path, tmp_path: Path) -> None:
+    """Matrices of neighbouring layers have a little in common, as much as one of half a bit has with its original."""
+    forged = swapped(replace(open_packed(honest), claimed_digest=None, self_test=None))
+    result = verified(replace(forged, self_test=make_self_test(forged)), stories_folder, tmp_path)
+    assert (result.verdict, result.exit_code) == ("degraded", 1)
+    assert {reason.split(":")[0] for reason in result.reasons[1:3]} == {FIRST, SECOND}
+    assert not any("was made from" in reason for reason in result.reasons)
 
 
 def larger_tolerances(record: dict[str, Any], factor: float) -> None:
@@ -253,15 +261,29 @@ def test_side_files_that_say_nothing_about_text_are_told_of(stories_folder: Path
     assert any("only the second has the side files notes.txt" in reason for reason in result.reasons)
 
 
-def test_an_honest_model_of_too_few_bits_is_degraded_and_not_called_another(stories_folder: Path, tmp_path: Path) -> None:
+FEW_BITS = {"cluster_dim": 8, "num_clusters": 16, "threads": 1}
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (ConversionOptions(effort="fast", **FEW_BITS), "it computes too little of the source"),
+        (
+            ConversionOptions(effort="balanced", calibration_windows=8, calibration_context=256, **FEW_BITS),
+            "too little of its matrices",
+        ),
+    ],
+)
+def test_an_honest_model_of_too_few_bits_is_degraded_and_not_called_another(
+    options: ConversionOptions, reason: str, stories_folder: Path, tmp_path: Path
+) -> None:
+    """Error feedback moves the weights, for the sake of the outputs, until few of them are left."""
     output = tmp_path / "few.clus"
-    convert(stories_folder, output, ConversionOptions(cluster_dim=8, num_clusters=16, effort="fast", threads=1))
+    convert(stories_folder, output, options)
     result = verify(stories_folder, output)
     assert (result.verdict, result.exit_code) == ("degraded", 1)
-    assert result.logits is not None
-    assert result.logits["kl"] > result.logits["chance"]
-    assert any("computes too little of the source" in reason for reason in result.reasons)
-    assert not any("cannot have been made" in reason for reason in result.reasons)
+    assert any(reason in text for text in result.reasons)
+    assert not any("cannot have been made" in text for text in result.reasons)
 
 
 def test_chance_is_the_best_that_ignores_the_input(stories_folder: Path) -> None:
