@@ -39,6 +39,7 @@ from tqdm import tqdm
 from cluscomp_export.evaluate import BATCH_TOKENS, load_runner, max_tokens, run_record, tokenizer_of
 from cluscomp_export.sources import open_source
 from cluscomp_formats.ir import Model
+from cluscomp_formats.regular_file import read_whole
 from cluscomp_runtime import LanguageModel
 from cluscomp_runtime.tokenizer import end_tokens
 
@@ -208,9 +209,14 @@ def evaluate_tasks(
 ) -> dict[str, Any]:
     """Run tasks, names or YAML files, and give `results` as the harness does, versions of tasks, and a `record` to repeat it.
 
-    Raises InvalidRequestError for a task that cannot be had, and what `LanguageModel.from_model` raises.
+    Raises InvalidRequestError for a task that cannot be had, InvalidFileError for a YAML file that is none, and what
+    `LanguageModel.from_model` raises.
     """
     started = time.perf_counter()
+    for task in tasks:
+        if Path(task).suffix in (".yaml", ".yml"):
+            # The harness reads whatever lies there.
+            read_whole(Path(task), remedy="name a YAML file of a task")
     config = EvaluatorConfig(tasks=list(tasks))
     try:
         manager = config.process_tasks()

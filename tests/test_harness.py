@@ -15,6 +15,7 @@ import pytest
 
 from cluscomp_export.convert import ConversionOptions, convert
 from cluscomp_export.sources import open_source
+from cluscomp_formats.errors import InvalidFileError
 from cluscomp_runtime import make_self_test
 from cluscomp_runtime.tokenizer import Tokenizer
 
@@ -89,3 +90,12 @@ def test_tasks_on_a_codebook_model(answers: Any) -> None:
     assert found["record"]["samples"]["local_choices"]["effective"] == 2
     assert found["record"]["model"]["digest"].startswith("sha256:")
     assert found["record"]["versions"]["lm_eval"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_task_file_that_is_a_pipe_is_not_waited_for(stories_folder: Path, tmp_path: Path) -> None:
+    from cluscomp_export.harness import evaluate_tasks
+
+    os.mkfifo(tmp_path / "task.yaml")
+    with pytest.raises(InvalidFileError, match="a device or pipe"):
+        evaluate_tasks(stories_folder, [str(tmp_path / "task.yaml")])
