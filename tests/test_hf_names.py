@@ -150,3 +150,12 @@ def test_what_transformers_keeps_in_float32_is_kept(tmp_path: Path) -> None:
     model = transformers.AutoModelForSeq2SeqLM.from_pretrained(made.folder, dtype=torch.float16)
     layer = model.encoder.block[0].layer[1].DenseReluDense
     assert (layer.wi.weight.dtype, layer.wo.weight.dtype) == (torch.float16, torch.float32)
+
+
+def test_of_two_names_of_one_parameter_the_second_is_refused(tmp_path: Path) -> None:
+    made = checkpoint(hf_checkpoints.gpt_neox, tmp_path, "embed")
+    second = replace(made.stored.clustered["embed_out.weight"], name="lm_head.weight")
+    write_hf(replace(made.stored, tensors={**made.stored.tensors, second.name: second}, claimed_digest=None), tmp_path / "n")
+    with pytest.raises(UnsupportedError) as caught:
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "n")
+    assert [(problem.kind, problem.tensor) for problem in caught.value.problems] == [("no_module", second.name)]

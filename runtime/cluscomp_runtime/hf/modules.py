@@ -200,7 +200,11 @@ class _Multiply(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return (grad @ ctx.module._decode().to(grad.dtype)).to(ctx.dtype), None
+        module: ClusteredLinear = ctx.module
+        rows = torch.arange(module.out_features, device=grad.device)
+        # Where the codes are, by the kernel that looks up embeddings.
+        weight = module.matrix().embedding(rows)
+        return (grad @ weight.to(grad.dtype)).to(ctx.dtype), None
 
 
 class ClusteredEmbedding(ClusteredModule, nn.Embedding):  # type: ignore[override]

@@ -83,15 +83,18 @@ def places_of(model: Any, names: Iterable[str]) -> Places:
     state, prefix = model.state_dict(), model.base_model_prefix
     keys: dict[str, str] = {}
     lost: dict[str, str] = {}
+    taken: set[str] = set()
     merged: dict[str, list[tuple[str, str, str]]] = {}
     # In transformers' own order, on which converters rely: expert 2 before expert 10.
     for name in sorted(names, key=dot_natural_key):
         key, pattern = rename_source_key(name, renamings, converters, prefix, state)
         if key not in state and name in state:
             key, pattern = rename_source_key(name, [], [], prefix, state)
-        if key not in state:
+        # Of two names of one parameter, transformers takes the first.
+        if key not in state or key in taken:
             lost[name] = key
         elif pattern is None:
+            taken.add(key)
             keys[name] = key
         else:
             merged.setdefault(key, []).append((name, rename_source_key(name, renamings, [])[0], pattern))
