@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 BATCH_TOKENS = 1024
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 LIBRARIES = ("torch", "numpy", "tokenizers", "transformers", "lm_eval")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,14 @@ import gguf
 import pytest
 import torch
 from gguf_surgery import rewrite
+from model_builders import tiny_llama
+from runtime_models import side_file
 from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors, trainers
 
 from cluscomp_export.sources import open_source
 from cluscomp_formats.gguf import write_dense_gguf
+from cluscomp_formats.tokens.word_schemes import SCHEMES
 from cluscomp_runtime import LanguageModel
 
 SIZE = 520
@@ -56,6 +61,40 @@ def test_files_that_we_write(resized: Path, tmp_path: Path, node: Callable[..., 
     assert back.end_tokens == set(theirs["end_ids"])
     assert back.tokenizer is not None
     assert [back.tokenizer.encode(text) for text in TEXTS] == [ours.tokenizer.encode(text) for text in TEXTS]
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_byte_level_files_that_we_write(begins: bool, tmp_path: Path, node: Callable[..., Any]) -> None:
+    backend = Tokenizer(models.BPE())
+    words = pre_tokenizers.Split(Regex(SCHEMES["qwen2"].patterns[0]), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=["<b>"], show_progress=False)
+    backend.train_from_iterator(["Once upon a time, there was a time"], trainer)
+    size = backend.get_vocab_size()
+    if begins:
+        backend.post_processor = processors.TemplateProcessing(single="<b> $A", special_tokens=[("<b>", 0)])
+    config = {"bos_token": "<b>", "extra_special_tokens": ["<|im_start|>", "<|im_end|>", "<stop>"]}
+    values = {
+        "tokenizer": json.loads(backend.to_str()),
+        "tokenizer_config": config,
+        "added_tokens": {"<tool>": size},
+        "generation_config": {"eos_token_id": [size + 2, size + 3]},
+    }
+    files = {f"{name}.json": side_file(json.dumps(value)) for name, value in values.items()}
+    model = replace(tiny_llama(vocabulary=size + 6), files=files)
+    ours = LanguageModel.from_model(model)
+    assert ours.tokenizer is not None
+    write_dense_gguf(model, tmp_path / "m.gguf", gguf_type="f32")
+    texts = ["<|im_start|>Once upon<tool> a  time<|im_end|>", "a<stop>b", "it's 123"]
+    theirs = node("end_tokens.mjs", {"path": str(tmp_path / "m.gguf"), "texts": texts})
+    assert theirs["ids"] == [ours.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    assert set(theirs["end_ids"]) == ours.end_tokens == {size + 2, size + 3}
+    assert (theirs["add_bos"], theirs["add_eos"]) == (begins, False)
+    back = LanguageModel.from_model(open_source(tmp_path / "m.gguf"))
+    assert back.tokenizer is not None
+    assert back.end_tokens == ours.end_tokens
+    assert [back.tokenizer.encode(text) for text in texts] == [ours.tokenizer.encode(text) for text in texts]
 
 
 @pytest.mark.parametrize(
