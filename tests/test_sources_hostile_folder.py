@@ -13,6 +13,7 @@ from hub_cache import hub_cache
 from cluscomp_export.sources import open_source
 from cluscomp_export.sources.checkpoint import CONFIG, INDEX
 from cluscomp_export.sources.side_files import SIDE_FILES
+from cluscomp_formats import side_files
 from cluscomp_formats.errors import InvalidFileError
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs pipes and links")
@@ -97,3 +98,12 @@ def test_side_files_are_what_they_were_when_the_model_was_opened(folder: Path) -
     assert model.files["tokenizer.json"].read().tobytes() == before
     (folder / "tokenizer.json").unlink()
     assert model.files["tokenizer.json"].read().tobytes() == before
+
+
+def test_side_files_are_bounded_together_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sparse files take no space on the disk, however many there are."""
+    total = sum(array.nbytes for array in open_source(folder).files.values())
+    monkeypatch.setattr(side_files, "MAX_SIDE_FILES_BYTES", total)
+    open_source(folder)
+    (folder / "vocab.json").write_text("{}")
+    assert found(folder) == {("file_too_long", "vocab.json")}

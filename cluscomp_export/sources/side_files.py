@@ -65,7 +65,7 @@ def read_side_files(folder: Path, config: Mapping[str, Any] | None) -> dict[str,
         for name in sorted(names):
             if side_file_name_fault(name) is None:
                 try:
-                    files[name] = read_side_file(folder, name)
+                    files[name] = read_side_file(folder, name, files)
                 except InvalidFileError as error:
                     problems.extend(error.problems)
 

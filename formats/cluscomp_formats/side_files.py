@@ -19,6 +19,7 @@ from cluscomp_formats.packed.payloads import Payload
 from cluscomp_formats.packed.spec import SIDE_FOLDER, side_file_name_fault
 
 __all__ = [
+    "MAX_SIDE_FILES_BYTES",
     "MAX_SIDE_FILE_BYTES",
     "json_bytes",
     "names_in",
@@ -32,6 +33,8 @@ __all__ = [
 
 MAX_SIDE_FILE_BYTES = 1 << 28
 """256 MB; the longest tokenizers have some 40."""
+MAX_SIDE_FILES_BYTES = 1 << 31
+"""2 GB, of all side files together: they are held in memory."""
 
 _MAX_FILE_NAME_BYTES = 255
 _GET_ALL = "get this part of the model too"
@@ -82,13 +85,14 @@ def write_synced(path: Path, content: bytes) -> None:
         os.fsync(stream.fileno())
 
 
-def read_side_file(folder: Path, name: str) -> Array:
+def read_side_file(folder: Path, name: str, others: Mapping[str, Array]) -> Array:
     """A side file of a model's folder as its bytes, uint8 `[bytes]`, read now: what is packed later is what was there.
 
-    Raises InvalidFileError for what is not a file, longer than `MAX_SIDE_FILE_BYTES` or a link that leads out of the model (see
-    `read_inside`); StorageError.
+    Raises InvalidFileError for what is not a file, longer than `MAX_SIDE_FILE_BYTES`, with the `others` read before longer than
+    `MAX_SIDE_FILES_BYTES`, or a link that leads out of the model (see `read_inside`); StorageError.
     """
-    return Array.of(np.frombuffer(read_inside(folder, name, MAX_SIDE_FILE_BYTES, _GET_ALL), dtype=np.uint8))
+    most = min(MAX_SIDE_FILE_BYTES, MAX_SIDE_FILES_BYTES - sum(array.nbytes for array in others.values()))
+    return Array.of(np.frombuffer(read_inside(folder, name, most, _GET_ALL), dtype=np.uint8))
 
 
 def open_side_files(folder: Path, names: Any, taken: Collection[str], file: str) -> tuple[dict[str, Array], list[Problem]]:
@@ -104,7 +108,7 @@ def open_side_files(folder: Path, names: Any, taken: Collection[str], file: str)
             problems.append(Problem("bad_name", f"the name of a side file {fault}", file, found=repr(name)[:200]))
         else:
             try:
-                files[name] = read_side_file(folder, name)
+                files[name] = read_side_file(folder, name, files)
             except (InvalidFileError, StorageError) as error:
                 problems += error.problems
     return files, problems
