@@ -60,15 +60,30 @@ def test_a_thread_that_begins_meanwhile_has_all_threads() -> None:
 
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("kernel", ["auto", "dense"])
-def test_decoding_gives_the_same_bits_whoever_polls(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding_gives_the_same_whoever_polls(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = LanguageModel.from_model(clustered_model(small_config()), kernel=kernel)
+    seen: list[int] = []
+    decode = model.decoder.__class__.__call__
+    monkeypatch.setattr(
+        model.decoder.__class__, "__call__", lambda *a, **k: (seen.append(torch.get_num_threads()), decode(*a, **k))[1]
+    )
     results = []
     for polls in (False, True):
         monkeypatch.setattr(threads, "torch_polls", polls)
-        cache = model.decoder.cache(20)
-        with torch.inference_mode():
-            results.append([model.decoder(torch.tensor([[token]]), cache) for token in range(20)])
-    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+        results.append(model.generate([5, 6], max_new_tokens=4).token_ids)
+    assert results[0] == results[1]
+    assert seen == [2] * 4 + [2, 1, 1, 1]
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_polling_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "torch_polls", True)
+    monkeypatch.setattr(threads, "_warned", False)
+    model = clustered_model(small_config(num_hidden_layers=1))
+    with pytest.warns(RuntimeWarning, match="OMP_WAIT_POLICY=PASSIVE"):
+        LanguageModel.from_model(model)
+    LanguageModel.from_model(model)
 
 
 FORKING = """

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["kernel_threads", "ready_after_fork", "torch_alone", "torch_together"]
+__all__ = ["kernel_threads", "ready_after_fork", "torch_alone", "torch_together", "warn_of_polling"]
 
 
 class _Shares(threading.local):
@@ -27,6 +27,7 @@ class _Shares(threading.local):
 
 _shares = _Shares()
 _forked = False
+_warned = False
 _lock = threading.Lock()
 _alone = 0
 _threads = 1
@@ -62,7 +63,7 @@ def ready_after_fork() -> None:
         _Shares.kernels = threads
         message = "this process was forked: torch computes with one thread in it, since those it had are gone; start processes "
         message += 'with multiprocessing\'s "spawn" instead'
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
     torch.set_num_threads(1)
 
 
@@ -71,6 +72,16 @@ def kernel_threads() -> int:
     if _forked:
         ready_after_fork()
     return _shares.kernels or torch.get_num_threads()
+
+
+def warn_of_polling() -> None:
+    """Say, once, that torch's threads poll and what to do."""
+    global _warned  # noqa: PLW0603
+    if torch_polls and not _warned and torch.get_num_threads() > 1:
+        _warned = True
+        message = "torch's threads poll for work and take the cores from the kernels' threads: long prompts are slower; import "
+        message += "cluscomp_runtime before torch, or set OMP_WAIT_POLICY=PASSIVE in the environment"
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
 @contextmanager

@@ -6,7 +6,6 @@ key-value cache written in place, rotary tables made once. Any batch of equally 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -186,11 +185,8 @@ class Decoder:
         token alone, `[batch, 1, vocab_size]`: the head is the largest matrix.
         """
         threads.ready_after_fork()
-        # Beside our kernels torch has little to do for one token, and its threads would poll.
-        alone = threads.torch_polls and input_ids.shape[1] == 1 and self.device.type == "cpu"
-        with threads.torch_alone() if alone else contextlib.nullcontext():
-            x = self.stream(input_ids, cache)
-            return self.head(self.norm(x[:, -1:] if last_only else x))
+        x = self.stream(input_ids, cache)
+        return self.head(self.norm(x[:, -1:] if last_only else x))
 
     def stream(self, input_ids: torch.Tensor, cache: KeyValueCache | None = None) -> torch.Tensor:
         """What flows out of the last layer, before the last norm, `[batch, tokens, hidden_size]`; arguments as for logits."""

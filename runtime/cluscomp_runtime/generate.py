@@ -5,12 +5,14 @@ from __future__ import annotations
 import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from cluscomp_formats.errors import InvalidRequestError, Problem
+from cluscomp_kernels import threads
 from cluscomp_runtime.decoder import Decoder
 from cluscomp_runtime.memory import memory_faults
 from cluscomp_runtime.sampling import Sampler
@@ -97,6 +99,11 @@ class GenerationStream:
             raise InvalidRequestError(Problem("stream_broken_off", "this stream was broken off before its end"))
         return self.result
 
+    def _threads(self, new_tokens: int) -> AbstractContextManager[None]:
+        # Beside our kernels torch has little to do for one token, and its threads would poll.
+        alone = threads.torch_polls and new_tokens > 0 and self._decoder.device.type == "cpu"
+        return threads.torch_alone() if alone else nullcontext()
+
     def _run(self) -> Iterator[str]:
         # The last token is never fed back, so the cache needs one position less than there are tokens.
         capacity = min(self._context, len(self._prompt) + self._max_new_tokens - 1)
@@ -112,7 +119,7 @@ class GenerationStream:
         while len(tokens) < limit:
             start = time.perf_counter()
             # Not around the yield: inference mode would leak into the consumer's code.
-            with torch.inference_mode(), memory_faults():
+            with torch.inference_mode(), memory_faults(), self._threads(len(tokens)):
                 token = self._sampler.choose(self._decoder(step, cache, last_only=True)[0, -1])
             seconds.append(time.perf_counter() - start)
             tokens.append(token)

@@ -17,6 +17,7 @@ from cluscomp_formats.delta import Delta
 from cluscomp_formats.errors import InvalidRequestError, Problem
 from cluscomp_formats.ir import Model
 from cluscomp_formats.tokens import no_tokenizer
+from cluscomp_kernels.threads import warn_of_polling
 from cluscomp_runtime.architecture import DecoderSettings, check_tensors
 from cluscomp_runtime.chat import render_chat
 from cluscomp_runtime.decoder import Decoder
@@ -79,7 +80,7 @@ class LanguageModel:
         of the key-value cache in tokens, by default the least of 2048 and what the model was trained for.
 
         Raises UnsupportedError, also for a model larger than memory, InvalidFileError and InvalidRequestError; warns where a
-        clustered matrix has no kernel.
+        clustered matrix has no kernel, and once where torch's threads are in the kernels' way.
         """
         settings = DecoderSettings.from_config(model.config)
         check_tensors(model, settings)
@@ -90,6 +91,8 @@ class LanguageModel:
         with memory_faults():
             decoder = Decoder(model, settings, builder)
         builder.warn_without_kernel()
+        if "native" in builder.paths.values():
+            warn_of_polling()
         return cls(model, decoder, positions, builder)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -172,6 +172,10 @@ def _plan(model: Model, hyperparameters: Hyperparameters, asked: _DenseType, fil
     """What to write, in order. Raises InvalidRequestError, UnsupportedError with every tensor that does not fit."""
     # A head of its own wins over a tied one, in our runtime as in llama.cpp.
     tied = hyperparameters.settings["tie_word_embeddings"] and "lm_head.weight" not in model.tensors
+    blocks = hyperparameters.settings["num_hidden_layers"]
+    if blocks > len(model.tensors):
+        found, wanted = f"{blocks} layers", f"no more than its {len(model.tensors)} tensors"
+        raise UnsupportedError(Problem("missing_tensor", "the model lacks most of its layers", file, None, found, wanted))
     expected = expected_tensors(hyperparameters.architecture, {**hyperparameters.settings, "tie_word_embeddings": tied})
     problems = []
     planned = []

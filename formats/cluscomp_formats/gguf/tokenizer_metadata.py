@@ -106,6 +106,11 @@ def _metadata(model: Model, stored: TokenizerFiles, vocab_size: int) -> Tokenize
     unusual = [key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if bpe.get(key)]
     if unusual:
         raise InexpressibleTokenizer(f"its model has a {unusual[0]}")
+    known = len(bpe["vocab"]) + len(tokenizer.get("added_tokens") or ())
+    rows = max((tensor.shape[0] for tensor in model.tensors.values() if tensor.shape), default=0)
+    if vocab_size > max(known, rows):
+        # A list of tokens of that length is made.
+        raise InexpressibleTokenizer(f"the configuration claims {vocab_size} embeddings, more than any tensor has rows")
     byte_fallback = bool(bpe.get("byte_fallback"))
     vocabulary = _vocabulary(stored, model.config, vocab_size, sentencepiece=byte_fallback)
     merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in bpe["merges"]]
