@@ -1,7 +1,11 @@
-"""Text of tokens as they come, against what the tokenizer makes of all of them at once."""
+"""Text of tokens as they come, against what the tokenizer makes of all of them at once.
+
+CLUSCOMP_STREAM_EXAMPLES sets the number of texts for each kind of tokenizer.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import pytest
@@ -11,6 +15,9 @@ from runtime_models import byte_tokenizer_files
 from tokenizer_kinds import DECODERS, KINDS, MODELS, tokenizer_of
 
 from cluscomp_runtime.tokenizer import Tokenizer
+
+EXAMPLES = int(os.environ.get("CLUSCOMP_STREAM_EXAMPLES", "100"))
+"""Texts and sequences of tokens for each kind of tokenizer."""
 
 TEXTS = st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from("abc .,한글世界é😀▁\n")), max_size=40)
 
@@ -32,6 +39,7 @@ def right(tokenizer: Tokenizer, prompt: Sequence[int], ids: Sequence[int]) -> st
 def test_the_pieces_of_a_text_are_the_text(kind: str) -> None:
     tokenizer = tokenizer_of(kind)
 
+    @settings(max_examples=EXAMPLES)
     @given(TEXTS, TEXTS)
     @example("", "안녕하세요 여러분")
     @example("Tom said 天", "地玄黃宇宙洪荒")
@@ -55,6 +63,7 @@ def test_the_pieces_of_any_tokens_are_what_the_tokenizer_makes_of_them(kind: str
         # Bytes seldom, and tokens that the vocabulary does not have.
         tokens = st.one_of(st.integers(0, 14), st.sampled_from([15 + byte for byte in (0x41, 0x80, 0xBD, 0xE4)]), tokens)
 
+    @settings(max_examples=EXAMPLES)
     @given(st.lists(tokens, max_size=30), st.lists(st.one_of(tokens, st.just(10**6)), max_size=60))
     def run(prompt: list[int], ids: list[int]) -> None:
         pieces = streamed(tokenizer, prompt, ids)
