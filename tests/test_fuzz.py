@@ -58,7 +58,8 @@ def test_mutated_files_keep_to_the_contract(name: str, tmp_path_factory: pytest.
     run()
 
 
-@pytest.mark.parametrize("name", TARGETS)
+# A tokenizer has no checksums, and the library has one kind of error.
+@pytest.mark.parametrize("name", sorted(TARGETS.keys() - {"tokenizer"}))
 def test_mutations_get_past_the_checksums(name: str, tmp_path: Path) -> None:
     target, random = TARGETS[name], Random(0)  # noqa: S311
     seed = next(target.seeds(tmp_path))

@@ -71,6 +71,75 @@ def runnable_model() -> Model:
     return Model(dense.config, tensors, files, {"name": "runnable"})
 
 
+def tokenizer_seeds(_: Path) -> Iterator[bytes]:
+    """`tokenizer.json` of bytes, of SentencePiece's kind, of BERT's kind and of Unigram's."""
+    plain = byte_tokenizer()
+    added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+    text, special = {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    template = {
+        "type": "TemplateProcessing",
+        "single": [special, text],
+        "pair": [special, text],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}},
+    }
+    to_space = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    split = {"type": "Split", "pattern": {"Regex": r"\p{L}+|\s+(?!\S)|\s+"}, "behavior": "Isolated", "invert": False}
+    yield json.dumps(plain).encode()
+    yield json.dumps(
+        plain
+        | {
+            "added_tokens": [{"id": 0, "content": "<s>", **added}],
+            "normalizer": {
+                "type": "Sequence",
+                "normalizers": [
+                    {"type": "Prepend", "prepend": "▁"},
+                    {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+                ],
+            },
+            "pre_tokenizer": None,
+            "post_processor": template,
+            "decoder": {"type": "Sequence", "decoders": [to_space, {"type": "ByteFallback"}, {"type": "Fuse"}, strip]},
+            "model": {
+                "type": "BPE",
+                "vocab": {"<s>": 0, "▁": 1, "a": 2, "b": 3, "ab": 4, "<0xC3>": 5, "<0xA9>": 6},
+                "merges": [["a", "b"]],
+                "unk_token": "<s>",
+                "byte_fallback": True,
+            },
+        }
+    ).encode()
+    yield json.dumps(
+        plain
+        | {
+            "added_tokens": [],
+            "normalizer": {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "lowercase": True},
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "BertPreTokenizer"}, split]},
+            "post_processor": None,
+            "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
+            "model": {
+                "type": "WordPiece",
+                "vocab": {"[UNK]": 0, "a": 1, "##b": 2, "é": 3},
+                "unk_token": "[UNK]",
+                "continuing_subword_prefix": "##",
+                "max_input_chars_per_word": 100,
+            },
+        }
+    ).encode()
+    yield json.dumps(
+        plain
+        | {
+            "added_tokens": [],
+            "normalizer": {"type": "NFKC"},
+            "pre_tokenizer": metaspace,
+            "post_processor": None,
+            "decoder": metaspace,
+            "model": {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["▁", -1.0], ["a", -2.0], ["ab", -2.5]]},
+        }
+    ).encode()
+
+
 def byte_tokenizer() -> dict[str, Any]:
     """`tokenizer.json` of a vocabulary of a few letters and two special tokens."""
     special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}

@@ -8,10 +8,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from fuzzing import seeds
 from fuzzing.containers import write_members
 from fuzzing.contract import hold_to_contract
-from fuzzing.mutations import Mutation, mutate_delta, mutate_folder, mutate_gguf, mutate_packed, mutate_packed_content
+from fuzzing.mutations import (
+    Mutation,
+    mutate_content,
+    mutate_delta,
+    mutate_folder,
+    mutate_gguf,
+    mutate_packed,
+    mutate_packed_content,
+)
 from fuzzing.onnx_mutations import mutate_onnx
 
 from cluscomp_export.inspection import inspect_delta, inspect_model
@@ -20,7 +29,7 @@ from cluscomp_formats.delta import is_delta, open_delta
 from cluscomp_formats.errors import ClusCompError, InvalidRequestError
 from cluscomp_formats.gguf import looks_gguf, open_gguf
 from cluscomp_formats.hf import looks_hf, open_hf
-from cluscomp_formats.ir import Model, canonical_json
+from cluscomp_formats.ir import Array, Model, canonical_json
 from cluscomp_formats.onnx import looks_onnx, open_onnx
 from cluscomp_formats.packed import looks_packed, open_packed
 from cluscomp_runtime import LanguageModel, load, run_self_test
@@ -116,6 +125,19 @@ def _consume_source(path: Path) -> None:
     Tokenizer.from_files(model.files)
 
 
+def _consume_tokenizer(path: Path) -> None:
+    """Encode, decode and stream; a file that is not one of the others' folder members needs no model."""
+    tokenizer = Tokenizer.from_files({"tokenizer.json": Array.of(np.frombuffer(path.read_bytes(), np.uint8))})
+    if tokenizer is None:
+        raise AssertionError("there is a file, and no tokenizer")
+    ids = tokenizer.encode("a b  é 漢 ab</s>\n")
+    tokenizer.decode(ids)
+    stream = tokenizer.stream(ids[:2])
+    for token in [*ids[2:], 0, 1, 2, 3]:
+        stream.push(token)
+    stream.flush()
+
+
 def _consume_delta(path: Path) -> None:
     """Open, show, and apply to the model that the seeds belong to."""
     delta = open_delta(path)
@@ -153,6 +175,7 @@ TARGETS = {
         Target("source-gguf", seeds.stock_gguf_seeds, _consume_source, mutate_gguf),
         Target("source-hf", seeds.stock_folder_seeds, _consume_source, mutate_folder, is_folder=True),
         Target("source-reference", seeds.reference_seeds, _consume_source, mutate_folder, is_folder=True),
+        Target("tokenizer", seeds.tokenizer_seeds, _consume_tokenizer, mutate_content),
         Target("delta", seeds.delta_seeds, _consume_delta, mutate_delta),
         Target("runtime", seeds.runtime_seeds, _consume_runtime, mutate_packed_content),
     )
