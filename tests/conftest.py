@@ -98,3 +98,15 @@ def same_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(chat_template_utils, "datetime", Clock)
     monkeypatch.setattr(chat, "datetime", SimpleNamespace(datetime=Clock))
+
+
+@pytest.fixture(scope="session")
+def smollm2_three_blocks(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That file with the first 3 of its 30 blocks: its types, keys, tokenizer and embedding for a fraction of the work."""
+    from gguf import GGUFReader
+    from gguf_surgery import REMOVED, rewrite
+
+    names = [tensor.name for tensor in GGUFReader(smollm2_gguf).tensors]
+    others = {name: REMOVED for name in names if name.startswith("blk.") and int(name.split(".")[1]) >= 3}
+    target = tmp_path_factory.mktemp("smollm2") / "three-blocks.gguf"
+    return rewrite(smollm2_gguf, target, {"llama.block_count": 3}, others, architecture="llama")

@@ -82,7 +82,7 @@ def short_context(stories_folder: Path, tmp_path: Path) -> Path:
     """The model as if trained for 256 tokens."""
     folder = tmp_path / "source"
     shutil.copytree(stories_folder, folder)
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 256}))
     return folder
 

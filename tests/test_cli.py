@@ -304,7 +304,7 @@ def test_eval_in_the_papers_protocol_to_a_file(run: Run, stories_text: Path, pac
     output = tmp_path / "eval.json"
     arguments = ("eval", packed, "--text", stories_text, "--protocol", "gptq", "--context", 64, "--windows", 2)
     code, out, _ = run(*arguments, "--threads", 1, "--output", output)
-    result = json.loads(output.read_text())
+    result = json.loads(output.read_text(encoding="utf-8"))
     assert code == 0
     assert "protocol gptq: 2 windows of 64 tokens" in out
     assert f"{result['perplexity']:.4f}" in out
@@ -427,7 +427,9 @@ def test_an_unknown_architecture_is_clustered_but_not_run(run: Run, tmp_path: Pa
 @contextmanager
 def started(command: list[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
     """A process that is gone afterwards, also where the test fails: what is left of it would fail another."""
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
+    ) as process:
         try:
             yield process
         except BaseException:

@@ -90,7 +90,7 @@ def test_interpreted_kernels_agree_with_the_reference(tmp_path: Path) -> None:
     """In a process of its own: `@triton.jit` settles the mode at import."""
     variables = {"TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(tmp_path)}
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **variables}
-    done = subprocess.run([sys.executable, "-c", INTERPRETED], capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, "-c", INTERPRETED], capture_output=True, encoding="utf-8", env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.strip() == "agreed 11"
 

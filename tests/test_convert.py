@@ -158,7 +158,7 @@ def test_an_existing_output_is_kept_unless_forced(stories_folder: Path, tmp_path
     options = ConversionOptions(cluster_dim=4, num_clusters=64)
     with pytest.raises(OutputExistsError):
         convert(stories_folder, output, options)
-    assert output.read_text() == "precious"
+    assert output.read_text(encoding="utf-8") == "precious"
     convert(stories_folder, output, options, force=True)
     assert open_packed(output).clustered
 

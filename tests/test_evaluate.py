@@ -58,7 +58,7 @@ def test_llama_cpp_scores_the_second_half_of_windows_that_begin_with_the_begin_t
     stories_folder: Path, stories_text: Path, peer: Peer, tokenize: Callable[[str], list[int]]
 ) -> None:
     result = evaluate_files(stories_folder, text=stories_text, windows=4, context=128)
-    ids = tokenize(stories_text.read_text())
+    ids = tokenize(stories_text.read_text(encoding="utf-8"))
     assert ids[0] == 1
     windows = [[1, *ids[start + 1 : start + 128]] for start in range(0, 4 * 128, 128)]
     # llama.cpp: first = n_ctx / 2, and n_ctx - 1 - first predictions from there on.
@@ -89,7 +89,7 @@ def test_a_stride_scores_every_token_once_with_more_before_it(
     stories_folder: Path, stories_text: Path, peer: Peer, tokenize: Callable[[str], list[int]]
 ) -> None:
     result = evaluate_files(stories_folder, text=stories_text, protocol="gptq", join="none", context=64, stride=24, windows=5)
-    ids = tokenize(stories_text.read_text())
+    ids = tokenize(stories_text.read_text(encoding="utf-8"))
     # The sliding window of transformers' guide to perplexity: labels of tokens that were scored before are left out.
     total, scored, end = 0.0, 0, 0
     for begin in range(0, 5 * 24, 24):

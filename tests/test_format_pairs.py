@@ -52,10 +52,10 @@ def test_every_pair_keeps_every_byte(artefacts: dict[str, Path], tmp_path: Path,
 
 
 @pytest.mark.smollm2
-def test_every_pair_keeps_every_byte_of_smollm2(smollm2_gguf: Path, tmp_path: Path) -> None:
+def test_every_pair_keeps_every_byte_of_smollm2(smollm2_three_blocks: Path, tmp_path: Path) -> None:
     made = {name: tmp_path / name for name in FORMATS}
     # A few clusters, and no calibration: what is under test is the formats, not the quality.
-    convert(smollm2_gguf, made["packed"], ConversionOptions(cluster_dim=4, num_clusters=64, share="kind"))
+    convert(smollm2_three_blocks, made["packed"], ConversionOptions(cluster_dim=4, num_clusters=64, share="kind"))
     for name in FORMATS[1:]:
         convert(made["packed"], made[name], ConversionOptions(to=name))
     expected = {name: contents(path) for name, path in made.items()}

@@ -21,7 +21,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "plugins.md"
 
 def install(site: Path, distribution: str, module: str, code: str, entries: dict[str, str]) -> None:
     """What pip leaves behind of a package with these entry points."""
-    (site / f"{module}.py").write_text(code)
+    (site / f"{module}.py").write_text(code, encoding="utf-8")
     metadata = site / f"{module}-1.0.dist-info"
     metadata.mkdir(parents=True)
     (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
@@ -34,7 +34,7 @@ def python(site: Path, *arguments: object, **environment: str) -> subprocess.Com
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         env={**os.environ, "PYTHONPATH": paths, **environment},
     )
 
@@ -47,7 +47,7 @@ def command(site: Path, *arguments: object, **environment: str) -> subprocess.Co
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the plug-in of the documentation is installed."""
     folder = tmp_path_factory.mktemp("site")
-    page = PAGE.read_text()
+    page = PAGE.read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     ((entry, target),) = re.findall(r"^\[project\.entry-points\.cluscomp_formats\]\n(\w+) = \"(.*)\"$", page, re.MULTILINE)
     install(folder, "cluscomp-boxed", "cluscomp_boxed", code, {entry: target})
@@ -149,4 +149,6 @@ def test_nothing_is_looked_for_before_it_is_needed(tmp_path: Path) -> None:
 
 
 def test_the_page_has_every_member_of_a_format() -> None:
-    assert re.findall(r"^\| `(\w+)[`(]", PAGE.read_text(), re.MULTILINE) == [field.name for field in dataclasses.fields(Format)]
+    assert re.findall(r"^\| `(\w+)[`(]", PAGE.read_text(encoding="utf-8"), re.MULTILINE) == [
+        field.name for field in dataclasses.fields(Format)
+    ]

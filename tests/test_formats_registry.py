@@ -70,7 +70,7 @@ def test_importing_the_formats_is_light() -> None:
         "print([name for name in ('torch', 'transformers', 'onnx', 'gguf', 'safetensors') if name in sys.modules])"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, encoding="utf-8", env=environment)
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
 
 

@@ -151,7 +151,7 @@ def test_offsets_are_aligned_and_the_file_holds_nothing_else(path: Path) -> None
 @pytest.mark.parametrize("script", ["gguf_dump", "gguf_hash"])
 def test_tools_of_gguf_py_read_it(path: Path, script: str) -> None:
     command = [sys.executable, "-m", f"gguf.scripts.{script}", str(path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=60)
     assert result.returncode == 0, result.stderr
     assert "blk.0.attn_q.codes" in result.stdout
 

@@ -212,7 +212,7 @@ def test_sources_open_the_format_without_being_told(tmp_path: Path) -> None:
         [sys.executable, "-c", code, str(tmp_path / "m")],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         check=True,
     )
     assert run.stdout.strip() == small_model().digest()

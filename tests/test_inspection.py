@@ -255,7 +255,7 @@ def test_the_tables_say_the_same(known: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_the_page_has_every_member_of_the_report(known: Path) -> None:
-    page = (Path(__file__).parent.parent / "docs" / "inspect.md").read_text()
+    page = (Path(__file__).parent.parent / "docs" / "inspect.md").read_text(encoding="utf-8")
     report = inspect_model(known, reference=known)
     members = {*report, *report["codebooks"][0], *report["worst_tensors"], *report["reference"], "relative_error"}
     assert [member for member in sorted(members) if f"`{member}`" not in page] == []

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks, to impor
 def test_killed_anywhere_it_goes_on_and_makes_the_same_bytes(to: str, stories_folder: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(KILL_LOOP), str(stories_folder), str(tmp_path), to]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     resumed = report["resumed"]

@@ -220,5 +220,5 @@ print("fine")
 
 def test_without_the_library_torch_takes_over_and_says_so_once() -> None:
     environment = {**os.environ, "CLUSCOMP_NATIVE": "0", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    run = subprocess.run([sys.executable, "-c", WITHOUT_C], env=environment, capture_output=True, text=True, timeout=120)
+    run = subprocess.run([sys.executable, "-c", WITHOUT_C], env=environment, capture_output=True, encoding="utf-8", timeout=120)
     assert run.stdout.strip() == "fine", run.stderr

@@ -44,7 +44,7 @@ def test_interpreted_equals_reference() -> None:
     """In a process of its own: `@triton.jit` settles the mode at import."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-c", INTERPRETED]
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    finished = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", timeout=300)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.strip() == "fine"
 

@@ -207,7 +207,7 @@ def test_a_full_disk_is_an_error_with_a_remedy(tmp_path: Path) -> None:
             print(error.problems[0].kind, error.problems[0].file)
         """
     )
-    done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, env=environment())
+    done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, encoding="utf-8", env=environment())
     assert done.stdout.split() == ["os_error", str(path)], done.stderr
     assert path.read_bytes() == b"what was there"
     assert list(tmp_path.iterdir()) == [path]

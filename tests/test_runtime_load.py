@@ -106,5 +106,7 @@ def test_the_runtime_stays_minimal() -> None:
         f"print([name for name in {unwanted} if name in sys.modules and name not in before])"
     )
     path = [str(Path(entry).resolve()) for entry in sys.path if entry]
-    run = subprocess.run([sys.executable, "-c", f"import sys; sys.path[:0] = {path}; {code}"], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path[:0] = {path}; {code}"], capture_output=True, encoding="utf-8"
+    )
     assert (run.stdout.strip(), run.returncode) == ("[]", 0), run.stderr

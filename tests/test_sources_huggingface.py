@@ -38,7 +38,7 @@ def save_sharded(folder: Path) -> list[str]:
 
 
 def change_json(path: Path, change: Any) -> None:
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     change(content)
     path.write_text(json.dumps(content))
 
@@ -68,7 +68,7 @@ def test_reads_what_transformers_wrote(tmp_path: Path, arch: str, dtype: torch.d
     original = save(tmp_path, arch, dtype)
     model = open_source(tmp_path)
     assert_equals_state(model, original.state_dict())
-    assert model.config == json.loads((tmp_path / "config.json").read_text())
+    assert model.config == json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     assert model.provenance["format"] == "huggingface"
     assert model.provenance["stored_bits"] == {}
     assert len(linear_tensors(model)) == 14
@@ -224,7 +224,7 @@ def test_missing_shards_and_tensors_are_all_reported(tmp_path: Path) -> None:
 
 def test_tensors_in_two_shards_or_another_than_listed(tmp_path: Path) -> None:
     names = save_sharded(tmp_path)
-    index = json.loads((tmp_path / INDEX).read_text())["weight_map"]
+    index = json.loads((tmp_path / INDEX).read_text(encoding="utf-8"))["weight_map"]
     first, second = load_file(tmp_path / names[0]), load_file(tmp_path / names[1])
     twice, moved = min(first), min(second)
     change_json(tmp_path / INDEX, lambda content: content["weight_map"].update({moved: names[2]}))

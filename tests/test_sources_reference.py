@@ -115,7 +115,7 @@ def broken(tmp_path: Path, change: Any, change_config: Any = None) -> Path:
     change(state)
     save_file(state, tmp_path / "model.safetensors")
     if change_config is not None:
-        config = json.loads((tmp_path / "config.json").read_text())
+        config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
         change_config(config)
         (tmp_path / "config.json").write_text(json.dumps(config))
     return tmp_path

@@ -97,7 +97,7 @@ def test_a_source_ten_times_the_address_space_opens_and_reads(tmp_path: Path) ->
             stream.write(header)
             stream.truncate(len(header) + count * size)
         (folder / "config.json").write_text("{}")
-        status = Path("/proc/self/status").read_text()
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
         used = int(status.split("VmSize:")[1].split()[0]) * 1024
         resource.setrlimit(resource.RLIMIT_AS, (used + 8 * size, used + 8 * size))
         model = open_source(folder)
@@ -108,5 +108,5 @@ def test_a_source_ten_times_the_address_space_opens_and_reads(tmp_path: Path) ->
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr

@@ -41,7 +41,7 @@ def packed(stories_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """stories260K at 2.5 bits, where a training has much to gain, with a chat template."""
     folder = tmp_path_factory.mktemp("source") / "stories"
     shutil.copytree(stories_folder, folder)
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
     output = folder.parent / "stories.clus"
     convert(folder, output, ConversionOptions(bits=2.5, share="kind", effort="fast", embedding_bits=16))
     return output
@@ -58,11 +58,11 @@ def tokenizer(packed: Path) -> Tokenizer:
 def texts(stories_text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A text to train on, and another."""
     folder = tmp_path_factory.mktemp("texts")
-    text = stories_text.read_text()
+    text = stories_text.read_text(encoding="utf-8")
     half = len(text) // 2
     files = folder / "train.txt", folder / "unseen.txt"
-    files[0].write_text(text[:half])
-    files[1].write_text(text[half:])
+    files[0].write_text(text[:half], encoding="utf-8")
+    files[1].write_text(text[half:], encoding="utf-8")
     return files
 
 

@@ -180,7 +180,7 @@ def test_a_ray_cluster_of_which_a_worker_is_killed_makes_the_same_bytes(
     output, script = tmp_path / "out.clus", Path(__file__).parent / "ray_conversion.py"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(script), str(stories_folder), str(output), json.dumps(OPTIONS)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["workers"] == 2

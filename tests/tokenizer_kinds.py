@@ -18,7 +18,7 @@ SPECIAL = ["<s>", "</s>"]
 
 
 def _text() -> list[str]:
-    lines = (DATA / "stories260K.txt").read_text().splitlines()[:200]
+    lines = (DATA / "stories260K.txt").read_text(encoding="utf-8").splitlines()[:200]
     return [*lines, "Grüße, 世界! Привет мир. 안녕하세요 여러분 😀 e\u0301"]
 
 
@@ -38,7 +38,7 @@ def _byte_level() -> Any:
 
 
 def _byte_fallback() -> Any:
-    return tokenizers.Tokenizer.from_str((DATA / "stories260K" / "tokenizer.json").read_text())
+    return tokenizers.Tokenizer.from_str((DATA / "stories260K" / "tokenizer.json").read_text(encoding="utf-8"))
 
 
 def _unigram() -> Any:

@@ -43,7 +43,7 @@ def test_hugging_faces_parser_finds_what_gguf_py_finds(path: Path, node: Callabl
 
 def test_gguf_dump_lists_every_tensor(path: Path, packed: Path) -> None:
     command = [sys.executable, "-m", "gguf.scripts.gguf_dump", "--json", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=60)
     assert done.returncode == 0, done.stderr
     listed = json.loads(done.stdout)
     model = open_model(packed)
