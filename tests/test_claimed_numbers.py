@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from runtime_models import byte_tokenizer_files, clustered_model, small_config
 
+from cluscomp_export.onnx_graph.skeleton import build_skeleton
 from cluscomp_export.sources.config_only import open_config
-from cluscomp_formats.errors import ClusCompError, InvalidFileError
+from cluscomp_formats.errors import ClusCompError, InvalidFileError, UnsupportedError
 from cluscomp_formats.gguf import open_gguf, write_dense_gguf, write_gguf
 from cluscomp_formats.ir import Model
 from cluscomp_runtime import LanguageModel
@@ -52,3 +53,12 @@ def test_gguf_of_ours_carries_the_configuration_only(name: str, tmp_path: Path) 
 def test_gguf_of_stock_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ClusCompError):
         write_dense_gguf(claiming(name), tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("name", ["num_hidden_layers", "n_layer", "num_experts"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_transformers_is_not_asked_to_build_layers_without_end(name: str, nested: bool) -> None:
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    claim = {name: LARGEST}
+    with pytest.raises(UnsupportedError, match=name):
+        build_skeleton(config | ({"text_config": claim} if nested else claim))

@@ -42,6 +42,11 @@ PLACEHOLDER_DOMAIN = "cluscomp_trace"
 REMEDY = "run it with transformers: convert --to hf"
 """For what transformers builds, and only the tools here do not take."""
 
+MAX_MODULES = 4096
+"""Layers, blocks or experts of a configuration."""
+
+_COUNTS = re.compile(r"layers?$|blocks$|experts$|experts_per_|depths?$")
+
 _IGNORED = (r"rotary_emb\.inv_freq$", r"\.masked_bias$")
 """What old checkpoints store although it follows from the configuration."""
 
@@ -185,8 +190,19 @@ def _model_class(config: Mapping[str, Any]) -> Any:
     return model_class
 
 
+def _refuse_claims(config: Mapping[str, Any]) -> None:
+    """Refuse modules without end: transformers builds as many as the configuration says, whatever tensors there are."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            _refuse_claims(value)
+        elif _COUNTS.search(name) and isinstance(value, (int, float)) and value > MAX_MODULES:
+            message, expected = "the configuration claims more modules than any model has", f"at most {MAX_MODULES}"
+            raise UnsupportedError(Problem("out_of_range", message, "config.json", None, f"{name}: {value}"[:200], expected))
+
+
 def named_class(config: Mapping[str, Any]) -> Any:
-    """The class of transformers that the configuration names. Raises UnsupportedError if it knows none."""
+    """The class of transformers that the configuration names. Raises UnsupportedError if it knows none, or never builds it."""
+    _refuse_claims(config)
     model_type, named = config.get("model_type"), config.get("architectures")
     name = named[0] if isinstance(named, list) and named else None
     config_class = transformers.CONFIG_MAPPING[model_type] if model_type in [*transformers.CONFIG_MAPPING] else None
