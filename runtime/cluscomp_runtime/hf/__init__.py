@@ -5,7 +5,7 @@
 
     model = AutoModelForCausalLM.from_pretrained("model-folder")
 
-See `docs/hf-format.md`. Needs transformers 5.12 or newer; nothing else in the runtime does.
+See `docs/hf-format.md`. Needs transformers 5.23 or newer; nothing else in the runtime does.
 """
 
 from cluscomp_runtime.hf.quantizer import ClusCompConfig, ClusCompQuantizer
