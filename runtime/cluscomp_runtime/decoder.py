@@ -173,6 +173,8 @@ class Decoder:
         head = model.tensors.get("lm_head.weight")
         self.head = self.embedding if head is None else builder.build(head)
         self._cosines, self._sines = self._tables(0)
+        self.has_own_threads = "native" in builder.paths.values()
+        """Whether kernels with threads of their own multiply, beside torch's."""
 
     def cache(self, context: int, batch: int = 1) -> KeyValueCache:
         """An empty key-value cache for up to `context` positions."""

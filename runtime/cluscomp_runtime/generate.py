@@ -101,7 +101,7 @@ class GenerationStream:
 
     def _threads(self, new_tokens: int) -> AbstractContextManager[None]:
         # Beside our kernels torch has little to do for one token, and its threads would poll.
-        alone = threads.torch_polls and new_tokens > 0 and self._decoder.device.type == "cpu"
+        alone = threads.torch_polls and new_tokens > 0 and self._decoder.has_own_threads
         return threads.torch_alone() if alone else nullcontext()
 
     def _run(self) -> Iterator[str]:
