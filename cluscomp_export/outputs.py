@@ -33,7 +33,7 @@ def check_apart(outputs: Iterable[Path | None], inputs: Iterable[Path | None]) -
 
 def _clash(output: Path, path: Path) -> Problem | None:
     """What is wrong with an output beside that input. Raises StorageError."""
-    kind, message, remedy = "output_is_source", "the output is the source itself, or another input", "name another output"
+    kind, message, remedy = "output_is_source", "the output is one of the inputs", "name another output"
     found = path
     if not _same(output, path):
         if _within(output, path):
