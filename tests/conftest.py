@@ -21,6 +21,11 @@ from hypothesis import settings
 
 from cluscomp_export.calibration import shipped_text
 
+# Tables are as wide, and text is as plain, in any terminal and without one; kernels are compiled.
+os.environ["COLUMNS"] = "80"
+for name in ("FORCE_COLOR", "NO_COLOR", "TRITON_INTERPRET", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+    os.environ.pop(name, None)
+
 # A busy machine is no failure; a change lands or not by the same examples whoever runs them.
 settings.register_profile("project", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("project")

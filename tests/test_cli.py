@@ -452,7 +452,7 @@ def test_ctrl_c_before_anything_is_finished_leaves_nothing_behind(stories_folder
         assert process.stdout.readline() == "clustering\n"
         assert len(list(tmp_path.iterdir())) == 2
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=600)
     assert process.returncode == 130
     assert "interrupted" in err
     assert list(tmp_path.iterdir()) == []

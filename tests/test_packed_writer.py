@@ -208,7 +208,7 @@ def test_a_full_disk_is_an_error_with_a_remedy(tmp_path: Path) -> None:
         """
     )
     done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, encoding="utf-8", env=environment())
-    assert done.stdout.split() == ["os_error", str(path)], done.stderr
+    assert done.stdout.rstrip("\n").split(" ", 1) == ["os_error", str(path)], done.stderr
     assert path.read_bytes() == b"what was there"
     assert list(tmp_path.iterdir()) == [path]
 
