@@ -192,10 +192,11 @@ def _model_class(config: Mapping[str, Any]) -> Any:
 
 def _refuse_claims(config: Mapping[str, Any]) -> None:
     """Refuse modules without end: transformers builds as many as the configuration says, whatever tensors there are."""
+    # A configuration made in Python may have numbers for keys, as in `id2label`.
     for name, value in config.items():
         if isinstance(value, Mapping):
             _refuse_claims(value)
-        elif _COUNTS.search(name) and isinstance(value, (int, float)) and value > MAX_MODULES:
+        elif _COUNTS.search(str(name)) and isinstance(value, (int, float)) and value > MAX_MODULES:
             message, expected = "the configuration claims more modules than any model has", f"at most {MAX_MODULES}"
             raise UnsupportedError(Problem("out_of_range", message, "config.json", None, f"{name}: {value}"[:200], expected))
 
