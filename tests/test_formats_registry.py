@@ -1,6 +1,7 @@
 """The registry of formats, and what importing the formats pulls in."""
 
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,7 +14,7 @@ from cluscomp_formats import packed, registry
 from cluscomp_formats.builtin import FORMATS
 from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem
 from cluscomp_formats.ir import Model
-from cluscomp_formats.registry import Format
+from cluscomp_formats.registry import Format, open_model
 
 
 @pytest.fixture
@@ -79,3 +80,12 @@ def test_problems_print_where_what_and_why() -> None:
     assert str(problem) == "m.clus · w: is wrong\n  found: 1\n  expected: 2\n  remedy: do so"
     assert Problem("k", "is wrong").as_dict() == {"kind": "k", "message": "is wrong"}
     assert str(InvalidFileError([problem, Problem("k", "too")])).endswith("do so\ntoo")
+
+
+def test_the_command_of_a_remedy_can_be_run_wherever_the_model_is(tmp_path: Path) -> None:
+    model = tmp_path / "my model"
+    model.write_bytes(b"")
+    with pytest.raises(InvalidFileError) as caught:
+        open_model(model)
+    command = (caught.value.problems[0].remedy or "").partition(": ")[2]
+    assert shlex.split(command) == ["cluscomp-export", "convert", str(model), "model.clus"]

@@ -113,7 +113,8 @@ def test_the_remedy_of_the_runtime_is_a_way_that_works(opt: Path, tmp_path: Path
     remedy = error.value.problems[0].remedy or ""
     command = re.search(r"cluscomp-export (convert MODEL FOLDER --to hf)", remedy)
     assert command is not None
-    arguments = command[1].replace("MODEL", str(tmp_path / "out.clus")).replace("FOLDER", str(tmp_path / "hf")).split()
+    places = {"MODEL": str(tmp_path / "out.clus"), "FOLDER": str(tmp_path / "hf")}
+    arguments = [places.get(word, word) for word in command[1].split()]
     assert CliRunner().invoke(cli, arguments).exit_code == 0
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").generate(torch.tensor([[1, 2]]), max_new_tokens=1)
 

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -208,7 +209,7 @@ def _prepare(model_path: Path, options: TuneOptions) -> _Prepared:
     _check_options(options)
     model = open_source(model_path)
     if not model.clustered:
-        message, remedy = "only a clustered model can be tuned", f"cluscomp-export convert {model_path} model.clus"
+        message, remedy = "only a clustered model can be tuned", f"cluscomp-export convert {quote(str(model_path))} model.clus"
         raise InvalidRequestError(Problem("not_clustered", message, str(model_path), remedy=remedy))
     tokenizer = Tokenizer.from_files(model.files)
     if tokenizer is None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from shlex import quote
 from typing import Any, Protocol
 
 from cluscomp_formats.atomic import check_output
@@ -165,7 +166,7 @@ def open_model(path: Path) -> Model:
         if not path.is_dir():
             # Those who look at the first bytes do not say why they cannot.
             os.close(open_regular(path))
-        remedy = f"an uncompressed model is converted first: cluscomp-export convert {path} model.clus"
+        remedy = f"an uncompressed model is converted first: cluscomp-export convert {quote(str(path))} model.clus"
         message = "not a codebook model in any known format"
         raise InvalidFileError(Problem("unknown_format", message, str(path), None, None, describe_formats(), remedy))
     return fmt.open(path)
