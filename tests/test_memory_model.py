@@ -14,7 +14,7 @@ import pytest
 from test_sources_config_only import KNOWN
 
 from cluscomp_export.convert import ConversionOptions, Prepared, convert, prepare
-from cluscomp_export.memory_model import PROCESS_BYTES, Peak, memory_warnings
+from cluscomp_export.memory_model import LIBRARY_BYTES, PROCESS_BYTES, Peak, memory_warnings
 from cluscomp_export.memory_model.conversion import CONTEXT_BYTES
 from cluscomp_formats.errors import StorageError
 
@@ -85,7 +85,9 @@ from cluscomp_runtime.memory import return_freed_arrays
 
 return_freed_arrays()
 convert(Path(sys.argv[1]), Path(sys.argv[2]), eval(sys.argv[3]))
-print(int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024)
+status = Path("/proc/self/status").read_text()
+peak, mapped = (int(status.split(name)[1].split()[0]) * 1024 for name in ("VmHWM:", "RssFile:"))
+print(peak - mapped)
 """
 
 
@@ -112,7 +114,8 @@ def test_the_fixed_part_holds_for_a_small_model(options: ConversionOptions, stor
     predicted = planned.process_bytes + max(peak.host for peak in planned.memory)
     command = [sys.executable, "-c", WHOLE, stories_folder, tmp_path / "out.clus", repr(options)]
     child = subprocess.run([*map(str, command)], stdout=subprocess.PIPE, text=True, check=True)
-    measured = int(child.stdout)
+    # What is mapped of libraries depends on the system's cache, so that part is taken as stated.
+    measured = int(child.stdout) + LIBRARY_BYTES
     assert 0.6 * predicted <= measured <= predicted
 
 
@@ -187,7 +190,7 @@ def test_a_machine_with_too_little_memory_is_warned_about(monkeypatch: pytest.Mo
     monkeypatch.setattr("cluscomp_export.memory_model.conversion.physical_bytes", lambda: 5 * 10**9 + PROCESS_BYTES)
     assert memory_warnings(found, "cpu") == []
     monkeypatch.setattr("cluscomp_export.memory_model.conversion.physical_bytes", lambda: 5 * 10**9)
-    assert memory_warnings(found, "cpu") == ["calibration may need 5.3 GB of memory; this machine has 5.0 GB"]
+    assert memory_warnings(found, "cpu") == ["calibration may need 5.4 GB of memory; this machine has 5.0 GB"]
     monkeypatch.setattr("cluscomp_export.memory_model.conversion.physical_bytes", lambda: None)
     assert memory_warnings(found, "cpu") == []
 

@@ -9,6 +9,13 @@ Letters in the formulas: W weights of a matrix, P the same with out_features fil
 (P / cluster_dim), k clusters, d cluster_dim, n in_features, T tokens run at a time.
 """
 
-from cluscomp_export.memory_model.conversion import PROCESS_BYTES, Peak, conversion_memory, memory_warnings, process_bytes
+from cluscomp_export.memory_model.conversion import (
+    LIBRARY_BYTES,
+    PROCESS_BYTES,
+    Peak,
+    conversion_memory,
+    memory_warnings,
+    process_bytes,
+)
 
-__all__ = ["PROCESS_BYTES", "Peak", "conversion_memory", "memory_warnings", "process_bytes"]
+__all__ = ["LIBRARY_BYTES", "PROCESS_BYTES", "Peak", "conversion_memory", "memory_warnings", "process_bytes"]
