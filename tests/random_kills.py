@@ -57,9 +57,14 @@ def finish(child: int) -> None:
 
 def kill_after(child: int, seconds: float) -> bool:
     """Kill it unless it ends before; whether it was killed. Raises RuntimeError if it failed by itself."""
-    time.sleep(seconds)
-    os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
+    end = time.monotonic() + seconds
+    ended, status = 0, 0
+    while not ended and time.monotonic() < end:
+        time.sleep(0.001)
+        ended, status = os.waitpid(child, os.WNOHANG)
+    if not ended:
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
     if not os.WIFSIGNALED(status) and os.WEXITSTATUS(status) != 0:
         raise RuntimeError("the conversion failed by itself")
     return os.WIFSIGNALED(status)
