@@ -74,7 +74,6 @@ def print_plan(report: Mapping[str, Any]) -> None:
         show("sensitivity: nats per token that an error of 1 would cost; loss: sensitivity times error, as a share")
     show()
     print_memory(report["memory"])
-    show(f"host: and {report['process_bytes'] / 1e6:.0f} MB for the process itself")
     show(f"MB at most; on the host beside the process itself (about {report['process_bytes'] / 1e6:.0f} MB)")
     show()
     bits = report["bits_per_weight"]
