@@ -29,9 +29,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from cluscomp_export.cli.terminal import print_table, say
 from cluscomp_export.sources import open_source
 from cluscomp_export.sources.linears import linear_tensors
-from cluscomp_export.terminal import print_table, say
 from cluscomp_formats.ir import Model
 from cluscomp_kernels.kmeans import kmeans
 

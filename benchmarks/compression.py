@@ -21,8 +21,8 @@ from typing import Any
 
 from measuring import quality_cells, quality_parser
 
-from cluscomp_export.evaluate import evaluate_files
-from cluscomp_export.terminal import print_table, say
+from cluscomp_export.cli.terminal import print_table, say
+from cluscomp_export.evaluation.evaluate import evaluate_files
 from cluscomp_runtime import load
 
 
@@ -30,7 +30,7 @@ def convert(
     source: Path, output: Path, bits: float, effort: str, codebook_bits: int | None, calibration: Path | None, threads: int
 ) -> dict[str, Any]:
     """Convert in a process of its own: its report, wall-clock seconds and peak resident megabytes."""
-    command = [sys.executable, "-m", "cluscomp_export.cli", "convert", str(source), str(output), "--json"]
+    command = [sys.executable, "-m", "cluscomp_export.cli.main", "convert", str(source), str(output), "--json"]
     command += ["--bits", f"{bits:g}", "--effort", effort, "--threads", str(threads)]
     command += ["--codebook-bits", str(codebook_bits)] if codebook_bits else []
     command += ["--calibration", str(calibration)] if calibration else []

@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from measuring import copy_and_sync, spread, summary, timed
 
-from cluscomp_export.convert import ConversionOptions, convert
+from cluscomp_export.conversion.convert import ConversionOptions, convert
+from cluscomp_export.conversion.writers import find_writer
 from cluscomp_export.sources import open_source
-from cluscomp_export.writers import find_writer
 from cluscomp_runtime import LanguageModel
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "programs"))

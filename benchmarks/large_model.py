@@ -32,7 +32,7 @@ LAYER_BYTES = 2 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INNER + 2 * HIDDEN)
 CHILD = """
 import sys
 from pathlib import Path
-from cluscomp_export.cli import main
+from cluscomp_export.cli.main import main
 report = Path(sys.argv.pop(1))
 try:
     main()

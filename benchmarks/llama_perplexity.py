@@ -23,10 +23,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from cluscomp_export.calibration import read_text
-from cluscomp_export.evaluate import evaluate_files
+from cluscomp_export.calibration.activations import read_text
+from cluscomp_export.cli.terminal import print_table
+from cluscomp_export.evaluation.evaluate import evaluate_files
 from cluscomp_export.sources import open_source
-from cluscomp_export.terminal import print_table
 from cluscomp_formats.gguf import write_dense_gguf
 from cluscomp_runtime.tokenizer import Tokenizer
 

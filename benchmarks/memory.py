@@ -27,19 +27,19 @@ import torch
 from measuring import forget_peak, peak_resident_bytes, resident_bytes
 from synthetic_model import llama_config, write_model
 
-from cluscomp_export.calibration import calibration_tokens, calibration_windows, channel_energies, shipped_text
-from cluscomp_export.clustering import cluster_model
-from cluscomp_export.convert import ConversionOptions, Prepared, convert, prepare, scan_source
-from cluscomp_export.effort import Effort, levels_of
-from cluscomp_export.error_feedback import ErrorFeedback
-from cluscomp_export.fisher import WINDOWS
-from cluscomp_export.memory_model import Peak, conversion_memory
-from cluscomp_export.row_importance import row_importance
-from cluscomp_export.terminal import print_table, say
-from cluscomp_export.tuning import RecoveryOptions, TrainableModel, recover
-from cluscomp_export.tuning.blockwise import BlockwiseOptions
+from cluscomp_export.calibration.activations import calibration_tokens, calibration_windows, channel_energies, shipped_text
+from cluscomp_export.calibration.fisher import WINDOWS
+from cluscomp_export.calibration.row_importance import row_importance
+from cluscomp_export.cli.terminal import print_table, say
+from cluscomp_export.compression.error_feedback import ErrorFeedback
+from cluscomp_export.compression.pipeline import cluster_model
+from cluscomp_export.conversion.convert import ConversionOptions, Prepared, convert, prepare, scan_source
+from cluscomp_export.conversion.effort import Effort, levels_of
+from cluscomp_export.conversion.memory import Peak, conversion_memory
+from cluscomp_export.conversion.writers import find_writer
+from cluscomp_export.training import RecoveryOptions, TrainableModel, recover
+from cluscomp_export.training.blockwise import BlockwiseOptions
 from cluscomp_export.work_folder import WorkFolder, work_path
-from cluscomp_export.writers import find_writer
 from cluscomp_formats.ir import Model
 from cluscomp_formats.packed import open_packed
 from cluscomp_runtime.memory import return_freed_arrays

@@ -41,13 +41,13 @@ from ggml import Ggml, Type, check_blocks
 from grids import Grid, check_gptq, check_rtn, gptq, grid_bits, huggingface_model, round_to_nearest
 from measuring import quality_cells, quality_parser
 
-from cluscomp_export.calibration import calibration_tokens, calibration_windows, read_text, shipped_text
-from cluscomp_export.effort import WINDOWS
-from cluscomp_export.evaluate import evaluate, tokenize, tokenizer_of
-from cluscomp_export.protocols import choose_protocol
+from cluscomp_export.calibration.activations import calibration_tokens, calibration_windows, read_text, shipped_text
+from cluscomp_export.cli.terminal import print_table, say
+from cluscomp_export.conversion.effort import WINDOWS
+from cluscomp_export.evaluation.evaluate import evaluate, tokenize, tokenizer_of
+from cluscomp_export.evaluation.protocols import choose_protocol
 from cluscomp_export.sources import open_source
 from cluscomp_export.sources.linears import linear_tensors
-from cluscomp_export.terminal import print_table, say
 from cluscomp_formats.gguf import write_dense_gguf
 from cluscomp_formats.ir import Array, DenseTensor, Model
 from cluscomp_runtime import LanguageModel

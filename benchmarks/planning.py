@@ -23,18 +23,18 @@ from typing import Any
 
 import numpy as np
 
-from cluscomp_export.calibration import calibration_tokens, calibration_windows, read_text, shipped_text
-from cluscomp_export.convert import ConversionOptions, convert, prepare
-from cluscomp_export.evaluate import evaluate, tokenize, tokenizer_of
-from cluscomp_export.fisher import WINDOWS
+from cluscomp_export.calibration.activations import calibration_tokens, calibration_windows, read_text, shipped_text
+from cluscomp_export.calibration.fisher import WINDOWS
+from cluscomp_export.calibration.sensitivity import measure_sensitivities
+from cluscomp_export.cli.terminal import print_table, say
+from cluscomp_export.conversion.convert import ConversionOptions, convert, prepare
+from cluscomp_export.evaluation.evaluate import evaluate, tokenize, tokenizer_of
+from cluscomp_export.evaluation.protocols import choose_protocol
 from cluscomp_export.planning import Plan, Sensitivity, embedding_tensors, plan_bits, plan_budget
 from cluscomp_export.planning.plan_file import write_plan
-from cluscomp_export.protocols import choose_protocol
-from cluscomp_export.sensitivity import measure_sensitivities
-from cluscomp_export.sizes import parse_bytes
+from cluscomp_export.planning.sizes import parse_bytes
 from cluscomp_export.sources import open_source
 from cluscomp_export.sources.linears import kind
-from cluscomp_export.terminal import print_table, say
 from cluscomp_formats.ir import Array, DenseTensor, Model
 from cluscomp_runtime import LanguageModel, load
 

@@ -13,8 +13,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cluscomp_export.evaluate import evaluate_files
-from cluscomp_export.terminal import print_table, say
+from cluscomp_export.cli.terminal import print_table, say
+from cluscomp_export.evaluation.evaluate import evaluate_files
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama.cpp": {},

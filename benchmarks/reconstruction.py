@@ -32,11 +32,11 @@ import torch
 from ggml import Ggml, Type, check_blocks
 from grids import Grid, check_rtn, grid_bits, round_to_nearest
 
-from cluscomp_export.convert import ConversionOptions, convert
-from cluscomp_export.sizes import model_sizes
+from cluscomp_export.cli.terminal import print_table, say
+from cluscomp_export.conversion.convert import ConversionOptions, convert
+from cluscomp_export.planning.sizes import model_sizes
 from cluscomp_export.sources import open_source
 from cluscomp_export.sources.linears import linear_tensors
-from cluscomp_export.terminal import print_table, say
 from cluscomp_formats.errors import InvalidRequestError
 
 Floats = npt.NDArray[np.float32]

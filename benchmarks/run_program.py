@@ -56,7 +56,7 @@ def transformers(path: Path, threads: int) -> Step:
 def onnxruntime(path: Path, threads: int, *, compact: bool = False) -> Step:
     import numpy as np
 
-    from cluscomp_export.onnx_graph.running import OnnxSession
+    from cluscomp_export.inspection.onnxruntime import OnnxSession
 
     session = OnnxSession(path, compact=compact, threads=threads)
 
@@ -78,7 +78,7 @@ PROGRAMS: dict[str, Callable[[Path, int], Step]] = {
 def measure(program: str, request: dict[str, Any]) -> dict[str, Any]:
     start_program = PROGRAMS[program]
     for module in {"ours": ("cluscomp_runtime",), "transformers": ("transformers", "cluscomp_runtime.hf")}.get(
-        program, ("onnxruntime", "cluscomp_export.onnx_graph.running")
+        program, ("onnxruntime", "cluscomp_export.inspection.onnxruntime")
     ):
         __import__(module)
     base = peak_resident_bytes()

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cluscomp_formats.hf.safetensors import Entry, header_bytes
+from cluscomp_formats.safetensors.reader import Entry, header_bytes
 from cluscomp_runtime.architecture import DecoderSettings, expected_tensors
 
 __all__ = ["llama_config", "write_model"]

@@ -17,12 +17,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cluscomp_export.evaluate import evaluate_files
-from cluscomp_export.merge import merge
-from cluscomp_export.terminal import ProgressDisplay, print_table, say
-from cluscomp_export.tuning import TrainingOptions
-from cluscomp_export.tuning.finetuning import TuneOptions, tune
-from cluscomp_export.verify import verify
+from cluscomp_export.cli.terminal import ProgressDisplay, print_table, say
+from cluscomp_export.conversion.merge import merge
+from cluscomp_export.evaluation.evaluate import evaluate_files
+from cluscomp_export.inspection.verify import verify
+from cluscomp_export.training import TrainingOptions
+from cluscomp_export.training.finetuning import TuneOptions, tune
 
 FORMATS = {"packed": "merged.clus", "gguf": "merged.gguf", "hf": "merged-hf", "onnx": "merged-onnx"}
 

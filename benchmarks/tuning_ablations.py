@@ -26,18 +26,18 @@ import numpy as np
 import torch
 from measuring import quality_cells, quality_parser
 
-from cluscomp_export.calibration import calibration_tokens, calibration_windows, read_text, shipped_text
-from cluscomp_export.clustering import cluster_model
-from cluscomp_export.error_feedback import block_index
-from cluscomp_export.evaluate import evaluate, tokenize, tokenizer_of
+from cluscomp_export.calibration.activations import calibration_tokens, calibration_windows, read_text, shipped_text
+from cluscomp_export.cli.terminal import print_table, say
+from cluscomp_export.compression.error_feedback import block_index
+from cluscomp_export.compression.pipeline import cluster_model
+from cluscomp_export.evaluation.evaluate import evaluate, tokenize, tokenizer_of
+from cluscomp_export.evaluation.protocols import choose_protocol
 from cluscomp_export.planning import Plan, plan_fixed
-from cluscomp_export.protocols import choose_protocol
 from cluscomp_export.sources import open_source
-from cluscomp_export.terminal import print_table, say
-from cluscomp_export.torch_threads import torch_threads
-from cluscomp_export.tuning import RecoveryOptions, TrainableModel, recover
-from cluscomp_export.tuning.blockwise import BlockwiseOptions, relative_error, tune_block
-from cluscomp_export.tuning.training import fast_precision
+from cluscomp_export.threads import torch_threads
+from cluscomp_export.training import RecoveryOptions, TrainableModel, recover
+from cluscomp_export.training.blockwise import BlockwiseOptions, relative_error, tune_block
+from cluscomp_export.training.loop import fast_precision
 from cluscomp_formats.ir import Array, ClusteredWeight, Model
 from cluscomp_formats.packed import write_packed
 from cluscomp_formats.parameters import KINDS, kind_of
@@ -118,7 +118,7 @@ def compare_ways(
                 if number and way.codes_again:
                     model = with_nearest_codes(model, source)
                 options = BlockwiseOptions(epochs=epochs, seed=number)
-                with patch("cluscomp_export.tuning.parameters.KINDS", tuple(way.kinds)):
+                with patch("cluscomp_export.training.parameters.KINDS", tuple(way.kinds)):
                     tuned = tune_block(runner, index, model.tensors, given[way.name][0], behind[0], options)
                 assert tuned is not None
                 assert {kind_of(name) for name in tuned.values} == set(way.kinds)

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from cluscomp_export.sources import source_files
-from cluscomp_formats.atomic import storage_error
 from cluscomp_formats.errors import InvalidRequestError, Problem
+from cluscomp_formats.files.atomic import storage_error
 
 __all__ = ["check_apart"]
 

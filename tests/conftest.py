@@ -19,7 +19,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from cluscomp_export.calibration import shipped_text
+from cluscomp_export.calibration.activations import shipped_text
 
 # Tables are as wide, and text is as plain, in any terminal and without one; kernels are compiled.
 os.environ["COLUMNS"] = "80"
@@ -44,10 +44,10 @@ def said_threads() -> None:
 def few_windows() -> Iterator[None]:
     """Calibrates on little of a short text: what a model that small gains from more is not what tests ask."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cluscomp_export.effort.WINDOWS", 6)
-        patch.setattr("cluscomp_export.convert.ENERGY_WINDOWS", 6)
-        patch.setattr("cluscomp_export.convert.WINDOWS", 2)
-        patch.setattr("cluscomp_export.conversion_options.shipped_text", lambda: shipped_text()[:40_000])
+        patch.setattr("cluscomp_export.conversion.effort.WINDOWS", 6)
+        patch.setattr("cluscomp_export.conversion.convert.ENERGY_WINDOWS", 6)
+        patch.setattr("cluscomp_export.conversion.convert.WINDOWS", 2)
+        patch.setattr("cluscomp_export.conversion.options.shipped_text", lambda: shipped_text()[:40_000])
         yield
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from hostile_paths import place
 
-from cluscomp_export import cli
-from cluscomp_export.convert import ConversionOptions, convert
-from cluscomp_export.tuning import TrainingOptions
-from cluscomp_export.tuning.finetuning import TuneOptions, tune
+from cluscomp_export.cli.main import main as cli
+from cluscomp_export.conversion.convert import ConversionOptions, convert
+from cluscomp_export.training import TrainingOptions
+from cluscomp_export.training.finetuning import TuneOptions, tune
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs pipes, devices and links")
 

@@ -13,10 +13,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cluscomp_export.convert import ConversionOptions, convert, prepare
-from cluscomp_export.evaluate import evaluate_files
+from cluscomp_export.cli.terminal import ProgressDisplay, print_table, say, show
+from cluscomp_export.conversion.convert import ConversionOptions, convert, prepare
+from cluscomp_export.evaluation.evaluate import evaluate_files
 from cluscomp_export.sources import open_source
-from cluscomp_export.terminal import ProgressDisplay, print_table, say, show
 from cluscomp_runtime import LanguageModel, load
 
 ROOT = Path(__file__).parent.parent

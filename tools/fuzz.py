@@ -17,7 +17,7 @@ from random import Random
 import atheris
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
+sys.path[:0] = [str(ROOT / "tests" / "support"), str(ROOT / "tests"), str(ROOT)]
 INSTRUMENTED = ["cluscomp_formats", "cluscomp_runtime", "cluscomp_export.sources"]
 MAX_BYTES = 1 << 16
 MAX_KEPT_BYTES = 14 << 10

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from cluscomp_export.what_runs import decoder_settings
+from cluscomp_export.calibration.runnable import decoder_settings
 from cluscomp_formats.errors import Problem, UnsupportedError
 from cluscomp_formats.ir import Model
 from cluscomp_formats.onnx.package import require_onnx
@@ -29,7 +29,7 @@ def build_graph(model: Model) -> Graph:
         from cluscomp_export.onnx_graph.traced import traced_graph
 
         return traced_graph(model)
-    from cluscomp_export.onnx_graph.llama import llama_graph
+    from cluscomp_export.onnx_graph.decoder import llama_graph
 
     settings = DecoderSettings.from_config(model.config)
     check_tensors(model, settings, head=False)

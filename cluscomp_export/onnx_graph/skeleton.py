@@ -20,7 +20,7 @@ import transformers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cluscomp_export.special_floats import with_floats
+from cluscomp_export.sources.special_floats import with_floats
 from cluscomp_formats.errors import InvalidFileError, Problem, UnsupportedError
 from cluscomp_formats.ir import Model, Tensor
 from cluscomp_runtime.hf.replacement import WEIGHT, module_kind

@@ -18,10 +18,10 @@ from typing import Any
 
 from cluscomp_export.planning.candidates import CODEBOOK_DTYPES, Size, num_vectors
 from cluscomp_export.planning.plan import CodebookPlan, Plan, Treatment
-from cluscomp_formats.atomic import atomic_write
 from cluscomp_formats.errors import InvalidFileError, Problem
+from cluscomp_formats.files.atomic import atomic_write
+from cluscomp_formats.files.regular_file import read_whole
 from cluscomp_formats.ir import FLOAT_DTYPES, MAX_CLUSTERS, DenseTensor, Model
-from cluscomp_formats.regular_file import read_whole
 
 __all__ = ["plan_value", "read_plan", "write_plan"]
 

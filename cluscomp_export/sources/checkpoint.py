@@ -17,14 +17,14 @@ from typing import Any, TypeVar
 
 from cluscomp_export.sources.foreign import ADAPTER_CONFIG, adapter_problem
 from cluscomp_export.sources.side_files import read_side_files
-from cluscomp_export.special_floats import load_config
+from cluscomp_export.sources.special_floats import load_config
 from cluscomp_formats.errors import InvalidFileError, Problem, UnsupportedError
-from cluscomp_formats.hf.mapped_shards import open_shard
-from cluscomp_formats.hf.safetensors import Entry
+from cluscomp_formats.files.model_folder import read_inside
+from cluscomp_formats.files.stored_file import Stamp, read_again
 from cluscomp_formats.ir import DTYPES, AnyArray, Array
-from cluscomp_formats.model_folder import read_inside
-from cluscomp_formats.packed.json_values import json_faults
-from cluscomp_formats.stored_file import Stamp, read_again
+from cluscomp_formats.safetensors.mapped_shards import open_shard
+from cluscomp_formats.safetensors.reader import Entry
+from cluscomp_formats.sections.json_values import json_faults
 from cluscomp_formats.tokens import with_tokenizer
 
 __all__ = [

@@ -14,11 +14,11 @@ from cluscomp_export.sources.huggingface import open_huggingface
 from cluscomp_export.sources.reference import is_reference_config, open_reference
 from cluscomp_export.sources.side_files import left_behind
 from cluscomp_formats import registry
-from cluscomp_formats.atomic import storage_error
-from cluscomp_formats.delta import is_delta, open_delta
+from cluscomp_formats.delta.delta_file import is_delta, open_delta
 from cluscomp_formats.errors import InvalidFileError, Problem
+from cluscomp_formats.files.atomic import storage_error
+from cluscomp_formats.files.regular_file import check_there, first_bytes, open_regular
 from cluscomp_formats.ir import Model
-from cluscomp_formats.regular_file import check_there, first_bytes, open_regular
 
 __all__ = ["CONFIG_ONLY", "files_left_behind", "open_source", "source_bytes", "source_files"]
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from cluscomp_formats.errors import InvalidFileError, Problem
+from cluscomp_formats.files.side_files import names_in, read_side_file
 from cluscomp_formats.ir import Array
 from cluscomp_formats.packed.spec import SIDE_FOLDER, side_file_name_fault
-from cluscomp_formats.side_files import names_in, read_side_file
 
 __all__ = ["SIDE_FILES", "left_behind", "read_side_files"]
 
@@ -56,7 +56,7 @@ def read_side_files(folder: Path, config: Mapping[str, Any] | None) -> dict[str,
     """The files of the folder that travel with the model of that configuration, by name, as uint8 `[bytes]`.
 
     Raises InvalidFileError with the problems of all: what has such a name and is no file, too long or a link that leads out of
-    the folder (see `cluscomp_formats.model_folder`); StorageError.
+    the folder (see `cluscomp_formats.files.model_folder`); StorageError.
     """
     files: dict[str, Array] = {}
     problems: list[Problem] = []

@@ -15,10 +15,10 @@ from pathlib import Path
 from shlex import quote
 from typing import Any, Protocol
 
-from cluscomp_formats.atomic import check_output
 from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem
+from cluscomp_formats.files.atomic import check_output
+from cluscomp_formats.files.regular_file import check_there, open_regular
 from cluscomp_formats.ir import Model
-from cluscomp_formats.regular_file import check_there, open_regular
 
 __all__ = [
     "ENTRY_POINTS",
@@ -51,7 +51,7 @@ class WriteModel(Protocol):
 
     `self_test` gets the model as opened from the finished payloads and gives the record to store; `on_progress` gets bytes
     done and in total. A model whose `claimed_digest` is not its digest must not become an artefact: `check_claim` of
-    `cluscomp_formats.packed.payload_stream` raises InvalidFileError. Raises OutputExistsError, StorageError,
+    `cluscomp_formats.sections.payload_stream` raises InvalidFileError. Raises OutputExistsError, StorageError,
     InvalidRequestError, UnsupportedError.
     """
 
@@ -79,9 +79,9 @@ class Format:
 
     `matches(path)` looks at a file's first bytes or a folder's content and must not raise on any input. `open(path)`
     validates and returns a lazy model; it raises InvalidFileError with every problem found. `check_output` is called before
-    the work of which `write` is the end; the default suits a single file, a folder has
-    `cluscomp_formats.atomic_folder.check_output_folder`. `size(model)` predicts the bytes of what `write` makes of a model with
-    that self-test record, at most, without reading its payloads; without it, `--budget` cannot be held in this format.
+    the work of which `write` is the end; the default suits a single file, a folder has `check_output_folder` of
+    `cluscomp_formats.files.atomic_folder`. `size(model)` predicts the bytes of what `write` makes of a model with that
+    self-test record, at most, without reading its payloads; without it, `--budget` cannot be held in this format.
     """
 
     name: str

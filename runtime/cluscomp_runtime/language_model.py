@@ -12,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cluscomp_formats.chat_templates import choose_chat_template, find_chat_templates
-from cluscomp_formats.delta import Delta
+from cluscomp_formats.delta.delta_file import Delta
 from cluscomp_formats.errors import InvalidRequestError, Problem
 from cluscomp_formats.ir import Model
 from cluscomp_formats.tokens import no_tokenizer
+from cluscomp_formats.tokens.chat_templates import choose_chat_template, find_chat_templates
 from cluscomp_kernels.threads import warn_of_polling
 from cluscomp_runtime.architecture import DecoderSettings, check_tensors
 from cluscomp_runtime.chat import render_chat

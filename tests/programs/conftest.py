@@ -13,7 +13,7 @@ import node_programs
 import pytest
 from browser import CHROMIUM
 
-from cluscomp_export.convert import ConversionOptions, convert
+from cluscomp_export.conversion.convert import ConversionOptions, convert
 
 
 def absent(reason: str) -> None:

@@ -28,7 +28,7 @@ import node_programs
 import torch
 from torch.nn import functional as F
 
-from cluscomp_export.protocols import choose_protocol
+from cluscomp_export.evaluation.protocols import choose_protocol
 from cluscomp_export.sources import open_source
 from cluscomp_formats.gguf import DENSE_TYPES, write_dense_gguf
 from cluscomp_runtime import LanguageModel

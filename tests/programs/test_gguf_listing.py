@@ -12,7 +12,7 @@ from typing import Any
 import gguf
 import pytest
 
-from cluscomp_export.convert import ConversionOptions, convert
+from cluscomp_export.conversion.convert import ConversionOptions, convert
 from cluscomp_formats.registry import open_model
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from llama_cpp_parity import compare
 
-from cluscomp_export.convert import ConversionOptions, convert
+from cluscomp_export.conversion.convert import ConversionOptions, convert
 
 NOTHING = {"text": "", "prompt_ids": [], "new_tokens": 0, "windows": []}
 

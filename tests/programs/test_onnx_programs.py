@@ -11,7 +11,7 @@ from browser import run_page
 from clustered_models import with_clusters
 from model_builders import tiny_llama
 
-from cluscomp_export.convert import ConversionOptions, convert
+from cluscomp_export.conversion.convert import ConversionOptions, convert
 from cluscomp_export.onnx_graph import build_graph
 from cluscomp_formats.onnx.writer import write_onnx
 from cluscomp_runtime import LanguageModel, load

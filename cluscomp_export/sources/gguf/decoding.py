@@ -12,9 +12,9 @@ import math
 import numpy as np
 
 from cluscomp_formats.errors import Problem, UnsupportedError
+from cluscomp_formats.files.stored_file import read_again
 from cluscomp_formats.gguf.container import StoredTensor, gguf_package
 from cluscomp_formats.ir import DTYPES, AnyArray, Array
-from cluscomp_formats.stored_file import read_again
 
 __all__ = ["PLAIN_DTYPES", "check_decodable", "lazy_array", "undo_rope_permutation"]
 

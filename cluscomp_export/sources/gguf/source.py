@@ -15,10 +15,10 @@ from cluscomp_export.sources.gguf.architectures import build_config, find_archit
 from cluscomp_export.sources.gguf.decoding import check_decodable, lazy_array
 from cluscomp_export.sources.gguf.tokenizer import UnsupportedTokenizer, build_generation_config, build_tokenizer
 from cluscomp_formats.errors import InvalidFileError, Problem, UnsupportedError
+from cluscomp_formats.files.regular_file import first_bytes
 from cluscomp_formats.gguf.architectures import Placed, expected_tensors
 from cluscomp_formats.gguf.container import MAGIC, Container, StoredTensor, read_container
 from cluscomp_formats.ir import Array, DenseTensor, Model
-from cluscomp_formats.regular_file import first_bytes
 
 __all__ = ["gguf_parts", "is_gguf", "model_of", "read_gguf"]
 

@@ -18,9 +18,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cluscomp_formats.chat_templates import DEFAULT
 from cluscomp_formats.gguf.end_of_generation import KEYS, ends_generation, types_in_use
-from cluscomp_formats.packed.json_values import is_unicode
+from cluscomp_formats.sections.json_values import is_unicode
+from cluscomp_formats.tokens.chat_templates import DEFAULT
 from cluscomp_formats.tokens.merges import merges_from_scores
 from cluscomp_formats.tokens.unsupported import UnsupportedTokenizer
 from cluscomp_formats.tokens.word_schemes import SCHEMES, Scheme

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from cluscomp_formats.errors import ClusCompError, InvalidFileError, Problem, UnsupportedError
-from cluscomp_formats.regular_file import open_regular
-from cluscomp_formats.stored_file import Stamp
+from cluscomp_formats.files.regular_file import open_regular
+from cluscomp_formats.files.stored_file import Stamp
 
 __all__ = ["MAGIC", "Container", "StoredTensor", "architecture_of", "gguf_package", "read_container"]
 

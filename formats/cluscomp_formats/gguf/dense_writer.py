@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from cluscomp_formats.atomic import atomic_write, check_output
 from cluscomp_formats.errors import InvalidRequestError, Problem, StorageError, UnsupportedError
+from cluscomp_formats.files.atomic import atomic_write, check_output
 from cluscomp_formats.gguf.architectures import Placed, expected_tensors
 from cluscomp_formats.gguf.container import gguf_package
 from cluscomp_formats.gguf.container_encoding import DirectoryEntry, Value, aligned, encode_header
@@ -27,7 +27,7 @@ from cluscomp_formats.gguf.tokenizer_metadata import (
     with_tokenizer_read,
 )
 from cluscomp_formats.ir import FLOAT_DTYPES, AnyArray, DenseTensor, Model, float32_to_bfloat16
-from cluscomp_formats.packed.payload_stream import Progress, check_claim
+from cluscomp_formats.sections.payload_stream import Progress, check_claim
 
 __all__ = ["DENSE_TYPES", "DenseReport", "dense_gguf_notes", "dense_gguf_size", "write_dense_gguf"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 
-from cluscomp_formats.packed.payloads import Payload
+from cluscomp_formats.sections.payloads import Payload
 
 __all__ = ["ALIGNMENT", "ARCHITECTURE", "ROW_ORDER", "VERSION", "stored_form"]
 

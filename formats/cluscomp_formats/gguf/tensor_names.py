@@ -12,7 +12,7 @@ from typing import Any
 from cluscomp_formats.gguf.container import gguf_package
 from cluscomp_formats.gguf.container_encoding import MAX_TENSOR_NAME_BYTES
 from cluscomp_formats.ir import Model
-from cluscomp_formats.packed.payloads import Payload
+from cluscomp_formats.sections.payloads import Payload
 
 __all__ = ["tensor_names"]
 

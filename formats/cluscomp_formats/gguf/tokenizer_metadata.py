@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cluscomp_formats.chat_templates import DEFAULT, find_chat_templates, is_template_file
 from cluscomp_formats.errors import InvalidFileError
 from cluscomp_formats.gguf.container_encoding import Value
 from cluscomp_formats.gguf.end_of_generation import end_keys
 from cluscomp_formats.ir import Array, Model
-from cluscomp_formats.packed.payload_stream import read_checked
-from cluscomp_formats.packed.payloads import Payload
+from cluscomp_formats.sections.payload_stream import read_checked
+from cluscomp_formats.sections.payloads import Payload
 from cluscomp_formats.tokens import TOKEN_FILES, TokenizerFiles, end_tokens, read_tokenizer
+from cluscomp_formats.tokens.chat_templates import DEFAULT, find_chat_templates, is_template_file
 from cluscomp_formats.tokens.word_schemes import GPT2_WORDS, SCHEMES
 
 __all__ = ["InexpressibleTokenizer", "TokenizerMetadata", "tokenizer_metadata", "with_tokenizer_read"]

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from cluscomp_formats.atomic import atomic_write, check_output
 from cluscomp_formats.errors import ClusCompError, InvalidRequestError
+from cluscomp_formats.files.atomic import atomic_write, check_output
 from cluscomp_formats.gguf.container_encoding import DirectoryEntry, Value, aligned, encode_header
 from cluscomp_formats.gguf.hyperparameters import base_architecture, read_hyperparameters
 from cluscomp_formats.gguf.reader import open_gguf
@@ -15,11 +15,11 @@ from cluscomp_formats.gguf.spec import ALIGNMENT, ARCHITECTURE, ROW_ORDER, VERSI
 from cluscomp_formats.gguf.tensor_names import tensor_names
 from cluscomp_formats.gguf.tokenizer_metadata import InexpressibleTokenizer, tokenizer_metadata, with_tokenizer_read
 from cluscomp_formats.ir import Model, canonical_json
-from cluscomp_formats.packed.header import Section, header_of, header_value
-from cluscomp_formats.packed.payload_stream import Progress, SelfTest, WriteReport, json_problems
-from cluscomp_formats.packed.payloads import Payload, stored_payloads
-from cluscomp_formats.packed.section_stream import place_sections, write_sections
 from cluscomp_formats.packed.writer import NO_DIGEST, request_problems
+from cluscomp_formats.sections.header import Section, header_of, header_value
+from cluscomp_formats.sections.payload_stream import Progress, SelfTest, WriteReport, json_problems
+from cluscomp_formats.sections.payloads import Payload, stored_payloads
+from cluscomp_formats.sections.section_stream import place_sections, write_sections
 
 __all__ = ["gguf_size", "write_gguf"]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cluscomp_formats.ir import Array, Model
-from cluscomp_formats.packed.payloads import Payload, stored_payloads
+from cluscomp_formats.sections.payloads import Payload, stored_payloads
 
 __all__ = [
     "CONFIG",

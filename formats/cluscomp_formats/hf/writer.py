@@ -9,14 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluscomp_formats.atomic_folder import atomic_folder, check_output_folder
 from cluscomp_formats.errors import InvalidRequestError, Problem
+from cluscomp_formats.files.atomic_folder import atomic_folder, check_output_folder
+from cluscomp_formats.files.side_files import json_bytes, side_file_problems, write_json, write_side_files, write_synced
 from cluscomp_formats.hf.layout import CONFIG, INDEX, OWN_FILES, RECORD, SINGLE, VERSION, StoredArray, stored_arrays
 from cluscomp_formats.hf.quantization import join_config
 from cluscomp_formats.hf.reader import holds_only_model, open_hf
-from cluscomp_formats.hf.safetensors import MAX_HEADER_BYTES, Entry, header_bytes, lay_out
 from cluscomp_formats.ir import DigestBuilder, Model, canonical_json
-from cluscomp_formats.packed.payload_stream import (
+from cluscomp_formats.packed.writer import NO_DIGEST
+from cluscomp_formats.safetensors.reader import MAX_HEADER_BYTES, Entry, header_bytes, lay_out
+from cluscomp_formats.sections.payload_stream import (
     Progress,
     SelfTest,
     WriteReport,
@@ -27,9 +29,7 @@ from cluscomp_formats.packed.payload_stream import (
     read_checked,
     stored_pieces,
 )
-from cluscomp_formats.packed.payloads import stored_payloads
-from cluscomp_formats.packed.writer import NO_DIGEST
-from cluscomp_formats.side_files import json_bytes, side_file_problems, write_json, write_side_files, write_synced
+from cluscomp_formats.sections.payloads import stored_payloads
 
 __all__ = ["SHARD_BYTES", "hf_size", "write_hf"]
 

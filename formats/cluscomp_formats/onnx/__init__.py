@@ -6,7 +6,7 @@ takes the graph too: what a model computes is not for this package to know.
 
 import functools
 
-from cluscomp_formats.atomic_folder import check_output_folder
+from cluscomp_formats.files.atomic_folder import check_output_folder
 from cluscomp_formats.onnx.reader import holds_only_onnx, looks_onnx, open_onnx
 from cluscomp_formats.registry import Format
 

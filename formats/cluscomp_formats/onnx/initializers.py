@@ -6,7 +6,7 @@ import onnx
 
 from cluscomp_formats.hf.layout import StoredArray
 from cluscomp_formats.onnx.spec import DATA_FILE, ELEMENT_TYPES, stored_form
-from cluscomp_formats.packed.header import Section
+from cluscomp_formats.sections.header import Section
 
 __all__ = ["initializer", "place"]
 

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluscomp_formats.errors import MAX_PROBLEMS, ClusCompError, InvalidFileError, Problem
+from cluscomp_formats.files.regular_file import first_bytes, read_whole
+from cluscomp_formats.files.side_files import names_in, open_side_files
+from cluscomp_formats.files.stored_file import StoredFile
 from cluscomp_formats.hf.layout import stored_arrays
 from cluscomp_formats.ir import Model
 from cluscomp_formats.onnx.package import require_onnx
@@ -27,17 +30,14 @@ from cluscomp_formats.onnx.spec import (
     data_offset,
     stored_form,
 )
-from cluscomp_formats.packed.assembly import build_model, reference_problems
-from cluscomp_formats.packed.header import PackedHeader, Section
-from cluscomp_formats.packed.header_parsing import parse_header
-from cluscomp_formats.packed.json_values import StrictJsonError, parse_canonical
-from cluscomp_formats.packed.mapped_file import MappedFile
-from cluscomp_formats.packed.payloads import stored_payloads
 from cluscomp_formats.packed.reader import content_problems
 from cluscomp_formats.packed.spec import align
-from cluscomp_formats.regular_file import first_bytes, read_whole
-from cluscomp_formats.side_files import names_in, open_side_files
-from cluscomp_formats.stored_file import StoredFile
+from cluscomp_formats.sections.assembly import build_model, reference_problems
+from cluscomp_formats.sections.header import PackedHeader, Section
+from cluscomp_formats.sections.header_parsing import parse_header
+from cluscomp_formats.sections.json_values import StrictJsonError, parse_canonical
+from cluscomp_formats.sections.mapped_file import MappedFile
+from cluscomp_formats.sections.payloads import stored_payloads
 
 if TYPE_CHECKING:
     import onnx

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from cluscomp_formats.packed.payloads import Payload
 from cluscomp_formats.packed.spec import ALIGNMENT
+from cluscomp_formats.sections.payloads import Payload
 
 __all__ = [
     "CONFIG",

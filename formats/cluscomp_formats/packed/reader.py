@@ -7,14 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cluscomp_formats.errors import InvalidFileError, Problem
+from cluscomp_formats.files.regular_file import first_bytes
+from cluscomp_formats.files.stored_file import StoredFile
 from cluscomp_formats.ir import DigestBuilder, Model
-from cluscomp_formats.packed.assembly import build_model, reference_problems
-from cluscomp_formats.packed.header import PackedHeader
-from cluscomp_formats.packed.header_parsing import layout_problems, parse_header
-from cluscomp_formats.packed.json_values import StrictJsonError, parse_canonical
 from cluscomp_formats.packed.lookalike import describe, is_mangled
-from cluscomp_formats.packed.mapped_file import MappedFile
-from cluscomp_formats.packed.payloads import stored_payloads
 from cluscomp_formats.packed.spec import (
     ALIGNMENT,
     MAGIC,
@@ -23,8 +19,12 @@ from cluscomp_formats.packed.spec import (
     VERSION,
     Preamble,
 )
-from cluscomp_formats.regular_file import first_bytes
-from cluscomp_formats.stored_file import StoredFile
+from cluscomp_formats.sections.assembly import build_model, reference_problems
+from cluscomp_formats.sections.header import PackedHeader
+from cluscomp_formats.sections.header_parsing import layout_problems, parse_header
+from cluscomp_formats.sections.json_values import StrictJsonError, parse_canonical
+from cluscomp_formats.sections.mapped_file import MappedFile
+from cluscomp_formats.sections.payloads import stored_payloads
 
 __all__ = ["content_problems", "looks_packed", "open_packed", "read_header"]
 

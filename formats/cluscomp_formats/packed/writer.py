@@ -7,15 +7,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from cluscomp_formats.atomic import atomic_write, check_output
 from cluscomp_formats.errors import InvalidRequestError, Problem
+from cluscomp_formats.files.atomic import atomic_write, check_output
 from cluscomp_formats.ir import Array, Model, canonical_json
-from cluscomp_formats.packed.header import PackedHeader, Section, header_of, header_value
-from cluscomp_formats.packed.payload_stream import Progress, SelfTest, WriteReport, json_problems, model_problems
-from cluscomp_formats.packed.payloads import Payload, stored_payloads
 from cluscomp_formats.packed.reader import open_packed
-from cluscomp_formats.packed.section_stream import place_sections, write_sections
 from cluscomp_formats.packed.spec import MAX_HEADER_LENGTH, PREAMBLE_LENGTH, VERSION, Preamble, align
+from cluscomp_formats.sections.header import PackedHeader, Section, header_of, header_value
+from cluscomp_formats.sections.payload_stream import Progress, SelfTest, WriteReport, json_problems, model_problems
+from cluscomp_formats.sections.payloads import Payload, stored_payloads
+from cluscomp_formats.sections.section_stream import place_sections, write_sections
 
 __all__ = ["NO_DIGEST", "WriteReport", "packed_size", "request_problems", "write_packed"]
 

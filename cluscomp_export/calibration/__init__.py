@@ -1,0 +1,1 @@
+"""Texts that a source is run on, and what is measured there."""

@@ -1,0 +1,89 @@
+"""How much the model's predictions suffer from errors of each output of a matrix, measured on a calibration text.
+
+In the reference layout a vector of a codebook goes across `cluster_dim` rows of a matrix, which matter differently: the outputs
+of a feed-forward network that is hardly ever active may err more than others. The importance of a row is the mean squared
+gradient of the predictions with respect to its output (`fisher.py`), each token's share of it, so that all tokens count alike.
+GuidedQuant (Kim et al., arXiv 2505.07004) weights the moments of inputs by such gradients; here they decide between the rows of
+a vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cluscomp_export.calibration.activations import normalised, token_shares
+from cluscomp_export.calibration.fisher import FisherPass
+from cluscomp_export.progress import Progress, silent
+from cluscomp_formats.ir import Model, Tensor
+from cluscomp_runtime.decoder import Positions
+from cluscomp_runtime.linear import DenseLinear, MatrixBuilder, decoded
+
+__all__ = ["block_matrices", "row_importance"]
+
+
+class _Watched(DenseLinear):
+    """A dense matrix that sums up what flows back to its outputs."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, sums: torch.Tensor) -> None:
+        super().__init__(weight, bias)
+        self.sums = sums
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        outputs = super().__call__(x)
+        if outputs.requires_grad:
+            outputs.register_hook(self._see)  # type: ignore[no-untyped-call]
+        return outputs
+
+    def _see(self, gradient: torch.Tensor) -> None:
+        self.sums += token_shares(gradient)
+
+
+class _WatchedMatrices(MatrixBuilder):
+    def __init__(self, sums: Mapping[str, torch.Tensor]) -> None:
+        super().__init__("dense", torch.float32, torch.device("cpu"))
+        self.sums = sums
+
+    def build(self, tensor: Tensor, bias: Tensor | None = None) -> DenseLinear:
+        return _Watched(decoded(tensor).float(), None if bias is None else self.vector(bias), self.sums[tensor.name])
+
+
+class _Measurement(FisherPass):
+    def __init__(self, source: Model, seed: int) -> None:
+        super().__init__(source, seed)
+        self.sums = {name: torch.zeros(rows, dtype=torch.float64) for name, rows in block_matrices(source).items()}
+
+    def builder(self) -> MatrixBuilder:
+        return _WatchedMatrices(self.sums)
+
+    def block_gradients(self, index: int, inputs: torch.Tensor, positions: Positions, gradients: torch.Tensor) -> None:
+        layer = self.layer(index, self.builder())
+        for number, gradient in enumerate(gradients):
+            window = inputs[number, None].requires_grad_()
+            gradients[number] = torch.autograd.grad(layer(window, positions, None), window, gradient[None])[0][0]
+
+
+def block_matrices(model: Model) -> dict[str, int]:
+    """The matrices of the decoder blocks, and how many rows each has."""
+    return {
+        name: tensor.shape[0]
+        for name, tensor in model.tensors.items()
+        if len(tensor.shape) == 2 and name.startswith("model.layers.")
+    }
+
+
+def row_importance(
+    source: Model, windows: torch.Tensor, *, seed: int = 0, on_progress: Progress = silent
+) -> Mapping[str, npt.NDArray[np.float32]]:
+    """Importance of each row of every matrix of a decoder block, float32 `[out_features]` with mean 1, on ids int64 `[windows,
+    tokens]`.
+
+    The last bits may depend on the number of threads. Raises UnsupportedError for an architecture the runtime does not know,
+    InvalidFileError where tensors do not fit the configuration, InvalidRequestError for ids the model does not have.
+    """
+    measurement = _Measurement(source, seed)
+    measurement.run(windows, "row importance", on_progress)
+    return {name: normalised(sums) for name, sums in measurement.sums.items()}

@@ -1,0 +1,160 @@
+"""How much the model's predictions suffer from errors of each tensor, measured on a calibration text.
+
+For small, independent, zero-mean errors of a matrix's weights the divergence of the model from itself grows by
+
+    KL ~ 1/2 * sum over weights of (mean squared gradient of the log-likelihood of labels the model draws) * (variance)
+
+nats per token: the diagonal of the Fisher information (`fisher.py`). The gradients of a window's tokens add up before they are
+squared, as they meet in the same weight.
+
+Memory: beside what `FisherPass` says, the gradients of one block's matrices and trial errors of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+
+from cluscomp_export.calibration.activations import token_shares
+from cluscomp_export.calibration.fisher import EMBEDDING, HEAD, FisherPass
+from cluscomp_export.calibration.trial_errors import trial_errors
+from cluscomp_export.planning import Sensitivity
+from cluscomp_export.progress import Progress, silent
+from cluscomp_formats.ir import Model, Tensor
+from cluscomp_runtime.decoder import Positions
+from cluscomp_runtime.linear import DenseLinear, MatrixBuilder, decoded
+
+__all__ = ["measure_sensitivities", "sensitive_tensors"]
+
+
+class _Leaf(DenseLinear):
+    """A dense matrix whose weight takes gradients, and which sums up the energies of its inputs in the forward pass."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, energy: torch.Tensor) -> None:
+        super().__init__(weight, bias)
+        self.energy = energy
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            self.energy += token_shares(x)
+        return super().__call__(x)
+
+
+class _Leaves(MatrixBuilder):
+    """Builds `_Leaf`s."""
+
+    def __init__(self, sums: Mapping[str, _Sums]) -> None:
+        super().__init__("dense", torch.float32, torch.device("cpu"))
+        self.sums = sums
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def build(self, tensor: Tensor, bias: Tensor | None = None) -> DenseLinear:
+        weight = decoded(tensor).float().requires_grad_()
+        self.weights[tensor.name] = weight
+        return _Leaf(weight, None if bias is None else self.vector(bias), self.sums[tensor.name].energy)
+
+
+class _Sums:
+    """What is summed up for a matrix: energies of its inputs, losses of trial errors."""
+
+    def __init__(self, in_features: int) -> None:
+        self.energy = torch.zeros(in_features, dtype=torch.float64)
+        self.relative = self.flat = 0.0
+
+    def trial(self, weight: torch.Tensor, *, row_scale: bool = True) -> torch.Tensor:
+        """`trial_errors` of the matrix."""
+        energy = self.energy.numpy().astype(np.float32)
+        return torch.from_numpy(trial_errors(weight.detach().numpy(), energy, row_scale=row_scale))
+
+
+class _Measurement(FisherPass):
+    def __init__(self, source: Model, seed: int) -> None:
+        super().__init__(source, seed)
+        self.sums = {}
+        for name in sensitive_tensors(source):
+            self.sums[name] = _Sums(source.tensors[name].shape[1])
+
+    def builder(self) -> MatrixBuilder:
+        return _Leaves(self.sums)
+
+    def block_gradients(self, index: int, inputs: torch.Tensor, positions: Positions, gradients: torch.Tensor) -> None:
+        leaves = _Leaves(self.sums)
+        layer, weights = self.layer(index, leaves), leaves.weights
+        trials = {
+            name: [self.sums[name].trial(weight, row_scale=row_scale) for row_scale in (True, False)]
+            for name, weight in weights.items()
+        }
+        for number, gradient in enumerate(gradients):
+            window = inputs[number, None].requires_grad_()
+            of_window, *found = torch.autograd.grad(layer(window, positions, None), [window, *weights.values()], gradient[None])
+            for name in weights:
+                # Taken off the list: a matrix's gradient goes before the next window's are computed.
+                of_weight = found.pop(0)
+                scaled, flat = trials[name]
+                self.sums[name].relative += _square_sum(of_weight * scaled)
+                self.sums[name].flat += _square_sum(of_weight.mul_(flat))
+            del of_weight
+            gradients[number] = of_window[0]
+
+    def watch_head(self, hidden: torch.Tensor, weight: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], None]:
+        sums = self.sums[self.head]
+        sums.energy += token_shares(self.decoder.norm(hidden))
+        errors = sums.trial(weight)
+
+        def see_predictions(normed: torch.Tensor, probabilities: torch.Tensor) -> None:
+            changes = normed @ errors.t()
+            # What all logits have in common changes nothing: here the whole covariance counts.
+            means = (probabilities * changes).sum(-1, keepdim=True)
+            sums.relative += float((probabilities * (changes - means).square_()).sum(dtype=torch.float64))
+
+        return see_predictions
+
+    def see_embedding(self, windows: torch.Tensor, gradients: torch.Tensor) -> None:
+        """Adds the share of the look-up; its product with the share of a tied head, which has either sign, is left out."""
+        sums = self.sums[EMBEDDING]
+        if self.head != EMBEDDING:
+            sums.energy += 1.0
+        errors = sums.trial(decoded(self.source.tensors[EMBEDDING]).float())
+        for ids, gradient in zip(windows, gradients, strict=True):
+            distinct, places = ids.unique(return_inverse=True)
+            of_rows = torch.zeros(len(distinct), gradient.shape[1]).index_add_(0, places, gradient)
+            sums.relative += _square_sum(of_rows * errors[distinct])
+
+
+def _square_sum(values: torch.Tensor) -> float:
+    return float(values.square_().sum(dtype=torch.float64))
+
+
+def sensitive_tensors(model: Model) -> list[str]:
+    """Names of the tensors that are measured: the matrices of the decoder blocks, the embedding and the head."""
+    return [
+        name
+        for name, tensor in model.tensors.items()
+        if len(tensor.shape) == 2 and (name in (EMBEDDING, HEAD) or name.startswith("model.layers."))
+    ]
+
+
+def measure_sensitivities(
+    source: Model, windows: torch.Tensor, *, seed: int = 0, on_progress: Progress = silent
+) -> Mapping[str, Sensitivity]:
+    """Sensitivity of every matrix of a decoder block, the embedding and the head, by name, on ids int64 `[windows, tokens]`.
+
+    A tied embedding counts as look-up and as head. Raises UnsupportedError for an architecture the runtime does not know,
+    InvalidFileError where tensors do not fit the configuration, InvalidRequestError for ids the model does not have.
+    """
+    measurement = _Measurement(source, seed)
+    measurement.run(windows, "sensitivity", on_progress)
+    result = {}
+    half = 0.5 / windows.numel()
+    for name, sums in measurement.sums.items():
+        # Embedding and head are never without row scales.
+        flat = sums.relative if name in (EMBEDDING, HEAD) else sums.flat
+        result[name] = Sensitivity(_rounded(half * sums.relative), _rounded(half * flat))
+    return result
+
+
+def _rounded(value: float) -> float:
+    """To three digits: what is beyond them is noise, and may depend on the machine."""
+    return float(f"{value:.3g}")

@@ -1,0 +1,1 @@
+"""Threads, processes and machines that fit codebooks and encode matrices."""

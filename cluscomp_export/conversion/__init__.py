@@ -1,0 +1,1 @@
+"""From a source and options to an artefact."""

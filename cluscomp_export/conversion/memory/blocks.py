@@ -1,0 +1,284 @@
+"""What is held of whole blocks, and of the model: calibration, sensitivities, error feedback, trainings, self-test. Letters are
+those of the package's docstring."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from cluscomp_export.calibration.activations import BATCH
+from cluscomp_export.calibration.fisher import EMBEDDING, HEAD_TOKENS, WINDOWS, head_name
+from cluscomp_export.compression.error_feedback import PIECE_BYTES, block_index
+from cluscomp_export.conversion.memory.matrices import (
+    clustered_decoding,
+    encoding,
+    feedback_search,
+    looking_up,
+    making_vectors,
+    num_vectors,
+    reading,
+    to_float64,
+)
+from cluscomp_export.planning import Plan
+from cluscomp_export.sources import embedding_tensor, head_tensor, logits_tensor
+from cluscomp_export.training.blockwise import BlockwiseOptions
+from cluscomp_export.training.recovery import RecoveryOptions, teacher_kernel
+from cluscomp_formats.ir import ClusteredWeight, Model, Tensor
+from cluscomp_kernels.clus_linear.trainable import BLOCK_BYTES
+from cluscomp_runtime.architecture import DecoderSettings
+from cluscomp_runtime.selftest import MAX_SENTENCE_TOKENS, RANDOM_SEQUENCES
+
+__all__ = ["calibration", "embedding", "error_feedback", "recovery", "row_importance", "self_test", "sensitivities", "tuning"]
+
+HALVES = (("self_attn", ("q_proj", "k_proj", "v_proj"), "o_proj"), ("mlp", ("gate_proj", "up_proj"), "down_proj"))
+"""Module, readers and writer of the halves of a block (`cluscomp_runtime.blocks.Half`)."""
+
+
+def _layer_activations(settings: DecoderSettings, tokens: int, width: int) -> int:
+    """The widest moment of a block for `tokens` tokens of `width` bytes: the stream and its norm, and beside them either
+    queries and keys four times (joined, and rotated in halves) with values, or three arrays of the feed-forward (gate, up and
+    product; or the product that is observed, its squares and their shares)."""
+    hidden, inner = settings.hidden_size, settings.intermediate_size
+    queries, keys = settings.num_heads * settings.head_dim, settings.num_kv_heads * settings.head_dim
+    return width * tokens * (2 * hidden + max(4 * (queries + keys) + keys, 3 * inner))
+
+
+def calibration(source: Model, settings: DecoderSettings, windows: int, context: int) -> int:
+    """`channel_energies`: the sums of all channels, and the most of a block's matrix as float64 with the activations of `BATCH`
+    windows as float64, or the embedding with two streams of them. The head does not multiply."""
+    matrices = [tensor for tensor in source.tensors.values() if len(tensor.shape) == 2]
+    sums = sum(8 * tensor.shape[1] for tensor in matrices)
+    tokens = min(windows, BATCH) * context
+    multiplying = max(to_float64(source, tensor) for tensor in matrices if block_index(tensor.name) is not None)
+    return sums + max(
+        multiplying + _layer_activations(settings, tokens, 8),
+        looking_up(source, source.tensors[EMBEDDING]) + 16 * tokens * settings.hidden_size,
+    )
+
+
+def sensitivities(source: Model, settings: DecoderSettings, context: int) -> int:
+    """`measure_sensitivities`: the streams of a few windows before and behind every block, with their gradients; beside them
+    the most of a block or of embedding and head.
+
+    A block: its matrices as float32 with two trial errors and, of one window, gradients and what they need
+    (`_training_block`), with two arrays of the feed-forward that flow back; or while trial errors are made, a matrix as
+    float64. Embedding and head: as float32 and, while trial errors are made, as float64; the logits of some tokens six times.
+    """
+    most = 0
+    for names in _blocks(source).values():
+        matrices = [tensor for name in names if len((tensor := source.tensors[name]).shape) == 2]
+        weights, widest = (fold(tensor.num_weights for tensor in matrices) for fold in (sum, max))
+        placing = max(reading(source, tensor)[0] for tensor in matrices)
+        gradients = 4 * weights + 4 * widest + _backwards(settings, context)
+        most = max(most, 4 * weights + placing, 12 * weights + max(gradients, 8 * widest))
+    for name in (embedding_tensor(source), head_tensor(source)):
+        if name is not None:
+            tensor = source.tensors[name]
+            most = max(most, reading(source, tensor)[0], 12 * tensor.num_weights + _noise(settings))
+    return _between_blocks(settings, context) + most
+
+
+def row_importance(source: Model, settings: DecoderSettings, context: int) -> int:
+    """`row_importance`: the streams of a few windows before and behind every block, with their gradients; beside them a block's
+    matrices as float32, and of one window what it keeps and what flows back, once as float64 and squared. Or the head as
+    float32 with the logits of some tokens six times."""
+    most = 0
+    for names in _blocks(source).values():
+        matrices = [tensor for name in names if len((tensor := source.tensors[name]).shape) == 2]
+        placing = max(reading(source, tensor)[0] for tensor in matrices)
+        observed = 16 * context * max(tensor.shape[0] for tensor in matrices)
+        weights = sum(tensor.num_weights for tensor in matrices)
+        most = max(most, 4 * weights + max(placing, _backwards(settings, context) + observed))
+    head = source.tensors[head_name(source)]
+    decoding, decoded = reading(source, head)
+    return _between_blocks(settings, context) + max(most, decoding, decoded + 4 * head.num_weights + _noise(settings))
+
+
+def _between_blocks(settings: DecoderSettings, context: int) -> int:
+    """The streams before and behind every block for the windows of a `FisherPass`, and their gradients."""
+    return 4 * WINDOWS * context * settings.hidden_size * (settings.num_layers + 2)
+
+
+def _backwards(settings: DecoderSettings, context: int) -> int:
+    """What a block keeps of one window for its gradients, with two arrays of the feed-forward that flow back."""
+    return _training_block(settings, context, []) + 2 * 4 * context * settings.intermediate_size
+
+
+def _noise(settings: DecoderSettings) -> int:
+    """The logits of some tokens, six times."""
+    return 6 * 4 * HEAD_TOKENS * settings.vocab_size
+
+
+def error_feedback(
+    source: Model, model: Model, plan: Plan, settings: DecoderSettings, windows: int, context: int, *, cuda: bool
+) -> tuple[int, int]:
+    """Device and host bytes of the most of what follows, for each half of a block: its readers, which have the normed stream as
+    input, and its writer.
+
+    On the device, or else the host too: the half as float32, of the original model, while the writer is seen to also of the
+    compressed one, for a moment twice (three halves); activations of `BATCH` windows; the moments of an input (8 n²), the
+    product that is added to them (4 n²), and the same for what is lacking, of readers n², of the writer n x hidden_size.
+
+    On the host: the streams of all windows of both models, before and behind the half (five at a time, 4 bytes x tokens x
+    hidden_size), for the writer also all its inputs; the codes of the block; and what `_correcting` and `_encoding` say. Or
+    what is outside the blocks: an embedding that is encoded without feedback, or the head, with it: beside its vectors and
+    codes six times the piece that is encoded, and the moments of its input (24 n²).
+    """
+    names = max(_blocks(source).values(), key=lambda block: sum(source.tensors[name].num_weights for name in block))
+    index = block_index(names[0])
+    stream = 4 * windows * context * settings.hidden_size
+    tokens = min(windows, BATCH) * context
+    running = _layer_activations(settings, tokens, 4)
+    codes = sum(2 * num_vectors(plan.treatments[name]) for name in names if name in plan.treatments)
+    device = host = 0
+    for module, readers, writer in HALVES:
+        prefix = f"model.layers.{index}.{module}"
+        inputs = ([f"{prefix}.{name}.weight" for name in readers], [f"{prefix}.{writer}.weight"])
+        matrices = [name for group in inputs for name in group]
+        half = sum(4 * source.tensors[name].num_weights for name in matrices)
+        placing = max(_to_float32(model.tensors[name]) for name in matrices)
+        widths = [source.tensors[group[0]].shape[1] for group in inputs]
+        mixed = 4 * windows * context * widths[1]
+        lacking = (widths[0] ** 2, widths[1] * settings.hidden_size)
+        # Five arrays of inputs: of both models, scaled, what is lacking, that scaled.
+        sums = [12 * (width**2 + lack) + 20 * tokens * width for width, lack in zip(widths, lacking, strict=True)]
+        computing = (half + max(running, sums[0]), 2 * half + sums[1], 3 * half + running)
+        goals = [
+            max(_correcting(source, width, group), _encoding(source, plan, width, group))
+            for width, group in zip(widths, inputs, strict=True)
+        ]
+        if cuda:
+            device = max(device, *computing, half + feedback_search(plan))
+            host = max(host, goals[0], mixed + goals[1], mixed + placing)
+        else:
+            beside = (half + goals[0], half + mixed + goals[1], 2 * half + mixed + placing)
+            host = max(host, computing[0], mixed + computing[1], mixed + computing[2], *beside)
+    outside = Plan({name: treatment for name, treatment in plan.treatments.items() if block_index(name) is None})
+    device_outside, host_outside = encoding(source, outside, cuda=cuda)
+    host = max(5 * stream + codes + host, 2 * stream + host_outside, embedding(source, settings, windows, context))
+    head = logits_tensor(source)
+    if head is not None and head in plan.treatments:
+        making, vectors = making_vectors(source, head, plan.treatments[head])
+        encoded = vectors + 2 * num_vectors(plan.treatments[head]) + 6 * min(PIECE_BYTES, vectors)
+        host = max(host, 2 * stream + 24 * settings.hidden_size**2 + max(making, encoded))
+    return max(device, device_outside), host
+
+
+def embedding(source: Model, settings: DecoderSettings, windows: int, context: int) -> int:
+    """What flows into the first block: the embedding, and the streams of all windows."""
+    return looking_up(source, source.tensors[EMBEDDING]) + 4 * windows * context * settings.hidden_size
+
+
+def _to_float32(tensor: Tensor) -> int:
+    """A matrix on its way to float32 on the device: copied off the map or decoded, and the result."""
+    if isinstance(tensor, ClusteredWeight):
+        return clustered_decoding(tensor)
+    return 9 * tensor.num_weights
+
+
+def _correcting(source: Model, width: int, names: Sequence[str]) -> int:
+    """Moments and lacks (16 n²) with a matrix as float64, or the moments and their factor twice (24 n²); what the outputs lack
+    as float64, one of them twice more."""
+    lacks = [8 * width * source.tensors[name].shape[0] for name in names]
+    decoding = max(max(peak, 3 * after) for peak, after in (reading(source, source.tensors[name]) for name in names))
+    return sum(lacks) + max(16 * width**2 + decoding, 24 * width**2 + 2 * max(lacks))
+
+
+def _encoding(source: Model, plan: Plan, width: int, names: Sequence[str]) -> int:
+    """The corrections of all matrices of an input, and of one: moments and two more matrices while they are factored (24 n²),
+    beside its vectors twice (8 P); then moments and factor, once more the moments as float32 (16 n²), beside vectors twice, as
+    decoded and projected (16 P); or without those the products as well (20 P)."""
+    corrections = sum(4 * width * source.tensors[name].shape[0] for name in names)
+    squares, most = width**2, 0
+    for name in names:
+        if name in plan.treatments:
+            making, vectors = making_vectors(source, name, plan.treatments[name])
+            factoring, searching, fitting = 24 * squares + 2 * vectors, 16 * squares + 4 * vectors, 12 * squares + 5 * vectors
+            most = max(most, 8 * squares + making, factoring, searching, fitting)
+    return corrections + most
+
+
+def _blocks(model: Model) -> Mapping[int, list[str]]:
+    blocks: dict[int, list[str]] = {}
+    for name in model.tensors:
+        index = block_index(name)
+        if index is not None:
+            blocks.setdefault(index, []).append(name)
+    return blocks
+
+
+def tuning(
+    model: Model, settings: DecoderSettings, options: BlockwiseOptions, windows: int, context: int, shared: Collection[str]
+) -> tuple[int, int]:
+    """Bytes of the block that needs most, on the device or else the host too, and of the streams, which are on the host.
+
+    The block: its codes at 16 bits; its parameters (24 bytes each as value, gradient, two moments, best state and the one it
+    replaces; 4 bytes of a codebook that other blocks use, which stays as it is); activations of a batch that are kept for their
+    gradients, and a matrix being decoded for them (`_training_block`). Six streams of all windows: three of the block before
+    and after, two that are trained on, and one being put together.
+    """
+    tokens = min(options.batch, windows) * context
+    most = 0
+    for names in _blocks(model).values():
+        weights = [tensor for name in names if isinstance(tensor := model.tensors[name], ClusteredWeight)]
+        books = {stage.codebook.name: stage.codebook.values.size for weight in weights for stage in weight.stages}
+        values = sum(size for name, size in books.items() if name not in shared)
+        values += sum(weight.row_scale.size for weight in weights if weight.row_scale is not None)
+        values += sum(model.tensors[name].num_weights for name in names if len(model.tensors[name].shape) == 1)
+        codes = sum(2 * stage.codes.size for weight in weights for stage in weight.stages)
+        kept = 4 * sum(size for name, size in books.items() if name in shared)
+        most = max(most, codes + kept + 24 * values + _training_block(settings, tokens, weights))
+    return most, 6 * 4 * windows * context * settings.hidden_size
+
+
+def _training_block(settings: DecoderSettings, tokens: int, weights: Sequence[ClusteredWeight]) -> int:
+    """What a block keeps for its gradients: eight streams, queries and keys five times, six arrays of the feed-forward; beside
+    them a matrix is decoded (4 P + 4 V), or in pieces with its gradient (five times `BLOCK_BYTES`)."""
+    queries, keys = settings.num_heads * settings.head_dim, settings.num_kv_heads * settings.head_dim
+    kept = 4 * tokens * (8 * settings.hidden_size + 5 * (queries + keys) + 6 * settings.intermediate_size)
+    widest = max((4 * weight.num_weights for weight in weights), default=0)
+    codes = max((4 * stage.codes.size for weight in weights for stage in weight.stages), default=0)
+    return kept + max(widest + codes, 5 * min(BLOCK_BYTES, widest))
+
+
+def recovery(
+    source: Model, model: Model, settings: DecoderSettings, options: RecoveryOptions, *, cuda: bool
+) -> tuple[int, int]:
+    """Bytes on the device, or else all on the host, and on the host.
+
+    Beside what is trained (4 bytes each as value, gradient, two moments, best state and the one it replaces), the codes, and
+    embedding and head as float32: the original, as float32 or matrix by matrix; the streams between blocks; and either one
+    block done again for its gradients (`_training_block`) or the logits of one window ten times: of both models, their
+    logarithms, the divergences and their gradients with what torch needs in between, which is counted from a measured peak.
+    With a device the host has a matrix on its way there, or what is trained as value, two moments and best state, to be kept.
+    """
+    tokens = options.batch * options.context
+    books = sum(book.values.size for book in model.codebooks.values())
+    scales = sum(weight.row_scale.size for weight in model.clustered.values() if weight.row_scale is not None)
+    norms = sum(tensor.num_weights for tensor in model.tensors.values() if len(tensor.shape) == 1)
+    trained = books + scales + norms
+    ends = [model.tensors[name] for name in (embedding_tensor(model), head_tensor(model)) if name]
+    codes = [sum(stage.codes.size for stage in weight.stages) for weight in model.clustered.values()]
+    matrices = [tensor for tensor in source.tensors.values() if len(tensor.shape) == 2]
+    one = max(reading(source, tensor)[0] for tensor in matrices)
+    if teacher_kernel(source) == "dense":
+        teacher = sum(4 * tensor.num_weights for tensor in matrices)
+    elif cuda:
+        # As it is stored and as float32.
+        teacher = max(8 * tensor.num_weights for tensor in matrices)
+    else:
+        teacher = one
+    streams = 4 * tokens * settings.hidden_size * (settings.num_layers + 4)
+    block = _training_block(settings, tokens, list(model.clustered.values()))
+    logits = 10 * 4 * options.context * settings.vocab_size
+    frozen = sum(4 * tensor.num_weights for tensor in ends)
+    working = 24 * trained + 2 * sum(codes) + frozen + teacher + streams + max(block, logits)
+    return (working, max(one, 16 * trained, *map(_to_float32, ends))) if cuda else (0, working)
+
+
+def self_test(model: Model, settings: DecoderSettings) -> int:
+    """A matrix as float64, and for every token of the sequences its logits as float64 twice (the product and what is kept of
+    it) and as float32."""
+    matrices = [tensor for tensor in model.tensors.values() if len(tensor.shape) == 2]
+    tokens = (RANDOM_SEQUENCES + 1) * MAX_SENTENCE_TOKENS
+    logits = (8 + 8 + 4) * tokens * settings.vocab_size
+    return max(to_float64(model, tensor) for tensor in matrices) + logits + _layer_activations(settings, tokens, 8)

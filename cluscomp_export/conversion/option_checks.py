@@ -1,0 +1,97 @@
+"""Whether the options of a conversion make sense, alone and together; looked at before anything else."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, get_args
+
+from cluscomp_export.compression.fit_encode import Method
+from cluscomp_export.compression.workers.local import parse_workers
+from cluscomp_export.conversion.effort import Effort
+from cluscomp_export.conversion.options import ConversionOptions
+from cluscomp_export.conversion.writers import Writer
+from cluscomp_export.planning import CODEBOOK_DTYPES, Share
+from cluscomp_export.threads import check_threads
+from cluscomp_formats.errors import InvalidRequestError, Problem
+
+__all__ = ["check_options"]
+
+Sensitivity = Literal["measured", "equal"]
+
+
+def check_options(options: ConversionOptions, writer: Writer) -> None:
+    """Raises InvalidRequestError for options that contradict each other, or one that is out of range or no choice there is."""
+    problem = _no_choice(options) or _contradiction(options, writer) or _out_of_range(options)
+    if problem:
+        raise InvalidRequestError(problem)
+    options.levels()
+    check_threads(options.threads)
+    if options.workers is not None:
+        parse_workers(options.workers)
+
+
+def _no_choice(options: ConversionOptions) -> Problem | None:
+    """Values that the command line would not let through."""
+    choices: dict[str, tuple[Any, object]] = {
+        "effort": (options.effort, Effort),
+        "share": (options.share, Share),
+        "sensitivity": (options.sensitivity, Sensitivity),
+        "method": (options.method, Method),
+    }
+    for option, (value, kind) in choices.items():
+        known = get_args(kind)
+        if value is not None and value not in known:
+            expected = ", ".join(known)
+            return Problem("bad_option", f"--{option} has no such choice", found=repr(value)[:200], expected=expected)
+    return None
+
+
+def _contradiction(options: ConversionOptions, writer: Writer) -> Problem | None:
+    """Options that do not go together."""
+    targets = [option for option, value in options.targets().items() if value is not None]
+    target = targets[0] if targets else "--bits"
+    if len(targets) > 1:
+        message = f"{' and '.join(targets)} exclude each other"
+        return Problem("bad_option", message, found=" ".join(targets), remedy="give one of them")
+    if (options.cluster_dim is None) != (options.num_clusters is None):
+        return Problem("bad_option", "--dim and --clusters go together", remedy="give both, or --bits")
+    if target not in ("--bits", "--dim") and options.embedding_bits is not None:
+        message = f"{target} says what becomes of the embedding, too"
+        remedy = "drop --embedding-bits, or give --bits"
+        return Problem("bad_option", message, found=f"{target} --embedding-bits", remedy=remedy)
+    if options.plan is not None:
+        for option, value in (("--share", options.share), ("--codebook-bits", options.codebook_bits)):
+            if value is not None:
+                return Problem(
+                    "bad_option", "--plan says that already", found=option, remedy=f"drop {option}, or edit the plan"
+                )
+    if options.sensitivity is not None and not options.allocates:
+        remedy = "drop --sensitivity, or give --bits, --budget or --match-loss"
+        return Problem("bad_option", "there is nothing to allocate", found=f"{target} --sensitivity", remedy=remedy)
+    if options.match_loss is not None and options.sensitivity == "equal":
+        remedy = "drop --sensitivity"
+        return Problem("bad_option", "--match-loss needs measured sensitivities", found="--sensitivity equal", remedy=remedy)
+    if options.calibration == "none" and options.measures:
+        remedy = "give a text"
+        return Problem("bad_option", "sensitivities are measured on a text", found="--calibration none", remedy=remedy)
+    if options.budget is not None and (writer.size is None or options.gguf_type is not None):
+        message = "the size in this format does not follow from codebooks, or cannot be predicted"
+        remedy = "convert with --bits, or to packed, hf, gguf or onnx"
+        return Problem("bad_option", message, found=f"--budget --to {options.to}", remedy=remedy)
+    if options.calibration == "none" and options.levels().needs_text:
+        remedy = "give a text, or --effort fast and none of the options of other levels"
+        return Problem("bad_option", "this effort needs a calibration text", found="--calibration none", remedy=remedy)
+    return None
+
+
+def _out_of_range(options: ConversionOptions) -> Problem | None:
+    for option, bits in (("--bits", options.bits), ("--embedding-bits", options.embedding_bits)):
+        if bits is not None and not 0 < bits <= 16:
+            return Problem("bad_option", f"{option} is out of range", found=f"{bits:g}", expected="more than 0, at most 16")
+    if options.match_loss is not None and not 0 < options.match_loss < math.inf:
+        found = f"{options.match_loss:g}"
+        return Problem("bad_option", "--match-loss is out of range", found=found, expected="a positive number")
+    if options.codebook_bits not in (None, *CODEBOOK_DTYPES):
+        found, expected = str(options.codebook_bits), " or ".join(map(str, CODEBOOK_DTYPES))
+        return Problem("bad_option", "--codebook-bits is out of range", found=found, expected=expected)
+    return None

@@ -1,0 +1,326 @@
+"""From options to a plan: what contradicts itself, what has to be measured, what the artefact and the work on it will take."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cluscomp_export.calibration.activations import calibration_context, calibration_tokens, calibration_windows, most_windows
+from cluscomp_export.calibration.fisher import WINDOWS
+from cluscomp_export.calibration.runnable import calibration_fault, prediction_fault
+from cluscomp_export.calibration.sensitivity import measure_sensitivities, sensitive_tensors
+from cluscomp_export.compression.pipeline import cluster_model
+from cluscomp_export.conversion.effort import levels_of
+from cluscomp_export.conversion.finite_values import scan_source
+from cluscomp_export.conversion.memory import Peak, conversion_memory, memory_warnings, process_bytes
+from cluscomp_export.conversion.option_checks import check_options
+from cluscomp_export.conversion.options import ConversionOptions
+from cluscomp_export.conversion.tokenizer_warnings import tokenizer_warnings
+from cluscomp_export.conversion.where_to_run import nowhere_to_run
+from cluscomp_export.conversion.writers import Writer, find_writer
+from cluscomp_export.planning import (
+    Plan,
+    Sensitivity,
+    embedding_tensors,
+    plan_bits,
+    plan_budget,
+    plan_fixed,
+    plan_loss,
+)
+from cluscomp_export.planning.plan_file import plan_value, read_plan
+from cluscomp_export.planning.sizes import Sizes, model_sizes
+from cluscomp_export.progress import Progress, silent
+from cluscomp_export.sources import CONFIG_ONLY, files_left_behind, open_source, source_bytes
+from cluscomp_export.threads import torch_threads
+from cluscomp_export.work_folder import WorkFolder
+from cluscomp_formats.errors import ClusCompError, InvalidRequestError, Problem
+from cluscomp_formats.ir import AnyArray, Model, canonical_json
+from cluscomp_formats.packed.writer import NO_DIGEST
+from cluscomp_formats.version import __version__
+from cluscomp_runtime.language_model import check_device
+from cluscomp_runtime.memory import memory_faults
+from cluscomp_runtime.selftest import longest_record
+
+__all__ = ["Prepared", "make_plan", "prepare", "provenance_of", "sensitivities_of"]
+
+DEFAULT_BITS = 4.0
+LARGE_SHARE = 0.1
+"""Of the weights: from here on it is said that they are not clustered."""
+MAX_NAMED = 8
+"""Files that a warning names."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A conversion that has been planned.
+
+    `text` is what to calibrate on, if anything. `model` tells sizes, `plan` is None when a clustered source is only repacked,
+    `memory` is what each phase needs at most.
+    `file_bytes` is the size of the artefact, at most; None where the format cannot tell. `sensitivities` are what the plan was
+    made with, None if every weight counted alike. `process_bytes` is the memory of the process itself, on top of every phase.
+    """
+
+    source: Model
+    text: str | None
+    plan: Plan | None
+    model: Model
+    sizes: Sizes
+    file_bytes: int | None
+    source_file_bytes: int
+    sensitivities: Mapping[str, Sensitivity] | None
+    memory: tuple[Peak, ...]
+    process_bytes: int
+    warnings: tuple[str, ...]
+
+
+@memory_faults("run it again with more memory free")
+def prepare(
+    source_path: Path,
+    options: ConversionOptions,
+    on_progress: Progress = silent,
+    *,
+    to_plan: bool = False,
+    measure: bool = True,
+) -> Prepared:
+    """Open, measure what the plan needs, and plan. What `--dry-run` shows.
+
+    `to_plan` asks for nothing but the plan: the source may be a folder with a `config.json` and no weights, the device another
+    machine's. Only shapes are read, unless the plan needs sensitivities; without `measure` it is made as if every weight
+    counted alike.
+
+    Raises InvalidRequestError for options that contradict each other or a budget that cannot be met, InvalidFileError,
+    UnsupportedError.
+    """
+    writer = find_writer(options.to, options.gguf_type)
+    check_options(options, writer)
+    if not to_plan:
+        check_device(options.device)
+    source = open_source(source_path, to_plan=to_plan)
+    warnings: list[str] = []
+    text = None if source.clustered else _calibration_text(source, options, warnings)
+    context = calibration_context(source, options.calibration_context)
+    plan = sensitivities = None
+    if source.clustered:
+        if options.asks_clustering:
+            remedy = "convert the original model instead, or drop the clustering options to repack it as it is"
+            raise InvalidRequestError(
+                Problem("already_clustered", "the source is clustered already", str(source_path), remedy=remedy)
+            )
+        model = source
+    else:
+        provenance = provenance_of(source, options, text, NO_DIGEST)
+        if measure and options.measures:
+            scan_source(source, source_path, on_progress)
+        if measure:
+            with torch_threads(options.torch_threads):
+                sensitivities = sensitivities_of(source, options, text, None, on_progress)
+        plan = make_plan(source, options, writer, provenance, sensitivities)
+        model = cluster_model(source, plan, provenance=provenance)
+    sizes = model_sizes(model)
+    record = model.self_test or longest_record(source)
+    artefact = None if writer.size is None else writer.size(replace(model, self_test=record))
+    only_config = source.provenance.get("format") == CONFIG_ONLY
+    source_size = model_sizes(source).payload_bytes if only_config else source_bytes(source_path)
+    levels = levels_of("fast") if text is None else options.levels()
+    process = process_bytes(measures=options.measures, levels=None if plan is None else levels)
+    memory = conversion_memory(
+        source,
+        model,
+        plan,
+        output_bytes=sizes.payload_bytes if artefact is None else artefact,
+        calibrated=text is not None,
+        measures=options.measures,
+        levels=levels,
+        windows=most_windows(text or "", options.levels().windows, context),
+        context=context,
+        cuda=options.device.startswith("cuda"),
+    )
+    warnings += [] if only_config else tokenizer_warnings(source)
+    warnings += [*writer.notes(model), *_warnings(sizes, source_size), *_file_warnings(source, source_path)]
+    warnings += memory_warnings(memory, options.device, process)
+    warnings += _plan_warnings(source, options, model) if plan is not None else []
+    return Prepared(source, text, plan, model, sizes, artefact, source_size, sensitivities, memory, process, tuple(warnings))
+
+
+def _calibration_text(source: Model, options: ConversionOptions, warnings: list[str]) -> str | None:
+    """The text to calibrate on, None with a warning where the source cannot be run on it and no option insists.
+
+    Raises what says why it cannot, with the options that insist.
+    """
+    text = options.calibration_text()
+    if text is None:
+        return None
+    insists = {
+        "--match-loss": options.match_loss is not None,
+        "--sensitivity": options.sensitivity == "measured",
+        "--calibration": options.calibration is not None,
+        "--effort and its levels": options.levels().needs_text and options.asks_levels,
+    }
+    fault = calibration_fault(source, text)
+    if fault is not None:
+        _refuse(fault, insists, "matrices are then clustered without a calibration text, as by --effort fast")
+        warnings.append(f"clustered without a calibration text: {fault.problems[0].message}")
+        return None
+    without = prediction_fault(source)
+    if without is not None:
+        insists["--calibration"] = insists["--effort and its levels"] = False
+        insists["recovery, as of --effort best"] = options.levels().recovery is not None
+        _refuse(without, insists, "--effort balanced and --bits need no predictions")
+    return text
+
+
+def _refuse(fault: ClusCompError, insists: Mapping[str, bool], instead: str) -> None:
+    named = [option for option, given in insists.items() if given]
+    if named:
+        remedy = f"leave out {' and '.join(named)}: {instead}"
+        raise type(fault)([replace(problem, remedy=remedy) for problem in fault.problems])
+
+
+def provenance_of(source: Model, options: ConversionOptions, text: str | None, digest: str) -> dict[str, Any]:
+    """What a conversion records: the source, of that digest, and all options that determine the result."""
+    recorded = options.recorded()
+    if text is not None:
+        recorded["calibration"] = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+    if options.plan is not None:
+        plan = canonical_json(plan_value(read_plan(options.plan, source)))
+        recorded["plan"] = f"sha256:{hashlib.sha256(plan.encode()).hexdigest()}"
+    levels = levels_of("fast") if text is None else options.levels()
+    return {
+        "tool": "cluscomp-export",
+        "version": __version__,
+        "source": {**source.provenance, "digest": digest},
+        "options": {**recorded, **levels.recorded()},
+    }
+
+
+def sensitivities_of(
+    source: Model, options: ConversionOptions, text: str | None, work: WorkFolder | None, on_progress: Progress
+) -> Mapping[str, Sensitivity] | None:
+    """How much each tensor matters, if the plan is to be made from it; computed unless an earlier attempt has done so.
+
+    Raises what `measure_sensitivities` and `calibration_tokens` do.
+    """
+    if not options.measures or text is None:
+        return None
+    names = sensitive_tensors(source)
+    forms = {key: ("float64", (len(names),)) for key in ("relative", "flat")}
+    found = None if work is None else work.load("sensitivities", forms)
+    if found is not None:
+        pairs = zip(names, found["relative"].tolist(), found["flat"].tolist(), strict=True)
+        return {name: Sensitivity(relative, flat) for name, relative, flat in pairs}
+    context = calibration_context(source, options.calibration_context)
+    windows = calibration_windows(options.levels().seen(calibration_tokens(source, text)), WINDOWS, context)
+    sensitivities = measure_sensitivities(source, windows, seed=options.seed, on_progress=on_progress)
+    if work is not None:
+        arrays: dict[str, AnyArray] = {
+            "relative": np.array([sensitivities[name].relative for name in names]),
+            "flat": np.array([sensitivities[name].flat for name in names]),
+        }
+        work.save("sensitivities", arrays)
+    return sensitivities
+
+
+def make_plan(
+    source: Model,
+    options: ConversionOptions,
+    writer: Writer,
+    provenance: Mapping[str, Any],
+    sensitivities: Mapping[str, Sensitivity] | None,
+) -> Plan:
+    """The plan for what the options aim at; `provenance` is part of an artefact whose size is limited.
+
+    Raises InvalidRequestError for what cannot be met, InvalidFileError for a bad plan file, UnsupportedError if there is
+    nothing to cluster.
+    """
+    if options.plan is not None:
+        return read_plan(options.plan, source)
+    share, codebook_bits = options.share, options.codebook_bits
+    if codebook_bits is None and options.levels().recovery is not None:
+        # Recovery moves most values by less than a step of int8.
+        codebook_bits = 16
+    if options.budget is not None and writer.size is not None:
+        size, record = writer.size, longest_record(source)
+
+        def size_of(plan: Plan) -> int:
+            return size(replace(cluster_model(source, plan, provenance=provenance), self_test=record))
+
+        return plan_budget(
+            source,
+            budget=options.budget,
+            size_of=size_of,
+            share=share,
+            codebook_bits=codebook_bits,
+            sensitivities=sensitivities,
+        )
+    if options.match_loss is not None and sensitivities is not None:
+        return plan_loss(source, loss=options.match_loss, share=share, codebook_bits=codebook_bits, sensitivities=sensitivities)
+    stored = source.provenance.get("stored_bits", {})
+    embedding_bits = options.embedding_bits
+    if embedding_bits is None:
+        embedding_bits = max((stored.get(name, 16.0) for name in embedding_tensors(source)), default=16.0)
+    if options.cluster_dim is not None and options.num_clusters is not None:
+        return plan_fixed(
+            source,
+            cluster_dim=options.cluster_dim,
+            num_clusters=options.num_clusters,
+            share=share or "none",
+            embedding_bits=embedding_bits,
+            codebook_bits=codebook_bits,
+        )
+    return plan_bits(
+        source,
+        bits=options.bits or DEFAULT_BITS,
+        share=share,
+        embedding_bits=embedding_bits,
+        codebook_bits=codebook_bits,
+        sensitivities=sensitivities,
+    )
+
+
+def _plan_warnings(source: Model, options: ConversionOptions, model: Model) -> list[str]:
+    """What the plan leaves out that one may have expected, and where the result will not run."""
+    warnings = []
+    if options.embedding_bits is not None and not embedding_tensors(source):
+        warnings.append("--embedding-bits has no effect: no tensor is called like an embedding or a head")
+    left = {name: tensor.num_weights for name, tensor in model.tensors.items() if len(tensor.shape) > 2}
+    share = sum(left.values()) / max(1, sum(tensor.num_weights for tensor in model.tensors.values()))
+    if share > LARGE_SHARE:
+        first = next(iter(left))
+        warnings.append(
+            f"{share:.0%} of the weights lie in tensors of more than two dimensions and stay as they are: {first}, ..."
+        )
+    nowhere = nowhere_to_run(model)
+    return warnings if nowhere is None else [*warnings, nowhere]
+
+
+def _file_warnings(source: Model, path: Path) -> list[str]:
+    warnings = []
+    left = files_left_behind(source, path)
+    if left:
+        more = f" and {len(left) - MAX_NAMED} more" if len(left) > MAX_NAMED else ""
+        warnings.append(f"not carried along, not known to belong to a model: {', '.join(left[:MAX_NAMED])}{more}")
+    code = [name for name in source.files if name.endswith(".py")]
+    if code:
+        named = ", ".join(code[:MAX_NAMED])
+        warnings.append(
+            f"the artefact carries the model's own code ({named}): nothing here runs it, transformers only if told to trust it"
+        )
+    return warnings
+
+
+def _warnings(sizes: Sizes, source_file_bytes: int) -> list[str]:
+    warnings = []
+    if sizes.payload_bytes > source_file_bytes:
+        dense = (
+            "; --embedding-bits 8 or 4 clusters the embedding and the head" if sizes.all_bits > 2 * sizes.linear_bits else ""
+        )
+        warnings.append(
+            f"the artefact ({sizes.payload_bytes / 1e6:.1f} MB) will be larger than the source "
+            f"({source_file_bytes / 1e6:.1f} MB): ask for fewer --bits{dense}"
+        )
+    return warnings

@@ -1,0 +1,172 @@
+"""Read a model once, whatever its format: what is wrong with it, how its codebooks are used, and its digest."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from cluscomp_export.progress import Progress, silent
+from cluscomp_formats.errors import InvalidFileError, Problem
+from cluscomp_formats.ir import FLOAT_DTYPES, AnyArray, Array, ClusteredWeight, DigestBuilder, Model
+from cluscomp_formats.sections.payload_stream import hash_payload
+from cluscomp_formats.sections.payloads import Payload, is_finite, stored_payloads
+
+__all__ = ["CodebookHealth", "Health", "check_health", "codebook_users"]
+
+Counts = npt.NDArray[np.intp]
+
+
+@dataclass
+class CodebookHealth:
+    """A codebook and its use by all weights that refer to it.
+
+    `dead` clusters have no code; `duplicates` are centroids equal, bit for bit, to an earlier one; `entropy_bits` is the
+    entropy of the codes in bits per code, at most the bits a code takes; `largest_share` that of the most used cluster among
+    the codes. What cannot be told, because the centroids or some of the codes are faulty, is None. `out_of_range` counts
+    the arrays of codes that reach past the codebook.
+    """
+
+    dead: int | None = None
+    duplicates: int | None = None
+    entropy_bits: float | None = None
+    largest_share: float | None = None
+    out_of_range: int = 0
+    not_finite: bool = False
+
+
+@dataclass
+class Health:
+    """What one pass over a model found.
+
+    `digest` is None if a payload could not be read. `unused_bits` has for every clustered weight of sound codes how many
+    bits these take beyond their entropy. `faulty` names the tensors that do not decode to what they should.
+    """
+
+    codebooks: dict[str, CodebookHealth]
+    digest: str | None = None
+    problems: list[Problem] = field(default_factory=list)
+    unused_bits: dict[str, float] = field(default_factory=dict)
+    faulty: set[str] = field(default_factory=set)
+
+
+def check_health(model: Model, path: Path, on_progress: Progress = silent) -> Health:
+    """Read every payload, one at a time; a faulty one is reported and does not keep the rest from being read.
+
+    Values are held against the rules of `docs/packed-format.md` whether the reader of the format does so or not; dense
+    values that are not finite, which `convert` refuses in a source, are reported too. Raises StorageError.
+    """
+    payloads = list(stored_payloads(model))
+    health = Health({name: CodebookHealth() for name in model.codebooks})
+    users = codebook_users(model)
+    counter = _Counter(health, payloads)
+    builder = DigestBuilder(model.config)
+    all_read = True
+    for done, (payload, array) in enumerate(payloads):
+        on_progress("reading", done, len(payloads))
+        values, problems = _read(payload, array, path)
+        health.problems += problems
+        if values is None:
+            all_read = False
+        else:
+            hash_payload(builder, payload, array, values)
+        sound = None if problems else values
+        if payload.part == "centroids":
+            book = health.codebooks[payload.owner]
+            book.not_finite = any(problem.kind == "not_finite" for problem in problems)
+            book.duplicates = None if sound is None else _duplicates(sound)
+            health.faulty.update(weight.name for weight in users[payload.owner] if problems)
+            continue
+        if payload.part == "codes":
+            counter.add(payload, sound, out_of_range=any(problem.kind == "code_out_of_range" for problem in problems))
+        if problems and payload.description is not None:
+            health.faulty.add(payload.owner)
+    on_progress("reading", len(payloads), len(payloads))
+    health.digest = builder.digest() if all_read else None
+    if not health.problems and model.claimed_digest not in (None, health.digest):
+        message, remedy = "the content is not what the digest says", "copy, download or convert it again"
+        problem = Problem("digest_mismatch", message, str(path), None, health.digest, model.claimed_digest, remedy)
+        health.problems.append(problem)
+    return health
+
+
+class _Counter:
+    """Counts the uses of each cluster.
+
+    The counts of a codebook are dropped with its last array of codes: a model may have hundreds of codebooks.
+    """
+
+    def __init__(self, health: Health, payloads: list[tuple[Payload, Array]]) -> None:
+        self._health = health
+        self._left = Counter(_codebook(payload) for payload, _ in payloads if payload.part == "codes")
+        self._counts: dict[str, Counts] = {}
+        self._incomplete: set[str] = set()
+
+    def add(self, payload: Payload, codes: AnyArray | None, *, out_of_range: bool) -> None:
+        """Count an array of codes, None if it is faulty."""
+        name = _codebook(payload)
+        book = self._health.codebooks[name]
+        book.out_of_range += out_of_range
+        self._left[name] -= 1
+        if codes is None:
+            self._incomplete.add(name)
+        else:
+            counts = np.bincount(codes.reshape(-1), minlength=payload.limit or 0)
+            unused = codes.size * max(0.0, (payload.code_bits or 0) - _entropy(counts))
+            self._health.unused_bits[payload.owner] = self._health.unused_bits.get(payload.owner, 0.0) + unused
+            self._counts[name] = self._counts[name] + counts if name in self._counts else counts
+        if self._left[name]:
+            return
+        total = self._counts.pop(name, None)
+        if total is not None and name not in self._incomplete:
+            book.dead = int(np.count_nonzero(total == 0))
+            book.entropy_bits = _entropy(total)
+            book.largest_share = float(total.max() / total.sum())
+
+
+def _codebook(payload: Payload) -> str:
+    """The codebook an array of codes refers to."""
+    return str((payload.description or {})["codebook"])
+
+
+def codebook_users(model: Model) -> dict[str, list[ClusteredWeight]]:
+    """The weights that refer to each codebook, each once."""
+    users: dict[str, dict[str, ClusteredWeight]] = {name: {} for name in model.codebooks}
+    for weight in model.clustered.values():
+        for stage in weight.stages:
+            users[stage.codebook.name][weight.name] = weight
+    return {name: list(weights.values()) for name, weights in users.items()}
+
+
+def _read(payload: Payload, array: Array, path: Path) -> tuple[AnyArray | None, list[Problem]]:
+    """The values, None if the reader refuses them, and what is wrong with them."""
+    try:
+        values = array.read()
+    except InvalidFileError as error:
+        return None, list(error.problems)
+    fault = payload.content_fault(values)
+    if fault is not None:
+        return values, [Problem(fault.kind, fault.message, str(path), payload.owner, fault.found, fault.expected)]
+    if payload.part == "values" and payload.dtype in FLOAT_DTYPES:
+        bad = values.size - int(np.count_nonzero(is_finite(values, payload.dtype)))
+        if bad:
+            found = f"{bad} of {values.size} values"
+            message = "the tensor holds NaN or infinity"
+            return values, [Problem("not_finite", message, str(path), payload.owner, found, "finite values")]
+    return values, []
+
+
+def _duplicates(centroids: AnyArray) -> int:
+    """How many rows are equal, bit for bit, to an earlier one."""
+    return len(centroids) - len({row.tobytes() for row in centroids})
+
+
+def _entropy(counts: Counts) -> float:
+    """Entropy in bits of a choice made this often each way; 0 if none was made."""
+    used = counts[counts > 0]
+    shares = used / max(used.sum(), 1)
+    # Not minus 0 where there is one way only.
+    return abs(float(-(shares * np.log2(shares)).sum()))

@@ -1,0 +1,7 @@
+"""Training what a clustered model stores beside its codes."""
+
+from cluscomp_export.training.loop import Trained, TrainingOptions
+from cluscomp_export.training.parameters import TrainableModel
+from cluscomp_export.training.recovery import RecoveryOptions, recover
+
+__all__ = ["RecoveryOptions", "TrainableModel", "Trained", "TrainingOptions", "recover"]

@@ -1,0 +1,1 @@
+"""Delta files: the values that a training changed."""

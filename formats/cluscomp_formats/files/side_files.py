@@ -1,0 +1,132 @@
+"""Side files of the formats that are folders: tokenizer and the like lie beside the weights, as they are."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cluscomp_formats.errors import InvalidFileError, Problem, StorageError
+from cluscomp_formats.files.atomic import fsync_folder
+from cluscomp_formats.files.model_folder import read_inside
+from cluscomp_formats.ir import Array, Model
+from cluscomp_formats.packed.spec import SIDE_FOLDER, side_file_name_fault
+from cluscomp_formats.sections.payload_stream import read_checked
+from cluscomp_formats.sections.payloads import Payload
+
+__all__ = [
+    "MAX_SIDE_FILES_BYTES",
+    "MAX_SIDE_FILE_BYTES",
+    "json_bytes",
+    "names_in",
+    "open_side_files",
+    "read_side_file",
+    "side_file_problems",
+    "write_json",
+    "write_side_files",
+    "write_synced",
+]
+
+MAX_SIDE_FILE_BYTES = 1 << 28
+"""256 MB; the longest tokenizers have some 40."""
+MAX_SIDE_FILES_BYTES = 1 << 31
+"""2 GB, of all side files together: they are held in memory."""
+
+_MAX_FILE_NAME_BYTES = 255
+_GET_ALL = "get this part of the model too"
+
+
+def side_file_problems(model: Model, taken: Collection[str], file: str) -> Iterator[Problem]:
+    """Side files that cannot lie beside the format's own files, which are called `taken`."""
+    folders = {name.partition("/")[0].casefold() for name in model.files if "/" in name}
+    for name in model.files:
+        if _is_taken(name, taken) or name.casefold() in folders:
+            message = "the name of a side file is that of a file of the format"
+            yield Problem("bad_name", message, file, name, remedy="leave the side file out")
+        elif len(name.encode(errors="replace")) > _MAX_FILE_NAME_BYTES:
+            message = f"the name of a side file is longer than {_MAX_FILE_NAME_BYTES} bytes"
+            yield Problem("bad_name", message, file, name[:200])
+
+
+def write_side_files(model: Model, folder: Path, output: Path, advance: Callable[[int], None]) -> None:
+    """Write the model's side files into `folder`, synced; messages speak of `output`. `advance` gets bytes."""
+    for name in sorted(model.files):
+        array = model.files[name]
+        content = read_checked(Payload(name, "bytes", array.dtype, array.shape), array, output)
+        path = folder / name
+        if path.parent != folder:
+            path.parent.mkdir(exist_ok=True)
+        write_synced(path, content.tobytes())
+        advance(content.nbytes)
+    for inner in {(folder / name).parent for name in model.files if "/" in name}:
+        fsync_folder(inner)
+
+
+def json_bytes(value: Mapping[str, Any]) -> bytes:
+    """JSON for people to read, with sorted keys."""
+    text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False)
+    return f"{text}\n".encode()
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write `json_bytes`, synced."""
+    write_synced(path, json_bytes(value))
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a file and have it on the disk."""
+    with path.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def read_side_file(folder: Path, name: str, others: Mapping[str, Array]) -> Array:
+    """A side file of a model's folder as its bytes, uint8 `[bytes]`, read now: what is packed later is what was there.
+
+    Raises InvalidFileError for what is not a file, longer than `MAX_SIDE_FILE_BYTES`, with the `others` read before longer than
+    `MAX_SIDE_FILES_BYTES`, or a link that leads out of the model (see `read_inside`); StorageError.
+    """
+    most = min(MAX_SIDE_FILE_BYTES, MAX_SIDE_FILES_BYTES - sum(array.nbytes for array in others.values()))
+    return Array.of(np.frombuffer(read_inside(folder, name, most, _GET_ALL), dtype=np.uint8))
+
+
+def open_side_files(folder: Path, names: Any, taken: Collection[str], file: str) -> tuple[dict[str, Array], list[Problem]]:
+    """The side files that a record in `file` lists, and what is wrong with the list or with them."""
+    problems: list[Problem] = []
+    files: dict[str, Array] = {}
+    for name in names if isinstance(names, list) else [None]:
+        if not isinstance(name, str):
+            problems.append(Problem("wrong_type", "files is not a list of strings", file, found=repr(names)[:200]))
+            continue
+        fault = "is taken" if name in files or _is_taken(name, taken) else side_file_name_fault(name)
+        if fault is not None:
+            problems.append(Problem("bad_name", f"the name of a side file {fault}", file, found=repr(name)[:200]))
+        else:
+            try:
+                files[name] = read_side_file(folder, name, files)
+            except (InvalidFileError, StorageError) as error:
+                problems += error.problems
+    return files, problems
+
+
+def _is_taken(name: str, taken: Collection[str]) -> bool:
+    """Whether a name is one of the format's own, or one in a folder of its own, in any case: file systems may not tell."""
+    first, slash, _ = name.casefold().partition("/")
+    return first in {own.casefold() for own in taken} or (not slash and first.endswith(".safetensors"))
+
+
+def names_in(folder: Path) -> Iterator[str]:
+    """Names of all that a model's folder holds, as those of side files are written; a folder deeper than that ends in a slash.
+
+    Raises OSError.
+    """
+    for path in folder.iterdir():
+        if path.is_dir() and SIDE_FOLDER.fullmatch(path.name) and not path.is_symlink():
+            yield from (f"{path.name}/{inner.name}" + "/" * inner.is_dir() for inner in path.iterdir())
+        else:
+            yield path.name + "/" * path.is_dir()

@@ -1,0 +1,198 @@
+"""The safetensors container: its header, made and strictly parsed.
+
+A file is the length of the header (8 bytes, little-endian), the header (a JSON object: name -> dtype, shape, begin and end
+in the data) and the data, which the arrays fill without hole or overlap. Written here rather than by the library of that
+name, whose numpy side knows neither bfloat16 nor writing one array after the other. Specification:
+https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluscomp_formats.errors import InvalidFileError, Problem
+from cluscomp_formats.ir import DTYPES, canonical_json
+from cluscomp_formats.packed.spec import MAX_RANK, can_be_shape
+from cluscomp_formats.sections.json_values import StrictJsonError, parse_strict
+
+__all__ = [
+    "LENGTH_BYTES",
+    "MAX_HEADER_BYTES",
+    "STORED_NAMES",
+    "Entry",
+    "Forms",
+    "Header",
+    "header_bytes",
+    "header_length",
+    "lay_out",
+    "parse_header",
+]
+
+Forms = Mapping[str, tuple[str, tuple[int, ...]]]
+"""Dtype, a key of `DTYPES`, and shape of arrays, by name."""
+
+LENGTH_BYTES = 8
+MAX_HEADER_BYTES = 100_000_000
+"""The limit the safetensors library sets."""
+
+STORED_NAMES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint64": "U64",
+    "uint32": "U32",
+    "uint16": "U16",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
+_DTYPES = {stored: name for name, stored in STORED_NAMES.items()}
+_METADATA = "__metadata__"
+_SIZE_LIMIT = 1 << 63
+_FETCH_AGAIN = "copy, download or convert it again"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An array in a file: a key of `DTYPES`, its shape, and begin and end in bytes from the start of the data."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a header says: the arrays by name, and the file's own metadata."""
+
+    entries: Mapping[str, Entry]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+def lay_out(forms: Forms) -> dict[str, Entry]:
+    """Where arrays lie, in this order: wide items before narrow ones, which aligns all of them without a hole."""
+    entries: dict[str, Entry] = {}
+    position = 0
+    for name, (dtype, shape) in sorted(forms.items(), key=lambda form: -DTYPES[form[1][0]].itemsize):
+        end = position + math.prod(shape) * DTYPES[dtype].itemsize
+        entries[name] = Entry(dtype, shape, position, end)
+        position = end
+    return entries
+
+
+# transformers opens only files that name the framework they were written for.
+_FOR_TRANSFORMERS = {"format": "pt"}
+
+
+def header_bytes(entries: Mapping[str, Entry], metadata: Mapping[str, str] = _FOR_TRANSFORMERS) -> bytes:
+    """The start of a file: length and header, padded with spaces so that the data begins at a multiple of 8."""
+    value: dict[str, Any] = {
+        name: {"dtype": STORED_NAMES[entry.dtype], "shape": entry.shape, "data_offsets": [entry.begin, entry.end]}
+        for name, entry in entries.items()
+    }
+    text = canonical_json({**value, _METADATA: dict(metadata)}).encode()
+    text += b" " * (-len(text) % LENGTH_BYTES)
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text
+
+
+def header_length(start: bytes, file_length: int, file: str) -> int:
+    """The header's length from the first 8 bytes of a file. Raises InvalidFileError."""
+    if len(start) < LENGTH_BYTES:
+        found, expected = f"{len(start)} bytes", f"at least {LENGTH_BYTES}"
+        raise InvalidFileError(Problem("truncated", "the file ends early", file, None, found, expected, _FETCH_AGAIN))
+    length = int.from_bytes(start[:LENGTH_BYTES], "little")
+    if length > MAX_HEADER_BYTES:
+        found, expected = f"{length} bytes", f"at most {MAX_HEADER_BYTES}"
+        message = "not a safetensors file, or its header is too long"
+        raise InvalidFileError(Problem("header_too_long", message, file, None, found, expected))
+    if LENGTH_BYTES + length > file_length:
+        found, expected = f"{file_length} bytes", f"at least {LENGTH_BYTES + length}"
+        raise InvalidFileError(Problem("truncated", "the file ends early", file, None, found, expected, _FETCH_AGAIN))
+    return length
+
+
+def parse_header(data: bytes, data_length: int, file: str) -> Header:
+    """What a header says; `data_length` is what follows it in the file, in bytes.
+
+    Raises InvalidFileError with every problem found, at most one per array.
+    """
+    try:
+        value = parse_strict(data)
+    except StrictJsonError as error:
+        raise InvalidFileError(Problem(error.kind, f"the header: {error}", file, "header")) from None
+    if not isinstance(value, dict) or not data.startswith(b"{"):
+        raise InvalidFileError(Problem("bad_header", "the header is not a JSON object", file, "header"))
+    problems: list[Problem] = []
+    metadata = value.pop(_METADATA, {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        problems.append(Problem("bad_header", f"{_METADATA} is not an object of strings", file, "header"))
+    entries: dict[str, Entry] = {}
+    for name, member in value.items():
+        entry = _entry(name, member, file)
+        if isinstance(entry, Problem):
+            problems.append(entry)
+        else:
+            entries[name] = entry
+    # Where an entry cannot be read, the others may well seem to leave a hole.
+    if not problems:
+        problems += _layout_problems(entries.items(), data_length, file)
+    if problems:
+        raise InvalidFileError(problems)
+    return Header(entries, metadata)
+
+
+def _entry(name: str, member: Any, file: str) -> Entry | Problem:
+    def problem(kind: str, message: str, found: object, expected: str) -> Problem:
+        return Problem(kind, message, file, name[:200], repr(found)[:200], expected)
+
+    expected_members = {"dtype", "shape", "data_offsets"}
+    if not isinstance(member, dict) or member.keys() != expected_members:
+        found = sorted(member) if isinstance(member, dict) else member
+        return problem("bad_entry", "malformed entry", found, ", ".join(sorted(expected_members)))
+    dtype = member["dtype"]
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        return problem("unknown_dtype", "no such dtype", dtype, ", ".join(_DTYPES))
+    shape, offsets = member["shape"], member["data_offsets"]
+    if not _are_sizes(shape) or len(shape) > MAX_RANK:
+        return problem("bad_shape", "malformed shape", shape, f"at most {MAX_RANK} lengths")
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        return problem("bad_offsets", "malformed data_offsets", offsets, "begin and end")
+    item = DTYPES[_DTYPES[dtype]].itemsize
+    if not can_be_shape(shape, item):
+        return problem("bad_shape", "the shape is impossible", shape, f"less than {_SIZE_LIMIT} bytes")
+    needed = math.prod(shape) * item
+    if offsets[1] - offsets[0] != needed:
+        return problem("bad_offsets", "dtype and shape need another number of bytes", offsets, f"{needed} bytes")
+    return Entry(_DTYPES[dtype], tuple(shape), offsets[0], offsets[1])
+
+
+def _are_sizes(value: Any) -> bool:
+    # bool is a subclass of int, and 1.0 equals 1.
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < _SIZE_LIMIT for item in value)
+
+
+def _layout_problems(entries: Iterable[tuple[str, Entry]], data_length: int, file: str) -> Iterator[Problem]:
+    """Arrays that do not fill the data without hole or overlap."""
+    position = 0
+    for name, entry in sorted(entries, key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin != position:
+            kind, what = (
+                ("overlap", "overlaps the one before") if entry.begin < position else ("hole", "leaves a hole before it")
+            )
+            yield Problem(kind, f"the array {what}", file, name[:200], str(entry.begin), str(position))
+        position = max(position, entry.end)
+    if position > data_length:
+        yield Problem(
+            "truncated", "the file ends early", file, None, f"{data_length} bytes of data", str(position), _FETCH_AGAIN
+        )
+    elif position < data_length:
+        found = f"{data_length} bytes of data"
+        yield Problem("trailing_bytes", "the file goes on after its end", file, None, found, str(position), _FETCH_AGAIN)

@@ -1,0 +1,1 @@
+"""The parts of which packed files and deltas consist: sections, headers, payloads."""

@@ -1,0 +1,127 @@
+"""From a parsed header to a model whose arrays read their sections, and whether header and sections fit each other."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import cast
+
+from cluscomp_formats.errors import InvalidFileError, Problem
+from cluscomp_formats.ir import AnyArray, Array, ClusteredWeight, Codebook, DenseTensor, Model, Outliers, Stage, Tensor
+from cluscomp_formats.sections.header import ArrayEntry, ClusteredEntry, DenseEntry, PackedHeader
+from cluscomp_formats.sections.mapped_file import MappedFile
+from cluscomp_formats.sections.payloads import Payload, stored_payloads
+
+__all__ = ["build_model", "reference_problems"]
+
+
+@dataclass(frozen=True)
+class _SectionLoader:
+    """Reads one section. Holds the file, which stays open as long as a loader is in use."""
+
+    file: MappedFile
+    section: int
+
+    def __call__(self) -> AnyArray:
+        return self.file.read(self.section)
+
+
+def build_model(header: PackedHeader, file: MappedFile) -> Model:
+    """The model the header describes. Raises InvalidFileError for shapes and dtypes that do not fit each other."""
+    problems: list[Problem] = []
+    codebooks: dict[str, Codebook] = {}
+    for name, entry in header.codebooks.items():
+        codebook = _codebook(name, entry, file)
+        if isinstance(codebook, Problem):
+            problems.append(codebook)
+        else:
+            codebooks[name] = codebook
+    tensors: dict[str, Tensor] = {}
+    for name, described in header.tensors.items():
+        if isinstance(described, DenseEntry):
+            tensors[name] = DenseTensor(name, _array(described.values, file))
+            continue
+        unknown = [stage.codebook for stage in described.stages if stage.codebook not in header.codebooks]
+        if unknown:
+            expected = "the name of a codebook in the header"
+            problems.append(Problem("unknown_codebook", "no such codebook", file.name, name, repr(unknown[0]), expected))
+        elif all(stage.codebook in codebooks for stage in described.stages):
+            weight = _clustered(name, described, codebooks, file)
+            if isinstance(weight, Problem):
+                problems.append(weight)
+            else:
+                tensors[name] = weight
+    if problems:
+        raise InvalidFileError(problems)
+    files = {
+        name: Array((header.sections[number].length,), "uint8", _SectionLoader(file, number))
+        for name, number in header.files.items()
+    }
+    return Model(header.config, tensors, files, header.provenance, header.self_test, header.digest)
+
+
+def _array(entry: ArrayEntry, file: MappedFile) -> Array:
+    return Array(entry.shape, entry.dtype, _SectionLoader(file, entry.section))
+
+
+def _codebook(name: str, entry: ArrayEntry, file: MappedFile) -> Codebook | Problem:
+    try:
+        return Codebook(name, _array(entry, file))
+    except ValueError as error:
+        return Problem("bad_codebook", str(error), file.name, name)
+
+
+def _clustered(
+    name: str, entry: ClusteredEntry, codebooks: Mapping[str, Codebook], file: MappedFile
+) -> ClusteredWeight | Problem:
+    along, across = entry.shape if entry.group_axis == "out" else entry.shape[::-1]
+    stages = []
+    for stage in entry.stages:
+        codebook = codebooks[stage.codebook]
+        shape = (across, -(-along // codebook.cluster_dim))
+        stages.append(Stage(codebook, Array(shape, "uint16", _SectionLoader(file, stage.codes))))
+    outliers = entry.outliers
+    try:
+        return ClusteredWeight(
+            name,
+            entry.shape,
+            tuple(stages),
+            entry.group_axis,
+            _array(entry.row_scale, file) if entry.row_scale else None,
+            _array(entry.column_scale, file) if entry.column_scale else None,
+            Outliers(_array(outliers.positions, file), _array(outliers.values, file)) if outliers else None,
+        )
+    except ValueError as error:
+        return Problem("bad_tensor", str(error), file.name, name)
+
+
+def reference_problems(
+    header: PackedHeader, model: Model, name: str, stored: Callable[[Payload], Payload] = lambda payload: payload
+) -> Iterator[Problem]:
+    """Sections that are referred to not exactly once, not in order, or whose length is not what their content needs.
+
+    `stored` tells how a format stores a payload, where it does so in a way of its own.
+    """
+    for codebook in header.codebooks.keys() - model.codebooks.keys():
+        yield Problem("unused_codebook", "no tensor uses the codebook", name, codebook)
+    uses: Counter[int] = Counter()
+    for number, (described, array) in enumerate(stored_payloads(model)):
+        payload = stored(described)
+        section = cast(_SectionLoader, array.loader).section
+        uses[section] += 1
+        if uses[section] > 1:
+            message = f"the section of {payload.part} is used twice"
+            yield Problem("section_shared", message, name, payload.owner, f"section {section}")
+        elif section != number:
+            message = f"{payload.part} is not where the order of the payloads puts it"
+            yield Problem("section_order", message, name, payload.owner, f"section {section}", f"section {number}")
+        length = header.sections[section].length
+        if length != payload.stored_bytes:
+            bits = f" of {payload.code_bits} bits" if payload.code_bits else ""
+            expected = f"{payload.stored_bytes} bytes for {payload.dtype} {list(payload.shape)}{bits}"
+            message = f"the section of {payload.part} has another length"
+            yield Problem("section_length", message, name, payload.owner, f"{length} bytes", expected)
+    for number in range(len(header.sections)):
+        if not uses[number]:
+            yield Problem("section_unused", "nothing refers to the section", name, f"sections[{number}]")

@@ -1,0 +1,65 @@
+"""The sections of an open packed file, mapped when asked for and checked when first read."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from cluscomp_formats.errors import InvalidFileError, Problem
+from cluscomp_formats.files.stored_file import StoredFile
+from cluscomp_formats.ir import AnyArray
+from cluscomp_formats.packed.spec import align
+from cluscomp_formats.sections.header import Section
+from cluscomp_formats.sections.payloads import Payload
+
+__all__ = ["MappedFile"]
+
+_DAMAGED = "the file is damaged: copy, download or convert it again"
+
+
+class MappedFile:
+    """Reads payloads out of an open file.
+
+    `name` is the file's path for messages. `payloads`, one per section, are set once the header has been understood. A
+    section's checksum, padding and values are checked when it is first read. The arrays handed out may be read-only views
+    of the file.
+    """
+
+    def __init__(self, file: StoredFile, sections: Sequence[Section]) -> None:
+        self.name = file.name
+        self.payloads: Sequence[Payload] = ()
+        self._file = file
+        self._sections = sections
+        self._sound: set[int] = set()
+
+    def read(self, number: int) -> AnyArray:
+        """The values of section `number`. Raises InvalidFileError, StorageError."""
+        payload, section = self.payloads[number], self._sections[number]
+        stored = self._file.read(section.offset, section.length, payload.owner)
+        if number in self._sound:
+            return payload.unpack(stored)
+        self._check_stored(payload, section, stored)
+        values = payload.unpack(stored)
+        fault = payload.content_fault(values)
+        if fault is not None:
+            raise self._error(payload, fault.kind, fault.message, fault.found, fault.expected)
+        self._sound.add(number)
+        return values
+
+    def _check_stored(self, payload: Payload, section: Section, stored: npt.NDArray[np.uint8]) -> None:
+        crc = zlib.crc32(stored.data)
+        if crc != section.crc32:
+            message = f"the checksum of {payload.part} is wrong"
+            raise self._error(payload, "checksum_mismatch", message, f"{crc:08x}", f"{section.crc32:08x}")
+        end = section.offset + section.length
+        if self._file.read(end, align(end) - end, payload.owner).any():
+            raise self._error(payload, "bad_padding", f"the padding after {payload.part} is not zero", "other bytes", "zeros")
+        fault = payload.padding_fault(stored)
+        if fault is not None:
+            raise self._error(payload, fault.kind, fault.message, fault.found, fault.expected)
+
+    def _error(self, payload: Payload, kind: str, message: str, found: str, expected: str) -> InvalidFileError:
+        return InvalidFileError(Problem(kind, message, self.name, payload.owner, found, expected, _DAMAGED))

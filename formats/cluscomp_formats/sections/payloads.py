@@ -1,0 +1,127 @@
+"""The payloads of a model as the packed format stores them: order, stored size, and what their values must satisfy.
+
+Reader and writer both go by this list, so that neither takes what the other refuses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cluscomp_formats.ir import DTYPES, AnyArray, Array, Model
+from cluscomp_formats.sections.bits import packed_bytes, unpack_bits
+
+__all__ = ["ContentFault", "Payload", "is_finite", "stored_payloads"]
+
+
+@dataclass(frozen=True)
+class ContentFault:
+    """Values that break the format's rules; the fields are those of a `Problem`."""
+
+    kind: str
+    message: str
+    found: str
+    expected: str
+
+
+@dataclass(frozen=True)
+class Payload:
+    """What one section holds, without the values themselves.
+
+    `owner` is the name of the tensor, codebook or side file, `part` says which of its arrays this is (`values`, `codes`,
+    `row_scale`, `column_scale`, `outlier_positions`, `outlier_values`, `centroids` or `bytes`). `description` is that of
+    `Model.payloads()`, None for a side file. `code_bits` is the stored width of codes, None for all else; `limit` the
+    number all values must be below: clusters for codes, weights for outlier positions. `planar` codes have 16 bits, and lie
+    as the low bytes of all followed by the high bytes of all.
+    """
+
+    owner: str
+    part: str
+    dtype: str
+    shape: tuple[int, ...]
+    description: Mapping[str, Any] | None = None
+    code_bits: int | None = None
+    limit: int | None = None
+    planar: bool = False
+
+    @property
+    def stored_bytes(self) -> int:
+        """Length of the section, in bytes."""
+        size = math.prod(self.shape)
+        return size * DTYPES[self.dtype].itemsize if self.code_bits is None else packed_bytes(size, self.code_bits)
+
+    def unpack(self, stored: npt.NDArray[np.uint8]) -> AnyArray:
+        """The values in `stored [stored_bytes]`; a view of it but for codes that are packed or planar."""
+        if self.code_bits is None:
+            return stored.view(DTYPES[self.dtype]).reshape(self.shape)
+        if self.planar:
+            return np.ascontiguousarray(stored.reshape(2, -1).T).view(DTYPES[self.dtype]).reshape(self.shape)
+        return unpack_bits(stored, math.prod(self.shape), self.code_bits).reshape(self.shape)
+
+    def padding_fault(self, stored: npt.NDArray[np.uint8]) -> ContentFault | None:
+        """Whether the unused bits of the last byte of codes are not zero."""
+        used = math.prod(self.shape) * (self.code_bits or 0) % 8
+        if used and stored[-1] >> used:
+            message = "the unused bits of the last byte of codes are not zero"
+            return ContentFault("bad_padding", message, f"{stored[-1]:08b}", f"{8 - used} leading zeros")
+        return None
+
+    def content_fault(self, values: AnyArray) -> ContentFault | None:
+        """The first rule `values`, the array as read, breaks."""
+        if values.size == 0:
+            return None
+        if self.part in ("codes", "outlier_positions"):
+            return self._range_fault(values)
+        if self.part in ("centroids", "row_scale", "column_scale", "outlier_values"):
+            bad = values.size - int(np.count_nonzero(is_finite(values, self.dtype)))
+            if bad:
+                found = f"{bad} of {values.size} values"
+                return ContentFault("not_finite", f"{self.part} holds NaN or infinity", found, "finite values")
+        if self.dtype == "bool":
+            largest = int(values.view(np.uint8).max())
+            if largest > 1:
+                return ContentFault("bad_bool", f"{self.part} holds a bool that is neither 0 nor 1", str(largest), "0 or 1")
+        return None
+
+    def _range_fault(self, values: AnyArray) -> ContentFault | None:
+        limit = self.limit or 0
+        largest = int(values.max())
+        if largest >= limit:
+            kind = "code_out_of_range" if self.part == "codes" else "outlier_out_of_range"
+            return ContentFault(kind, f"{self.part} reach past their end", str(largest), f"at most {limit - 1}")
+        if self.part == "outlier_positions" and not bool(np.all(values[1:] > values[:-1])):
+            first = int(np.argmax(values[1:] <= values[:-1]))
+            found = f"{values[first]}, then {values[first + 1]}"
+            return ContentFault("outliers_unsorted", "outlier_positions are not strictly increasing", found, "increasing")
+        return None
+
+
+def stored_payloads(model: Model) -> Iterator[tuple[Payload, Array]]:
+    """Every payload of `model` in file order: `Model.payloads()`, then the side files by name."""
+    codebooks = model.codebooks
+    for description, array in model.payloads():
+        if "part" not in description:
+            yield Payload(description["codebook"], "centroids", array.dtype, array.shape, description), array
+            continue
+        payload = Payload(description["tensor"], description["part"], array.dtype, array.shape, description)
+        if payload.part == "codes":
+            codebook = codebooks[description["codebook"]]
+            payload = replace(payload, code_bits=codebook.code_bits, limit=codebook.num_clusters)
+        elif payload.part == "outlier_positions":
+            payload = replace(payload, limit=model.tensors[payload.owner].num_weights)
+        yield payload, array
+    for name in sorted(model.files):
+        array = model.files[name]
+        yield Payload(name, "bytes", array.dtype, array.shape), array
+
+
+def is_finite(values: AnyArray, dtype: str) -> AnyArray:
+    """Which values of an array of floats are finite, as bool of its shape; `dtype` is a key of `DTYPES`."""
+    if dtype == "bfloat16":
+        return np.asarray((values & np.uint16(0x7F80)) != 0x7F80)
+    return np.asarray(np.isfinite(values))
