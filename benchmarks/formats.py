@@ -29,6 +29,7 @@ from measuring import copy_and_sync, spread, summary, timed
 from cluscomp_export.conversion.convert import ConversionOptions, convert
 from cluscomp_export.conversion.writers import find_writer
 from cluscomp_export.sources import open_source
+from cluscomp_formats.progress import silent
 from cluscomp_runtime import LanguageModel
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "programs"))
@@ -87,7 +88,7 @@ def conversions(made: dict[str, Path], folder: Path, repetitions: int) -> list[d
         writer = find_writer(target)
 
         def run(source: str = source, writer: Any = writer, output: Path = output) -> None:
-            writer.write(open_source(made[source]), output, force=False, self_test=None, on_progress=None)
+            writer.write(open_source(made[source]), output, force=False, self_test=None, on_progress=silent)
 
         times: dict[str, list[float]] = {"convert": [], "cp": []}
         for repetition in range(repetitions):

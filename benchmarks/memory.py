@@ -42,6 +42,7 @@ from cluscomp_export.training.blockwise import BlockwiseOptions
 from cluscomp_export.work_folder import WorkFolder, work_path
 from cluscomp_formats.ir import Model
 from cluscomp_formats.packed import open_packed
+from cluscomp_formats.progress import silent
 from cluscomp_runtime.memory import return_freed_arrays
 from cluscomp_runtime.selftest import make_self_test
 
@@ -151,7 +152,7 @@ def train(stand: Stand) -> None:
 
 
 def write(stand: Stand) -> None:
-    find_writer(stand.options.to).write(stand.clustered(), stand.output, force=True, self_test=None, on_progress=None)
+    find_writer(stand.options.to).write(stand.clustered(), stand.output, force=True, self_test=None, on_progress=silent)
 
 
 def self_test(stand: Stand) -> None:

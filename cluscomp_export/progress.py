@@ -1,12 +1,5 @@
-"""How long jobs report progress."""
+"""How long jobs report progress; see `cluscomp_formats.progress`."""
 
-from collections.abc import Callable
+from cluscomp_formats.progress import Progress, silent
 
 __all__ = ["Progress", "silent"]
-
-Progress = Callable[[str, int, int], None]
-"""Called as `(what is being done, units done, units in all)`, often enough to show that the job lives."""
-
-
-def silent(stage: str, done: int, total: int) -> None:
-    """Report nothing."""

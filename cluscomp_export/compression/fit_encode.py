@@ -66,7 +66,7 @@ class Fit:
             seed=how.seed,
             threads=how.threads,
             device=how.device,
-            on_progress=lambda done, total: on_progress(f"clustering {book.name}", done, total),
+            on_progress=lambda phase, done, total: on_progress(f"{phase} {book.name}", done, total),
         )
         found_clusters = len(result.centroids)
         centroids = np.zeros((book.num_clusters, book.cluster_dim), dtype=book.dtype)

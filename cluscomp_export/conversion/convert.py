@@ -148,7 +148,7 @@ def convert(
             output,
             force=force,
             self_test=self_test,
-            on_progress=lambda done, total: on_progress("writing", done, total),
+            on_progress=on_progress,
         )
     return ConversionReport(
         output=str(output),

@@ -89,7 +89,7 @@ def merge(
             output,
             force=force,
             self_test=self_test,
-            on_progress=lambda done, total: on_progress("writing", done, total),
+            on_progress=on_progress,
         )
     return MergeReport(
         output=str(output),

@@ -11,12 +11,12 @@ from typing import Any
 from cluscomp_formats.errors import InvalidRequestError, Problem
 from cluscomp_formats.gguf import DENSE_TYPES, dense_gguf_notes, dense_gguf_size, write_dense_gguf
 from cluscomp_formats.ir import Model
+from cluscomp_formats.progress import Progress
 from cluscomp_formats.registry import CheckOutput, WriteModel, Written, find_format, formats
 
 __all__ = ["Writer", "find_writer", "output_formats"]
 
 SelfTest = Callable[[Model], Mapping[str, Any] | None]
-BytesDone = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def _onnx_size(model: Model) -> int:
     return onnx_size(model, graph)
 
 
-def _write_onnx(model: Model, path: Path, *, force: bool, self_test: SelfTest | None, on_progress: BytesDone | None) -> Written:
+def _write_onnx(model: Model, path: Path, *, force: bool, self_test: SelfTest | None, on_progress: Progress) -> Written:
     graph = _build_graph(model)
     # After `build_graph`, which says so if the package onnx is missing.
     from cluscomp_formats.onnx.writer import write_onnx
@@ -92,6 +92,6 @@ def _write_onnx(model: Model, path: Path, *, force: bool, self_test: SelfTest | 
 
 
 def _write_dense_gguf(
-    gguf_type: str, model: Model, path: Path, *, force: bool, self_test: SelfTest | None, on_progress: BytesDone | None
+    gguf_type: str, model: Model, path: Path, *, force: bool, self_test: SelfTest | None, on_progress: Progress
 ) -> Written:
     return _Export(write_dense_gguf(model, path, gguf_type=gguf_type, force=force, on_progress=on_progress).file_bytes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import distributions
 from importlib.util import find_spec
@@ -80,7 +80,7 @@ def evaluate(
     *,
     protocol: ScoringProtocol | None = None,
     reference: Scorer | None = None,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Progress = silent,
 ) -> Evaluation:
     """Score the windows of `protocol`, by default llama.cpp's of their length. `reference` is what is compared with."""
     context = len(windows[0])
@@ -100,7 +100,7 @@ def evaluate(
             first = protocol.first_scored(start + row)
             predicting = slice(first - 1, context - 1)
             scores.add(logits[row, predicting], None if expected is None else expected[row, predicting], ids[row, first:])
-        on_progress(min(start + batch, len(windows)), len(windows))
+        on_progress("scoring", min(start + batch, len(windows)), len(windows))
     return Evaluation(**vars(scores.statistics()), windows=len(windows), context=context)
 
 
@@ -144,11 +144,7 @@ def evaluate_files(
         problem = Problem("other_tokenizer", "the reference cuts the text into other tokens", str(reference))
         raise InvalidRequestError(problem)
     cut = chosen.windows(token_ids, count=windows, bos_id=bos_id)
-
-    def progress(done: int, total: int) -> None:
-        on_progress("scoring", done, total)
-
-    result = evaluate(loaded["model"], cut, protocol=chosen, reference=loaded.get("reference"), on_progress=progress)
+    result = evaluate(loaded["model"], cut, protocol=chosen, reference=loaded.get("reference"), on_progress=on_progress)
     record = {
         "text": {"path": str(text), "sha256": text_digest},
         "tokens": {"count": len(token_ids), "sha256": hashlib.sha256(np.array(token_ids, "<u4").tobytes()).hexdigest()},

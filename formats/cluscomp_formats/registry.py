@@ -19,6 +19,7 @@ from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Probl
 from cluscomp_formats.files.atomic import check_output
 from cluscomp_formats.files.regular_file import check_there, open_regular
 from cluscomp_formats.ir import Model
+from cluscomp_formats.progress import Progress
 
 __all__ = [
     "ENTRY_POINTS",
@@ -49,10 +50,10 @@ class Written(Protocol):
 class WriteModel(Protocol):
     """Writes a model to `path`, atomically and one payload at a time.
 
-    `self_test` gets the model as opened from the finished payloads and gives the record to store; `on_progress` gets bytes
-    done and in total. A model whose `claimed_digest` is not its digest must not become an artefact: `check_claim` of
-    `cluscomp_formats.sections.payload_stream` raises InvalidFileError. Raises OutputExistsError, StorageError,
-    InvalidRequestError, UnsupportedError.
+    `self_test` gets the model as opened from the finished payloads and gives the record to store; `on_progress` is told the
+    phase ("writing"), the bytes done and the bytes in total. A model whose `claimed_digest` is not its digest must not become
+    an artefact: `check_claim` of `cluscomp_formats.sections.payload_stream` raises InvalidFileError. Raises OutputExistsError,
+    StorageError, InvalidRequestError, UnsupportedError.
     """
 
     def __call__(
@@ -63,7 +64,7 @@ class WriteModel(Protocol):
         *,
         force: bool,
         self_test: Callable[[Model], Mapping[str, Any] | None] | None,
-        on_progress: Callable[[int, int], None] | None,
+        on_progress: Progress,
     ) -> Written: ...
 
 

@@ -20,6 +20,7 @@ from cluscomp_formats.errors import ClusCompError, InvalidFileError, SelfTestErr
 from cluscomp_formats.ir import Array, Model, Stage
 from cluscomp_formats.packed import open_packed, write_packed
 from cluscomp_formats.parameters import norm_name, parameters
+from cluscomp_formats.progress import silent
 
 WRITERS = [("packed", None), ("hf", None), ("gguf", None), ("onnx", None), ("gguf", "q8_0")]
 NORM = norm_name("model.norm.weight")
@@ -47,7 +48,7 @@ def test_no_writer_takes_content_that_is_not_what_its_digest_says(
     writer = find_writer(to, gguf_type)
     output = tmp_path / "out"
     with pytest.raises(InvalidFileError) as caught:
-        writer.write(with_other_codes(open_packed(artefact)), output, force=False, self_test=None, on_progress=None)
+        writer.write(with_other_codes(open_packed(artefact)), output, force=False, self_test=None, on_progress=silent)
     assert caught.value.problems[0].kind == "digest_mismatch"
     assert list(tmp_path.iterdir()) == []
 

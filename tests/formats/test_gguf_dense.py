@@ -279,7 +279,9 @@ def test_a_source_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 def test_tensors_are_aligned_and_progress_ends_at_the_total(tmp_path: Path) -> None:
     steps: list[tuple[int, int]] = []
-    report = write_dense_gguf(tiny_llama(), tmp_path / "m.gguf", on_progress=lambda done, total: steps.append((done, total)))
+    report = write_dense_gguf(
+        tiny_llama(), tmp_path / "m.gguf", on_progress=lambda phase, done, total: steps.append((done, total))
+    )
     reader = gguf.GGUFReader(tmp_path / "m.gguf")
     assert all(tensor.data_offset % 32 == 0 for tensor in reader.tensors)
     assert len(steps) == report.num_tensors

@@ -209,7 +209,7 @@ def test_each_loader_is_called_once_and_progress_ends_at_the_total(model: Model,
     assert "tokenizer.json" in files
     steps: list[tuple[int, int]] = []
     counting = Model(model.config, tensors, files)
-    report = write_gguf(counting, tmp_path / "c.gguf", on_progress=lambda done, total: steps.append((done, total)))
+    report = write_gguf(counting, tmp_path / "c.gguf", on_progress=lambda phase, done, total: steps.append((done, total)))
     assert calls == dict.fromkeys([*tensors, *files], 1)
     assert steps[-1] == (report.payload_bytes, report.payload_bytes)
 

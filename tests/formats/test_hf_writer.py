@@ -170,7 +170,7 @@ def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_progress_counts_stored_bytes(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     model = Model({}, {"w": weight(), "d": dense("d")}, {"t": side_file(b"12345")})
-    report = write_hf(model, tmp_path / "m", on_progress=lambda done, total: seen.append((done, total)))
+    report = write_hf(model, tmp_path / "m", on_progress=lambda phase, done, total: seen.append((done, total)))
     # Codebook 12 bytes, four codes of two bits 1, norm 16, side file 5.
     assert report.payload_bytes == 34
     assert [done for done, _ in seen] == [16, 28, 29, 34]

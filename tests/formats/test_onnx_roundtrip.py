@@ -66,10 +66,10 @@ def test_the_self_test_sees_the_written_model(tmp_path: Path) -> None:
 
 def test_progress_and_report(tmp_path: Path) -> None:
     model = with_clusters(tiny_llama())
-    calls: list[tuple[int, int]] = []
+    calls: list[tuple[str, int, int]] = []
     report = write_onnx(model, tmp_path / "m", build_graph(model), on_progress=lambda *call: calls.append(call))
-    assert calls[-1] == (report.payload_bytes, report.payload_bytes)
-    assert [done for done, _ in calls] == sorted(done for done, _ in calls)
+    assert calls[-1] == ("writing", report.payload_bytes, report.payload_bytes)
+    assert [done for _, done, _ in calls] == sorted(done for _, done, _ in calls)
     files = [path for path in (tmp_path / "m").rglob("*") if path.is_file()]
     assert report.file_bytes == sum(path.stat().st_size for path in files)
 

@@ -250,7 +250,7 @@ def test_progress_counts_stored_bytes(tmp_path: Path, monkeypatch: pytest.Monkey
     files = {"f": Array.of(np.zeros(0, dtype=np.uint8))}
     model = Model({}, {"w": ClusteredWeight("w", (44, 10), (Stage(codebook, codes),))}, files)
     seen: list[tuple[int, int]] = []
-    report = write_packed(model, tmp_path / "m.clus", on_progress=lambda done, total: seen.append((done, total)))
+    report = write_packed(model, tmp_path / "m.clus", on_progress=lambda phase, done, total: seen.append((done, total)))
     assert report.payload_bytes == 300 * 4 * 2 + (110 * 9 + 7) // 8
     assert seen[-1] == (report.payload_bytes, report.payload_bytes)
     assert sorted(seen) == seen

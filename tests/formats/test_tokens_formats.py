@@ -21,6 +21,7 @@ from cluscomp_export.conversion.writers import find_writer
 from cluscomp_export.sources import open_source
 from cluscomp_formats.errors import InvalidRequestError
 from cluscomp_formats.ir import Model
+from cluscomp_formats.progress import silent
 from cluscomp_runtime import LanguageModel
 
 TEXTS = ["Once<|im_start|>upon<x>a time</s>", "Once", "<|im_start|>", "[PAD513]"]
@@ -54,7 +55,7 @@ def resized(stories_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def written(model: Model, to: str, gguf_type: str | None, path: Path) -> Model:
-    find_writer(to, gguf_type).write(model, path, force=False, self_test=None, on_progress=None)
+    find_writer(to, gguf_type).write(model, path, force=False, self_test=None, on_progress=silent)
     return open_source(path)
 
 

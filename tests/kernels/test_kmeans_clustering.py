@@ -181,7 +181,7 @@ def test_refusals() -> None:
 
 def test_progress_rises_to_the_total() -> None:
     calls: list[tuple[int, int]] = []
-    kmeans(gaussian(5000, 4), 100, iterations=4, on_progress=lambda done, total: calls.append((done, total)))
+    kmeans(gaussian(5000, 4), 100, iterations=4, on_progress=lambda phase, done, total: calls.append((done, total)))
     assert [done for done, _ in calls] == sorted(done for done, _ in calls)
     assert {total for _, total in calls} == {6}
     assert calls[-1] == (6, 6)

@@ -27,7 +27,8 @@ from cluscomp_formats.gguf.tokenizer_metadata import (
     with_tokenizer_read,
 )
 from cluscomp_formats.ir import FLOAT_DTYPES, AnyArray, DenseTensor, Model, float32_to_bfloat16
-from cluscomp_formats.sections.payload_stream import Progress, check_claim
+from cluscomp_formats.progress import Progress, silent
+from cluscomp_formats.sections.payload_stream import check_claim
 
 __all__ = ["DENSE_TYPES", "DenseReport", "dense_gguf_notes", "dense_gguf_size", "write_dense_gguf"]
 
@@ -88,7 +89,7 @@ class _Planned:
 
 
 def write_dense_gguf(
-    model: Model, path: Path, *, gguf_type: str = "f16", force: bool = False, on_progress: Progress | None = None
+    model: Model, path: Path, *, gguf_type: str = "f16", force: bool = False, on_progress: Progress = silent
 ) -> DenseReport:
     """Write `model`, clustered or not, as a dense GGUF file that stock llama.cpp runs, atomically.
 
@@ -118,8 +119,7 @@ def write_dense_gguf(
         for values in _contents(model, hyperparameters, planned, str(path)):
             data = values.tobytes()
             stream.write(data.ljust(aligned(len(data), _ALIGNMENT), b"\0"))
-            if on_progress is not None:
-                on_progress(stream.tell() - start, total)
+            on_progress("writing", stream.tell() - start, total)
         file_bytes = stream.tell()
     return DenseReport(path, file_bytes, len(entries), _kept_at_f16(planned, DENSE_TYPES[gguf_type]))
 

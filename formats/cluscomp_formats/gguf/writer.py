@@ -16,8 +16,9 @@ from cluscomp_formats.gguf.tensor_names import tensor_names
 from cluscomp_formats.gguf.tokenizer_metadata import InexpressibleTokenizer, tokenizer_metadata, with_tokenizer_read
 from cluscomp_formats.ir import Model, canonical_json
 from cluscomp_formats.packed.writer import NO_DIGEST, request_problems
+from cluscomp_formats.progress import Progress, silent
 from cluscomp_formats.sections.header import Section, header_of, header_value
-from cluscomp_formats.sections.payload_stream import Progress, SelfTest, WriteReport, json_problems
+from cluscomp_formats.sections.payload_stream import SelfTest, WriteReport, json_problems
 from cluscomp_formats.sections.payloads import Payload, stored_payloads
 from cluscomp_formats.sections.section_stream import place_sections, write_sections
 
@@ -32,7 +33,7 @@ def write_gguf(
     *,
     force: bool = False,
     self_test: SelfTest | None = None,
-    on_progress: Progress | None = None,
+    on_progress: Progress = silent,
 ) -> WriteReport:
     """Write `model` as a native GGUF file, atomically, with no more than about one payload in memory.
 

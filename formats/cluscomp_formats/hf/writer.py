@@ -17,9 +17,9 @@ from cluscomp_formats.hf.quantization import join_config
 from cluscomp_formats.hf.reader import holds_only_model, open_hf
 from cluscomp_formats.ir import DigestBuilder, Model, canonical_json
 from cluscomp_formats.packed.writer import NO_DIGEST
+from cluscomp_formats.progress import Progress, silent
 from cluscomp_formats.safetensors.reader import MAX_HEADER_BYTES, Entry, header_bytes, lay_out
 from cluscomp_formats.sections.payload_stream import (
-    Progress,
     SelfTest,
     WriteReport,
     check_claim,
@@ -43,7 +43,7 @@ def write_hf(
     *,
     force: bool = False,
     self_test: SelfTest | None = None,
-    on_progress: Progress | None = None,
+    on_progress: Progress = silent,
     shard_bytes: int = SHARD_BYTES,
 ) -> WriteReport:
     """Write `model` as a folder, atomically, with no more than about one payload in memory.
@@ -98,13 +98,12 @@ def hf_size(model: Model) -> int:
 @dataclass
 class _Progress:
     total: int
-    callback: Progress | None
+    callback: Progress
     done: int = 0
 
     def advance(self, count: int) -> None:
         self.done += count
-        if self.callback is not None:
-            self.callback(self.done, self.total)
+        self.callback("writing", self.done, self.total)
 
 
 @dataclass(frozen=True)

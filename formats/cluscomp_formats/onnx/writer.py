@@ -36,8 +36,9 @@ from cluscomp_formats.onnx.spec import (
     stored_form,
 )
 from cluscomp_formats.packed.writer import NO_DIGEST
+from cluscomp_formats.progress import Progress, silent
 from cluscomp_formats.sections.header import Section, header_of, header_value
-from cluscomp_formats.sections.payload_stream import Progress, SelfTest, WriteReport, json_problems, model_problems
+from cluscomp_formats.sections.payload_stream import SelfTest, WriteReport, json_problems, model_problems
 from cluscomp_formats.sections.section_stream import place_sections, write_sections
 from cluscomp_formats.version import __version__
 
@@ -51,7 +52,7 @@ def write_onnx(
     *,
     force: bool = False,
     self_test: SelfTest | None = None,
-    on_progress: Progress | None = None,
+    on_progress: Progress = silent,
 ) -> WriteReport:
     """Write `model` as an ONNX folder that computes `graph`, atomically, with no more than about one payload in memory.
 
@@ -77,8 +78,7 @@ def write_onnx(
     def advance(count: int) -> None:
         nonlocal done
         done += count
-        if on_progress is not None:
-            on_progress(done, total)
+        on_progress("writing", done, total)
 
     with atomic_folder(folder, force=force, replaceable=holds_only_onnx) as temporary:
         (temporary / SUBFOLDER).mkdir()
@@ -121,11 +121,14 @@ def _write_data(
     output: Path,
     done: int,
     total: int,
-    on_progress: Progress | None,
+    on_progress: Progress,
 ) -> tuple[list[Section], str]:
     """Write the data file. Returns where each array lies and the model's digest."""
     payloads = [(stored_form(array.payload)[0], array.array) for array in arrays]
-    progress = None if on_progress is None else lambda count, _: on_progress(done + count, total)
+
+    def progress(phase: str, count: int, _: int) -> None:
+        on_progress(phase, done + count, total)
+
     try:
         with path.open("w+b") as stream:
             sections, digest = write_sections(stream, 0, model, payloads, output, progress, data_offset)

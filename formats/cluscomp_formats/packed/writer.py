@@ -12,8 +12,9 @@ from cluscomp_formats.files.atomic import atomic_write, check_output
 from cluscomp_formats.ir import Array, Model, canonical_json
 from cluscomp_formats.packed.reader import open_packed
 from cluscomp_formats.packed.spec import MAX_HEADER_LENGTH, PREAMBLE_LENGTH, VERSION, Preamble, align
+from cluscomp_formats.progress import Progress, silent
 from cluscomp_formats.sections.header import PackedHeader, Section, header_of, header_value
-from cluscomp_formats.sections.payload_stream import Progress, SelfTest, WriteReport, json_problems, model_problems
+from cluscomp_formats.sections.payload_stream import SelfTest, WriteReport, json_problems, model_problems
 from cluscomp_formats.sections.payloads import Payload, stored_payloads
 from cluscomp_formats.sections.section_stream import place_sections, write_sections
 
@@ -29,7 +30,7 @@ def write_packed(
     *,
     force: bool = False,
     self_test: SelfTest | None = None,
-    on_progress: Progress | None = None,
+    on_progress: Progress = silent,
 ) -> WriteReport:
     """Write `model` as a packed file, atomically, with no more than about one payload in memory.
 

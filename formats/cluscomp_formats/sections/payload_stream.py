@@ -20,7 +20,6 @@ from cluscomp_formats.sections.json_values import json_faults
 from cluscomp_formats.sections.payloads import Payload
 
 __all__ = [
-    "Progress",
     "SelfTest",
     "WriteReport",
     "Writeback",
@@ -32,7 +31,6 @@ __all__ = [
     "stored_pieces",
 ]
 
-Progress = Callable[[int, int], None]
 SelfTest = Callable[[Model], Mapping[str, Any] | None]
 
 _PIECE = 1 << 19

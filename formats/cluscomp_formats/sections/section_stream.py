@@ -10,8 +10,9 @@ from typing import BinaryIO
 
 from cluscomp_formats.ir import Array, DigestBuilder, Model
 from cluscomp_formats.packed.spec import align
+from cluscomp_formats.progress import Progress
 from cluscomp_formats.sections.header import Section
-from cluscomp_formats.sections.payload_stream import Progress, Writeback, check_claim, hash_payload, read_checked, stored_pieces
+from cluscomp_formats.sections.payload_stream import Writeback, check_claim, hash_payload, read_checked, stored_pieces
 from cluscomp_formats.sections.payloads import Payload
 
 __all__ = ["place_sections", "write_sections"]
@@ -42,7 +43,7 @@ def write_sections(
     model: Model,
     payloads: Sequence[tuple[Payload, Array]],
     path: Path,
-    on_progress: Progress | None,
+    on_progress: Progress,
     offset_of: Callable[[int, int], int] = _next_offset,
 ) -> tuple[list[Section], str]:
     """Write the sections from byte `start`, a multiple of the alignment, with zeros before; the sections and the digest.
@@ -71,8 +72,7 @@ def write_sections(
                 stream.write(piece)
                 writeback.advance()
                 done += piece.nbytes
-                if on_progress is not None:
-                    on_progress(done, total)
+                on_progress("writing", done, total)
             for task in tasks:
                 task.result()
             sections.append(Section(offset, payload.stored_bytes, checksum.value))

@@ -25,7 +25,8 @@ __all__ = ["KMeansResult", "assign", "kmeans"]
 
 Floats = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.uint16]
-Progress = Callable[[int, int], None]
+Progress = Callable[[str, int, int], None]
+"""As `cluscomp_formats.progress.Progress`, which this package does not import."""
 Method = Literal["fast", "lloyd"]
 
 LLOYD_ITERATIONS = 20
@@ -82,7 +83,7 @@ def kmeans(
     `weights` float32 `[n]`, not negative, scale each point's squared error; all zero means equal centroids as without, and
     error 0. The result has `num_clusters` centroids, or the points themselves where there are fewer; with no more distinct
     points than centroids some centroids repeat. It depends on the seed, not on the number of threads or the CPU.
-    `on_progress(done, total)` is called about once a second or oftener.
+    `on_progress("clustering", done, total)` is called about once a second or oftener.
 
     Raises TypeError for arguments of the wrong type; ValueError for values out of range, naming the first bad point.
     """
@@ -145,7 +146,7 @@ class _Job:
     def tick(self) -> None:
         """Report progress: the start, every iteration and the final assignment are one unit each."""
         if self.on_progress is not None:
-            self.on_progress(self.done, self.iterations + 2)
+            self.on_progress("clustering", self.done, self.iterations + 2)
 
     def finish(self) -> None:
         self.done = self.iterations + 2
