@@ -1,9 +1,10 @@
-"""Operators on bare arrays and tensors, each a folder: reference, CPU, Triton, dispatch. Knows no file format."""
+"""Operators on plain arrays and tensors, one folder each: reference, CPU and Triton kernels, dispatch. No file formats."""
 
 import os
 import sys
 
 if "torch" not in sys.modules:
-    # torch's OpenMP threads poll between its operations and take the cores from ours: decoding is a third slower then. The
-    # OpenMP runtime reads this once, when torch loads it. `threads` has what is done where that is past.
+    # torch's OpenMP threads poll for work after each operation and compete with the kernels' threads for the cores, which
+    # makes decoding a third slower. OpenMP reads this variable once, when torch loads it; `threads.py` handles a torch that
+    # was loaded earlier.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

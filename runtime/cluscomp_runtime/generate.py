@@ -102,7 +102,7 @@ class GenerationStream:
     def _threads(self, new_tokens: int) -> AbstractContextManager[None]:
         # Beside our kernels torch has little to do for one token, and its threads would poll.
         alone = threads.torch_polls and new_tokens > 0 and self._decoder.has_own_threads
-        return threads.torch_alone() if alone else nullcontext()
+        return threads.single_threaded_torch() if alone else nullcontext()
 
     def _run(self) -> Iterator[str]:
         # The last token is never fed back, so the cache needs one position less than there are tokens.

@@ -19,7 +19,7 @@ from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Probl
 from cluscomp_formats.ir import Array, ClusteredWeight, Codebook, DenseTensor, Model, Outliers, Stage, Tensor
 from cluscomp_formats.parameters import codebook_name, norm_name, row_scale_name
 from cluscomp_kernels import clus_linear
-from cluscomp_kernels.threads import torch_together
+from cluscomp_kernels.threads import multi_threaded_torch
 
 __all__ = ["ClusLinear", "DecodedLinear", "DenseLinear", "Matrix", "MatrixBuilder", "check_kernel", "tensor_of"]
 
@@ -56,7 +56,7 @@ class DenseLinear:
         self.path = path
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        with torch_together():
+        with multi_threaded_torch():
             return F.linear(x, self.weight, self.bias)
 
     def embedding(self, ids: torch.Tensor) -> torch.Tensor:
@@ -218,7 +218,7 @@ class MatrixBuilder:
                 matrix.weight.copy_(decoded(tensor))
         elif rescaled and tensor.row_scale is not None:
             for stage in matrix.stages:
-                stage.take_row_scale(tensor_of(tensor.row_scale))
+                stage.replace_row_scale(tensor_of(tensor.row_scale))
 
     def _build(self, tensor: Tensor, bias: Tensor | None) -> Matrix:
         if self.kernel == "reference":

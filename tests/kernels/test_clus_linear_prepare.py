@@ -133,23 +133,23 @@ def test_unavailable_and_unknown_paths_are_refused() -> None:
 
 def test_a_missing_library_is_announced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "missing_reason", lambda: "no compiler")
-    dispatch._announce.cache_clear()
+    dispatch._warn_once.cache_clear()
     assert {path.name: path for path in paths("cpu")}["native"] == ("native", False, "no compiler")
     with pytest.warns(RuntimeWarning, match=r"no compiler.*'embedding_bag' is used"):
         assert choose_path("cpu") == "embedding_bag"
     assert choose_path("cpu") == "embedding_bag"  # a second warning would be an error
-    dispatch._announce.cache_clear()
+    dispatch._warn_once.cache_clear()
 
 
 @pytest.mark.skipif(native.library() is None, reason=native.missing_reason())
 def test_long_vectors_fall_back_with_a_warning() -> None:
-    dispatch._announce.cache_clear()
+    dispatch._warn_once.cache_clear()
     codes = torch.zeros(2, 1, dtype=torch.uint16)
     with pytest.warns(RuntimeWarning, match="no cluster_dim above 64"):
         assert prepare(torch.ones(1, 65), codes, 65).path == "embedding_bag"
     with pytest.raises(ValueError, match="cluster_dim of 1 to 64, got 65"):
         prepare(torch.ones(1, 65), codes, 65, path="native")
-    dispatch._announce.cache_clear()
+    dispatch._warn_once.cache_clear()
 
 
 def test_without_the_library_everything_still_works() -> None:

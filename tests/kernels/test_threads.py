@@ -29,14 +29,14 @@ def two_threads() -> object:
 @pytest.mark.usefixtures("two_threads")
 def test_torch_computes_alone_beside_the_kernels() -> None:
     assert threads.kernel_threads() == 2
-    with threads.torch_alone():
+    with threads.single_threaded_torch():
         assert (torch.get_num_threads(), threads.kernel_threads()) == (1, 2)
-        with threads.torch_together():
+        with threads.multi_threaded_torch():
             assert (torch.get_num_threads(), threads.kernel_threads()) == (2, 2)
-        with threads.torch_alone():
+        with threads.single_threaded_torch():
             assert (torch.get_num_threads(), threads.kernel_threads()) == (1, 2)
         assert (torch.get_num_threads(), threads.kernel_threads()) == (1, 2)
-    with threads.torch_together():
+    with threads.multi_threaded_torch():
         assert torch.get_num_threads() == 2
     assert (torch.get_num_threads(), threads.kernel_threads()) == (2, 2)
 
@@ -47,11 +47,11 @@ def test_a_thread_that_begins_meanwhile_has_all_threads() -> None:
     found: list[tuple[int, int]] = []
 
     def run() -> None:
-        with threads.torch_alone():
+        with threads.single_threaded_torch():
             found.append((torch.get_num_threads(), threads.kernel_threads()))
         found.append((torch.get_num_threads(), threads.kernel_threads()))
 
-    with threads.torch_alone():
+    with threads.single_threaded_torch():
         other = threading.Thread(target=run)
         other.start()
         other.join()

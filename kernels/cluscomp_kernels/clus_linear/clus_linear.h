@@ -1,19 +1,19 @@
-/* The compressed linear operator on a CPU: what the dispatcher and the instruction-set variants share.
+/* The compressed linear operator on a CPU: declarations shared by the dispatcher and the instruction-set variants.
  *
- * Prepared weight. Rows of the codebook are padded with zeros to `row` elements, a power of two up to CC_LANES, so that a
- * tile of CC_LANES / row groups always has CC_LANES values per input channel, whatever the cluster_dim. Codes are tiled
- * [tiles][in_features][CC_LANES / row], one or two bytes each; a tile is read front to back. With rows of one
- * element and codes of one byte the codebook has 256 rows. */
+ * Layout of a prepared weight: rows of the codebook are padded with zeros to `row` elements, a power of two up to CC_LANES.
+ * A tile of CC_LANES / row groups therefore has CC_LANES values per input channel for every cluster_dim. Codes are tiled
+ * [tiles][in_features][CC_LANES / row], one or two bytes each; a tile is read from front to back. A "record" is the codes of
+ * one input channel in a tile. If rows have one element and codes one byte, the codebook has 256 rows. */
 #ifndef CLUSCOMP_CLUS_LINEAR_H
 #define CLUSCOMP_CLUS_LINEAR_H
 
 #include <stdint.h>
 
 #define CC_LANES 64
-/* Input channels decoded at a time when several tokens share the work: CC_BLOCK * CC_LANES floats stay in the L1 cache. */
+/* Input channels decoded at a time for several tokens: CC_BLOCK * CC_LANES floats stay in the L1 cache. */
 #define CC_BLOCK 32
-/* Bytes of codes to fetch ahead: codes are one sequential stream per thread, too few for the processor's own prefetcher, which
- * stops at every page. Measured in docs/lab-notes.md. */
+/* Bytes of codes to prefetch. Each thread reads one sequential stream of codes, and the hardware prefetcher stops at every
+ * page. Measured in docs/lab-notes.md. */
 #define CC_PREFETCH 4096
 #if defined(__GNUC__)
 #define CC_FETCH(address) __builtin_prefetch(address)
@@ -25,7 +25,7 @@
 
 enum { CC_FLOAT32, CC_FLOAT16, CC_BFLOAT16, CC_VALUE_TYPES };
 
-/* One tile for as many tokens as the kernel takes: lanes[n][CC_LANES] = sum over i of x[n][i] * decoded(i). */
+/* One tile times the kernel's number of tokens: lanes[n][CC_LANES] = sum over i of x[n][i] * decoded(i). */
 typedef void (*cc_tile_dot)(const void *codes, const void *codebook, const float *const *x, int64_t in_features, float *lanes);
 /* `channels` records of a tile as float32: block[channels][CC_LANES]. */
 typedef void (*cc_tile_decode)(const void *codes, const void *codebook, int64_t channels, float *block);
@@ -35,7 +35,7 @@ typedef void (*cc_block_multiply)(const float *block, int64_t channels, const fl
 
 typedef struct {
     cc_tile_dot dot;  /* 1 token */
-    cc_tile_dot dot4; /* 4 tokens, or NULL where decoding a block first is as fast */
+    cc_tile_dot dot4; /* 4 tokens, or NULL if decoding a block first is as fast */
     cc_tile_decode decode;
     cc_block_multiply multiply;
 } cc_kernels;

@@ -1,12 +1,12 @@
-"""Which path runs a compressed linear on which device, and the preparation of weights for it.
+"""Choose the path that runs a compressed linear on a device, and prepare weights for it.
 
-| path | what it is |
-|---|---|
-| native | C kernels on tiled codes (CPU) |
-| triton | Triton kernels (CUDA, compute capability 8.0 and up) |
-| embedding_bag | torch.nn.functional.embedding_bag (CPU), where the C kernels could not be built |
-| reference | decode and multiply at every call, any device |
-| dense | decode once and keep the dense matrix, any device |
+| path | implementation | device |
+|---|---|---|
+| native | C kernels on tiled codes | CPU |
+| triton | Triton kernels | CUDA, compute capability 8.0 or higher |
+| embedding_bag | torch.nn.functional.embedding_bag; used if the C kernels were not built | CPU |
+| reference | decode and multiply in every call | any |
+| dense | decode once and keep the dense matrix | any |
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ __all__ = ["PATHS", "PathStatus", "choose_path", "paths", "prepare", "prepare_co
 PATHS = ("native", "triton", "embedding_bag", "reference", "dense")
 
 INT8_UNIT = 32.0
-"""Codebooks of int8 are divided by this to be float16, row scales are multiplied with it; both are exact.
+"""int8 codebooks are divided by this and stored as float16; row scales are multiplied by it. Both operations are exact.
 
-Centroids of rows of unit variance are then about as large as in a codebook of floats. Products of whole numbers could leave the
-range of float16 before the row scale brings them back.
+The division gives centroids of about the magnitude of a floating-point codebook. Sums of products with the undivided integers
+could overflow float16 before the row scale is applied.
 """
 
 
 class PathStatus(NamedTuple):
-    """A path on a device; `reason` says why it is not available, and is empty if it is."""
+    """Whether a path is available on a device; `reason` says why not, and is empty for an available path."""
 
     name: str
     available: bool
@@ -53,7 +53,7 @@ class PathStatus(NamedTuple):
 
 
 def paths(device: str | torch.device) -> tuple[PathStatus, ...]:
-    """Every path and whether it is available on the device."""
+    """Return the status of every path on the device."""
     kind = torch.device(device).type
     on_cpu = "" if kind == "cpu" else f"runs on the CPU only, not on {kind}"
     reasons = {"native": on_cpu or native.missing_reason(), "triton": _triton_missing(device), "embedding_bag": on_cpu}
@@ -71,17 +71,17 @@ def _triton_missing(device: str | torch.device) -> str:
 
 
 @functools.cache
-def _announce(message: str) -> None:
+def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
 def choose_path(device: str | torch.device) -> str:
-    """The fastest available path that keeps the weight compressed. Warns once where it has to be a slow one."""
+    """Return the fastest available path that keeps the weight compressed. Warns once if only a slow one is available."""
     status = {path.name: path for path in paths(device)}
     best, fallback = ("native", "embedding_bag") if torch.device(device).type == "cpu" else ("triton", "reference")
     if status[best].available:
         return best
-    _announce(f"the {best} path is not available on {device}: {status[best].reason}. The slower path {fallback!r} is used.")
+    _warn_once(f"the {best} path is not available on {device}: {status[best].reason}. The slower path {fallback!r} is used.")
     return fallback
 
 
@@ -89,7 +89,7 @@ def _checked_path(path: str, device: str | torch.device, cluster_dim: int) -> st
     if path == "auto":
         chosen = choose_path(device)
         if chosen == "native" and cluster_dim > native_kernel.LANES:
-            _announce(f"the native path takes no cluster_dim above {native_kernel.LANES}; 'embedding_bag' is used.")
+            _warn_once(f"the native path supports no cluster_dim above {native_kernel.LANES}; 'embedding_bag' is used.")
             return "embedding_bag"
         return chosen
     status = {known.name: known for known in paths(device)}
@@ -102,10 +102,12 @@ def _checked_path(path: str, device: str | torch.device, cluster_dim: int) -> st
 
 
 def prepare_codebook(codebook: Tensor, *, path: str = "auto", device: str | torch.device = "cpu") -> PreparedCodebook:
-    """Lay out `codebook [num_clusters, cluster_dim]` for a path, once for all the weights that use it.
+    """Lay out `codebook [num_clusters, cluster_dim]` for a path, once for all weights that use it.
 
-    Values are exact: float16 and bfloat16 keep their type or are widened, int8 becomes float16. Raises TypeError or ValueError
-    on a wrong codebook, ValueError on a path that the device does not have.
+    Values stay exact: float16 and bfloat16 keep their type or are widened, int8 becomes float16 (see `INT8_UNIT`).
+
+    Raises TypeError if the codebook has an unsupported dtype; ValueError if its shape is wrong, or if the path is unknown or
+    not available on the device.
     """
     check_codebook(codebook)
     num_clusters, cluster_dim = codebook.shape
@@ -139,11 +141,13 @@ def prepare(
 ) -> PreparedWeight:
     """Prepare a clustered weight for inference.
 
-    `codebook` is `[num_clusters, cluster_dim]` or what `prepare_codebook` made of it, which sets the path; `codes` uint16
-    `[in_features, ceil(out_features / cluster_dim)]`, of which no more is kept than the path needs; `row_scale` and `bias`
-    `[out_features]`. `dtype` is what `decode()` and `embedding()` give, and the type the dense path keeps and computes in.
+    `codebook` is `[num_clusters, cluster_dim]`, or a result of `prepare_codebook`, whose path is then used. `codes` is uint16
+    `[in_features, ceil(out_features / cluster_dim)]`; the result keeps a reference to it only if the path needs canonical
+    codes. `row_scale` and `bias` are `[out_features]`. `dtype` is the dtype of `decode()` and `embedding()`; the dense path
+    also stores the weight and computes in it.
 
-    Raises TypeError on a wrong dtype; ValueError on a wrong shape, a code past the codebook, or a path that the device lacks.
+    Raises TypeError if an operand has an unsupported dtype; ValueError if a shape is wrong, a code is not below num_clusters,
+    or the path is not available on the device.
     """
     if isinstance(codebook, Tensor):
         codebook = prepare_codebook(codebook, path=path, device=device)
@@ -151,7 +155,7 @@ def prepare(
         raise ValueError(f"the codebook was prepared for the path {codebook.path!r}, not {path!r}")
     check_codes(codes, codebook.cluster_dim, out_features)
     check_epilogue(out_features, row_scale, bias)
-    if codebook.path != "native":  # whose tiling checks on the way
+    if codebook.path != "native":  # tile_codes() checks the range for the native path
         _check_code_range(codes, codebook.num_clusters)
     target = codebook.values.device
 

@@ -20,7 +20,7 @@ typedef __m256 vec;
 
 static inline CC_FN uint32_t code_at(const void *record, int code_bytes, int group);
 
-/* Codes of the groups from `first` on as 32-bit indices. */
+/* Codes of the groups from `first` on, as 32-bit indices. */
 static inline CC_FN __m128i codes4(const void *record, int code_bytes, int first)
 {
     return code_bytes == 1 ? _mm_cvtepu8_epi32(_mm_loadu_si32((const uint8_t *)record + first))
@@ -41,7 +41,7 @@ static inline CC_FN __m128i pair_of_4(const uint16_t *base, const void *record, 
     return _mm_castps_si128(_mm_loadh_pi(_mm_castsi128_ps(low), high));
 }
 
-/* Inserts beat a gather instruction by 2 here. */
+/* Inserts are twice as fast as a gather instruction here. */
 static inline CC_FN __m128i eight_of_1(const uint16_t *base, const void *record, int code_bytes, int first)
 {
     __m128i rows = _mm_cvtsi32_si128(base[code_at(record, code_bytes, first)]);

@@ -20,7 +20,7 @@ typedef __m512 vec;
 
 static inline CC_FN uint32_t code_at(const void *record, int code_bytes, int group);
 
-/* Codes of the groups from `first` on as 32-bit indices. */
+/* Codes of the groups from `first` on, as 32-bit indices. */
 static inline CC_FN __m128i codes4(const void *record, int code_bytes, int first)
 {
     return code_bytes == 1 ? _mm_cvtepu8_epi32(_mm_loadu_si32((const uint8_t *)record + first))
@@ -44,7 +44,7 @@ static inline CC_FN __m128i row_of_4(const uint16_t *base, const void *record, i
     return _mm_loadl_epi64((const void *)(base + (size_t)code_at(record, code_bytes, group) * 4));
 }
 
-/* Masked broadcasts from memory, unlike inserts, need no shuffle unit, which the conversion keeps busy. */
+/* Masked broadcasts from memory, unlike inserts, do not use the shuffle unit, which the conversion keeps busy. */
 static inline CC_FN __m256i four_of_4(const uint16_t *base, const void *record, int code_bytes, int first)
 {
     __m256i rows = _mm256_castsi128_si256(row_of_4(base, record, code_bytes, first));
@@ -53,7 +53,7 @@ static inline CC_FN __m256i four_of_4(const uint16_t *base, const void *record, 
     return _mm256_mask_broadcastq_epi64(rows, 8, row_of_4(base, record, code_bytes, first + 3));
 }
 
-/* Inserts beat a gather instruction by 2 here. */
+/* Inserts are twice as fast as a gather instruction here. */
 static inline CC_FN __m128i eight_of_1(const uint16_t *base, const void *record, int code_bytes, int first)
 {
     __m128i rows = _mm_cvtsi32_si128(base[code_at(record, code_bytes, first)]);
@@ -123,7 +123,7 @@ static inline CC_FN __m512 tile_vec(const void *codebook, int value_type, int ro
 
 #include "clus_linear/tile_kernels.h"
 
-/* Rows of one 16-bit element, at most 256 of them: the whole codebook is held in registers, as two planes of bytes. */
+/* At most 256 rows of one 16-bit element: registers hold the whole codebook, as two planes of bytes. */
 #define VBMI_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx2,fma,f16c")))
 #define VBMI_FN __attribute__((always_inline)) VBMI_TARGET
 
@@ -151,7 +151,7 @@ static inline VBMI_FN __m512i look_up(const __m512i table[4], __m512i codes, __m
 
 static inline VBMI_FN void look_up_64(const byte_planes *planes, const uint8_t *record, int value_type, __m512 values[4])
 {
-    /* The unpacking below works within 128-bit parts; this order of the codes makes its results consecutive. */
+    /* The unpack instructions below work within 128-bit parts; this order of the codes makes their results consecutive. */
     const __m512i codes = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), _mm512_loadu_si512(record));
     const __mmask64 upper = _mm512_movepi8_mask(codes);
     const __m512i low = look_up(planes->low, codes, upper), high = look_up(planes->high, codes, upper);

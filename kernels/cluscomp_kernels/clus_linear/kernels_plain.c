@@ -1,4 +1,4 @@
-/* Tile kernels in portable C, for processors without a variant of their own. */
+/* Tile kernels in portable C, for processors that have no variant of their own. */
 #include "clus_linear/clus_linear.h"
 
 #include <string.h>
@@ -55,8 +55,8 @@ static inline CC_FN float float_of_bits(uint32_t bits)
     return value;
 }
 
-/* Moves the exponent from half to single precision. Subnormals are normalised by a float subtraction, which stays exact
- * where the processor flushes subnormals to zero, because none occurs on the way. */
+/* Rebias the exponent from half to single precision. Subnormals are normalised by a float subtraction of normal numbers, which
+ * is exact even if the processor flushes subnormals to zero. */
 static inline CC_FN float float_of_half(uint16_t half)
 {
 #if defined(__aarch64__)

@@ -1,7 +1,7 @@
-"""The `cluscomp` operator library that the modules of this folder define their operators in.
+"""The torch operator library `cluscomp`, in which the modules of this folder define their operators.
 
-`torch.library.Library` rather than `custom_op`: the wrapper of the latter costs 2 to 7 us more per call, and decoding one token
-makes hundreds of calls.
+It uses `torch.library.Library` rather than `custom_op`, whose wrapper costs 2 to 7 us more per call: decoding one token makes
+hundreds of calls.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _LIBRARY = torch.library.Library("cluscomp", "FRAGMENT")  # type: ignore[no-unty
 
 
 def define_operator(schema: str, dispatch_key: str, implementation: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
-    """Define `cluscomp::<schema>` with its implementation for a dispatch key and its fake (meta) kernel."""
+    """Define `cluscomp::<schema>` with an implementation for one dispatch key and a fake (meta) kernel."""
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)  # type: ignore[no-untyped-call]
     _LIBRARY.impl(name, implementation, dispatch_key)  # type: ignore[no-untyped-call]

@@ -24,7 +24,7 @@ typedef struct {
 
 enum { CC_PLAIN, CC_AVX2, CC_AVX512 };
 
-/* Whether this machine runs a variant: 0 plain C, 1 AVX2 + FMA + F16C, 2 AVX-512. */
+/* Returns 1 if this machine supports a variant: 0 plain C, 1 AVX2 + FMA + F16C, 2 AVX-512. */
 CC_EXPORT int cc_clus_supported(int variant)
 {
     if (variant == CC_PLAIN)
@@ -70,7 +70,7 @@ static const char *record_at(const cc_weight *weight, int64_t tile, int64_t chan
     return (const char *)weight->codes + (tile * weight->in_features + channel) * groups_per_tile(weight) * weight->code_bytes;
 }
 
-/* Copies the lanes of a tile that are outputs to `out`, which begins at the tile's first output. */
+/* Copies the lanes of a tile to `out`, which begins at the tile's first output, without padding and outputs past the end. */
 static void compact_lanes(const cc_weight *weight, int64_t tile, const float *lanes, float *out)
 {
     const int64_t row = (int64_t)1 << weight->row_log2, dim = weight->cluster_dim;
@@ -129,7 +129,7 @@ static void linear_tiles(void *arg, int64_t begin, int64_t end, int thread)
     for (int64_t first = 0; first < job->tokens; first += CC_TOKENS) {
         const int64_t tokens = job->tokens - first < CC_TOKENS ? job->tokens - first : CC_TOKENS;
         const float *x = job->x + first * weight->in_features;
-        /* Fewer than four tokens repeat the last one, which costs nothing: gathering is the bottleneck. */
+        /* Two or three tokens are filled up to four with copies of the last: free, since gathering is the bottleneck. */
         const float *rows[4];
         for (int64_t n = 0; n < 4; n++)
             rows[n] = x + (n < tokens ? n : tokens - 1) * weight->in_features;
@@ -178,7 +178,7 @@ static void decode_channels(void *arg, int64_t begin, int64_t end, int thread)
     }
 }
 
-/* Columns of tiles [first_tile, end_tile) of W^T as float32, without row scale: dense[in_features, stride]. */
+/* Decodes the columns of tiles [first_tile, end_tile) of W^T to float32 dense[in_features, stride], without row scale. */
 CC_EXPORT void cc_clus_decode(const cc_weight *weight, int64_t first_tile, int64_t end_tile, float *dense, int64_t stride)
 {
     decode_job job = {weight, kernels_of(weight), dense, first_tile, end_tile, stride};
@@ -192,7 +192,7 @@ typedef struct {
     float *rows;
 } rows_job;
 
-/* One record is decoded to use one of its lanes: looking up tokens is a few rows per call, so there is no faster path. */
+/* Decodes a whole record to use one of its lanes. Token lookups read few rows per call, so a faster path would not pay. */
 static void gather_rows(void *arg, int64_t begin, int64_t end, int thread)
 {
     const rows_job *job = arg;
@@ -215,7 +215,7 @@ static void gather_rows(void *arg, int64_t begin, int64_t end, int thread)
     }
 }
 
-/* rows[count, in_features] = W[ids], row scale applied. The caller has checked 0 <= ids < out_features. */
+/* rows[count, in_features] = W[ids] times the row scale. The caller checks 0 <= ids < out_features. */
 CC_EXPORT void cc_clus_rows(const cc_weight *weight, const int64_t *ids, int64_t count, float *rows)
 {
     rows_job job = {weight, kernels_of(weight), ids, rows};

@@ -1,11 +1,12 @@
 """The C kernels of the compressed linear operator and their torch operator `cluscomp::linear_tiled`.
 
-Numeric contract: weights are widened to float32 without rounding, products are accumulated in float32 with fused
-multiply-adds (plain C may round twice) in the order of the input channels, then multiplied by `row_scale`, then `bias` is
-added; the result is rounded once to the dtype of `x`. Up to FUSED_TOKENS tokens a token's result depends neither on the
-number of threads nor on the other tokens; above, the weight is decoded a few columns at a time and multiplied by torch.
+Numeric contract: weights are widened to float32 without rounding. Products are accumulated in float32 with fused
+multiply-adds (plain C may round twice), in the order of the input channels. The sum is multiplied by `row_scale`, then `bias`
+is added, and the result is rounded once to the dtype of `x`. Up to FUSED_TOKENS tokens, a token's result depends neither on the
+number of threads nor on the other tokens; with more tokens, the weight is decoded a few columns at a time and multiplied by
+torch.
 
-The variant (AVX-512, AVX2, plain C) is the best the machine has; the environment variable CLUSCOMP_CPU forces one.
+The best variant that the machine supports is used (AVX-512, AVX2 or plain C); the environment variable CLUSCOMP_CPU forces one.
 """
 
 from __future__ import annotations
@@ -37,19 +38,19 @@ __all__ = [
 ]
 
 VARIANTS = ("plain", "avx2", "avx512")
-"""In the order of their numbers in linear.c."""
+"""Ordered by their numbers in linear.c."""
 LANES = 64
 """Values per input channel of a tile: CC_LANES of clus_linear.h."""
 FUSED_TOKENS = 32
-"""More tokens than this are multiplied by torch with the decoded weight."""
+"""With more tokens than this, torch multiplies by the decoded weight."""
 DECODED_BYTES = 2 << 20
-"""Most float32 bytes of a weight decoded at a time."""
+"""Bytes of float32 weight decoded at a time, at most."""
 
 _VALUE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 class _Weight(ctypes.Structure):
-    """cc_weight of linear.c."""
+    """Mirrors cc_weight of linear.c, field by field."""
 
     _fields_ = (
         ("codes", ctypes.c_void_p),
@@ -97,22 +98,22 @@ def _variant_number(forced: str | None) -> int:
 
 
 def cpu_variant() -> str:
-    """The variant in use, one of VARIANTS. Raises ValueError if CLUSCOMP_CPU names one that this machine lacks."""
+    """Return the variant in use, one of VARIANTS. Raises ValueError if CLUSCOMP_CPU names one that is not available."""
     return VARIANTS[_variant_number(os.environ.get("CLUSCOMP_CPU"))]
 
 
 def row_length(cluster_dim: int) -> int:
-    """Elements of a padded codebook row: the next power of two. Raises ValueError beyond LANES."""
+    """Return the length of a padded codebook row: the next power of two. Raises ValueError unless 1 <= cluster_dim <= LANES."""
     if not 1 <= cluster_dim <= LANES:
-        raise ValueError(f"the native kernels take a cluster_dim of 1 to {LANES}, got {cluster_dim}; use path='reference'")
+        raise ValueError(f"the native kernels support a cluster_dim of 1 to {LANES}, got {cluster_dim}; use path='reference'")
     return int(1 << (cluster_dim - 1).bit_length())
 
 
 def pad_codebook(codebook: Tensor) -> Tensor:
-    """`[num_clusters, row_length]` for the kernels, zeros after cluster_dim, same values.
+    """Return the codebook padded with zeros to `[rows, row_length]`, contiguous.
 
-    The dtype is kept (float64 becomes float32). With rows of one element at most 256 rows become 256, which some
-    processors hold in registers.
+    The dtype is kept (float64 becomes float32). `rows` is num_clusters, or at least 256 if rows have one element: some
+    processors hold such a codebook in registers.
     """
     rows, cluster_dim = codebook.shape
     row = row_length(cluster_dim)
@@ -123,9 +124,9 @@ def pad_codebook(codebook: Tensor) -> Tensor:
 
 
 def tile_codes(codes: Tensor, num_clusters: int, cluster_dim: int) -> Tensor:
-    """Codes uint16 `[in_features, groups]` as `[tiles, in_features, groups_per_tile]`, uint8 where all codes fit.
+    """Return uint16 codes `[in_features, groups]` as `[tiles, in_features, groups_per_tile]`, uint8 if num_clusters <= 256.
 
-    Reads a contiguous `codes` in place, without a copy. Raises ValueError on a code past the codebook.
+    Contiguous `codes` are read without a copy. Raises ValueError if a code is not below num_clusters.
     """
     in_features, groups = codes.shape
     per_tile = LANES // row_length(cluster_dim)
@@ -202,9 +203,9 @@ def _linear_tiled(
 
 
 class BoundWeight:
-    """Operands of `cluscomp::linear_tiled` checked once, for calls that need neither the dispatcher nor autograd.
+    """Operands of `cluscomp::linear_tiled`, checked once, for calls that bypass the dispatcher and autograd.
 
-    Decoding a token makes hundreds of calls of tens of microseconds, so what a call costs by itself counts.
+    Decoding a token makes hundreds of calls of tens of microseconds each, so the overhead per call matters.
     """
 
     def __init__(
@@ -216,14 +217,14 @@ class BoundWeight:
         out_features: int,
         cluster_dim: int,
     ) -> None:
-        self._operands = (codes, codebook, row_scale, bias)  # keeps alive what the pointers point to
+        self._operands = (codes, codebook, row_scale, bias)  # keeps the memory of the pointers alive
         self._weight = _weight(codes, codebook, row_scale, bias, out_features, cluster_dim)
         self._in_features = codes.shape[1]
         self._out_features = out_features
         self._linear = _functions().linear
 
-    def takes(self, x: Tensor) -> bool:
-        """Whether `linear` may be called: plain contiguous float32 CPU tensors of few tokens, outside of tracing."""
+    def supports(self, x: Tensor) -> bool:
+        """Return whether `linear` may be called: `x` is a plain contiguous float32 CPU tensor of few tokens, not traced."""
         return (
             type(x) is Tensor
             and x.dtype is torch.float32
@@ -236,7 +237,7 @@ class BoundWeight:
         )
 
     def linear(self, x: Tensor) -> Tensor:
-        """The same result as the operator, for an `x` that it takes."""
+        """Return the result of the operator for an `x` that `supports` accepts."""
         shape = x.shape
         y = torch.empty((*shape[:-1], self._out_features), dtype=torch.float32)
         self._weight.threads = kernel_threads()
@@ -245,7 +246,7 @@ class BoundWeight:
 
 
 def _decoded_columns(weight: _Weight, tiles: int) -> Any:
-    """Yield `(first output, W^T[:, outputs])` over all outputs; the buffer is reused."""
+    """Yield `(first output, W^T[:, outputs])` for consecutive ranges of outputs; the buffer is reused."""
     per_tile = (LANES >> weight.row_log2) * weight.cluster_dim
     step = max(1, DECODED_BYTES // (4 * per_tile * max(1, weight.in_features)))
     for first in range(0, tiles, step):
@@ -259,7 +260,7 @@ def _decoded_columns(weight: _Weight, tiles: int) -> Any:
 
 
 def decode_tiled(codes: Tensor, codebook: Tensor, out_features: int, cluster_dim: int) -> Tensor:
-    """`W^T [in_features, out_features]` float32 without row scale."""
+    """Return `W^T [in_features, out_features]` in float32, without row scale."""
     weight = _weight(codes, codebook, None, None, out_features, cluster_dim)
     dense = torch.empty((codes.shape[1], out_features), dtype=torch.float32)
     _functions().decode(weight, 0, -(-out_features // (codes.shape[2] * cluster_dim)), dense.data_ptr(), out_features)
@@ -269,7 +270,7 @@ def decode_tiled(codes: Tensor, codebook: Tensor, out_features: int, cluster_dim
 def rows_tiled(
     ids: Tensor, codes: Tensor, codebook: Tensor, row_scale: Tensor | None, out_features: int, cluster_dim: int
 ) -> Tensor:
-    """`W[ids]` float32 `[..., in_features]`, row scale applied. Raises IndexError on an id outside `[0, out_features)`."""
+    """Return `W[ids]`, float32 `[..., in_features]`, times the row scale. Raises IndexError unless 0 <= ids < out_features."""
     flat = ids.reshape(-1).to(torch.int64).contiguous()
     if flat.numel() and not (int(flat.min()) >= 0 and int(flat.max()) < out_features):
         raise IndexError(f"ids go from {int(flat.min())} to {int(flat.max())}, expected 0 to {out_features - 1}")

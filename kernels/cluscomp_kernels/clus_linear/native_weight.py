@@ -23,7 +23,7 @@ class NativeWeight(PreparedWeight):
         self._bound = BoundWeight(self._tiled, padded, self.row_scale, self.bias, self.out_features, dim)
 
     def _linear(self, x: Tensor) -> Tensor:
-        if self._bound.takes(x):
+        if self._bound.supports(x):
             return self._bound.linear(x)
         y: Tensor = torch.ops.cluscomp.linear_tiled.default(
             x, self._tiled, self.codebook.values, self.row_scale, self.bias, self.out_features, self.codebook.cluster_dim

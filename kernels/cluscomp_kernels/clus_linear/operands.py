@@ -1,4 +1,4 @@
-"""Checks on the operands of the compressed linear operator, made before any memory is read through them."""
+"""Checks of the operands of the compressed linear operator, made before any kernel reads their memory."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ MAX_CLUSTERS = 65536
 
 
 def check_codebook(codebook: Tensor) -> None:
-    """Raise unless the codebook is `[num_clusters, cluster_dim]`, float32, float16, bfloat16 or int8, 1 to 65536 clusters.
+    """Check that the codebook is float32, float16, bfloat16 or int8 `[num_clusters, cluster_dim]` with 1 to 65536 clusters.
 
-    Raises TypeError on a wrong dtype, ValueError on a wrong shape.
+    Raises TypeError if the dtype is wrong, ValueError if the shape is wrong.
     """
     if codebook.dtype not in (*CODEBOOK_DTYPES, torch.float64):
         raise TypeError(f"codebook is {codebook.dtype}, expected float32, float16, bfloat16 or int8")
@@ -24,9 +24,9 @@ def check_codebook(codebook: Tensor) -> None:
 
 
 def check_codes(codes: Tensor, cluster_dim: int, out_features: int) -> None:
-    """Raise unless the codes are uint16 `[in_features, ceil(out_features / cluster_dim)]`.
+    """Check that the codes are uint16 `[in_features, ceil(out_features / cluster_dim)]`.
 
-    Raises TypeError on a wrong dtype, ValueError on a wrong shape.
+    Raises TypeError if the dtype is wrong, ValueError if the shape is wrong.
     """
     if codes.dtype != torch.uint16:
         raise TypeError(f"codes are {codes.dtype}, expected torch.uint16")
@@ -39,7 +39,10 @@ def check_codes(codes: Tensor, cluster_dim: int, out_features: int) -> None:
 
 
 def check_epilogue(out_features: int, row_scale: Tensor | None, bias: Tensor | None) -> None:
-    """Raise unless `row_scale` and `bias` are float `[out_features]` or None."""
+    """Check that `row_scale` and `bias` are floating-point `[out_features]` or None.
+
+    Raises TypeError if a dtype is wrong, ValueError if a shape is wrong.
+    """
     for name, tensor in (("row_scale", row_scale), ("bias", bias)):
         if tensor is None:
             continue
@@ -50,7 +53,10 @@ def check_epilogue(out_features: int, row_scale: Tensor | None, bias: Tensor | N
 
 
 def check_input(x: Tensor, in_features: int) -> None:
-    """Raise unless `x` is float `[..., in_features]`."""
+    """Check that `x` is floating-point `[..., in_features]`.
+
+    Raises TypeError if the dtype is wrong, ValueError if the shape is wrong.
+    """
     if not x.is_floating_point():
         raise TypeError(f"x is {x.dtype}, expected a floating-point tensor")
     if x.dim() == 0 or x.shape[-1] != in_features:

@@ -1,6 +1,6 @@
-"""Weights prepared for inference: what all paths share, and the paths that need nothing but torch.
+"""Weights prepared for inference: the common base class, and the paths that use torch alone.
 
-A path lays out codebook and codes once, so that each call is one operator. A prepared codebook can serve many weights.
+A path lays out codebook and codes once, so that each call is a single operator. Many weights can share a prepared codebook.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ __all__ = ["DenseWeight", "EmbeddingBagWeight", "Operands", "PreparedCodebook", 
 
 @dataclass(frozen=True, eq=False)
 class PreparedCodebook:
-    """A codebook laid out for one path: `values [rows, row_length]` on the device, rows and columns possibly padded.
+    """A codebook laid out for one path: `values [rows, row_length]` on the device, with rows and columns possibly padded.
 
-    Centroids are `values * unit`; the row scales of the weights take in the unit.
+    The centroids are `values * unit`. `prepare` multiplies the row scales of the weights by `unit`.
     """
 
     path: str
@@ -33,13 +33,13 @@ class PreparedCodebook:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in memory. Shared by all weights that were prepared with it."""
+        """Bytes in memory, once for all weights that share the codebook."""
         return self.values.nbytes
 
 
 @dataclass(frozen=True, eq=False)
 class Operands:
-    """What a path is given, checked and on its device: codes canonical, `row_scale` and `bias` float32 or None."""
+    """Checked operands of a path: canonical codes; `row_scale` and `bias` on its device, float32 or None."""
 
     codebook: PreparedCodebook
     codes: Tensor
@@ -52,7 +52,7 @@ class Operands:
 class PreparedWeight(abc.ABC):
     """`W [out_features, in_features]` with its row scale, and a bias, ready for inference on one path. Forward only.
 
-    `dtype` is the dtype of `decode()` and `embedding()`; `linear()` gives the dtype of its input.
+    `decode()` and `embedding()` return `dtype`; `linear()` returns the dtype of its input.
     """
 
     path: ClassVar[str]
@@ -69,10 +69,10 @@ class PreparedWeight(abc.ABC):
         return self.linear(x)
 
     def linear(self, x: Tensor) -> Tensor:
-        """`x @ W^T + bias` for float `x [..., in_features]`, in the dtype of `x`.
+        """Return `x @ W^T + bias` for floating-point `x [..., in_features]`, in the dtype of `x`.
 
-        Raises ValueError or TypeError on a wrong `x`, RuntimeError if `x` requires a gradient (there is
-        `cluscomp_kernels.clus_linear.linear` for that).
+        Raises TypeError if `x` is not floating-point; ValueError if its shape or device is wrong; RuntimeError if it requires a
+        gradient (use `cluscomp_kernels.clus_linear.linear` for that).
         """
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("a prepared weight has no backward pass; use clus_linear.linear, or torch.no_grad()")
@@ -80,10 +80,10 @@ class PreparedWeight(abc.ABC):
             raise ValueError(f"x is on {x.device}, the weight was prepared for {self.codebook.values.device}")
         return self._linear(x)
 
-    def take_row_scale(self, row_scale: Tensor) -> None:
-        """Take another row scale `[out_features]` in place of the one it was prepared with, where that lies in memory.
+    def replace_row_scale(self, row_scale: Tensor) -> None:
+        """Overwrite the row scale `[out_features]` in place.
 
-        Raises ValueError if it was prepared without one.
+        Raises ValueError if the weight was prepared without one.
         """
         if self.row_scale is None:
             raise ValueError("the weight was prepared without a row scale")
@@ -94,14 +94,14 @@ class PreparedWeight(abc.ABC):
 
     @abc.abstractmethod
     def embedding(self, ids: Tensor) -> Tensor:
-        """Rows `W[ids]` as `[*ids.shape, in_features]` in `dtype`.
+        """Return the rows `W[ids]` as `[*ids.shape, in_features]` in `dtype`.
 
-        Raises IndexError on an id outside `[0, out_features)`, on a GPU as a device-side assertion.
+        Raises IndexError unless 0 <= ids < out_features; on a GPU the check is a device-side assertion.
         """
 
     @abc.abstractmethod
     def decode(self) -> Tensor:
-        """`W [out_features, in_features]` in `dtype`, row scale applied; possibly a transposed view."""
+        """Return `W [out_features, in_features]` in `dtype`, times the row scale; it may be a transposed view."""
 
     @property
     @abc.abstractmethod
@@ -109,7 +109,7 @@ class PreparedWeight(abc.ABC):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what belongs to this weight alone; `codebook.nbytes` comes on top, once for all weights that share it."""
+        """Bytes of the tensors of this weight, without the codebook, which other weights may share."""
         epilogue = (tensor for tensor in (self.row_scale, self.bias) if tensor is not None)
         return sum(tensor.nbytes for tensor in (*self._own_tensors, *epilogue))
 
@@ -120,7 +120,7 @@ class PreparedWeight(abc.ABC):
 
 
 class ReferenceWeight(PreparedWeight):
-    """Decodes the weight at every call. Slow; the smallest in memory, and the meaning of the other paths."""
+    """Decodes the weight in every call. Slow, smallest in memory, and the definition of the other paths' results."""
 
     path = "reference"
 
@@ -130,7 +130,7 @@ class ReferenceWeight(PreparedWeight):
 
     @property
     def _rows(self) -> Tensor:
-        """The codebook without padding."""
+        """Return the codebook without padding."""
         return self.codebook.values[: self.codebook.num_clusters, : self.codebook.cluster_dim]
 
     def _linear(self, x: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ class ReferenceWeight(PreparedWeight):
     def embedding(self, ids: Tensor) -> Tensor:
         _check_ids(ids, self.out_features)
         group, lane = ids // self.codebook.cluster_dim, ids % self.codebook.cluster_dim
-        # Indexing is not implemented for uint16; the bits of a code are.
+        # torch cannot index uint16 tensors; an int16 view has the same bits.
         indexable = self._codes.view(torch.int16) if self._codes.dtype == torch.uint16 else self._codes
         chosen = indexable.t()[group].to(torch.int64) & 0xFFFF
         rows = self._rows[chosen, lane.unsqueeze(-1)].to(self.dtype)
@@ -156,14 +156,14 @@ class ReferenceWeight(PreparedWeight):
 
 
 class EmbeddingBagWeight(ReferenceWeight):
-    """`torch.nn.functional.embedding_bag` over the codebook, weighted by `x`: the fast way for few tokens without C kernels.
+    """`torch.nn.functional.embedding_bag` over the codebook, weighted by `x`: fast for few tokens without the C kernels.
 
-    Keeps the codes as int32 `[groups, in_features]`, computes in float32.
+    Stores the codes as int32 `[groups, in_features]` and computes in float32.
     """
 
     path = "embedding_bag"
     FEW_TOKENS: ClassVar[int] = 4
-    """More tokens than this are cheaper with a decoded weight."""
+    """With more tokens than this, decoding the weight is cheaper."""
 
     def __init__(self, operands: Operands) -> None:
         super().__init__(operands)
@@ -189,7 +189,7 @@ class EmbeddingBagWeight(ReferenceWeight):
 
 
 class DenseWeight(PreparedWeight):
-    """Decodes once and keeps the matrix in `dtype`: speed at any number of tokens, for the memory of the dense model."""
+    """Decodes once and keeps the matrix in `dtype`: fast for any number of tokens, with the memory of a dense weight."""
 
     path = "dense"
 
@@ -215,6 +215,6 @@ class DenseWeight(PreparedWeight):
 
 
 def _check_ids(ids: Tensor, out_features: int) -> None:
-    """Indexing takes negative ids for positions from the end; an embedding must not."""
+    """Raise IndexError unless 0 <= ids < out_features. (Indexing alone would count negative ids from the end.)"""
     if ids.device.type == "cpu" and ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < out_features):
         raise IndexError(f"ids go from {int(ids.min())} to {int(ids.max())}, expected 0 to {out_features - 1}")

@@ -5,9 +5,9 @@
  *   vec, VEC_LANES             a vector of floats
  *   vec_zero, vec_set1, vec_load, vec_store, vec_fmadd
  *   tile_vec(codebook, value_type, row, record, code_bytes, v)
- *                              vector v of the CC_LANES values of a record, all but the first and fourth argument constant
+ *                              vector v of the CC_LANES values of a record; only codebook and record vary at run time
  *   MULTIPLY_VECS              vectors of a record that the multiplication keeps in registers
- *   FUSE_FOUR_TOKENS           whether the registers hold the sums of four tokens
+ *   FUSE_FOUR_TOKENS           1 if the registers can hold the sums of four tokens, else 0
  * It is included as text so that each instruction set compiles the same loops with its own target. */
 #include "clus_linear/clus_linear.h"
 
@@ -52,7 +52,7 @@ static inline CC_FN void tile_decode(int value_type, int row, int code_bytes, co
     }
 }
 
-/* Sums in the order of the channels, like tile_dot: a token's result does not depend on the tokens beside it. */
+/* Sums in the order of the channels, like tile_dot, so a token's result does not depend on the other tokens. */
 static inline CC_FN void multiply_tokens(int tokens, const float *block, int64_t channels, const float *x, int64_t x_stride,
                                          float *lanes)
 {

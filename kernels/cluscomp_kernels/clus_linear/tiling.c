@@ -45,8 +45,8 @@ static void tile_one(void *arg, int64_t begin, int64_t end, int thread)
         ;
 }
 
-/* Lays codes [in_features, groups] out as [tiles][in_features][groups_per_tile] of code_bytes each, missing groups 0.
- * Returns the largest code; if it does not fit code_bytes, the tiled codes mean nothing. */
+/* Lays codes [in_features, groups] out as [tiles][in_features][groups_per_tile] of code_bytes each; missing groups are 0.
+ * Returns the largest code; the tiled codes are valid only if it fits code_bytes. */
 CC_EXPORT int cc_clus_tile(const uint16_t *codes, int64_t in_features, int64_t groups, int64_t groups_per_tile, int code_bytes,
                            void *tiled, int threads)
 {

@@ -1,9 +1,9 @@
 """`cluscomp::linear`: the operator on canonical codes, on any device, differentiable in everything but the codes.
 
-Numeric contract: codebook rows are cast to the dtype of `x`, the product is torch's in that dtype, `row_scale` and `bias` are
-applied in it. The backward pass decodes the weight again instead of keeping it, and works on blocks of input channels so that
-it needs a few times BLOCK_BYTES, not a dense gradient; gradients of the codebook and of `row_scale` are accumulated in float32
-(float64 for a float64 `x`). They are deterministic on a CPU; on CUDA `index_add_` is so only under
+Numeric contract: codebook rows are cast to the dtype of `x`; torch multiplies in that dtype, and `row_scale` and `bias` are
+applied in it. The backward pass decodes the weight again instead of keeping it. It works on blocks of input channels, so it
+needs a few times BLOCK_BYTES rather than a dense gradient. Gradients of the codebook and of `row_scale` are accumulated in
+float32 (float64 for a float64 `x`). They are deterministic on a CPU; on CUDA, `index_add_` is deterministic only under
 torch.use_deterministic_algorithms.
 """
 
@@ -21,7 +21,7 @@ from cluscomp_kernels.clus_linear.operands import check_codebook, check_codes, c
 __all__ = ["linear"]
 
 BLOCK_BYTES = 64 << 20
-"""Most bytes of a block of decoded weight, and of its gradient, in the backward pass."""
+"""Bytes of a block of decoded weight, and of its gradient, in the backward pass, at most."""
 
 
 def linear(
@@ -32,11 +32,13 @@ def linear(
     row_scale: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """`(x @ W^T) * row_scale + bias` in the dtype of `x`, or that of torch.autocast where it is on; differentiable.
+    """Return `(x @ W^T) * row_scale + bias` in the dtype of `x`, or in that of torch.autocast if enabled; differentiable.
 
-    `x [..., in_features]`, `codebook [num_clusters, cluster_dim]`, `codes` uint16
-    `[in_features, ceil(out_features / cluster_dim)]`, `row_scale` and `bias` `[out_features]`. Raises TypeError on a wrong
-    dtype, ValueError on a wrong shape, IndexError on a code past the codebook (a device-side assertion on CUDA).
+    Shapes: `x [..., in_features]`, `codebook [num_clusters, cluster_dim]`, `codes` uint16
+    `[in_features, ceil(out_features / cluster_dim)]`, `row_scale` and `bias` `[out_features]`.
+
+    Raises TypeError if a dtype is wrong; ValueError if a shape is wrong; IndexError if a code is not below num_clusters (a
+    device-side assertion on CUDA).
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -54,7 +56,7 @@ def _check(
 
 
 def _decode(codebook: Tensor, codes: Tensor, out_features: int, dtype: torch.dtype) -> Tensor:
-    """`W^T [in_features, out_features]`; a view with longer rows where the last vectors reach past out_features."""
+    """Return `W^T [in_features, out_features]`: a view of longer rows if out_features is not a multiple of cluster_dim."""
     vectors = codebook.to(dtype).index_select(0, codes.reshape(-1).to(torch.int32))
     return vectors.reshape(codes.shape[0], codes.shape[1] * codebook.shape[1])[:, :out_features]
 

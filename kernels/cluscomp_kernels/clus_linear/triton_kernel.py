@@ -1,20 +1,21 @@
 """The Triton kernels of the compressed linear operator and their torch operator `cluscomp::linear_triton`.
 
-Importing this module imports triton; only the triton path does. Codes stay canonical `[in_features, groups]`, so that
-neighbouring threads read neighbouring groups; codebook rows are padded to a power of two, so that a row is one aligned vector
-load. A large codebook (512 KB and more) lives in the L2 cache, not in shared memory.
+Importing this module imports triton, so only the triton path imports it. Codes stay canonical `[in_features, groups]`:
+neighbouring threads read neighbouring groups. Codebook rows are padded to a power of two, so that a row is one aligned vector
+load. A large codebook (512 KB and more) stays in the L2 cache, not in shared memory.
 
 Numeric contract: up to FUSED_TOKENS tokens, products of `x` and weights are accumulated in float32 over a fixed partition of
-the input channels, and a second kernel adds the partial sums in a fixed order (no atomics), applies `row_scale` and `bias` and
-rounds once: results are the same in every run. More tokens multiply with the weight decoded to the dtype of `x`.
+the input channels. A second kernel adds the partial sums in a fixed order (no atomics), applies `row_scale` and `bias` and
+rounds once, so every run gives the same result. With more tokens, the weight is decoded to the dtype of `x` and torch
+multiplies.
 
-Where one of `x` and codebook is float16 and the other bfloat16, tensor cores multiply with the float16 values as sums of two
-bfloat16 values. The sums are exact (`bfloat16_parts`), so the contract is the same, for a second instruction.
+If one of `x` and codebook is float16 and the other bfloat16, each float16 value is split into two bfloat16 values for the
+tensor cores. Their sum is exact (`bfloat16_parts`), so the contract holds, at the cost of a second instruction.
 
-Triton launches on the current device, whatever device the operands are on: each launch is within `torch.cuda.device_of` them.
+Triton launches on the current device, not on that of the operands, so each launch is inside `torch.cuda.device_of`.
 """
 
-# ruff: noqa: N803 (constants of a kernel are upper case, its operands positional)
+# ruff: noqa: N803 (compile-time constants of a kernel are upper case)
 from __future__ import annotations
 
 from typing import Any
@@ -30,21 +31,21 @@ from cluscomp_kernels.clus_linear.operands import check_input
 __all__ = ["FUSED_TOKENS", "decode_dense", "linear_triton"]
 
 FUSED_TOKENS = 16
-"""The rows of the smallest tensor-core tile."""
+"""Rows of the smallest tensor-core tile; with more tokens, the weight is decoded first."""
 TILE_VALUES = 64
-"""Outputs of one program, padding included."""
+"""Outputs of one program, including padding."""
 CHANNELS = 32
-"""Input channels that a program handles at a time."""
+"""Input channels that a program processes at a time."""
 TARGET_PROGRAMS = 512
-"""Programs that keep a large GPU busy; the input channels are split until there are as many."""
+"""Number of programs that keeps a large GPU busy; the input channels are split until there are as many."""
 
 FUSION: dict[str, Any] = {"enable_fp_fusion": True}
-"""Products are fused into sums; said, since what Triton does unasked depends on its version."""
+"""Use fused multiply-adds. Set explicitly because Triton's default depends on its version."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def gathered_weight(codes, codebook, channel, group, in_features, groups, ROW: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Decoded values `[channels, groups, ROW]` in the dtype of the codebook; 0 outside the weight."""
+    """Return decoded values `[channels, groups, ROW]` in the dtype of the codebook; 0 outside the weight."""
     inside = (channel[:, None] < in_features) & (group[None, :] < groups)
     offset = channel[:, None].to(tl.int64) * groups + group[None, :]
     code = tl.load(codes + offset, mask=inside, other=0).to(tl.int32)
@@ -55,7 +56,7 @@ def gathered_weight(codes, codebook, channel, group, in_features, groups, ROW: t
 
 @triton.jit
 def bfloat16_parts(value):  # type: ignore[no-untyped-def]
-    """Two bfloat16 values whose sum is the finite float16 value: of its 11 bits, the first has 8 and the second the rest."""
+    """Split a finite float16 value into two bfloat16 values: the first has 8 of its 11 significant bits, the second 3."""
     high = value.to(tl.bfloat16)
     low = (value.to(tl.float32) - high.to(tl.float32)).to(tl.bfloat16)
     return high, low
@@ -87,7 +88,7 @@ def few_tokens_kernel(  # type: ignore[no-untyped-def]
     x, codes, codebook, partial, tokens, in_features, groups, channels_per_split,
     ROW: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """partial[split, tokens, groups * ROW], by tensor cores where `x` and the codebook have 16 bits."""
+    """partial[split, tokens, groups * ROW] of several tokens, on tensor cores if `x` and the codebook have 16 bits."""
     group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     split = tl.program_id(1)
     begin = split * channels_per_split
@@ -158,7 +159,7 @@ def _groups_per_program(row: int) -> int:
 
 
 def decode_dense(codes: Tensor, codebook: Tensor, out_features: int, cluster_dim: int, dtype: torch.dtype) -> Tensor:
-    """`W^T [in_features, out_features]` in `dtype`, without row scale."""
+    """Return `W^T [in_features, out_features]` in `dtype`, without row scale."""
     in_features, groups = codes.shape
     row = codebook.shape[1]
     dense = torch.empty((in_features, out_features), dtype=dtype, device=codes.device)
@@ -174,7 +175,7 @@ def decode_dense(codes: Tensor, codebook: Tensor, out_features: int, cluster_dim
 
 
 def _split(in_features: int, programs: int) -> tuple[int, int]:
-    """`(splits, channels per split)`, the latter a multiple of CHANNELS."""
+    """Return `(splits, channels per split)`; the latter is a multiple of CHANNELS."""
     blocks = max(1, triton.cdiv(in_features, CHANNELS))
     blocks_per_split = triton.cdiv(blocks, min(blocks, max(1, TARGET_PROGRAMS // programs)))
     return triton.cdiv(blocks, blocks_per_split), blocks_per_split * CHANNELS
@@ -189,7 +190,10 @@ def linear_triton(
     out_features: int,
     cluster_dim: int,
 ) -> Tensor:
-    """`(x @ W^T) * row_scale + bias` in the dtype of `x`; `codebook` padded to `[num_clusters, row]`, epilogue float32."""
+    """Return `(x @ W^T) * row_scale + bias` in the dtype of `x`.
+
+    `codebook` is padded to `[num_clusters, row]`; `row_scale` and `bias` are float32 `[out_features]` or None.
+    """
     check_input(x, codes.shape[0])
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     tokens, (in_features, groups) = flat.shape[0], codes.shape

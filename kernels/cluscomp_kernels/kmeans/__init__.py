@@ -1,8 +1,9 @@
-"""k-means: the clustering kernel.
+"""k-means, and the assignment of vectors to centroids.
 
-`kmeans` clusters vectors into at most 65536 centroids; `assign` gives vectors the exact nearest of given centroids, and
-`assign_with_feedback` does so channel after channel, each making up for the errors of those before. The meaning of all is
-`reference.py`; the inner loops are C, with a torch path where the library is missing and a Triton search for GPUs.
+`kmeans` clusters vectors into at most 65536 centroids. `assign` finds the exact nearest of given centroids for each vector.
+`assign_with_feedback` assigns channel by channel and feeds each channel's error back into the following channels.
+`reference.py` defines the results. The inner loops are C; torch replaces them if the library is missing, and GPUs use a Triton
+search.
 """
 
 from cluscomp_kernels.kmeans.clustering import KMeansResult, assign, kmeans

@@ -1,4 +1,4 @@
-"""`kmeans` and `assign`: checks, the choice of path, and the start of the centroids."""
+"""`kmeans` and `assign`: argument checks, choice of the compute path, and initial centroids."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ Progress = Callable[[str, int, int], None]
 Method = Literal["fast", "lloyd"]
 
 LLOYD_ITERATIONS = 20
-"""What the ClusComp paper uses."""
+"""As in the ClusComp paper (arXiv 2503.13089)."""
 VALUE_ITERATIONS = 300
-"""In one dimension an iteration costs next to nothing."""
+"""Iterations in one dimension, where they cost almost nothing."""
 
 
 @dataclass(frozen=True)
 class KMeansResult:
     """A clustering of points `[n, dim]`.
 
-    `centroids` float32 `[k, dim]`; `codes` uint16 `[n]`, the nearest centroid of each point, the lowest index of equally near
-    ones; `error`, the sum over points of weight times squared distance; `iterations` made; `method` as asked for; `path`, what
-    did the work: `native`, `torch` (no C library) or `cuda`.
+    `centroids` float32 `[k, dim]`; `codes` uint16 `[n]`, the nearest centroid of each point (the lowest index among equally
+    near ones); `error`, the sum over points of weight times squared distance; `iterations`, the number made; `method` as given;
+    `path`, the implementation used: `native`, `torch` (no C library) or `cuda`.
     """
 
     centroids: Floats
@@ -53,7 +53,7 @@ class KMeansResult:
 
 
 def default_iterations(dim: int, method: Method) -> int:
-    """Iterations made unless the caller says otherwise; see docs/lab-notes.md for how the fast ones were chosen."""
+    """Return the default number of iterations; docs/lab-notes.md has the measurements behind those of `fast`."""
     if method == "lloyd":
         return LLOYD_ITERATIONS
     if dim == 1:
@@ -75,25 +75,26 @@ def kmeans(
 ) -> KMeansResult:
     """Cluster `points` float32 `[n, dim]`, 1 <= dim <= 64, into `num_clusters` <= 65536 centroids.
 
-    `method="fast"` starts from a greedy tree and makes a few over-relaxed iterations, assigning by neighbour lists.
-    `method="lloyd"` is plain k-means as in the ClusComp paper: a random sample of the points, then `iterations` rounds of
-    exact assignment and means. In both, a cluster that loses its points is revived by splitting the one with the largest
-    error: it moves to that cluster's farthest point. Both stop early when nothing moves any more.
+    `method="fast"` starts from a greedy tree and makes a few over-relaxed iterations that assign by neighbour lists.
+    `method="lloyd"` is plain k-means as in the ClusComp paper (arXiv 2503.13089): it starts from a random sample of the points
+    and makes `iterations` rounds of exact assignment and means. In both methods, an empty cluster is revived by splitting the
+    cluster with the largest error: its centroid moves to that cluster's farthest point. Both stop early once no centroid moves.
 
-    `weights` float32 `[n]`, not negative, scale each point's squared error; all zero means equal centroids as without, and
-    error 0. The result has `num_clusters` centroids, or the points themselves where there are fewer; with no more distinct
-    points than centroids some centroids repeat. It depends on the seed, not on the number of threads or the CPU.
-    `on_progress("clustering", done, total)` is called about once a second or oftener.
+    `weights` float32 `[n]`, not negative, scale each point's squared error. Weights that are all zero give the same centroids
+    as no weights, with error 0. The result has `num_clusters` centroids, or one per point if there are fewer points. If there
+    are no more distinct points than centroids, some centroids repeat. The result depends on the seed, but not on the number
+    of threads or the CPU. `on_progress("clustering", done, total)` is called
+    at least about once a second.
 
-    Raises TypeError for arguments of the wrong type; ValueError for values out of range, naming the first bad point.
+    Raises TypeError if an argument has the wrong type; ValueError if a value is out of range, naming the first bad point.
     """
     points = checked_vectors(points, "points")
     if not 1 <= num_clusters <= MAX_CLUSTERS:
         raise ValueError(f"num_clusters must be 1 to {MAX_CLUSTERS} (a code fits 16 bits), got {num_clusters}")
     if method not in ("fast", "lloyd"):
         raise ValueError(f"method must be 'fast' or 'lloyd', got {method!r}")
-    # It would stand beside what a clustering needs.
-    SearchSpace.forget()
+    # Free its memory: clustering needs the space.
+    SearchSpace.clear_cache()
     count, dim = points.shape
     rounds = default_iterations(dim, method) if iterations is None else iterations
     if rounds < 0:
@@ -114,10 +115,11 @@ def kmeans(
 
 
 def assign(points: Floats, centroids: Floats, *, threads: int | None = None, device: str = "cpu") -> Codes:
-    """The nearest of `centroids` float32 `[k, dim]` for each of `points` float32 `[n, dim]`, exactly: uint16 `[n]`.
+    """Return the index of the exact nearest centroid of each point, uint16 `[n]`; the lowest index among equally near ones.
 
-    Of equally near centroids the lowest index; distances are those of `reference.py`. Raises TypeError for arguments of the
-    wrong type; ValueError for values out of range, naming the first bad row.
+    `points` are float32 `[n, dim]`, `centroids` float32 `[k, dim]`. `reference.py` defines the distances.
+
+    Raises TypeError if an argument has the wrong type; ValueError if a value is out of range, naming the first bad row.
     """
     points, centroids = checked_vectors(points, "points"), checked_vectors(centroids, "centroids")
     if points.shape[1] != centroids.shape[1]:
@@ -129,7 +131,7 @@ def assign(points: Floats, centroids: Floats, *, threads: int | None = None, dev
 
 @dataclass
 class _Job:
-    """One call of `kmeans` with checked arguments."""
+    """One call of `kmeans`, with checked arguments."""
 
     points: Floats
     weights: Floats | None
@@ -144,7 +146,7 @@ class _Job:
     done: int = field(default=0, init=False)
 
     def tick(self) -> None:
-        """Report progress: the start, every iteration and the final assignment are one unit each."""
+        """Report progress. The start, each iteration and the final assignment count as one unit each."""
         if self.on_progress is not None:
             self.on_progress("clustering", self.done, self.iterations + 2)
 
@@ -163,12 +165,12 @@ class _Job:
         return _assign(self.points, centroids, self.threads, self.path, self.device, self.tick)
 
     def lossless(self) -> KMeansResult:
-        """No more points than clusters: the points are the centroids."""
+        """Use the points as centroids, if there are no more points than clusters."""
         centroids = self.points.copy()
         return self.result(centroids, self.assigned(centroids), 0.0, 0)
 
     def values(self) -> KMeansResult:
-        """One dimension."""
+        """Cluster points of one dimension."""
         values = self.points[:, 0]
         centroids, done = cluster_values(values, self.weights, self.num_clusters, self.iterations)
         self.after_iteration(done)
@@ -178,7 +180,7 @@ class _Job:
         return self.result(centroids[:, None], codes, float(total), done)
 
     def lloyd(self) -> KMeansResult:
-        """Lloyd iterations from a tree or from a sample."""
+        """Run Lloyd iterations from a tree or from a sample."""
         self.tick()
         starts_from_tree = self.method == "fast" and native.library() is not None
         if self.path != "native":
@@ -202,8 +204,8 @@ class _Job:
         return self.result(centroids, codes, error, done)
 
     def near_codes(self, centroids: Floats) -> Codes:
-        """A near centroid of each point. What the search needs does not stay beside the clustering."""
-        space = SearchSpace.made(centroids, self.threads, self.tick)
+        """Return a near centroid of each point, uint16 `[n]`. The search space is not cached: clustering needs the memory."""
+        space = SearchSpace.build(centroids, self.threads, self.tick)
         return assign_native(self.points, space, self.threads, self.tick, exact=False)
 
     def run(self, engine: Engine, centroids: Floats) -> tuple[Floats, Codes, float, int]:
@@ -214,14 +216,14 @@ class _Job:
         return centroids, engine.codes, error, done
 
     def sample(self) -> Floats:
-        """Distinct rows of the points, drawn at random."""
+        """Return a random sample of the points, without repetition."""
         rows = np.random.default_rng(self.seed).choice(len(self.points), self.num_clusters, replace=False)
         return self.points[rows]
 
     def tree_start(self) -> tuple[Floats, Floats, Floats | None, Codes, npt.NDArray[np.int32]]:
-        """Centroids from a tree; the points and their weights in its order, their codes, and that order.
+        """Return `(centroids, points, weights, codes, order)` of a greedy tree; points, weights and codes are in tree order.
 
-        Where the tree runs out of different points, the last centroid is repeated.
+        If the tree runs out of distinct points, the last centroid is repeated.
         """
         order = np.arange(len(self.points), dtype=np.int32)
         points = self.points.copy()
@@ -238,7 +240,7 @@ def _nothing() -> None:
 
 @functools.cache
 def _warn_missing(reason: str) -> None:
-    warnings.warn(f"k-means runs in torch, many times slower: {reason}", RuntimeWarning, stacklevel=4)
+    warnings.warn(f"k-means runs in torch and is many times slower: {reason}", RuntimeWarning, stacklevel=4)
 
 
 def compute_path(device: str) -> str:
@@ -259,7 +261,7 @@ def _assign(
     if path == "native":
         if points.shape[1] == 1:
             return assign_values(points[:, 0], centroids[:, 0], threads)
-        return assign_native(points, SearchSpace.kept(centroids, threads, tick), threads, tick)
+        return assign_native(points, SearchSpace.cached(centroids, threads, tick), threads, tick)
     engine = _torch_engine(points, None, device, tick)
     engine.assign(centroids, exact=True)
     return engine.codes

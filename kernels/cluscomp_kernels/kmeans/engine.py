@@ -1,4 +1,4 @@
-"""What a Lloyd loop needs from a device, and the loop."""
+"""The Lloyd loop, and the interface of the engines that run its steps on a device."""
 
 from __future__ import annotations
 
@@ -17,43 +17,43 @@ Codes = npt.NDArray[np.uint16]
 
 
 class Engine(Protocol):
-    """Holds the points on a device, with the code of each."""
+    """The points on a device, with the code of each point."""
 
     @property
     def codes(self) -> Codes:
-        """The centroid of every point, uint16 `[n]`, as of the last assignment."""
+        """Centroid index of every point, uint16 `[n]`, as of the last assignment."""
 
     def assign(self, centroids: Floats, *, exact: bool) -> None:
-        """Assign every point to its nearest centroid; if not `exact`, an engine may miss the nearest of a few points."""
+        """Assign every point to its nearest centroid; unless `exact`, a few points may get a slightly farther one."""
 
     def update(self, centroids: Floats) -> Means:
-        """The means of the clusters, and their errors against `centroids`, with which the last assignment was made."""
+        """Return the means of the clusters, and their errors against `centroids`, those of the last assignment."""
 
     def points_at(self, indices: npt.NDArray[np.int32]) -> Floats:
-        """Points by the numbers that `Means.farthest` gives."""
+        """Return the points `[len(indices), dim]` of indices from `Means.farthest`."""
 
-    def centroids_jumped(self, revived: Indices, donors: Indices) -> None:
-        """Each revived centroid now lies beside its donor: what is remembered of its neighbourhood no longer holds."""
+    def centroids_revived(self, revived: Indices, donors: Indices) -> None:
+        """Update any cached neighbours of revived centroids, each of which has moved next to its donor."""
 
 
 RELAXATION = 2.0
-"""How far centroids move, in units of the way to the mean."""
+"""Step of a centroid towards the mean, in units of its distance to the mean."""
 PLAIN_ITERATIONS = 2
-"""The last iterations move to the mean itself."""
+"""Number of final iterations, which move to the mean itself."""
 
 
 def run_lloyd(
     engine: Engine, centroids: Floats, iterations: int, *, plain: bool, after_iteration: Callable[[int], None]
 ) -> tuple[Floats, float, int]:
-    """Up to `iterations` Lloyd iterations, then an exact assignment to the centroids they end with.
+    """Make up to `iterations` Lloyd iterations, then an exact assignment to the final centroids.
 
-    `plain` iterations are those of the textbook: exact assignment, move to the mean. Otherwise assignments may miss the
-    nearest centroid of a few points, and all but the last iterations move past the mean, as far again. That reaches in a few
-    iterations a lower error than many plain ones (over-relaxation: Lee, Baek and Sung, "Modified K-means algorithm for vector
-    quantizer design", IEEE Signal Processing Letters 4(1), 1997).
+    With `plain`, iterations are the textbook's: exact assignment, then a move to the mean. Otherwise assignments may miss the
+    nearest centroid of a few points, and all but the last PLAIN_ITERATIONS move twice as far as the mean (over-relaxation: Lee,
+    Baek and Sung, "Modified K-means algorithm for vector quantizer design", IEEE Signal Processing Letters 4(1), 1997). A few
+    of these iterations reach a lower error than many plain ones.
 
-    Stops earlier when an iteration moves no centroid. Returns the centroids, the weighted squared error of the final codes
-    and the number of iterations made.
+    Stops early if an iteration moves no centroid. Returns the centroids, the weighted squared error of the final codes and the
+    number of iterations made.
     """
     done = 0
     while done < iterations:
@@ -64,7 +64,7 @@ def run_lloyd(
             means.centroids[:] = centroids + np.float32(RELAXATION) * moved
         revived, donors = revive(means, engine.points_at)
         if len(revived):
-            engine.centroids_jumped(revived, donors)
+            engine.centroids_revived(revived, donors)
         still = np.array_equal(means.centroids, centroids)
         centroids = means.centroids
         done += 1

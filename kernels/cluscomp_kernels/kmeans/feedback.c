@@ -1,20 +1,20 @@
-/* Codes chosen channel after channel, the error of each fed back into the targets of those that follow.
+/* Chooses codes channel by channel, feeding the error of each channel back into the targets of the following ones.
  *
- * Vectors lie along the rows of `targets` [channels, width], so groups of columns never touch each other: every thread takes
- * some groups through all channels, and results do not depend on how many threads there are. */
+ * Vectors lie along the rows of `targets` [channels, width], so groups of columns are independent. Each thread takes some
+ * groups through all channels; results do not depend on the number of threads. */
 #include "kmeans/tiles.h"
 
-/* Groups of columns are taken through the channels together: as many as make feedback worth its loop, and few enough that their
- * part of all channels stays in the cache. */
+/* Groups of columns processed together: enough to make the feedback loop efficient, and few enough that their part of all
+ * channels stays in the cache. */
 #define GROUPS 16
 
 typedef struct {
     cc_tiles space;
-    /* Corners of the boxes of CC_LANES boxes each [ceil(num_tiles / CC_LANES / CC_LANES), dim, CC_LANES]. */
+    /* Corners of boxes around CC_LANES tiles' boxes each, [ceil(num_tiles / CC_LANES / CC_LANES), dim, CC_LANES]. */
     const float *outer_low, *outer_high;
     const float *centroids;
     const float *weights;
-    /* What a squared difference counts in each column [width]. */
+    /* Weight of the squared differences of each column [width]. */
     const float *importance;
     float *targets, *errors;
     uint16_t *codes;
@@ -44,8 +44,8 @@ typedef struct {
     int32_t distance, id;
 } nearest_centroid;
 
-static CC_INLINE void look_into_tile(const cc_tiles *space, const float *x, const float *importance, int64_t tile,
-                                     nearest_centroid *best, int dim)
+static CC_INLINE void search_tile(const cc_tiles *space, const float *x, const float *importance, int64_t tile,
+                                  nearest_centroid *best, int dim)
 {
     float distances[CC_LANES];
     int32_t bits[CC_LANES];
@@ -67,7 +67,7 @@ static CC_INLINE void look_into_tile(const cc_tiles *space, const float *x, cons
     }
 }
 
-/* Lower bounds of the distances from x to CC_LANES boxes: cc_box_distances of a point, without what keeps it from vectorising. */
+/* Lower bounds of the distances from x to CC_LANES boxes: cc_box_distances for a point, written so that it vectorises. */
 static CC_INLINE void point_box_distances(const float *x, const float *importance, const float *lows, const float *highs,
                                           int64_t box, int32_t *out, int dim)
 {
@@ -86,7 +86,7 @@ static CC_INLINE void point_box_distances(const float *x, const float *importanc
     memcpy(out, sum, sizeof sum);
 }
 
-/* A lane of a least bound, or nearly: the last bits of the bounds give way to the lanes' numbers. */
+/* Returns a lane whose bound is about the smallest: the lane's number replaces the low bits of each bound in the comparison. */
 static CC_INLINE int least_lane(const int32_t *bounds)
 {
     int32_t least = INT32_MAX;
@@ -118,8 +118,8 @@ static CC_INLINE int first_lane(uint32_t lanes)
 #endif
 }
 
-/* Boxes within boxes within boxes: the nearest at every level give a first centroid, whatever may be nearer is looked into.
- * Where a target is not finite no centroid is near, and the first is taken. */
+/* Searches three levels of boxes: the nearest box at every level gives a first centroid, then all boxes that may hold a nearer
+ * one are searched. Returns 0 if x is not finite, since no distance is then comparable. */
 static CC_INLINE int32_t find_nearest(const feedback_job *job, const float *x, const float *importance, int dim)
 {
     const cc_tiles *space = &job->space;
@@ -133,7 +133,7 @@ static CC_INLINE int32_t find_nearest(const feedback_job *job, const float *x, c
         nearest_inner = outer[lane] < outer[nearest_inner] ? lane : nearest_inner;
     }
     point_box_distances(x, importance, space->low, space->high, nearest_inner, inner, dim);
-    look_into_tile(space, x, importance, nearest_inner * CC_LANES + least_lane(inner), &best, dim);
+    search_tile(space, x, importance, nearest_inner * CC_LANES + least_lane(inner), &best, dim);
     for (int64_t box = 0; box < outer_boxes; box++) {
         uint32_t within = lanes_within(outer + box * CC_LANES, best.distance);
         for (; within != 0; within &= within - 1) {
@@ -144,7 +144,7 @@ static CC_INLINE int32_t find_nearest(const feedback_job *job, const float *x, c
             for (uint32_t lanes = lanes_within(inner, best.distance); lanes != 0; lanes &= lanes - 1) {
                 int lane = first_lane(lanes);
                 if (inner[lane] <= best.distance && candidate * CC_LANES + lane < space->num_tiles)
-                    look_into_tile(space, x, importance, candidate * CC_LANES + lane, &best, dim);
+                    search_tile(space, x, importance, candidate * CC_LANES + lane, &best, dim);
             }
         }
     }
@@ -193,10 +193,11 @@ static CC_INLINE void choose_body(void *arg, int64_t begin, int64_t end, int thr
 
 CC_TASK_VARIANTS(choose_task, choose_body)
 
-/* For each channel in turn: `codes` [channels, groups] become the nearest centroids of `targets` [channels, groups * dim], with
- * squared differences weighted by `importance` [groups * dim]; `errors` [channels, groups * dim] become `weights` minus those
- * centroids, 0 past out_features, and these times `factor` [channels, channels] are added to the targets of the channels that
- * follow. */
+/* For each channel in turn:
+ * - sets `codes` [channels, groups] to the nearest centroids of `targets` [channels, groups * dim], with squared differences
+ *   weighted by `importance` [groups * dim];
+ * - sets `errors` [channels, groups * dim] to `weights` minus these centroids, and to 0 from column out_features on;
+ * - adds the errors times `factor` [channels, channels] to the targets of the following channels. */
 CC_EXPORT void cc_kmeans_feedback(const float *tiles, const int32_t *ids, const float *low, const float *high,
                                   const float *half_norms, float largest, int64_t num_tiles, const float *outer_low,
                                   const float *outer_high, const float *centroids, int32_t dim, const float *weights,

@@ -1,4 +1,4 @@
-"""`assign_with_feedback`: codes chosen channel after channel, each making up for the errors of those before."""
+"""`assign_with_feedback`: choose codes channel by channel, feeding each channel's error back into the following ones."""
 
 from __future__ import annotations
 
@@ -21,22 +21,24 @@ Floats = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.uint16]
 
 Search = Callable[[Floats, Floats, Floats, Floats, Floats], Codes]
-"""`(weights, importance, targets, errors, factor) -> codes` for a block of channels, with `weights` and `targets` `[channels,
-width]`, `importance` `[width]`; fills `errors` `[channels, width]`, and feeds back into `targets` by `factor` `[channels,
-channels]`."""
+"""`(weights, importance, targets, errors, factor) -> codes` for a block of channels.
+
+`weights` and `targets` are `[channels, width]`, `importance` `[width]`, `factor` `[channels, channels]`. Overwrites `errors`
+`[channels, width]`, and adds the feedback of the errors to `targets`.
+"""
 
 BLOCK = 64
-"""Channels that feed back to each other one by one; a matrix product then feeds back to all that follow."""
+"""Channels of a block. Within a block, feedback goes channel by channel; one matrix product feeds back to later blocks."""
 
 
 def feedback_factor(moments: torch.Tensor, order: torch.Tensor | None = None) -> torch.Tensor:
-    """The unit upper triangle R of `moments = R D R^T` with D diagonal, float64 `[channels, channels]`.
+    """Return the unit upper triangular factor R of `moments = R D R^T`, D diagonal, float64 `[channels, channels]`.
 
-    `moments` are symmetric: the mean of `x x^T` over inputs x. With `order`, int64 `[channels]`, those of the channels in that
-    order. Needs two matrices of that size beside them. Raises torch.linalg.LinAlgError unless they are positive definite.
+    `moments` is symmetric: the mean of `x x^T` over inputs x. `order`, int64 `[channels]`, first permutes the channels.
+    Allocates two more matrices of that size. Raises torch.linalg.LinAlgError unless `moments` is positive definite.
     """
     last_first = (torch.arange(len(moments)) if order is None else order).flip(0)
-    # Column by column in memory, as LAPACK has it: there the factor takes the place of the matrix.
+    # Column-major, as LAPACK expects, so that the factor overwrites the matrix.
     lower = moments.mT[last_first[:, None], last_first].mT
     torch.linalg.cholesky(lower, out=lower)
     lower /= lower.diagonal().clone()
@@ -53,20 +55,20 @@ def assign_with_feedback(
     threads: int | None = None,
     device: str = "cpu",
 ) -> Codes:
-    """Codes uint16 `[channels, groups]` for which `x @ (weights - decoded)` is small: greedily, from the first channel on.
+    """Return codes uint16 `[channels, groups]` that keep `x @ (weights - decoded)` small, chosen greedily in channel order.
 
     `weights` float32 `[channels, groups * dim]`; `centroids` float32 `[k, dim]`; `factor` float32 `[channels, channels]` from
-    `feedback_factor`. Channel k takes the nearest centroids of
+    `feedback_factor`. Channel k gets the nearest centroids of
 
         w_k + sum over j < k of (w_j - q_j) factor[j, k]
 
-    where q are the decoded weights: the greedy choice of GPTQ (Frantar et al., arXiv 2210.17323) in the form of LDLQ (Chee et
-    al., arXiv 2307.13304), which needs no inverse. Near is what differs little, with squared differences weighted by the
-    `importance` of their columns, float32 `[groups * dim]`, positive, 1 by default: a vector that crosses several columns
-    then errs where it matters least. Columns past `out_features` only pad the last group: their errors do not count. The result
-    does not depend on the number of threads as long as torch's float32 matrix products do not.
+    where q are the decoded weights. This is the greedy choice of GPTQ (Frantar et al., arXiv 2210.17323) in the form of LDLQ
+    (Chee et al., arXiv 2307.13304), which needs no inverse. Squared differences are weighted by the `importance` of their
+    columns, float32 `[groups * dim]`, positive, 1 by default: within each vector, error is steered to the columns that matter
+    least. Columns from `out_features` on only pad the last group, and their errors do not count. The result is independent of
+    the number of threads if torch's float32 matrix products are.
 
-    Raises TypeError for arguments of the wrong type; ValueError for values out of range or shapes that do not agree.
+    Raises TypeError if an argument has the wrong type; ValueError if a value is out of range or shapes do not match.
     """
     centroids = checked_vectors(centroids, "centroids")
     dim = centroids.shape[1]
@@ -85,7 +87,7 @@ def assign_with_feedback(
         importance = np.ones(width, dtype=np.float32)
     if importance.dtype != np.float32 or importance.shape != (width,):
         raise ValueError(f"importance must be float32 [{width}], got {importance.dtype} {list(importance.shape)}")
-    # Squared distances from far points, which fill up tiles, are infinite, and would not be numbers times 0.
+    # Tiles are padded with far points, whose squared distances are infinite: an importance of 0 would make them NaN.
     if not (np.isfinite(importance).all() and (importance > 0).all()):
         raise ValueError("importance must be finite and positive")
     path = compute_path(device)

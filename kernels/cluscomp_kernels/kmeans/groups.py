@@ -1,4 +1,4 @@
-"""The two halves of a Lloyd iteration on the CPU, both over points grouped by their cluster."""
+"""The two halves of a Lloyd iteration on the CPU, scan and update, over points grouped by cluster."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ POINTS_PER_CALL = 1 << 17
 
 @dataclass(frozen=True)
 class Groups:
-    """Points by cluster: those of cluster c are `order[start[c]:start[c + 1]]`, ascending."""
+    """Points by cluster: cluster c has the points `order[start[c]:start[c + 1]]`, in ascending order."""
 
     order: Ints
     start: Ints
 
 
 def group(codes: Codes, num_clusters: int) -> Groups:
-    """Group points by their code."""
+    """Group points by code."""
     groups = Groups(np.empty(len(codes), dtype=np.int32), np.empty(num_clusters + 1, dtype=np.int32))
     library.call("cc_kmeans_group", codes, len(codes), num_clusters, groups.start, groups.order)
     return groups
@@ -38,7 +38,7 @@ def group(codes: Codes, num_clusters: int) -> Groups:
 
 @dataclass(frozen=True)
 class Scan:
-    """Nearest centroids: `codes` uint16 `[n]`, squared `distances` float32 `[n]`, and how many points the lists left open."""
+    """Nearest centroids: `codes` uint16 `[n]`, squared `distances` float32 `[n]`, and the number of open points (scan.c)."""
 
     codes: Codes
     distances: Floats
@@ -57,10 +57,10 @@ def scan(
     threads: int,
     tick: Callable[[], None],
 ) -> Scan:
-    """Assign every point to the nearest of its group's centroid and that centroid's listed neighbours.
+    """Assign every point to the nearest among its group's centroid and that centroid's listed neighbours.
 
-    An exact scan then searches all centroids for the points that the lists left open: all of them if the lists are stale,
-    those of other centroids than these.
+    An exact scan then searches all centroids for the open points: those for which a centroid outside the list may be nearer.
+    If the lists are stale (made for centroids that have moved since), all points are open.
     """
     count, dim = centroids.shape
     codes = np.empty(len(points), dtype=np.uint16)
@@ -78,7 +78,7 @@ def scan(
 def update_means(
     points: Floats, weights: Floats | None, distances: Floats, groups: Groups, centroids: Floats, *, threads: int
 ) -> Means:
-    """The mean of each group; where a group weighs nothing, the centroid it had."""
+    """Return the mean of each group; a group without weight keeps its centroid."""
     count, dim = centroids.shape
     means = Means(centroids.copy(), np.empty(count), np.empty(count), np.empty(count, dtype=np.int32))
     results = (means.centroids, means.mass, means.error, means.farthest, threads, library.INSTRUCTION_LEVEL)

@@ -1,6 +1,6 @@
-"""The C functions of the k-means kernel, declared once, called with numpy arrays.
+"""The C functions of the k-means kernel, declared once and called with numpy arrays.
 
-Pointers go as addresses: the callers own the arrays, keep them alive and answer for their shapes and dtypes.
+Arrays are passed as addresses: the caller keeps them alive and is responsible for their shapes and dtypes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cluscomp_kernels import native
 __all__ = ["INSTRUCTION_LEVEL", "call"]
 
 INSTRUCTION_LEVEL = 2
-"""The highest instruction set used where the CPU has it: 0 plain C, 1 AVX2, 2 AVX-512. Results do not depend on it."""
+"""Highest instruction set to use if the CPU has it: 0 plain C, 1 AVX2, 2 AVX-512. Results do not depend on it."""
 
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int32, "l": ctypes.c_int64, "f": ctypes.c_float}
 

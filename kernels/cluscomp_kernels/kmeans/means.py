@@ -1,4 +1,4 @@
-"""What the update step of a Lloyd iteration gives, and how clusters that died are revived."""
+"""The result of the update step of a Lloyd iteration, and the revival of empty clusters."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ Indices = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Means:
-    """Per cluster: `centroids` float32 `[k, dim]`, the weighted means; `mass` float64 `[k]`, the sums of weights; `error`
-    float64 `[k]`, the weighted squared errors against the centroids before; `farthest` int32 `[k]`, the point with the
-    largest part in the error, or -1."""
+    """Values per cluster.
+
+    `centroids` float32 `[k, dim]`, the weighted means; `mass` float64 `[k]`, the sums of weights; `error` float64 `[k]`, the
+    weighted squared errors against the previous centroids; `farthest` int32 `[k]`, the index of the point with the largest
+    share of the error, or -1 if the error is 0.
+    """
 
     centroids: Floats
     mass: npt.NDArray[np.float64]
@@ -27,10 +30,10 @@ class Means:
 
 
 def revive(means: Means, points_at: Callable[[npt.NDArray[np.int32]], Floats]) -> tuple[Indices, Indices]:
-    """Split the clusters with the largest errors to revive those without weight; returns the revived and their donors.
+    """Revive clusters without weight by splitting those with the largest errors; return `(revived, donors)`, int64 indices.
 
-    A dead centroid moves to the farthest point of its donor, and the next assignment shares the donor's points out. Each
-    cluster gives once per iteration. Changes `means.centroids` in place.
+    The centroid of an empty cluster moves to the farthest point of its donor; the next assignment divides the donor's points
+    between the two. Each cluster is a donor at most once per iteration. Changes `means.centroids` in place.
     """
     dead = np.flatnonzero(means.mass <= 0)
     if len(dead) == 0:

@@ -1,4 +1,4 @@
-"""Clustering on the CPU with the C functions: neighbour-list scans over points kept in the order of a tree."""
+"""Clustering on the CPU with the C functions: scans of neighbour lists over points sorted by a tree."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ LARGEST_LIST_DIM = 10
 
 
 def list_length(dim: int, num_clusters: int) -> int:
-    """How many neighbours per centroid are worth listing: the distance a scan must cover grows with the dimension."""
+    """Return the number of neighbours to list per centroid. It grows with the dimension, as the distance to be scanned does."""
     wanted = 48 if dim <= 4 else 96 if dim <= 6 else 128 if dim <= 8 else 256
     return min(wanted, num_clusters - 1)
 
 
 class NativeEngine:
-    """An `Engine` over `points` `[n, dim]` that lie in memory cluster by cluster, more or less.
+    """An `Engine` over `points` `[n, dim]` that are roughly sorted by cluster in memory.
 
-    `codes` says where the search for the nearest centroid starts. Exact assignments use exact neighbour lists, others refresh
-    what lists there are every `REFRESH_EVERY` assignments. Beyond `LARGEST_LIST_DIM` dimensions hardly any list is long enough
-    to close a search, so exact assignments leave theirs as they are and search all centroids.
+    The first search for the nearest centroid of each point starts at `codes`. Exact assignments build exact neighbour lists;
+    others refresh the existing lists every `REFRESH_EVERY` assignments. With more than `LARGEST_LIST_DIM` dimensions, lists are
+    rarely long enough to prove that a centroid is the nearest, so exact assignments search all centroids and do not rebuild
+    the lists.
     """
 
     def __init__(
@@ -79,9 +80,9 @@ class NativeEngine:
     def points_at(self, indices: Ints) -> Floats:
         return self._points[indices]
 
-    def centroids_jumped(self, revived: Indices, donors: Indices) -> None:
-        # A revived centroid takes over its donor's neighbours, and both list each other; the next refresh spreads the word.
-        # Entries stay distinct: exact lists are searched within the bound that the previous ones give.
+    def centroids_revived(self, revived: Indices, donors: Indices) -> None:
+        # A revived centroid gets a copy of its donor's neighbours, and the two list each other; the next refresh adds it to
+        # further lists. Entries must stay distinct: the exact search bounds distances by the previous lists.
         lists = self._lists
         if lists is None or lists.shape[1] == 0:
             return
@@ -96,17 +97,17 @@ class NativeEngine:
 
 
 def spatial_order(centroids: Floats, threads: int) -> Ints:
-    """An order of the rows in which near ones are together, int32 `[k]`."""
+    """Return an order of the centroids, int32 `[k]`, that puts near ones next to each other."""
     order = np.arange(len(centroids), dtype=np.int32)
     build_tree(centroids.copy(), None, order, len(centroids), threads)
     return order
 
 
 def assign_native(points: Floats, space: SearchSpace, threads: int, tick: Callable[[], None], *, exact: bool = True) -> Codes:
-    """The nearest centroid of each point, uint16 `[n]`; if not `exact`, a near one.
+    """Return the nearest centroid of each point, uint16 `[n]`; unless `exact`, a near one.
 
-    A tree over the centroids gives a first guess, a scan of its neighbour list a better one, from which an exact scan has
-    little left to do.
+    A tree over the centroids gives a first guess, and a scan of its neighbour list a better one, which leaves little work for
+    the exact scan.
     """
     codes = space.order[space.tree.starts[:-1]].astype(np.uint16)[space.tree.descend(points, threads)]
     for last in (False, True):
@@ -118,7 +119,7 @@ def assign_native(points: Floats, space: SearchSpace, threads: int, tick: Callab
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """What a search among `centroids` `[k, dim]` needs: a `tree` over them in its `order`, and neighbour lists."""
+    """Data structures for searching `centroids` `[k, dim]`: a `tree` over them, with its `order`, and neighbour `lists`."""
 
     centroids: Floats
     order: Ints
@@ -129,24 +130,24 @@ class SearchSpace:
     _last: ClassVar[SearchSpace | None] = None
 
     @classmethod
-    def kept(cls, centroids: Floats, threads: int, tick: Callable[[], None]) -> SearchSpace:
-        """The last one that was made here, if it is of these centroids, else a new one that is kept in its place.
+    def cached(cls, centroids: Floats, threads: int, tick: Callable[[], None]) -> SearchSpace:
+        """Return the cached search space if it has these centroids; otherwise build and cache a new one.
 
-        For the matrices that share a codebook: lists take longer to make than most matrices to be assigned.
+        Matrices that share a codebook benefit: building the lists takes longer than assigning most matrices.
         """
         last = cls._last
         if last is None or not np.array_equal(last.centroids, centroids):
-            cls.forget()
-            last = cls._last = cls.made(centroids.copy(), threads, tick)
+            cls.clear_cache()
+            last = cls._last = cls.build(centroids.copy(), threads, tick)
         return last
 
     @classmethod
-    def forget(cls) -> None:
-        """Give back the memory of the one that is kept."""
+    def clear_cache(cls) -> None:
+        """Free the memory of the cached search space."""
         cls._last = None
 
     @classmethod
-    def made(cls, centroids: Floats, threads: int, tick: Callable[[], None]) -> SearchSpace:
+    def build(cls, centroids: Floats, threads: int, tick: Callable[[], None]) -> SearchSpace:
         order = np.arange(len(centroids), dtype=np.int32)
         tree = build_tree(centroids.copy(), None, order, len(centroids), threads)
         tiles = pack_tiles(centroids, order)

@@ -1,4 +1,4 @@
-/* The nearest other centroids of every centroid, exactly, pruned by the tiles' bounding boxes. */
+/* Exact lists of the nearest other centroids of every centroid; the tiles' bounding boxes prune the search. */
 #include "kmeans/select.h"
 #include "kmeans/tiles.h"
 
@@ -19,7 +19,7 @@ typedef struct {
     int64_t count;
 } candidates;
 
-/* An upper bound of the distance of the last member of the new list: the farthest member of the old one. */
+/* Upper bound of the distance of the last member of the new list: the distance of the farthest member of the old one. */
 static CC_INLINE float previous_radius(const neighbours_job *job, int32_t id, int dim)
 {
     const int32_t *list = job->lists + (int64_t)id * job->length;
@@ -32,7 +32,7 @@ static CC_INLINE float previous_radius(const neighbours_job *job, int32_t id, in
     return nextafterf(radius, INFINITY);
 }
 
-/* Adds the members of a tile nearer than the limit to the candidates of one centroid; returns the new limit. */
+/* Adds the members of a tile that are nearer than the limit to the candidates of one centroid. Returns the new limit. */
 static CC_INLINE float gather_tile(const neighbours_job *job, candidates *found, const float *x, int32_t own, int64_t tile,
                                    float limit, float *least_score, int dim, int fuses)
 {
@@ -88,7 +88,7 @@ static CC_INLINE void list_tile(const neighbours_job *job, int64_t own, int thre
     for (int64_t group = 0; group * CC_LANES < space->num_tiles; group++)
         cc_box_distances(low, high, space->low + group * dim * CC_LANES, space->high + group * dim * CC_LANES,
                          bounds + group * CC_LANES, dim);
-    /* Outwards from the own tile: near tiles come early and tighten the limits. */
+    /* Go outwards from the centroid's own tile: near tiles come early and tighten the limits. */
     for (int64_t step = 0; step < 2 * space->num_tiles; step++) {
         int64_t tile = step % 2 ? own + (step + 1) / 2 : own - step / 2;
         if (tile < 0 || tile >= space->num_tiles || !(bounds[tile] < widest))
@@ -146,9 +146,9 @@ static CC_INLINE void neighbours_body(void *arg, int64_t begin, int64_t end, int
 
 CC_TASK_VARIANTS(neighbours_task, neighbours_body)
 
-/* Fills lists[id, :] for the centroids of tiles [first, last) with the `length` < num_centroids nearest others, nearest
- * first (by id where distances are equal). With has_previous, the lists hold `length` distinct other centroids already, whose
- * distances bound the search. `capacity` > length is the number of candidates kept per centroid. */
+/* Fills lists[id, :] for the centroids of tiles [first, last) with the `length` < num_centroids nearest other centroids,
+ * nearest first (by id if distances are equal). With has_previous, the lists already hold `length` distinct other centroids
+ * each, whose distances bound the search. `capacity` > length is the number of candidates kept per centroid. */
 CC_EXPORT void cc_kmeans_neighbours(const float *tiles, const int32_t *ids, const float *low, const float *high,
                                     const float *half_norms, float largest, int64_t num_tiles, const float *centroids, int32_t dim, int32_t *lists, int32_t length,
                                     int has_previous, uint64_t *scratch, int64_t capacity, float *bounds,

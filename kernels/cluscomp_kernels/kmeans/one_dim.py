@@ -1,4 +1,4 @@
-"""One dimension: sorted values and prefix sums make a Lloyd iteration cost `k log n`, whatever the number of points."""
+"""k-means in one dimension: with sorted values and prefix sums, a Lloyd iteration costs O(k log n) for n points."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ VALUES_PER_SEARCH = 1 << 16
 
 
 class _Moments:
-    """Prefix sums over distinct ascending values; a range is given by its ends, arrays of them by arrays."""
+    """Prefix sums over distinct ascending values. Ranges of values are given by their ends, as numbers or arrays."""
 
     def __init__(self, values: Floats, mass: Doubles) -> None:
         self.values = values
@@ -31,19 +31,19 @@ class _Moments:
         )
 
     def mean(self, begin: npt.ArrayLike, end: npt.ArrayLike) -> Doubles:
-        """The weighted mean of the values of a range that weighs something."""
+        """Return the weighted mean of a range of positive weight."""
         b, e = np.asarray(begin), np.asarray(end)
         return np.asarray(self._shift + (self._first[e] - self._first[b]) / (self._mass[e] - self._mass[b]))
 
     def error(self, begin: npt.ArrayLike, end: npt.ArrayLike) -> Doubles:
-        """The weighted squared error of a range against its mean, up to rounding."""
+        """Return the weighted squared error of a range against its mean, up to rounding."""
         b, e = np.asarray(begin), np.asarray(end)
         first, mass = self._first[e] - self._first[b], self._mass[e] - self._mass[b]
         return np.asarray(np.maximum(self._second[e] - self._second[b] - first * first / mass, 0.0))
 
 
 def _weighted_values(points: Floats, weights: Floats | None) -> tuple[Floats, Doubles]:
-    """The distinct values that weigh something, ascending, and the weight of each."""
+    """Return the distinct values of positive weight, in ascending order, and their weights."""
     if weights is None:
         ordered, ordered_weights = np.sort(points), None
     else:
@@ -58,7 +58,7 @@ def _weighted_values(points: Floats, weights: Floats | None) -> tuple[Floats, Do
 
 
 def _split(moments: _Moments, bounds: npt.NDArray[np.int64], num_clusters: int) -> npt.NDArray[np.int64]:
-    """Split the range with the largest error at its mean until there are enough; the ends of the ranges, ascending."""
+    """Split the range with the largest error at its mean until there are `num_clusters`; return the ranges' ends, ascending."""
     values = moments.values
     begins, ends = bounds[:-1], bounds[1:]
     errors = -moments.error(begins, ends)
@@ -77,10 +77,10 @@ def _split(moments: _Moments, bounds: npt.NDArray[np.int64], num_clusters: int) 
 
 
 def cluster_values(points: Floats, weights: Floats | None, num_clusters: int, iterations: int) -> tuple[Floats, int]:
-    """Cluster `points` float32 `[n]`: the centroids, float32 `[num_clusters]`, and the number of iterations made.
+    """Cluster `points` float32 `[n]`; return the centroids, float32 `[num_clusters]`, and the number of iterations made.
 
-    Greedy splits, then Lloyd iterations until nothing moves or `iterations` are done. With no more distinct values than
-    clusters the values themselves are the centroids, the last one repeated.
+    Makes greedy splits, then Lloyd iterations until no centroid moves or `iterations` are done. If there are no more distinct
+    values than clusters, the centroids are the values, with the last one repeated.
     """
     values, mass = _weighted_values(points, weights)
     if len(values) <= num_clusters:
@@ -93,7 +93,7 @@ def cluster_values(points: Floats, weights: Floats | None, num_clusters: int, it
         if done == iterations:
             break
         done += 1
-        # A value at a midpoint goes to the left: the lower centroid has the lower index.
+        # A value at a midpoint belongs to the lower centroid, which has the lower index.
         cuts = np.searchsorted(values, ((centroids[1:] + centroids[:-1]) / 2).astype(np.float32), side="right")
         moved = np.unique(np.concatenate(([0], cuts, [len(values)])))
         if len(moved) <= num_clusters:
@@ -105,10 +105,13 @@ def cluster_values(points: Floats, weights: Floats | None, num_clusters: int, it
 
 
 def assign_values(points: Floats, centroids: Floats, threads: int) -> Codes:
-    """The exact nearest centroid of each of `points` float32 `[n]`, uint16 `[n]`; of equally near ones the lowest index."""
+    """Return the exact nearest centroid of each point, uint16 `[n]`; the lowest index among equally near ones.
+
+    `points` are float32 `[n]`, `centroids` float32 `[k]`.
+    """
     order = np.argsort(centroids, kind="stable").astype(np.int32)
     ordered = centroids[order]
-    # Of equal centroids the stable order puts the lowest index first.
+    # The stable sort puts the lowest index first among equal centroids.
     distinct = np.concatenate(([True], ordered[1:] != ordered[:-1]))
     values, ids = ordered[distinct], order[distinct]
     codes = np.empty(len(points), dtype=np.uint16)

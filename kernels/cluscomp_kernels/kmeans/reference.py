@@ -1,8 +1,8 @@
-"""The meaning of the k-means kernel in a few lines of numpy; slow, for tests and benchmarks.
+"""Reference of the k-means kernel in a few lines of numpy; slow, for tests and benchmarks.
 
-Distances are squared Euclidean in float32, summed from the first dimension to the last, every operation rounded. The nearest
-centroid is the one at the least distance, of equally near ones that of the lowest index. Every path of this package gives
-exactly these codes.
+Distances are squared Euclidean, in float32, summed from the first dimension to the last, with every operation rounded. The
+nearest centroid is the one with the smallest distance; among equally near ones, that with the lowest index. Every path of this
+package gives exactly these codes.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ Floats = npt.NDArray[np.float32]
 
 
 def squared_distances(points: Floats, centroids: Floats, importance: Floats | None = None) -> Floats:
-    """All distances, float32 `[n, k]`, of `points` `[n, dim]` and `centroids` `[k, dim]`; `importance` `[n, dim]` weights the
-    squared differences."""
+    """Return the distances float32 `[n, k]` between `points` `[n, dim]` and `centroids` `[k, dim]`.
+
+    `importance` `[n, dim]` weights the squared differences.
+    """
     total = np.zeros((len(points), len(centroids)), dtype=np.float32)
     for d in range(points.shape[1]):
         squares = np.square(points[:, d, None] - centroids[None, :, d])
@@ -28,7 +30,10 @@ def squared_distances(points: Floats, centroids: Floats, importance: Floats | No
 def nearest(
     points: Floats, centroids: Floats, importance: Floats | None = None, chunk: int = 256
 ) -> tuple[npt.NDArray[np.uint16], Floats]:
-    """The nearest centroid of each point, uint16 `[n]`, and its squared distance, float32 `[n]`, as `squared_distances`."""
+    """Return the nearest centroid of each point, uint16 `[n]`, and its squared distance, float32 `[n]`.
+
+    The arguments are those of `squared_distances`.
+    """
     codes = np.empty(len(points), dtype=np.uint16)
     least = np.empty(len(points), dtype=np.float32)
     for begin in range(0, len(points), chunk):
@@ -41,7 +46,7 @@ def nearest(
 
 
 def lloyd_step(points: Floats, weights: Floats | None, centroids: Floats) -> Floats:
-    """Assign, then move each centroid to the weighted mean (float64) of its points; one without weight stays."""
+    """Assign the points, then move each centroid to their weighted mean (in float64); one without weight keeps its place."""
     codes, _ = nearest(points, centroids)
     mass = np.ones(len(points)) if weights is None else weights.astype(np.float64)
     total = np.bincount(codes, mass, len(centroids))
@@ -55,9 +60,9 @@ def lloyd_step(points: Floats, weights: Floats | None, centroids: Floats) -> Flo
 def feedback_codes(
     weights: Floats, centroids: Floats, factor: Floats, out_features: int, importance: Floats | None = None
 ) -> npt.NDArray[np.uint16]:
-    """Codes uint16 `[channels, groups]` of `weights` `[channels, groups * dim]`, channel after channel; sums in float64.
+    """Return codes uint16 `[channels, groups]` of `weights` `[channels, groups * dim]`, as `assign_with_feedback`.
 
-    `importance` `[groups * dim]` weights the squared differences.
+    Sums are float64. `importance` `[groups * dim]` weights the squared differences.
     """
     dim = centroids.shape[1]
     counts = None if importance is None else importance.reshape(-1, dim)

@@ -1,5 +1,5 @@
-/* New neighbour lists from old ones, after the centroids moved a little: a neighbour is probably an old neighbour, or an old
- * neighbour of a near one. Quicker than the exact search of neighbours.c, and misses some. */
+/* Approximate neighbour lists from old ones, after the centroids have moved a little: a new neighbour is probably an old
+ * neighbour, or an old neighbour of a near one. Faster than the exact search of neighbours.c, but misses some neighbours. */
 #include "kmeans/select.h"
 #include "kmeans/tiles.h"
 
@@ -70,8 +70,8 @@ static CC_INLINE void refresh_body(void *arg, int64_t begin, int64_t end, int th
 
 CC_TASK_VARIANTS(refresh_task, refresh_body)
 
-/* Writes `lists` [num_centroids, length] for centroids [first, last) from the lists `old`: the nearest among the old list and
- * the first `width` of the lists of its first `near` members. */
+/* Writes `lists` [num_centroids, length] of centroids [first, last). Candidates are the members of the centroid's list in `old`
+ * and the first `width` members of the old lists of its first `near` members. */
 CC_EXPORT void cc_kmeans_refresh(const float *centroids, int32_t num_centroids, int32_t dim, const int32_t *old, int32_t *lists,
                                  int32_t length, int32_t near, int32_t width, uint64_t *keys, int64_t capacity,
                                  int32_t *stamps, int64_t first, int64_t last, int threads, int level)

@@ -1,8 +1,8 @@
-/* Assignment: every point to the nearest of its last centroid and that centroid's neighbours.
+/* Assigns every point to the nearest among its last centroid and that centroid's neighbours.
  *
- * The neighbours of centroid c are scanned nearest first. A centroid at distance s from c is at least s - d(x, c) from x, so
- * the scan of x ends at the first neighbour with s > d(x, c) + d(x, best so far). Where the list ends before that, the point
- * is *open*: a centroid outside the list may be nearer. An exact scan settles open points by a search over all tiles. */
+ * The neighbours of centroid c are scanned nearest first. A centroid at distance s from c has at least the distance s - d(x, c)
+ * from x, so the scan of x ends at the first neighbour with s > d(x, c) + d(x, best so far). If the list ends before that, the
+ * point is *open*: a centroid outside the list may be nearer. An exact scan searches all tiles for open points. */
 #include "kmeans/select.h"
 #include "kmeans/tiles.h"
 
@@ -21,8 +21,8 @@ typedef struct {
     int64_t *open; /* [num_centroids] */
 } scan_job;
 
-/* Points of one cluster whose search goes on over all tiles, in the same round: they share the bounding-box tests and what is
- * loaded of the tiles. Filled up to a whole number of batches with copies of the last. */
+/* Open points of one cluster that are searched over all tiles together: they share the bounding-box tests and the loads of
+ * tiles. Padded to a whole number of batches with copies of the last point. */
 #define BATCH 4
 #define MAX_ROUND 64
 
@@ -64,7 +64,7 @@ static CC_INLINE void search_tile(search_round *round, int64_t padded, const cc_
     }
 }
 
-/* Finds the nearest of all centroids for the points of a round, which know a near one, and empties it. */
+/* Finds the nearest of all centroids for the points of a round, starting from their near ones, and empties the round. */
 static CC_INLINE void search_all(const scan_job *job, search_round *round, int dim, int fuses)
 {
     const cc_tiles *space = &job->space;
@@ -104,8 +104,9 @@ static CC_INLINE float reach(float own, float best)
     return (sqrtf(own) + sqrtf(best)) * CC_SLACK + CC_TINY;
 }
 
-/* The neighbours within `radius` of the centroid, nearest first, in tiles. Returns how many; `spacing` receives the distance
- * (not squared) of the first of each tile, `complete` the distance below which no centroid is missing. */
+/* Collects the neighbours within `radius` of the centroid, nearest first, in tiles, and returns their number. `spacing`
+ * receives the distance (not squared) of the first neighbour of each tile, `complete` the distance below which no centroid is
+ * missing. */
 static CC_INLINE int64_t near_tiles(const scan_job *job, int32_t own, float radius, float *tiles, int32_t *ids, float *spacing,
                                     float *complete, int dim)
 {
@@ -211,9 +212,9 @@ static CC_INLINE void scan_body(void *arg, int64_t begin, int64_t end, int threa
 
 CC_TASK_VARIANTS(scan_task, scan_body)
 
-/* Scans the points of clusters [first, last); writes their codes, squared distances and, per cluster, how many were open.
- * `lists` [num_centroids, length], length <= 1024, holds each centroid's nearest others; they need not be sorted. Where the
- * centroids moved since, the lists are stale: no centroid can be ruled out by them, and every point is open. */
+/* Scans the points of clusters [first, last). Writes their codes, squared distances and, per cluster, the number of open
+ * points. `lists` [num_centroids, length], length <= 1024, holds the nearest other centroids of each centroid; they need not be
+ * sorted. If the centroids have moved since, the lists are stale: they exclude no centroid, and every point is open. */
 CC_EXPORT void cc_kmeans_scan(const float *tiles, const int32_t *ids, const float *low, const float *high,
                               const float *half_norms, float largest, int64_t num_tiles, const float *points, const int32_t *order, const int32_t *start, const float *centroids,
                               int32_t num_centroids, int32_t dim, const int32_t *lists, int32_t length, int exact, int stale,

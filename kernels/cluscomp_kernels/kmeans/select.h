@@ -4,7 +4,7 @@
 
 #include "kmeans/tiles.h"
 
-/* A key orders like (distance, id): both are not negative. */
+/* Keys have the order of (distance, id), since neither is negative. */
 static CC_INLINE uint64_t cc_key(float distance, int32_t id)
 {
     return (uint64_t)(uint32_t)cc_bits(distance) << 32 | (uint32_t)id;
@@ -50,7 +50,7 @@ static CC_INLINE int64_t cc_divide(uint64_t *keys, int64_t count)
     }
 }
 
-/* Moves the `length` least keys to the front, the greatest of them to keys[length - 1]; 0 < length < count. */
+/* Moves the `length` smallest keys to the front, and the largest of them to keys[length - 1]; 0 < length < count. */
 static inline void cc_select(uint64_t *keys, int64_t count, int64_t length)
 {
     int64_t begin = 0, end = count;

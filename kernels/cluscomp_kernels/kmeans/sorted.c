@@ -1,4 +1,4 @@
-/* One dimension: the nearest of sorted centroids by binary search. */
+/* One dimension: finds the nearest of sorted centroids by binary search. */
 #include "kmeans/variants.h"
 
 #include <stddef.h>
@@ -22,7 +22,7 @@ static void sorted_task(void *arg, int64_t begin, int64_t end, int thread)
     (void)thread;
     for (int64_t i = begin; i < end; i++) {
         float x = job->points[i];
-        int32_t low = 0, length = job->count; /* values[low + length] and what follows are >= x, values[low - 1] < x */
+        int32_t low = 0, length = job->count; /* values[low + length] and all later values are >= x, values[low - 1] < x */
         while (length > 0) {
             int32_t half = length / 2;
             int below = job->values[low + half] < x;
@@ -32,7 +32,8 @@ static void sorted_task(void *arg, int64_t begin, int64_t end, int thread)
         int32_t nearest = low < job->count ? low : job->count - 1;
         if (nearest > 0 && distance(x, job->values[nearest - 1]) < distance(x, job->values[nearest]))
             nearest--;
-        /* Rounding can make farther centroids tie; equal distances are neighbours of each other in the sorted order. */
+        /* Rounding can give farther centroids the same distance; centroids with equal distances are adjacent in the sorted
+         * order. */
         float least = distance(x, job->values[nearest]);
         int32_t id = job->ids[nearest];
         for (int32_t j = nearest - 1; j >= 0 && distance(x, job->values[j]) <= least; j--)
@@ -43,7 +44,7 @@ static void sorted_task(void *arg, int64_t begin, int64_t end, int thread)
     }
 }
 
-/* codes[i] = the id of the nearest of `count` distinct ascending `values`, the lowest id where distances are equal. */
+/* codes[i] = id of the nearest of `count` distinct ascending `values`; the lowest id among equally near ones. */
 CC_EXPORT void cc_kmeans_sorted(const float *points, int64_t num_points, const float *values, const int32_t *ids, int32_t count,
                                 uint16_t *codes, int threads)
 {

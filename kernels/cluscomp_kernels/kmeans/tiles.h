@@ -1,8 +1,8 @@
-/* Centroids in tiles of CC_LANES, and the squared distances everything here is defined by.
+/* Centroids in tiles of CC_LANES, and the squared distances that define all results.
  *
- * The distance of x and c is ((x[0]-c[0])^2 + (x[1]-c[1])^2) + ... in float32, each operation rounded. Rounding is
- * monotone, so the distance to a bounding box, computed in the same order, is never above the distance to anything in the
- * box: pruning by boxes needs no safety margin. Pruning by the triangle inequality does; see CC_SLACK. */
+ * The distance of x and c is ((x[0]-c[0])^2 + (x[1]-c[1])^2) + ... in float32, with each operation rounded. Rounding is
+ * monotone, so the distance to a bounding box, computed in the same order, never exceeds the distance to a point in the box:
+ * pruning by boxes needs no safety margin. Pruning by the triangle inequality does; see CC_SLACK. */
 #ifndef CLUSCOMP_KMEANS_TILES_H
 #define CLUSCOMP_KMEANS_TILES_H
 
@@ -16,15 +16,15 @@
 #define CC_MAX_DIM 64
 #define CC_NO_ID INT32_MAX
 
-/* A float32 distance over at most CC_MAX_DIM dimensions is within 3e-6 of the true one, unless squares underflow: then
- * within 1e-18. A bound from the triangle inequality holds for the computed distances once it is wider by this. */
+/* A float32 distance over at most CC_MAX_DIM dimensions has a relative error of at most 3e-6, or an absolute error of at most
+ * 1e-18 if squares underflow. A bound from the triangle inequality holds for computed distances if it is widened by these. */
 #define CC_SLACK 1.00001f
 #define CC_TINY 1e-18f
 
-/* `tiles` [num_tiles, dim, CC_LANES] and `ids` [num_tiles, CC_LANES] hold the centroids in an order in which near ones are
- * together; the last tile is filled up with far points of id CC_NO_ID. `low` and `high` [ceil(num_tiles / CC_LANES), dim,
- * CC_LANES] are the corners of the tiles' bounding boxes, again in tiles. `half_norms` [num_tiles, CC_LANES] is half the
- * squared norm of each centroid, `largest` the greatest squared norm. */
+/* `tiles` [num_tiles, dim, CC_LANES] and `ids` [num_tiles, CC_LANES] hold the centroids, ordered so that near ones are close to
+ * each other; the last tile is padded with far points of id CC_NO_ID. `low` and `high` [ceil(num_tiles / CC_LANES), dim,
+ * CC_LANES] are the corners of the tiles' bounding boxes, in tiles too. `half_norms` [num_tiles, CC_LANES] is half the squared
+ * norm of each centroid, `largest` the largest squared norm. */
 typedef struct {
     const float *tiles, *low, *high, *half_norms;
     const int32_t *ids;
@@ -55,8 +55,8 @@ static CC_INLINE void cc_tile_distances(const float *x, const float *tile, float
     memcpy(out, sum, sizeof sum);
 }
 
-/* The score of c for x, x . c - |c|^2 / 2, is |x|^2 / 2 - distance / 2 but for rounding: cheaper than a distance, and enough
- * to tell which tiles hold nothing near. */
+/* The score of c for x is x . c - |c|^2 / 2, which equals |x|^2 / 2 - distance / 2 up to rounding. It is cheaper than a
+ * distance and sufficient to skip tiles without a near centroid. */
 static CC_INLINE void cc_tile_scores(const float *x, const float *tile, const float *half_norms, float *out, int dim,
                                      int fuses)
 {
@@ -73,8 +73,8 @@ static CC_INLINE void cc_tile_scores(const float *x, const float *tile, const fl
     memcpy(out, sum, sizeof sum);
 }
 
-/* No centroid within `distance` of x has a score below this. A score and half a distance are each off by at most
- * (dim + 2) 2^-24 (|x|^2 + |c|^2); the margin is four times what both need. */
+/* Returns a lower bound of the scores of centroids within `distance` of x. A score and half a distance each have an error of at
+ * most (dim + 2) 2^-24 (|x|^2 + |c|^2); the margin is four times the sum of both. */
 static CC_INLINE float cc_least_score(const float *x, float distance, float largest, int dim)
 {
     float norm = 0.0f;
@@ -83,7 +83,7 @@ static CC_INLINE float cc_least_score(const float *x, float distance, float larg
     return 0.5f * norm - 0.5f * distance - (float)(dim + 4) * 0x1p-21f * (norm + largest) - CC_TINY * CC_TINY;
 }
 
-/* Lower bounds of the distances from a box (a point is a box with low = high) to CC_LANES boxes. */
+/* Lower bounds of the distances from a box to CC_LANES boxes; a point is a box with low = high. */
 static CC_INLINE void cc_box_distances(const float *low, const float *high, const float *lows, const float *highs,
                                        float *out, int dim)
 {
@@ -115,8 +115,8 @@ static CC_INLINE float cc_float(int32_t bits)
     return value;
 }
 
-/* The nearest centroid found so far in each lane. Distances are kept as their bits, which order like the numbers they stand
- * for because none is negative: an integer minimum vectorises. */
+/* The nearest centroid found so far in each lane. Distances are stored as their bits, because an integer minimum vectorises;
+ * the bits of numbers that are not negative have the order of the numbers. */
 typedef struct {
     int32_t distance[CC_LANES], id[CC_LANES];
 } cc_best;

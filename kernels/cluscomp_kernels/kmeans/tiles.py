@@ -1,4 +1,4 @@
-"""Centroids packed in tiles for search, and the lists of their nearest neighbours."""
+"""Centroids packed in tiles for search, and lists of their nearest neighbours."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ FAR_HALF_NORM = np.float32(1e38)
 NO_ID = np.int32(2**31 - 1)
 TILES_PER_CALL = 256
 NEAR = 12
-"""Members of a list whose own lists are looked through when it is refreshed."""
+"""Nearest members of a list whose own lists are searched when the list is refreshed."""
 WIDTH = 64
-"""How far each of those is looked through."""
+"""Entries searched in each of those lists."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ class Tiles:
     largest: float
 
     def arguments(self) -> tuple[Any, ...]:
-        """As the C functions take them."""
+        """Return the arguments of the C functions that describe the tiles."""
         return self.tiles, self.ids, self.low, self.high, self.half_norms, self.largest, len(self.tiles)
 
 
 def _in_lanes(rows: Floats) -> Floats:
-    """`[rows, dim]` to `[ceil(rows / 16), dim, 16]`, filled up with far points."""
+    """Rearrange `[rows, dim]` to `[ceil(rows / 16), dim, 16]`, padded with far points."""
     count, dim = rows.shape
     filled = np.full((-(-count // LANES) * LANES, dim), FAR, dtype=np.float32)
     filled[:count] = rows
@@ -52,7 +52,7 @@ def _in_lanes(rows: Floats) -> Floats:
 
 
 def pack_tiles(centroids: Floats, order: Ints | None = None) -> Tiles:
-    """Pack `centroids` `[k, dim]` in an `order` (int `[k]`) in which near ones are together; by default as they come."""
+    """Pack `centroids` `[k, dim]` in tiles. `order` (int `[k]`) should put near ones together; default: as given."""
     ids = np.arange(len(centroids), dtype=np.int32) if order is None else order
     ordered = centroids[ids]
     edges = np.arange(0, len(ids), LANES)
@@ -62,13 +62,13 @@ def pack_tiles(centroids: Floats, order: Ints | None = None) -> Tiles:
     norms = np.einsum("kd,kd->k", ordered, ordered, dtype=np.float64)
     half_norms = np.full(len(padded), FAR_HALF_NORM, dtype=np.float32)
     half_norms[: len(ids)] = norms / 2
-    # Rounded up: the search relies on no norm being larger.
+    # Rounded up, since the search relies on this bound.
     largest = float(np.nextafter(np.float32(norms.max()), np.float32(np.inf)))
     return Tiles(_in_lanes(ordered), padded, _in_lanes(low), _in_lanes(high), half_norms, largest)
 
 
 def outer_boxes(tiles: Tiles) -> tuple[Floats, Floats]:
-    """Low and high corners of the boxes around every 16 tiles, in tiles: float32 `[ceil(num_tiles / 256), dim, 16]` each."""
+    """Return the low and high corners of the boxes around every 16 tiles: float32 `[ceil(num_tiles / 256), dim, 16]` each."""
     filled = tiles.low == FAR
     low = np.min(tiles.low, axis=2)
     high = np.max(np.where(filled, -FAR, tiles.high), axis=2)
@@ -78,10 +78,10 @@ def outer_boxes(tiles: Tiles) -> tuple[Floats, Floats]:
 def neighbour_lists(
     tiles: Tiles, centroids: Floats, length: int, *, threads: int, previous: Ints | None, tick: Callable[[], None]
 ) -> Ints:
-    """The `length` < k nearest other centroids of each centroid, int32 `[k, length]`, nearest first.
+    """Return the `length` < k nearest other centroids of each centroid, int32 `[k, length]`, nearest first.
 
-    Where several are equally far at the end of a list, any of them may be in it. `previous` lists of the same shape, made
-    before the centroids moved, speed the search up and are overwritten.
+    If several centroids are equally far at the end of a list, any of them may be in it. `previous` lists of the same shape,
+    made before the centroids moved, speed up the search and are overwritten.
     """
     count, dim = centroids.shape
     lists = np.empty((count, length), dtype=np.int32) if previous is None else previous
@@ -101,7 +101,7 @@ def neighbour_lists(
 
 
 def refresh_lists(centroids: Floats, old: Ints, *, threads: int, tick: Callable[[], None]) -> Ints:
-    """Lists as `neighbour_lists` makes them, nearly, from the lists of before the centroids moved; quicker, not exact."""
+    """Return approximate neighbour lists from the lists made before the centroids moved; faster than `neighbour_lists`."""
     count, dim = centroids.shape
     length = old.shape[1]
     lists = np.empty_like(old)

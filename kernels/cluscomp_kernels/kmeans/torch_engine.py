@@ -1,4 +1,4 @@
-"""Clustering in torch: on a GPU with the Triton search, and on the CPU where the C library is missing."""
+"""Clustering in torch: on a GPU with the Triton search, and on a CPU without the C library."""
 
 from __future__ import annotations
 
@@ -27,15 +27,16 @@ class Search(Protocol):
     def __call__(
         self, points: torch.Tensor, centroids: torch.Tensor, importance: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """For each of `points` `[n, dim]` the nearest of `centroids` `[k, dim]`: int32 codes and squared distances `[n]`.
+        """Return `(codes, distances)` of the nearest of `centroids` `[k, dim]` for `points` `[n, dim]`.
 
-        All are contiguous float32 on one device. `importance` `[n, dim]`, positive, weights the squared differences. Of
-        equally near centroids the lowest index.
+        `codes` are int32 `[n]`, the lowest index among equally near centroids; `distances` are squared, float32 `[n]`. The
+        operands are contiguous float32 tensors on one device. `importance` `[n, dim]`, positive, weights the squared
+        differences.
         """
 
 
 def nearest_search(device: torch.device) -> Search:
-    """The brute-force search to use on a device."""
+    """Return the brute-force search for a device."""
     if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
         from cluscomp_kernels.kmeans.triton_nearest import nearest_triton
 
@@ -44,7 +45,7 @@ def nearest_search(device: torch.device) -> Search:
 
 
 def _distances(points: torch.Tensor, centroids: torch.Tensor, importance: torch.Tensor | None) -> torch.Tensor:
-    """The squared distances of `reference.py`, float32, of `points` `[n, dim]` to `centroids` `[n or 1, k or 1, dim]`."""
+    """Return the float32 distances of `reference.py` from `points` `[n, dim]` to `centroids` `[n or 1, k or 1, dim]`."""
     total = torch.zeros(1, device=points.device)
     for d in range(points.shape[1]):
         squares = (points[:, None, d] - centroids[:, :, d]).square_()
@@ -55,10 +56,10 @@ def _distances(points: torch.Tensor, centroids: torch.Tensor, importance: torch.
 def nearest_torch(
     points: torch.Tensor, centroids: torch.Tensor, importance: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A `Search`.
+    """Implement `Search` in torch.
 
-    A float64 matrix product ranks the centroids; only where the first and the second are closer together than float32
-    distances are accurate, the float32 distances to all centroids are computed.
+    A float64 matrix product ranks the centroids. The float32 distances to all centroids are computed only for points whose two
+    nearest centroids differ by less than the accuracy of a float32 distance.
     """
     dim = points.shape[1]
     codes = torch.empty(len(points), dtype=torch.int32, device=points.device)
@@ -92,7 +93,7 @@ def nearest_torch(
 class TorchEngine:
     """An `Engine` of brute-force searches over `points` `[n, dim]` on `device`. Every assignment is exact.
 
-    Sums run over points sorted by code, cluster by cluster, in float64: the results do not depend on timing.
+    Points are sorted by code and summed cluster by cluster, in float64, so results do not depend on timing.
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class TorchEngine:
     def assign(self, centroids: Floats, *, exact: bool) -> None:
         del exact
         on_device = torch.from_numpy(centroids).to(self._points.device)
-        # A few seconds' work at most between two chances to interrupt.
+        # Each step takes a few seconds at most, so that the caller can interrupt.
         step = POINTS_PER_LAUNCH if self._points.is_cuda else max(1, (1 << 31) // centroids.size)
         for begin in range(0, len(self._points), step):
             end = begin + step
@@ -149,5 +150,5 @@ class TorchEngine:
         found: Floats = self._points[torch.from_numpy(indices).long().to(self._points.device)].cpu().numpy()
         return found
 
-    def centroids_jumped(self, revived: Indices, donors: Indices) -> None:
-        """Nothing is remembered between assignments."""
+    def centroids_revived(self, revived: Indices, donors: Indices) -> None:
+        """Do nothing: no neighbours are cached between assignments."""

@@ -1,7 +1,7 @@
-/* A tree over points: every split cuts a node at the mean of its widest dimension.
+/* A tree over points: every split divides a node at the mean of its widest dimension.
  *
- * A node is a range of the points, which are moved so that every node is contiguous; a leaf's points end up together, and
- * near leaves near each other. Python decides which nodes to split (see tree.py); nodes are independent of each other. */
+ * A node is a contiguous range of the points, which are reordered by each split; leaves that are near each other in space end
+ * up near each other in memory. Python decides which nodes to split (see tree.py); nodes are independent of each other. */
 #include "kmeans/tiles.h"
 
 /* Arrays of one entry per node. `mean` is [nodes, dim]. */
@@ -75,7 +75,7 @@ static CC_INLINE void swap_rows(const tree_job *job, int64_t a, int64_t b, int d
     }
 }
 
-/* Moves the points at or below the threshold to the front of the node; returns where the others begin. */
+/* Moves the points at or below the threshold to the front of the node. Returns the index at which the others begin. */
 static CC_INLINE int64_t partition(const tree_job *job, int32_t node, float threshold, int dim)
 {
     const float *column = job->points + job->axis[node];
@@ -98,7 +98,7 @@ static CC_INLINE void split(const tree_job *job, int32_t node, int dim)
     float threshold = job->mean[(int64_t)node * dim + axis];
     int64_t middle = partition(job, node, threshold, dim);
     if (middle == begin || middle == end) {
-        /* The mean was rounded past all points: cut off those at the least coordinate instead. */
+        /* Rounding put the mean outside the range of the points: split off those with the smallest coordinate instead. */
         threshold = job->points[begin * dim + axis];
         for (int64_t i = begin; i < end; i++)
             if (job->points[i * dim + axis] < threshold)
@@ -113,7 +113,7 @@ static CC_INLINE void split(const tree_job *job, int32_t node, int dim)
         job->error[child] = 0.0;
         if (job->begin[child] < job->end[child])
             describe(job, child, dim);
-        /* Never above the parent's, as in exact arithmetic: the greedy order depends on it. */
+        /* Limited to the parent's error, as in exact arithmetic: the greedy order depends on it. */
         if (job->error[child] > job->error[node])
             job->error[child] = job->error[node];
     }
@@ -145,7 +145,7 @@ static CC_INLINE void describe_body(void *arg, int64_t begin, int64_t end, int t
 
 CC_TASK_VARIANTS(describe_task, describe_body)
 
-/* Describes node 0, whose range is set. */
+/* Computes the fields of node 0, whose range is set. */
 CC_EXPORT void cc_kmeans_tree_root(float *points, float *weights, int32_t *order, int32_t dim, int64_t *begin, int64_t *end,
                                    int32_t *axis, int32_t *child, float *threshold, float *mean, double *error, int level)
 {
@@ -153,7 +153,7 @@ CC_EXPORT void cc_kmeans_tree_root(float *points, float *weights, int32_t *order
     describe_task(level)(&job, 0, 1, 0);
 }
 
-/* Splits the `count` nodes of `chosen`; child[node] is where each puts the first of its two children. */
+/* Splits the `count` nodes of `chosen`; child[node] is the index for the first of its two children. */
 CC_EXPORT void cc_kmeans_tree_split(float *points, float *weights, int32_t *order, int32_t dim, int64_t *begin, int64_t *end,
                                     int32_t *axis, int32_t *child, float *threshold, float *mean, double *error,
                                     const int32_t *chosen, int64_t count, int threads, int level)
@@ -182,7 +182,7 @@ static void descend_task(void *arg, int64_t begin, int64_t end, int thread)
     }
 }
 
-/* Follows the splits from the root: codes[i] = leaf[the leaf that point i falls in]. A leaf has child -1. */
+/* Follows the splits from the root: codes[i] = leaf[node of point i]. A leaf has child -1. */
 CC_EXPORT void cc_kmeans_tree_descend(const float *points, int64_t num_points, int32_t dim, const int32_t *axis,
                                       const float *threshold, const int32_t *child, const int32_t *leaf, uint16_t *codes,
                                       int threads)

@@ -1,8 +1,10 @@
-"""The greedy tree: the leaf with the largest squared error is split at the mean of its widest dimension, until all are made.
+"""The greedy tree: repeatedly split the leaf with the largest squared error at the mean of its widest dimension.
 
-Its leaves are a good start for k-means in few dimensions, and an order of the points in which near ones are together.
-An error never exceeds the parent's, so the nodes split by the greedy order are simply those with the largest errors. That lets
-many nodes be split at once, ahead of need: in rounds, split every node that is among the `num_leaves - 1` largest known.
+Its leaves are good initial clusters for k-means in few dimensions, and its order puts near points next to each other.
+
+The error of a node never exceeds its parent's, so the greedy order splits exactly the nodes with the largest errors. Many nodes
+can therefore be split at once, some of them in vain: each round splits every node whose error is among the `num_leaves - 1`
+largest known so far. `_cut` removes the splits that turn out to be unnecessary.
 """
 
 from __future__ import annotations
@@ -22,12 +24,13 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Tree:
-    """Splits over points and what they lead to; node 0 is the root.
+    """Nodes of a tree over points; node 0 is the root.
 
-    `axis`, `threshold`, `child`, `leaf` have one entry per node: a point with `x[axis] <= threshold` belongs to node `child`,
-    any other to `child + 1`; at a leaf `child` is -1 and `leaf` its number. Leaves are numbered from left to right, so numbers
-    near each other mean leaves near each other. `means` float32 `[num_leaves, dim]`; `starts` int64 `[num_leaves + 1]`: the
-    range of each leaf in the reordered points.
+    `axis`, `threshold`, `child` and `leaf` have one entry per node. A point with `x[axis] <= threshold` belongs to node
+    `child`, any other point to node `child + 1`. At a leaf, `child` is -1 and `leaf` is its number; at other nodes `leaf` is
+    -1. Leaves are numbered from left to right, so leaves with close numbers are near each other. `means` is float32
+    `[num_leaves, dim]`. `starts` is int64 `[num_leaves + 1]`: leaf i is `starts[i]:starts[i + 1]` of the
+    reordered points.
     """
 
     axis: npt.NDArray[np.int32]
@@ -38,11 +41,11 @@ class Tree:
     starts: npt.NDArray[np.int64]
 
     def codes(self) -> npt.NDArray[np.uint16]:
-        """The leaf of every reordered point, uint16 `[n]`; at most 65536 leaves."""
+        """Return the leaf of every reordered point, uint16 `[n]`; there are at most 65536 leaves."""
         return np.repeat(np.arange(len(self.means)).astype(np.uint16), np.diff(self.starts))
 
     def descend(self, points: Floats, threads: int) -> npt.NDArray[np.uint16]:
-        """The leaf each of `points` `[n, dim]` falls in, uint16 `[n]`."""
+        """Return the leaf of each of `points` `[n, dim]`, uint16 `[n]`."""
         codes = np.empty(len(points), dtype=np.uint16)
         splits = (self.axis, self.threshold, self.child, self.leaf)
         library.call("cc_kmeans_tree_descend", points, *points.shape, *splits, codes, threads)
@@ -50,7 +53,7 @@ class Tree:
 
 
 class _Nodes:
-    """One entry per node in each array, grown as nodes are added."""
+    """Growable arrays with one entry per node."""
 
     def __init__(self, capacity: int, dim: int) -> None:
         self.begin = np.zeros(capacity, dtype=np.int64)
@@ -72,7 +75,7 @@ class _Nodes:
 
 
 def _largest(error: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.bool_]:
-    """Mark the `count` nodes with the largest errors above zero; of equal ones those that came first."""
+    """Mark the `count` nodes with the largest errors above zero; among equal errors, the first nodes."""
     if count >= len(error):
         return error > 0
     if count <= 0:
@@ -86,10 +89,10 @@ def _largest(error: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.bool_
 
 
 def build_tree(points: Floats, weights: Floats | None, order: npt.NDArray[np.int32], num_leaves: int, threads: int) -> Tree:
-    """Build a tree of at most `num_leaves` leaves; fewer where the points are exhausted (all leaves have error 0).
+    """Build a tree of `num_leaves` leaves, or fewer if no leaf has an error above 0 left.
 
-    Reorders `points` `[n, dim]`, `weights` `[n]` and `order` int32 `[n]` in place, together. The result does not depend on the
-    number of threads.
+    Reorders `points` `[n, dim]`, `weights` `[n]` and `order` int32 `[n]` in place, all in the same way. The result does not
+    depend on the number of threads.
     """
     nodes = _Nodes(4 * num_leaves + 16, points.shape[1])
     nodes.end[0] = len(points)
@@ -110,7 +113,7 @@ def build_tree(points: Floats, weights: Floats | None, order: npt.NDArray[np.int
 
 
 def _cut(nodes: _Nodes, split: npt.NDArray[np.bool_]) -> Tree:
-    """Keep the marked splits only; what lies below other nodes was split ahead of need."""
+    """Keep only the marked splits and the nodes that they create."""
     count = len(split)
     child = np.where(split, nodes.child[:count], -1).astype(np.int32)
     kept = np.zeros(count, dtype=bool)

@@ -1,8 +1,8 @@
 """The fused nearest-centroid search on a GPU, in Triton.
 
-A program holds a tile of points against tiles of centroids, and keeps the least distance and its centroid per point and
-lane; lanes are reduced once at the end. Differences are squared and summed in float32 from the first dimension to the last
-without fused multiply-adds, so the codes are those of the CPU, bit for bit.
+A program compares a tile of points with one tile of centroids after another. It keeps the smallest distance and its centroid
+per point and lane, and reduces the lanes once at the end. Differences are squared and summed in float32, from the first
+dimension to the last, without fused multiply-adds, so the codes equal those of the CPU bit for bit.
 """
 
 from __future__ import annotations
@@ -64,11 +64,11 @@ def nearest_kernel(  # type: ignore[no-untyped-def]
 def nearest_triton(
     points: torch.Tensor, centroids: torch.Tensor, importance: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A `Search`: see `torch_engine.py`."""
+    """Implement `torch_engine.Search`."""
     num_points, dim = points.shape
     codes = torch.empty(num_points, dtype=torch.int32, device=points.device)
     distances = torch.empty(num_points, dtype=torch.float32, device=points.device)
-    # Triton launches on the current device, whatever device the operands are on.
+    # Triton launches on the current device, not on that of the operands.
     with torch.cuda.device_of(points):  # type: ignore[no-untyped-call]
         nearest_kernel[(triton.cdiv(num_points, BLOCK_POINTS),)](
             points,

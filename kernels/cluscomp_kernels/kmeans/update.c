@@ -1,4 +1,4 @@
-/* The other half of a Lloyd iteration: points grouped by cluster, and the means of the groups. */
+/* The update half of a Lloyd iteration: groups points by cluster and computes the means of the groups. */
 #include "kmeans/variants.h"
 
 #include <stddef.h>
@@ -6,7 +6,7 @@
 
 #define MAX_DIM 64
 
-/* Counting sort: points of cluster c become order[start[c]] to order[start[c + 1] - 1], in ascending order. `start` has
+/* Counting sort: the points of cluster c are order[start[c]] to order[start[c + 1] - 1], in ascending order. `start` has
  * num_clusters + 1 entries. */
 CC_EXPORT void cc_kmeans_group(const uint16_t *codes, int64_t num_points, int32_t num_clusters, int32_t *start, int32_t *order)
 {
@@ -31,7 +31,7 @@ typedef struct {
     int32_t *farthest;
 } update_job;
 
-/* One cluster is summed by one thread, in the order of its points: the result does not depend on the number of threads. */
+/* One thread sums a cluster, in the order of its points, so the result does not depend on the number of threads. */
 static CC_INLINE void update_range(const update_job *job, int64_t begin, int64_t end, int dim)
 {
     for (int64_t c = begin; c < end; c++) {
@@ -69,8 +69,8 @@ static CC_INLINE void update_body(void *arg, int64_t begin, int64_t end, int thr
 
 CC_TASK_VARIANTS(update_task, update_body)
 
-/* Moves every centroid to the weighted mean of its points, unless they weigh nothing. Per cluster: `mass`, the sum of weights;
- * `error`, the weighted sum of the squared distances given; `farthest`, the point with the largest share in it or -1. */
+/* Moves every centroid of positive weight to the weighted mean of its points. Writes per cluster: `mass`, the sum of weights;
+ * `error`, the weighted sum of the given squared distances; `farthest`, the point with the largest share of it, or -1. */
 CC_EXPORT void cc_kmeans_update(const float *points, const float *weights, const float *distances, const int32_t *order,
                                 const int32_t *start, int32_t num_clusters, int32_t dim, float *centroids, double *mass,
                                 double *error, int32_t *farthest, int threads, int level)

@@ -1,4 +1,4 @@
-"""Checks of what callers hand to the k-means kernel."""
+"""Checks of the arguments of the k-means kernel."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ ROWS_PER_CHECK = 1 << 20
 
 
 def checked_vectors(values: Any, what: str) -> Floats:
-    """`values` as a C-contiguous float32 `[n, dim]` array with 1 <= dim <= 64 and 1 <= n < 2**31, all finite.
+    """Return `values` as a C-contiguous float32 `[n, dim]` array, after checking 1 <= dim <= 64, 1 <= n < 2**31 and all values.
 
-    Raises TypeError for another type or dtype; ValueError for another shape, or naming the first row that is not finite or
-    exceeds 1e17.
+    Raises TypeError if the type or dtype is wrong; ValueError if the shape is wrong, or if a value is not finite or exceeds
+    1e17 in magnitude, naming the first one.
     """
     if not isinstance(values, np.ndarray) or values.dtype != np.float32:
         found = values.dtype if isinstance(values, np.ndarray) else type(values).__name__
@@ -48,9 +48,10 @@ def checked_vectors(values: Any, what: str) -> Floats:
 
 
 def checked_weights(weights: Any, num_points: int) -> Floats | None:
-    """`weights` as a float32 `[num_points]` array, finite and not negative; None if all are zero, which says nothing.
+    """Return `weights` as a float32 `[num_points]` array, after checking its values; None if there are none or all are zero.
 
-    Raises TypeError for another type or dtype; ValueError for another shape, or naming the first bad weight.
+    Raises TypeError if the type or dtype is wrong; ValueError if the shape is wrong, or if a weight is negative or not finite,
+    naming the first one.
     """
     if weights is None:
         return None
@@ -66,7 +67,7 @@ def checked_weights(weights: Any, num_points: int) -> Floats | None:
 
 
 def checked_threads(threads: int | None) -> int:
-    """The number of threads to use: `threads`, or one per CPU this process may run on. Raises ValueError below 1."""
+    """Return `threads`, at most 256, or by default the number of CPUs of this process. Raises ValueError if below 1."""
     if threads is None:
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if threads < 1:

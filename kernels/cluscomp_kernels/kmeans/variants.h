@@ -1,9 +1,9 @@
-/* One C source, several instruction sets, the same bits.
+/* One C source for several instruction sets, with bit-identical results.
  *
- * The inner loops run over CC_LANES floats at a time and are left to the compiler's vectoriser. CC_TASK_VARIANTS compiles a
- * task once for every instruction set and picks one at run time. Products and sums are never contracted into fused
- * multiply-adds by the compiler, and a sum over dimensions runs from the first to the last, so every variant, on every CPU,
- * gives the same bits as the plain C one and as the numpy reference. */
+ * The inner loops run over CC_LANES floats at a time, and the compiler vectorises them. CC_TASK_VARIANTS compiles a task once
+ * per instruction set and chooses a variant at run time. The compiler must not contract products and sums into fused
+ * multiply-adds, and a sum over dimensions runs from the first to the last, so every variant on every CPU gives the same bits
+ * as plain C and the numpy reference. */
 #ifndef CLUSCOMP_KMEANS_VARIANTS_H
 #define CLUSCOMP_KMEANS_VARIANTS_H
 
@@ -19,7 +19,7 @@
 
 #define CC_LANES 16
 
-/* A loop over the lanes. GCC must be kept from unrolling it before its vectoriser sees it. */
+/* A loop over the lanes. GCC must not unroll it, or it would not vectorise it. */
 #if defined(__GNUC__) && !defined(__clang__)
 #define CC_EACH_LANE(lane) _Pragma("GCC unroll 1") for (int lane = 0; lane < CC_LANES; lane++)
 #else
@@ -32,15 +32,15 @@
 #define CC_INLINE inline
 #endif
 
-/* Plain C may use fused multiply-adds, where only a filter depends on them, if they are instructions here. */
+/* 1 if the target has fused multiply-add instructions. Plain C may use them in filters, which do not affect results. */
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
 #define CC_PLAIN_FUSES 1
 #else
 #define CC_PLAIN_FUSES 0
 #endif
 
-/* Defines the function `name(level)`, which picks a variant of the task. `body(arg, begin, end, thread, fuses)` is inlined in
- * each; `fuses` says whether the variant has fused multiply-adds, for filters whose results do not reach the caller. */
+/* Defines the function `name(level)`, which returns a variant of the task. `body(arg, begin, end, thread, fuses)` is inlined in
+ * each variant; `fuses` is 1 if the variant has fused multiply-adds, for filters, which do not affect results. */
 #if defined(__GNUC__) && defined(__x86_64__)
 #define CC_TASK_VARIANTS(name, body)                                                                                   \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512"))) static void              \
@@ -77,7 +77,7 @@
     }
 #endif
 
-/* Calls `function(..., dim)` with the dim as a compile-time constant where that pays. */
+/* Calls `function(..., dim)`, with dim a compile-time constant for common values. */
 #define CC_FOR_DIM(dim, function, ...)                                                                                 \
     switch (dim) {                                                                                                     \
     case 2:                                                                                                            \

@@ -1,8 +1,8 @@
-"""Loads the compiled CPU kernels, or says why it cannot.
+"""Load the compiled CPU kernels.
 
-The library is one plain shared object next to this package, called through ctypes on raw pointers: no Python, numpy or torch
-ABI. Each operator declares its own functions with `function()`. Where the library is missing (no compiler when the package was
-built) or `CLUSCOMP_NATIVE=0` is set, `library()` is None and operators take their slower path, which they announce through
+The library is one plain shared object next to this package, called through ctypes with raw pointers, so it depends on no
+Python, numpy or torch ABI. Each operator declares its functions with `function()`. If the library is missing (no compiler when
+the package was built) or `CLUSCOMP_NATIVE=0` is set, `library()` returns None, and operators use a slower path and warn with
 `missing_reason()`.
 """
 
@@ -21,7 +21,7 @@ __all__ = ["function", "library", "missing_reason"]
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
     if os.environ.get("CLUSCOMP_NATIVE") == "0":
-        return None, "switched off by CLUSCOMP_NATIVE=0"
+        return None, "disabled by CLUSCOMP_NATIVE=0"
     folder = Path(__file__).parent.parent
     candidates = sorted(path for pattern in ("_native*.so", "_native*.pyd") for path in folder.glob(pattern))
     if not candidates:
@@ -34,20 +34,20 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 
 
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None."""
+    """Return the compiled kernels, or None if they are missing or disabled."""
     return _load()[0]
 
 
 def missing_reason() -> str:
-    """Why `library()` is None, with what to do about it; empty if it is there."""
+    """Return why `library()` is None and the remedy; empty if the library is loaded."""
     return _load()[1]
 
 
 def function(name: str, argtypes: Sequence[Any], restype: Any = None) -> Callable[..., Any]:
-    """A function of the library with its C signature declared. Raises RuntimeError if there is no library."""
+    """Return a function of the library with its C signature declared. Raises RuntimeError if there is no library."""
     native = library()
     if native is None:
         raise RuntimeError(missing_reason())
-    # A fresh pointer object per declaration: two operators cannot disturb each other's signature.
+    # Each declaration gets its own pointer object, so that two operators cannot overwrite each other's signature.
     prototype = ctypes.CFUNCTYPE(restype, *argtypes)
     return prototype((name, native))

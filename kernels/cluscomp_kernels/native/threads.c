@@ -1,5 +1,5 @@
-/* See threads.h. Own threads rather than OpenMP: torch brings its own copy of the OpenMP runtime, and two such pools spin
- * against each other on small machines. */
+/* See threads.h. These are our own threads rather than OpenMP's: torch ships its own copy of the OpenMP runtime, and two OpenMP
+ * pools compete by spinning on small machines. */
 #include "native/threads.h"
 
 #if defined(_WIN32)
@@ -25,14 +25,14 @@ void cc_parallel_for(int64_t items, int64_t grain, int threads, cc_task task, vo
 #define CPU_RELAX() atomic_signal_fence(memory_order_seq_cst)
 #endif
 
-/* How long a worker polls for the next job before it sleeps, about a millisecond: decoding issues jobs up to some hundred
- * microseconds apart, and waking a sleeping thread takes longer than most jobs. */
+/* Polls of a worker for the next job before it sleeps, about a millisecond. Decoding starts jobs at intervals of up to a few
+ * hundred microseconds, and waking a sleeping thread takes longer than most jobs. */
 #define WORKER_SPINS 20000
-/* How long the caller polls for the last worker before it offers its core. */
+/* Polls of the caller for the last worker before it yields its core. */
 #define CALLER_SPINS 2000
 
-/* `state` holds the number of the current job, whether it still takes workers, and how many are at it, in one word, so that a
- * worker that wakes too late cannot join a job whose caller has already left. */
+/* `state` holds the number of the current job, whether it is closed to further workers, and the count of workers in it. It is
+ * one word, so that a worker that wakes late cannot join a job whose caller has already returned. */
 #define WORKERS_MASK UINT64_C(0xffff)
 #define CLOSED UINT64_C(0x10000)
 #define JOB_SHIFT 17
@@ -42,10 +42,10 @@ static struct {
     pthread_mutex_t lock; /* guards the condition variable */
     pthread_cond_t wake;
     _Atomic uint64_t state;
-    _Atomic int64_t next; /* first item nobody took yet */
+    _Atomic int64_t next; /* first item that no thread has claimed */
     int64_t items, grain;
-    int started; /* workers there are, the caller not counted */
-    int wanted;  /* workers that may take part in the current job */
+    int started; /* workers, not counting the caller */
+    int wanted;  /* workers that may join the current job */
     cc_task task;
     void *arg;
 } pool = {.busy = PTHREAD_MUTEX_INITIALIZER,
@@ -105,7 +105,7 @@ static void *worker(void *argument)
     return NULL;
 }
 
-/* A forked child has none of its parent's threads: it starts with an empty pool. */
+/* A forked child inherits none of its parent's threads, so it starts with an empty pool. */
 static void reset_in_child(void)
 {
     pthread_mutex_init(&pool.busy, NULL);
@@ -120,7 +120,7 @@ static void register_fork_handler(void)
     pthread_atfork(NULL, NULL, reset_in_child);
 }
 
-/* Where the system refuses a thread, the work is shared by those there are. */
+/* If the system refuses a thread, the existing ones share the work. */
 static void start_workers(int wanted)
 {
     pthread_t handle;
@@ -162,7 +162,7 @@ void cc_parallel_for(int64_t items, int64_t grain, int threads, cc_task task, vo
 
     run_chunks(0);
     atomic_fetch_or_explicit(&pool.state, CLOSED, memory_order_acq_rel);
-    /* On a busy machine a worker may have lost its core in the middle of a chunk: after a while, offer it ours. */
+    /* On a busy machine a worker may lose its core in the middle of a chunk; yielding lets it continue on the caller's. */
     for (int spin = 0; atomic_load_explicit(&pool.state, memory_order_acquire) & WORKERS_MASK; spin++) {
         if (spin < CALLER_SPINS)
             CPU_RELAX();
