@@ -84,9 +84,9 @@ def smollm2_gguf() -> Path:
 @pytest.fixture
 def no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chat templates render in this process: starting one for each of many templates takes longer than all they do."""
-    from cluscomp_runtime import chat, chat_process
+    from cluscomp_runtime.chat import process, templates
 
-    monkeypatch.setattr(chat, "_run", lambda request, _: json.loads(json.dumps(chat_process.answers(json.loads(request)))))
+    monkeypatch.setattr(templates, "_run", lambda request, _: json.loads(json.dumps(process.answers(json.loads(request)))))
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def same_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same moment for transformers' chat templates and ours."""
     from transformers.utils import chat_template_utils
 
-    from cluscomp_runtime import chat
+    from cluscomp_runtime.chat import templates
 
     class Clock(datetime.datetime):
         @classmethod
@@ -102,7 +102,7 @@ def same_clock(monkeypatch: pytest.MonkeyPatch) -> None:
             return cls(2031, 2, 3, 4, 5, 6, tzinfo=tz)
 
     monkeypatch.setattr(chat_template_utils, "datetime", Clock)
-    monkeypatch.setattr(chat, "datetime", SimpleNamespace(datetime=Clock))
+    monkeypatch.setattr(templates, "datetime", SimpleNamespace(datetime=Clock))
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["kernel_threads", "ready_after_fork", "single_threaded_torch", "multi_threaded_torch", "warn_of_polling"]
+__all__ = ["kernel_threads", "multi_threaded_torch", "ready_after_fork", "single_threaded_torch", "warn_of_polling"]
 
 
 class _Shares(threading.local):

@@ -25,8 +25,7 @@ from cluscomp_runtime.generate import Generation, GenerationStream, check_prompt
 from cluscomp_runtime.linear import MatrixBuilder, check_kernel
 from cluscomp_runtime.memory import check_memory, memory_faults
 from cluscomp_runtime.sampling import Sampler
-from cluscomp_runtime.token_ids import token_batch, token_ids
-from cluscomp_runtime.tokenizer import Tokenizer, end_tokens
+from cluscomp_runtime.tokenizer import Tokenizer, end_tokens, token_batch, token_ids
 
 __all__ = ["DEFAULT_CONTEXT", "LanguageModel", "check_device", "compute_dtype", "observe_inputs"]
 

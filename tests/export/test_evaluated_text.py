@@ -23,7 +23,7 @@ from cluscomp_export.sources import open_source
 from cluscomp_export.training.chats import read_chats
 from cluscomp_formats.errors import InvalidFileError
 from cluscomp_runtime.tokenizer import Tokenizer
-from cluscomp_runtime.tokenizer_backend import IsolatedTokenizer, plain_copy
+from cluscomp_runtime.tokenizer.backend import IsolatedTokenizer, plain_copy
 
 CONTEXT = 128
 CHARACTERS = 4000

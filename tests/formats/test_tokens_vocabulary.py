@@ -28,7 +28,7 @@ from cluscomp_formats.ir import Array, Model
 from cluscomp_formats.tokens import UnsupportedTokenizer, no_tokenizer
 from cluscomp_formats.tokens.from_vocabulary import build_tokenizer_files
 from cluscomp_runtime.tokenizer import Tokenizer
-from cluscomp_runtime.tokenizer_bounds import reason_to_isolate
+from cluscomp_runtime.tokenizer.bounds import reason_to_isolate
 
 TEXTS = ["Once upon a time", "", "a\n\nb\tc ", "Grüße, 日本 é 😀", "it's 1234567 x", "over  and   over", "<tool>x <tool> y"]
 

@@ -17,8 +17,8 @@ from runtime_models import byte_tokenizer_files, clustered_model, side_file, sma
 from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, UnsupportedError
 from cluscomp_formats.ir import Array
 from cluscomp_formats.tokens.chat_templates import choose_chat_template, find_chat_templates
-from cluscomp_runtime import LanguageModel, chat, chat_process
-from cluscomp_runtime.chat import Chat, Rendered, render_chat, render_chats
+from cluscomp_runtime import LanguageModel
+from cluscomp_runtime.chat import Chat, Rendered, process, render_chat, render_chats, templates
 from cluscomp_runtime.tokenizer import Tokenizer
 
 TEMPLATE = """{{ bos_token }}
@@ -229,7 +229,7 @@ def test_hostile_templates_are_stopped(template: str) -> None:
     ],
 )
 def test_templates_that_take_memory_or_time_without_end_are_stopped(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat, "MAX_SECONDS", 1)
+    monkeypatch.setattr(templates, "MAX_SECONDS", 1)
     with pytest.raises(UnsupportedError, match="takes too much"):
         render_chat(template, MESSAGES, special_tokens={})
 
@@ -241,8 +241,8 @@ def test_a_template_process_that_does_not_start_is_an_error_of_ours(monkeypatch:
 
 
 def test_a_template_process_that_fails_is_an_error_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat, "_PROCESS", Path("/nowhere/chat_process.py"))
-    monkeypatch.setattr(chat, "_FOLDER", Path("/"))
+    monkeypatch.setattr(templates, "_PROCESS", Path("/nowhere/process.py"))
+    monkeypatch.setattr(templates, "_FOLDER", Path("/"))
     with pytest.raises(UnsupportedError, match="chat templates run in fails"):
         render_chat(TEMPLATE, MESSAGES, special_tokens=SPECIAL)
 
@@ -254,10 +254,10 @@ def test_without_jinja2_there_are_no_templates(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_jinja2_that_templates_get_out_of_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_process.jinja2, "__version__", "3.1.5")
+    monkeypatch.setattr(process.jinja2, "__version__", "3.1.5")
     request = {"template": "{{ 1 }}", "max_characters": 9, "chats": [{"messages": []}]}
-    assert chat_process.answers(request) == [{"error": "old", "message": "3.1.5"}]
-    monkeypatch.setattr(chat, "_run", lambda _, count: count * [{"error": "old", "message": "3.1.5"}])
+    assert process.answers(request) == [{"error": "old", "message": "3.1.5"}]
+    monkeypatch.setattr(templates, "_run", lambda _, count: count * [{"error": "old", "message": "3.1.5"}])
     with pytest.raises(UnsupportedError, match=r"jinja2>=3\.1\.6"):
         render_chat(TEMPLATE, MESSAGES, special_tokens=SPECIAL)
 
@@ -317,7 +317,7 @@ def test_the_process_has_no_environment(monkeypatch: pytest.MonkeyPatch) -> None
         started.update(options, command=command)
         return subprocess.CompletedProcess(command, 0, stdout='[{"text": "", "spans": null}]', stderr="")
 
-    monkeypatch.setattr(chat.subprocess, "run", run)
+    monkeypatch.setattr(templates.subprocess, "run", run)
     render_chat("", MESSAGES, special_tokens={})
     assert started["env"].keys() <= {"SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH"}
     assert started["command"][1:3] == ["-I", "-S"]

@@ -7,7 +7,7 @@ import json
 import pytest
 import tokenizers
 
-from cluscomp_runtime.pattern_cost import is_linear
+from cluscomp_runtime.tokenizer.pattern_cost import is_linear
 
 LETTERS = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}"
 SMALL = r"\p{Ll}\p{Lm}\p{Lo}\p{M}"

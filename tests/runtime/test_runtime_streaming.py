@@ -146,7 +146,7 @@ def test_a_long_stream_is_its_text() -> None:
 @settings(max_examples=20)
 @given(TEXTS)
 def test_an_isolated_tokenizer_streams_alike(text: str) -> None:
-    from cluscomp_runtime.tokenizer_backend import IsolatedTokenizer
+    from cluscomp_runtime.tokenizer.backend import IsolatedTokenizer
 
     peer = tokenizer_of("byte-fallback BPE")
     isolated = _isolated[0] if _isolated else Tokenizer(IsolatedTokenizer(peer.backend.to_str(), "no reason"), {})

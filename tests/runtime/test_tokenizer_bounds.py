@@ -16,10 +16,9 @@ import tokenizers
 from runtime_models import byte_tokenizer_files, side_file
 
 from cluscomp_formats.errors import ClusCompError, InvalidFileError, UnsupportedError
-from cluscomp_runtime import tokenizer_backend
-from cluscomp_runtime.tokenizer import Tokenizer
-from cluscomp_runtime.tokenizer_backend import IsolatedTokenizer
-from cluscomp_runtime.tokenizer_bounds import reason_to_isolate
+from cluscomp_runtime.tokenizer import Tokenizer, backend
+from cluscomp_runtime.tokenizer.backend import IsolatedTokenizer
+from cluscomp_runtime.tokenizer.bounds import reason_to_isolate
 
 STORIES = Path(__file__).parents[1] / "data" / "stories260K" / "tokenizer.json"
 WORDS = {"type": "WordLevel", "vocab": {"a": 0, "[UNK]": 1}, "unk_token": "[UNK]"}
@@ -167,8 +166,8 @@ def test_very_many_added_tokens_are_noticed() -> None:
     ("name", "text"), [("replacements", "e"), ("a template of special tokens", "a"), ("long words", "a" * 20000)]
 )
 def test_a_bomb_is_stopped(name: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer_backend, "SECONDS", 2)
-    monkeypatch.setattr(tokenizer_backend, "MEMORY_BYTES", 1 << 28)
+    monkeypatch.setattr(backend, "SECONDS", 2)
+    monkeypatch.setattr(backend, "MEMORY_BYTES", 1 << 28)
     tokenizer = load(**SUSPECT[name])
     with pytest.raises(UnsupportedError, match="the tokenizer takes too much") as error:
         tokenizer.encode(text)
@@ -177,15 +176,15 @@ def test_a_bomb_is_stopped(name: str, text: str, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("name", ["replacements in a decoder", "empty suffixes"])
 def test_a_bomb_in_a_decoder_is_stopped(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer_backend, "SECONDS", 2)
-    monkeypatch.setattr(tokenizer_backend, "MEMORY_BYTES", 1 << 28)
+    monkeypatch.setattr(backend, "SECONDS", 2)
+    monkeypatch.setattr(backend, "MEMORY_BYTES", 1 << 28)
     tokenizer = load(**SUSPECT[name], model=WORDS | {"vocab": {"e": 0, "[UNK]": 1}})
     with pytest.raises(UnsupportedError, match="the tokenizer takes too much"):
         tokenizer.decode([0, 1, 0])
 
 
 def test_a_pattern_without_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer_backend, "SECONDS", 1)
+    monkeypatch.setattr(backend, "SECONDS", 1)
     tokenizer = load(pre_tokenizer=split(r"(?:a|a){0,19}(?=\b\B)"))
     with pytest.raises(ClusCompError):
         tokenizer.encode("a" * 2000 + "!")
@@ -216,8 +215,8 @@ def test_an_isolated_tokenizer_gives_what_the_library_gives() -> None:
 
 def test_an_isolated_tokenizer_goes_on_after_it_was_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = load(**SUSPECT["replacements"])
-    monkeypatch.setattr(tokenizer_backend, "SECONDS", 0)
-    monkeypatch.setattr(tokenizer_backend, "SECONDS_PER_MEGABYTE", 1)
+    monkeypatch.setattr(backend, "SECONDS", 0)
+    monkeypatch.setattr(backend, "SECONDS_PER_MEGABYTE", 1)
     with pytest.raises(UnsupportedError):
         tokenizer.encode("e")
     monkeypatch.undo()

@@ -1,7 +1,7 @@
 """The process a tokenizer runs in that could take time or memory without end: requests on standard input, answers on standard
 output, a line of JSON each. The first request is the tokenizer.
 
-`tokenizer_backend.py` starts this file by its path: it imports nothing of the package, so that it starts quickly.
+`backend.py` starts this file by its path: it imports nothing of the package, so that it starts quickly.
 """
 
 from __future__ import annotations

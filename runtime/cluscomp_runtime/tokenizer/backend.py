@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from cluscomp_formats.errors import Problem, UnsupportedError
-from cluscomp_runtime.tokenizer_bounds import reason_to_isolate
+from cluscomp_runtime.tokenizer.bounds import reason_to_isolate
 
 __all__ = ["Backend", "Encoded", "IsolatedTokenizer", "open_backend", "plain_copy"]
 
@@ -32,7 +32,7 @@ ANSWER_BYTES = 1 << 20
 ANSWER_PER_BYTE = 256
 """The same for the answer."""
 
-_PROCESS = Path(__file__).with_name("tokenizer_process.py")
+_PROCESS = Path(__file__).with_name("process.py")
 
 
 class Encoded(Protocol):

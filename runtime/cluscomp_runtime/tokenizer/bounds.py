@@ -3,7 +3,7 @@
 The file is as good as a program: a chain of replacements of 20 KB doubles a text forty times over, a pattern matches without
 end, a character map of SentencePiece aborts the process. What is looked for here is what real tokenizers have: every part of
 a known kind, a text that grows little on its way, patterns whose time is in proportion to the text. A file with anything else
-may be harmless; it is read in a process of its own, whose time and memory are bounded (`tokenizer_backend`).
+may be harmless; it is read in a process of its own, whose time and memory are bounded (`backend.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from cluscomp_runtime.pattern_cost import is_linear
+from cluscomp_runtime.tokenizer.pattern_cost import is_linear
 
 __all__ = ["reason_to_isolate"]
 

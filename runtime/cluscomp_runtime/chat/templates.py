@@ -31,7 +31,7 @@ MAX_SECONDS = 30
 CHATS_PER_PROCESS = 64
 """Starting a process takes longer than rendering many chats, but they share its time."""
 
-_PROCESS = Path(__file__).with_name("chat_process.py")
+_PROCESS = Path(__file__).with_name("process.py")
 _FOLDER = _PROCESS.parent
 _LIBRARIES = ("jinja2", "markupsafe")
 _KEPT_VARIABLES = ("SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")

@@ -14,12 +14,12 @@ from cluscomp_formats.errors import ClusCompError, InvalidFileError, InvalidRequ
 from cluscomp_formats.ir import Array
 from cluscomp_formats.sections.json_values import is_unicode
 from cluscomp_formats.tokens import end_tokens as stored_end_tokens
-from cluscomp_formats.tokens import read_json_file, read_tokenizer, special_tokens
-from cluscomp_runtime.streaming import StreamDecoder
-from cluscomp_runtime.token_ids import token_ids
-from cluscomp_runtime.tokenizer_backend import Backend, decoder_description, open_backend, plain_copy, special_ids
+from cluscomp_formats.tokens import read_tokenizer, special_tokens
+from cluscomp_runtime.tokenizer.backend import Backend, decoder_description, open_backend, plain_copy, special_ids
+from cluscomp_runtime.tokenizer.streaming import StreamDecoder
+from cluscomp_runtime.tokenizer.token_ids import token_ids
 
-__all__ = ["Tokenizer", "end_tokens", "read_json_file"]
+__all__ = ["Tokenizer", "end_tokens"]
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
-"""The process a chat template runs in: reads a request from standard input, writes the answer to standard output, both JSON.
+"""The process that renders chat templates: reads a JSON request from standard input and writes JSON answers to standard output.
 
-A template can loop without end and multiply texts without bound; only a process of its own can be stopped. `chat.py` starts
-this file by its path, isolated from the environment and the current folder: it imports nothing but the standard library and
-jinja2, from the folders that its arguments name.
+A template can loop forever and produce unlimited text, and only a separate process can be stopped. `templates.py` runs this
+file by its path, isolated from the environment and the current folder. It imports only the standard library and jinja2, the
+latter from the folders that its arguments name.
 """
 
 from __future__ import annotations

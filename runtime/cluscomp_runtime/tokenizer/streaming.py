@@ -15,10 +15,7 @@ So each token is decoded in a bounded number of runs of bounded length, and thos
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from cluscomp_runtime.tokenizer import Tokenizer
+from typing import Any, Protocol
 
 __all__ = ["StreamDecoder"]
 
@@ -34,6 +31,17 @@ _OF_THE_WHOLE = frozenset({"Fuse", "Metaspace", "Strip"})
 """Decoders for which a text grows at its end only, where all tokens have become one text."""
 
 
+class Decoder(Protocol):
+    """What a stream needs of a `Tokenizer`."""
+
+    @property
+    def special_ids(self) -> frozenset[int]: ...
+    @property
+    def decoder(self) -> Any: ...
+    def token_text(self, token: int) -> str | None: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
 class StreamDecoder:
     """Turns tokens into text as they come: never half a character, and spaces as the prompt's continuation has them.
 
@@ -41,7 +49,7 @@ class StreamDecoder:
     tokens finish a character that the prompt ends in, the pieces begin with that character.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
+    def __init__(self, tokenizer: Decoder, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._special = tokenizer.special_ids
         self._decoders = _flat(tokenizer.decoder)
