@@ -83,8 +83,7 @@ def kmeans(
     `weights` float32 `[n]`, not negative, scale each point's squared error. Weights that are all zero give the same centroids
     as no weights, with error 0. The result has `num_clusters` centroids, or one per point if there are fewer points. If there
     are no more distinct points than centroids, some centroids repeat. The result depends on the seed, but not on the number
-    of threads or the CPU. `on_progress("clustering", done, total)` is called
-    at least about once a second.
+    of threads or the CPU. `on_progress("clustering", done, total)` is called at least about once a second.
 
     Raises TypeError if an argument has the wrong type; ValueError if a value is out of range, naming the first bad point.
     """
