@@ -27,8 +27,9 @@ import torch
 from measuring import copy_and_sync, spread, summary, timed
 
 from cluscomp_export.conversion.convert import ConversionOptions, convert
-from cluscomp_export.conversion.writers import find_writer
+from cluscomp_export.conversion.output_format import output_format
 from cluscomp_export.sources import open_source
+from cluscomp_formats.format import Format
 from cluscomp_formats.progress import silent
 from cluscomp_runtime import LanguageModel
 
@@ -85,10 +86,10 @@ def conversions(made: dict[str, Path], folder: Path, repetitions: int) -> list[d
     rows = []
     for source, target in itertools.product(FORMATS, FORMATS):
         output, copy = folder / "converted", folder / "copied"
-        writer = find_writer(target)
+        fmt = output_format(target)
 
-        def run(source: str = source, writer: Any = writer, output: Path = output) -> None:
-            writer.write(open_source(made[source]), output, force=False, self_test=None, on_progress=silent)
+        def run(source: str = source, fmt: Format = fmt, output: Path = output) -> None:
+            fmt.write(open_source(made[source]), output, force=False, self_test=None, on_progress=silent)
 
         times: dict[str, list[float]] = {"convert": [], "cp": []}
         for repetition in range(repetitions):

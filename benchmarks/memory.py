@@ -36,7 +36,7 @@ from cluscomp_export.compression.pipeline import cluster_model
 from cluscomp_export.conversion.convert import ConversionOptions, Prepared, convert, prepare, scan_source
 from cluscomp_export.conversion.effort import Effort, levels_of
 from cluscomp_export.conversion.memory import Peak, conversion_memory
-from cluscomp_export.conversion.writers import find_writer
+from cluscomp_export.conversion.output_format import output_format
 from cluscomp_export.training import RecoveryOptions, TrainableModel, recover
 from cluscomp_export.training.blockwise import BlockwiseOptions
 from cluscomp_export.work_folder import WorkFolder, work_path
@@ -152,7 +152,7 @@ def train(stand: Stand) -> None:
 
 
 def write(stand: Stand) -> None:
-    find_writer(stand.options.to).write(stand.clustered(), stand.output, force=True, self_test=None, on_progress=silent)
+    output_format(stand.options.to).write(stand.clustered(), stand.output, force=True, self_test=None, on_progress=silent)
 
 
 def self_test(stand: Stand) -> None:

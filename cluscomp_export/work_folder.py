@@ -20,9 +20,10 @@ import numpy as np
 from cluscomp_formats.errors import InvalidFileError, Problem, StorageError
 from cluscomp_formats.files.atomic import storage_error
 from cluscomp_formats.files.leftovers import shown_name, try_lock
-from cluscomp_formats.ir import DTYPES, AnyArray, canonical_json
+from cluscomp_formats.ir import DTYPES, AnyArray
 from cluscomp_formats.safetensors.mapped_shards import open_shard
 from cluscomp_formats.safetensors.reader import Forms, header_bytes, lay_out
+from cluscomp_formats.strict_json import canonical_json
 
 __all__ = ["Forms", "WorkFolder", "fingerprint", "work_folder", "work_path"]
 

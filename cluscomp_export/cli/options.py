@@ -36,7 +36,7 @@ GGUF_TYPE = click.option(
 
 
 def _output_formats() -> tuple[str, ...]:
-    from cluscomp_export.conversion.writers import output_formats
+    from cluscomp_export.conversion.output_format import output_formats
 
     return output_formats()
 

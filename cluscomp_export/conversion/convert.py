@@ -33,8 +33,8 @@ from cluscomp_export.compression.workers.local import Workers, open_workers, par
 from cluscomp_export.conversion.effort import levels_of
 from cluscomp_export.conversion.finite_values import scan_dense, scan_source
 from cluscomp_export.conversion.options import ConversionOptions
+from cluscomp_export.conversion.output_format import output_format
 from cluscomp_export.conversion.prepare import Prepared, make_plan, prepare, provenance_of, sensitivities_of
-from cluscomp_export.conversion.writers import Writer, find_writer
 from cluscomp_export.outputs import check_apart
 from cluscomp_export.planning.sizes import model_sizes
 from cluscomp_export.progress import Progress, silent
@@ -52,6 +52,7 @@ from cluscomp_formats.errors import (
     StorageError,
     UnsupportedError,
 )
+from cluscomp_formats.format import Format
 from cluscomp_formats.ir import AnyArray, Model
 from cluscomp_runtime.language_model import check_device
 from cluscomp_runtime.memory import memory_faults
@@ -109,16 +110,16 @@ def convert(
     OutputExistsError, StorageError, SelfTestError, WorkersLostError, and UnsupportedError if memory runs out.
     """
     started = time.perf_counter()
-    writer = find_writer(options.to, options.gguf_type)
+    fmt = output_format(options.to, options.gguf_type)
     check_apart([output], [source_path, *options.files()])
     try:
-        writer.check(output, force=force)
+        fmt.check_output(output, force=force)
     except OutputExistsError:
         _remove_finished_work(output)
         raise
     # Tells early what cannot be done; what sensitivities decide waits until the source has been checked and they are measured.
     prepared = prepare(source_path, options, measure=False)
-    writer.check_model(prepared.model)
+    fmt.check_model(prepared.model)
     warnings = list(prepared.warnings)
     for warning in warnings:
         on_warning(warning)
@@ -141,9 +142,9 @@ def convert(
             run_own_self_test(model, source_path, warnings, on_progress)
         elif work is not None:
             with _opened(options, on_progress) as workers:
-                model = _clustered(prepared, source_path, options, writer, work, workers, curves, warnings, on_progress)
+                model = _clustered(prepared, source_path, options, fmt, work, workers, curves, warnings, on_progress)
         unfinished.enter_context(faults_of(source_path))
-        written = writer.write(
+        written = fmt.write(
             model,
             output,
             force=force,
@@ -176,7 +177,7 @@ def _clustered(
     prepared: Prepared,
     source_path: Path,
     options: ConversionOptions,
-    writer: Writer,
+    fmt: Format,
     work: WorkFolder,
     workers: Workers | None,
     curves: dict[str, Curve],
@@ -195,7 +196,7 @@ def _clustered(
         warnings.append("the unfinished work of a conversion of another source or with other options was discarded")
     sensitivities = sensitivities_of(source, options, text, work, on_progress)
     if sensitivities is not None or plan is None:
-        plan = make_plan(source, options, writer, provenance, sensitivities)
+        plan = make_plan(source, options, fmt, provenance, sensitivities)
     energies = feedback = None
     token_ids: Sequence[int] = ()
     if text is not None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from cluscomp_export.conversion.convert import faults_of, record_self_test, run_own_self_test
 from cluscomp_export.conversion.finite_values import scan_dense
-from cluscomp_export.conversion.writers import find_writer
+from cluscomp_export.conversion.output_format import output_format
 from cluscomp_export.outputs import check_apart
 from cluscomp_export.progress import Progress, silent
 from cluscomp_export.sources import open_source
@@ -61,9 +61,9 @@ def merge(
     a faulty delta or one of another model, InvalidRequestError, UnsupportedError, OutputExistsError, StorageError.
     """
     started = time.perf_counter()
-    writer = find_writer(to, gguf_type)
+    fmt = output_format(to, gguf_type)
     check_apart([output], [model_path, *delta_paths])
-    writer.check(output, force=force)
+    fmt.check_output(output, force=force)
     deltas = [open_delta(path) for path in delta_paths]
     model = open_source(model_path)
     base = checked_digest(model, model_path, on_progress)
@@ -72,8 +72,8 @@ def merge(
     if shares == (1,):
         _check_result(merged, deltas[0].result, delta_paths[0])
     merged = replace(merged, provenance=_provenance(model, base, delta_paths, [delta.record for delta in deltas], shares))
-    writer.check_model(merged)
-    warnings = [*writer.notes(merged)]
+    fmt.check_model(merged)
+    warnings = [*fmt.notes(merged)]
     scan_dense(model, model_path, on_progress)
     run_own_self_test(model, model_path, warnings, on_progress)
     record: Mapping[str, Any] | None = None
@@ -84,7 +84,7 @@ def merge(
         return record
 
     with faults_of(model_path):
-        written = writer.write(
+        written = fmt.write(
             merged,
             output,
             force=force,

@@ -9,19 +9,19 @@ from cluscomp_export.compression.fit_encode import Method
 from cluscomp_export.compression.workers.local import parse_workers
 from cluscomp_export.conversion.effort import Effort
 from cluscomp_export.conversion.options import ConversionOptions
-from cluscomp_export.conversion.writers import Writer
 from cluscomp_export.planning import CODEBOOK_DTYPES, Share
 from cluscomp_export.threads import check_threads
 from cluscomp_formats.errors import InvalidRequestError, Problem
+from cluscomp_formats.format import Format
 
 __all__ = ["check_options"]
 
 Sensitivity = Literal["measured", "equal"]
 
 
-def check_options(options: ConversionOptions, writer: Writer) -> None:
+def check_options(options: ConversionOptions, fmt: Format) -> None:
     """Raises InvalidRequestError for options that contradict each other, or one that is out of range or no choice there is."""
-    problem = _no_choice(options) or _contradiction(options, writer) or _out_of_range(options)
+    problem = _no_choice(options) or _contradiction(options, fmt) or _out_of_range(options)
     if problem:
         raise InvalidRequestError(problem)
     options.levels()
@@ -46,7 +46,7 @@ def _no_choice(options: ConversionOptions) -> Problem | None:
     return None
 
 
-def _contradiction(options: ConversionOptions, writer: Writer) -> Problem | None:
+def _contradiction(options: ConversionOptions, fmt: Format) -> Problem | None:
     """Options that do not go together."""
     targets = [option for option, value in options.targets().items() if value is not None]
     target = targets[0] if targets else "--bits"
@@ -74,7 +74,7 @@ def _contradiction(options: ConversionOptions, writer: Writer) -> Problem | None
     if options.calibration == "none" and options.measures:
         remedy = "give a text"
         return Problem("bad_option", "sensitivities are measured on a text", found="--calibration none", remedy=remedy)
-    if options.budget is not None and (writer.size is None or options.gguf_type is not None):
+    if options.budget is not None and (fmt.size is None or options.gguf_type is not None):
         message = "the size in this format does not follow from codebooks, or cannot be predicted"
         remedy = "convert with --bits, or to packed, hf, gguf or onnx"
         return Problem("bad_option", message, found=f"--budget --to {options.to}", remedy=remedy)

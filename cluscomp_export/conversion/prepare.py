@@ -20,9 +20,9 @@ from cluscomp_export.conversion.finite_values import scan_source
 from cluscomp_export.conversion.memory import Peak, conversion_memory, memory_warnings, process_bytes
 from cluscomp_export.conversion.option_checks import check_options
 from cluscomp_export.conversion.options import ConversionOptions
+from cluscomp_export.conversion.output_format import output_format
 from cluscomp_export.conversion.tokenizer_warnings import tokenizer_warnings
 from cluscomp_export.conversion.where_to_run import nowhere_to_run
-from cluscomp_export.conversion.writers import Writer, find_writer
 from cluscomp_export.planning import (
     Plan,
     Sensitivity,
@@ -39,8 +39,10 @@ from cluscomp_export.sources import CONFIG_ONLY, files_left_behind, open_source,
 from cluscomp_export.threads import torch_threads
 from cluscomp_export.work_folder import WorkFolder
 from cluscomp_formats.errors import ClusCompError, InvalidRequestError, Problem
-from cluscomp_formats.ir import AnyArray, Model, canonical_json
-from cluscomp_formats.packed.writer import NO_DIGEST
+from cluscomp_formats.format import Format
+from cluscomp_formats.ir import AnyArray, Model
+from cluscomp_formats.sections.digest import NO_DIGEST
+from cluscomp_formats.strict_json import canonical_json
 from cluscomp_formats.version import __version__
 from cluscomp_runtime.language_model import check_device
 from cluscomp_runtime.memory import memory_faults
@@ -96,8 +98,8 @@ def prepare(
     Raises InvalidRequestError for options that contradict each other or a budget that cannot be met, InvalidFileError,
     UnsupportedError.
     """
-    writer = find_writer(options.to, options.gguf_type)
-    check_options(options, writer)
+    fmt = output_format(options.to, options.gguf_type)
+    check_options(options, fmt)
     if not to_plan:
         check_device(options.device)
     source = open_source(source_path, to_plan=to_plan)
@@ -119,11 +121,11 @@ def prepare(
         if measure:
             with torch_threads(options.torch_threads):
                 sensitivities = sensitivities_of(source, options, text, None, on_progress)
-        plan = make_plan(source, options, writer, provenance, sensitivities)
+        plan = make_plan(source, options, fmt, provenance, sensitivities)
         model = cluster_model(source, plan, provenance=provenance)
     sizes = model_sizes(model)
     record = model.self_test or longest_record(source)
-    artefact = None if writer.size is None else writer.size(replace(model, self_test=record))
+    artefact = None if fmt.size is None else fmt.size(replace(model, self_test=record))
     only_config = source.provenance.get("format") == CONFIG_ONLY
     source_size = model_sizes(source).payload_bytes if only_config else source_bytes(source_path)
     levels = levels_of("fast") if text is None else options.levels()
@@ -141,7 +143,7 @@ def prepare(
         cuda=options.device.startswith("cuda"),
     )
     warnings += [] if only_config else tokenizer_warnings(source)
-    warnings += [*writer.notes(model), *_warnings(sizes, source_size), *_file_warnings(source, source_path)]
+    warnings += [*fmt.notes(model), *_warnings(sizes, source_size), *_file_warnings(source, source_path)]
     warnings += memory_warnings(memory, options.device, process)
     warnings += _plan_warnings(source, options, model) if plan is not None else []
     return Prepared(source, text, plan, model, sizes, artefact, source_size, sensitivities, memory, process, tuple(warnings))
@@ -228,7 +230,7 @@ def sensitivities_of(
 def make_plan(
     source: Model,
     options: ConversionOptions,
-    writer: Writer,
+    fmt: Format,
     provenance: Mapping[str, Any],
     sensitivities: Mapping[str, Sensitivity] | None,
 ) -> Plan:
@@ -243,8 +245,8 @@ def make_plan(
     if codebook_bits is None and options.levels().recovery is not None:
         # Recovery moves most values by less than a step of int8.
         codebook_bits = 16
-    if options.budget is not None and writer.size is not None:
-        size, record = writer.size, longest_record(source)
+    if options.budget is not None and fmt.size is not None:
+        size, record = fmt.size, longest_record(source)
 
         def size_of(plan: Plan) -> int:
             return size(replace(cluster_model(source, plan, provenance=provenance), self_test=record))

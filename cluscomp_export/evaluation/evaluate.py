@@ -27,7 +27,7 @@ from cluscomp_export.progress import Progress, silent
 from cluscomp_export.sources import open_source
 from cluscomp_formats.errors import InvalidRequestError, Problem, UnsupportedError
 from cluscomp_formats.ir import Model
-from cluscomp_formats.sections.payload_stream import check_claim
+from cluscomp_formats.sections.digest import check_claim
 from cluscomp_formats.version import __version__
 from cluscomp_runtime import LanguageModel
 from cluscomp_runtime.architecture import DecoderSettings

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from cluscomp_export.progress import Progress, silent
 from cluscomp_formats.errors import InvalidFileError, Problem
 from cluscomp_formats.ir import FLOAT_DTYPES, AnyArray, Array, ClusteredWeight, DigestBuilder, Model
-from cluscomp_formats.sections.payload_stream import hash_payload
+from cluscomp_formats.sections.digest import hash_payload
 from cluscomp_formats.sections.payloads import Payload, is_finite, stored_payloads
 
 __all__ = ["CodebookHealth", "Health", "check_health", "codebook_users"]

@@ -14,10 +14,11 @@ import onnx_ir
 from cluscomp_export.onnx_graph.skeleton import PLACEHOLDER_DOMAIN, REMEDY, build_skeleton, tensors_by_key
 from cluscomp_export.onnx_graph.tracing import Trace, trace
 from cluscomp_formats.errors import InvalidFileError, Problem, UnsupportedError
-from cluscomp_formats.ir import DenseTensor, Model, Tensor, canonical_json
+from cluscomp_formats.ir import DenseTensor, Model, Tensor
 from cluscomp_formats.onnx.graph import Graph, GraphBuilder, value
 from cluscomp_formats.onnx.spec import ELEMENT_TYPES
 from cluscomp_formats.onnx.weights import embedding, linear
+from cluscomp_formats.strict_json import canonical_json
 from cluscomp_runtime.hf.stored_names import places_of
 
 __all__ = ["traced_graph"]

@@ -14,7 +14,7 @@ from typing import Any
 from cluscomp_formats.errors import InvalidFileError, Problem
 from cluscomp_formats.files.side_files import names_in, read_side_file
 from cluscomp_formats.ir import Array
-from cluscomp_formats.packed.spec import SIDE_FOLDER, side_file_name_fault
+from cluscomp_formats.limits import SIDE_FOLDER, side_file_name_fault
 
 __all__ = ["SIDE_FILES", "left_behind", "read_side_files"]
 

@@ -17,7 +17,7 @@ from typing import Any
 from cluscomp_export.calibration.activations import read_text
 from cluscomp_export.training.examples import Example
 from cluscomp_formats.errors import ClusCompError, InvalidFileError, InvalidRequestError, Problem
-from cluscomp_formats.sections.json_values import StrictJsonError, parse_strict
+from cluscomp_formats.strict_json import StrictJsonError, parse_strict
 from cluscomp_runtime.chat import Chat, Rendered, render_chats
 from cluscomp_runtime.tokenizer import Tokenizer
 

@@ -33,7 +33,7 @@ from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Probl
 from cluscomp_formats.files.atomic import check_output
 from cluscomp_formats.ir import DTYPES, Model
 from cluscomp_formats.parameters import KINDS, kind_of
-from cluscomp_formats.sections.payload_stream import check_claim
+from cluscomp_formats.sections.digest import check_claim
 from cluscomp_formats.tokens import no_tokenizer
 from cluscomp_formats.version import __version__
 from cluscomp_runtime.language_model import LanguageModel, check_device

@@ -10,7 +10,6 @@ cost no IO, payloads are read when asked for, one tensor at a time, so any reade
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +17,8 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+
+from cluscomp_formats.strict_json import canonical_json
 
 __all__ = [
     "DTYPES",
@@ -30,7 +31,6 @@ __all__ = [
     "Model",
     "Outliers",
     "Stage",
-    "canonical_json",
     "code_bits",
 ]
 
@@ -71,11 +71,6 @@ def float32_to_bfloat16(values: AnyArray) -> npt.NDArray[np.uint16]:
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     rounded = ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
-
-
-def canonical_json(value: Any) -> str:
-    """JSON with sorted keys, no whitespace, ASCII only and no NaN: the same value always gives the same bytes."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
 @dataclass(frozen=True)

@@ -8,90 +8,25 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from shlex import quote
-from typing import Any, Protocol
 
 from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem
-from cluscomp_formats.files.atomic import check_output
 from cluscomp_formats.files.regular_file import check_there, open_regular
+from cluscomp_formats.format import Format
 from cluscomp_formats.ir import Model
-from cluscomp_formats.progress import Progress
 
-__all__ = [
-    "ENTRY_POINTS",
-    "CheckOutput",
-    "Format",
-    "WriteModel",
-    "Written",
-    "describe_formats",
-    "detect",
-    "find_format",
-    "formats",
-    "open_model",
-]
+__all__ = ["BUILTIN", "ENTRY_POINTS", "describe_formats", "detect", "find_format", "formats", "open_model"]
+
+BUILTIN = ("packed", "hf", "gguf", "onnx")
+"""Packages of this one, each with a `FORMAT` of its name, in the order in which a file is held against them and people see
+them. Imported when they are asked for."""
 
 ENTRY_POINTS = "cluscomp_formats"
 """The group of entry points under which packages offer a `Format`."""
-
-
-class Written(Protocol):
-    """What a writer says it made: its size in bytes, and the model's digest, None if it made no codebook model."""
-
-    @property
-    def file_bytes(self) -> int: ...
-    @property
-    def digest(self) -> str | None: ...
-
-
-class WriteModel(Protocol):
-    """Writes a model to `path`, atomically and one payload at a time.
-
-    `self_test` gets the model as opened from the finished payloads and gives the record to store; `on_progress` is told the
-    phase ("writing"), the bytes done and the bytes in total. A model whose `claimed_digest` is not its digest must not become
-    an artefact: `check_claim` of `cluscomp_formats.sections.payload_stream` raises InvalidFileError. Raises OutputExistsError,
-    StorageError, InvalidRequestError, UnsupportedError.
-    """
-
-    def __call__(
-        self,
-        model: Model,
-        path: Path,
-        /,
-        *,
-        force: bool,
-        self_test: Callable[[Model], Mapping[str, Any] | None] | None,
-        on_progress: Progress,
-    ) -> Written: ...
-
-
-class CheckOutput(Protocol):
-    """Refuses an output before any work. Raises OutputExistsError, StorageError."""
-
-    def __call__(self, path: Path, /, *, force: bool) -> None: ...
-
-
-@dataclass(frozen=True)
-class Format:
-    """A way to store a model: how to recognise it, open it and, if `write` is given, write it.
-
-    `matches(path)` looks at a file's first bytes or a folder's content and must not raise on any input. `open(path)`
-    validates and returns a lazy model; it raises InvalidFileError with every problem found. `check_output` is called before
-    the work of which `write` is the end; the default suits a single file, a folder has `check_output_folder` of
-    `cluscomp_formats.files.atomic_folder`. `size(model)` predicts the bytes of what `write` makes of a model with that
-    self-test record, at most, without reading its payloads; without it, `--budget` cannot be held in this format.
-    """
-
-    name: str
-    description: str
-    matches: Callable[[Path], bool]
-    open: Callable[[Path], Model]
-    write: WriteModel | None = None
-    check_output: CheckOutput = check_output
-    size: Callable[[Model], int] | None = None
 
 
 @functools.cache
@@ -100,9 +35,7 @@ def formats() -> tuple[Format, ...]:
 
     Looks for the latter once per process. One that cannot be used is left out with a warning that says whose it is.
     """
-    from cluscomp_formats.builtin import FORMATS
-
-    found = list(FORMATS)
+    found: list[Format] = [import_module(f"cluscomp_formats.{name}").FORMAT for name in BUILTIN]
     for entry in sorted(entry_points(group=ENTRY_POINTS), key=lambda entry: (entry.name, entry.value)):
         fmt = _plugin(entry, {fmt.name: fmt for fmt in found})
         if isinstance(fmt, Format):
@@ -122,7 +55,7 @@ def _plugin(entry: EntryPoint, taken: Mapping[str, Format]) -> Format | str:
     except Exception as error:  # noqa: BLE001 - other people's code must not take our own formats along
         return f"{entry.value} cannot be imported ({type(error).__name__}: {error})"
     if not isinstance(loaded, Format):
-        return f"{entry.value} is a {type(loaded).__name__}, not a cluscomp_formats.registry.Format"
+        return f"{entry.value} is a {type(loaded).__name__}, not a cluscomp_formats.format.Format"
     if loaded.name in taken:
         return f"there is a format called {loaded.name!r} already, {taken[loaded.name].description}"
     return loaded

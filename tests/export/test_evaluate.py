@@ -19,7 +19,7 @@ from cluscomp_export.evaluation.protocols import choose_protocol
 from cluscomp_export.sources import open_source
 from cluscomp_formats.errors import ClusCompError, InvalidFileError, InvalidRequestError
 from cluscomp_formats.packed import write_packed
-from cluscomp_formats.packed.writer import NO_DIGEST
+from cluscomp_formats.sections.digest import NO_DIGEST
 from cluscomp_runtime import LanguageModel
 from cluscomp_runtime.tokenizer import Tokenizer
 

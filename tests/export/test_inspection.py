@@ -19,6 +19,7 @@ from cluscomp_export.cli.tables import print_inspection
 from cluscomp_export.inspection.inspect import inspect_model
 from cluscomp_formats import registry
 from cluscomp_formats.errors import InvalidRequestError
+from cluscomp_formats.format import Format
 from cluscomp_formats.ir import AnyArray, Array, ClusteredWeight, Codebook, DenseTensor, Model, Outliers, Stage, Tensor
 from cluscomp_formats.packed import write_packed
 
@@ -59,7 +60,7 @@ def inspect_lenient(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Inspect:
     """Inspects a model as the reader of a format that checks nothing gives it."""
 
     def inspect(model: Model, **options: Any) -> dict[str, Any]:
-        fmt = registry.Format("lenient", "of this test", lambda _: True, lambda _: model)
+        fmt = Format("lenient", "of this test", lambda _: True, lambda _: model)
         monkeypatch.setattr(registry, "formats", lambda: (fmt,))
         (tmp_path / "lenient").touch()
         return inspect_model(tmp_path / "lenient", **options)

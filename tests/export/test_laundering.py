@@ -14,7 +14,7 @@ import pytest
 
 from cluscomp_export.conversion.convert import ConversionOptions, convert
 from cluscomp_export.conversion.merge import merge
-from cluscomp_export.conversion.writers import find_writer
+from cluscomp_export.conversion.output_format import output_format
 from cluscomp_formats.delta.delta_file import Delta, write_delta
 from cluscomp_formats.errors import ClusCompError, InvalidFileError, SelfTestError
 from cluscomp_formats.ir import Array, Model, Stage
@@ -45,10 +45,10 @@ def with_other_codes(model: Model) -> Model:
 def test_no_writer_takes_content_that_is_not_what_its_digest_says(
     to: str, gguf_type: str | None, artefact: Path, tmp_path: Path
 ) -> None:
-    writer = find_writer(to, gguf_type)
+    fmt = output_format(to, gguf_type)
     output = tmp_path / "out"
     with pytest.raises(InvalidFileError) as caught:
-        writer.write(with_other_codes(open_packed(artefact)), output, force=False, self_test=None, on_progress=silent)
+        fmt.write(with_other_codes(open_packed(artefact)), output, force=False, self_test=None, on_progress=silent)
     assert caught.value.problems[0].kind == "digest_mismatch"
     assert list(tmp_path.iterdir()) == []
 

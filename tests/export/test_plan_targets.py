@@ -17,7 +17,7 @@ from model_builders import tiny_llama
 from cluscomp_export.calibration.sensitivity import sensitive_tensors
 from cluscomp_export.compression.pipeline import cluster_model
 from cluscomp_export.conversion.convert import ConversionOptions, convert, prepare
-from cluscomp_export.conversion.writers import find_writer
+from cluscomp_export.conversion.output_format import output_format
 from cluscomp_export.planning import Plan, Sensitivity, plan_bits, plan_budget, plan_loss
 from cluscomp_export.planning.plan_file import read_plan, write_plan
 from cluscomp_export.planning.sizes import model_sizes, parse_bytes
@@ -156,7 +156,7 @@ def test_the_predicted_size_is_that_of_the_artefact(to: str, stories_folder: Pat
     # 80 positions with 8 logits, each text of which is up to 8 characters shorter than the longest, and rarely longer ids.
     assert written <= prepared.file_bytes <= written + 80 * 8 * 12 + 10 * len(prepared.model.tensors)
     # With the record at hand all is exact but for digits of checksums, which two formats write as text.
-    size = find_writer(to).size
+    size = output_format(to).size
     assert size is not None
     predicted = size(find_format(to).open(tmp_path / "out"))
     assert written <= predicted <= written + (4 * 3 * 40 if to in ("packed", "onnx") else 0)

@@ -18,6 +18,7 @@ from sources_gguf_writer import finish, tiny_model, write_gguf
 from cluscomp_export.sources import open_source, source_bytes
 from cluscomp_formats import registry
 from cluscomp_formats.errors import InvalidFileError, StorageError
+from cluscomp_formats.format import Format
 from cluscomp_formats.ir import Array, DenseTensor, Model
 
 OWN = Model({}, {"w": DenseTensor("w", Array.of(np.ones(2, np.float32)))}, provenance={"format": "ours"})
@@ -33,7 +34,7 @@ def _own_format(monkeypatch: pytest.MonkeyPatch) -> None:
         except OSError:
             return False
 
-    fmt = registry.Format("ours", "a format of these tests", matches, lambda path: OWN)
+    fmt = Format("ours", "a format of these tests", matches, lambda path: OWN)
     monkeypatch.setattr(registry, "formats", lambda: (fmt,))
 
 
@@ -60,7 +61,7 @@ def test_gguf_files_of_our_own_architecture_go_to_the_registry(tmp_path: Path, m
     writer = gguf.GGUFWriter(tmp_path / "own.gguf", "cluscomp")
     writer.add_tensor("w", np.zeros(32, np.float32))
     finish(writer)
-    ours = registry.Format("ours", "", lambda path: b"cluscomp" in path.read_bytes(), lambda path: OWN)
+    ours = Format("ours", "", lambda path: b"cluscomp" in path.read_bytes(), lambda path: OWN)
     monkeypatch.setattr(registry, "formats", lambda: (ours,))
     assert open_source(tmp_path / "own.gguf").provenance["format"] == "ours"
 

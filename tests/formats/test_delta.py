@@ -20,8 +20,9 @@ from model_builders import tiny_llama
 from cluscomp_formats.delta import delta_file as delta_module
 from cluscomp_formats.delta.delta_file import METADATA, Delta, changes, combine, is_delta, open_delta, write_delta
 from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, OutputExistsError
-from cluscomp_formats.ir import Array, Model, canonical_json, float32_to_bfloat16
+from cluscomp_formats.ir import Array, Model, float32_to_bfloat16
 from cluscomp_formats.parameters import parameters, with_parameters
+from cluscomp_formats.strict_json import canonical_json
 from cluscomp_runtime import LanguageModel
 
 NORM = "norm.model.norm.weight"

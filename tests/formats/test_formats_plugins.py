@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from cluscomp_formats.builtin import FORMATS
-from cluscomp_formats.registry import Format
+from cluscomp_formats.format import Format
+from cluscomp_formats.registry import BUILTIN
 
-OURS = [fmt.name for fmt in FORMATS]
+OURS = list(BUILTIN)
 PAGE = Path(__file__).parents[2] / "docs" / "plugins.md"
 
 
@@ -101,7 +101,7 @@ def test_without_it_the_name_is_refused(tmp_path: Path, stories_folder: Path) ->
 
 BROKEN = """
 from pathlib import Path
-from cluscomp_formats.registry import Format
+from cluscomp_formats.format import Format
 
 def fail(path):
     raise RuntimeError("no idea")
@@ -136,7 +136,7 @@ def test_a_plug_in_that_does_not_work_leaves_the_others_alone(tmp_path: Path, bo
     done = command(tmp_path, "inspect", stories_folder, "--quick")
     assert done.returncode == 0
     assert "the format 'unsure' cannot tell" in done.stderr
-    code = "from cluscomp_export.conversion.writers import find_writer; find_writer('sound')"
+    code = "from cluscomp_export.conversion.output_format import output_format; output_format('sound')"
     assert "this format is only read" in python(tmp_path, "-c", code).stderr
 
 

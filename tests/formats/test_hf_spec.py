@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from cluscomp_formats.hf import SHARD_BYTES, layout, quantization, reader
+from cluscomp_formats.hf import SHARD_BYTES, quantization, reader, spec
 from cluscomp_formats.safetensors import reader as safetensors
-from cluscomp_formats.sections.json_values import MAX_DEPTH
+from cluscomp_formats.sections import stored_arrays
 from cluscomp_formats.sections.payloads import Payload
+from cluscomp_formats.strict_json import MAX_DEPTH
 
 TEXT = (Path(__file__).parents[2] / "docs" / "hf-format.md").read_text(encoding="utf-8")
 PROSE = " ".join(TEXT.split())
@@ -33,8 +34,8 @@ def test_members() -> None:
     assert members("quantization_config") == (sorted(quantization.MEMBERS), sorted(quantization.OPTIONAL_MEMBERS))
     assert members("weight") == (sorted(quantization.WEIGHT_MEMBERS), [])
     values = {row[1].strip("*`"): row[2] for row in table("object", "member", "value")}
-    assert values["quant_method"] == f'`"{layout.METHOD}"`'
-    assert values["version"] == str(layout.VERSION)
+    assert values["quant_method"] == f'`"{spec.METHOD}"`'
+    assert values["version"] == str(spec.VERSION)
     named = [values["extra_arrays"].index(f"`{part}`") for part in quantization.EXTRA_ARRAYS]
     assert sorted(named) == named
     assert all(f"`{member}`" in PROSE for member in reader.RECORD_MEMBERS)
@@ -42,18 +43,18 @@ def test_members() -> None:
 
 def test_files() -> None:
     names = [row[0].strip("`") for row in table("file", "content")]
-    assert set(layout.OWN_FILES) < set(names)
+    assert set(spec.OWN_FILES) < set(names)
 
 
 def test_arrays() -> None:
     stated = " ".join(row[0] for row in table("array", "dtype, shape"))
-    assert f"`{layout.codebook_key('<name>')}`" in stated
-    assert f"`{layout.part_key('<module>.weight', 'codes')}`" in stated
-    assert f"`{layout.part_key('<module>.weight', 'codes', 1)}`" in stated
-    assert all(f"`{layout.part_key('<module>.weight', part)}`" in stated for part in quantization.EXTRA_ARRAYS)
+    assert f"`{stored_arrays.codebook_key('<name>')}`" in stated
+    assert f"`{stored_arrays.part_key('<module>.weight', 'codes')}`" in stated
+    assert f"`{stored_arrays.part_key('<module>.weight', 'codes', 1)}`" in stated
+    assert all(f"`{stored_arrays.part_key('<module>.weight', part)}`" in stated for part in quantization.EXTRA_ARRAYS)
     assert f"`{' '.join(safetensors.STORED_NAMES.values())}`" in PROSE
-    assert layout.codes_form(Payload("w", "codes", "uint16", (4, 6), code_bits=16)) == ("uint16", (4, 6))
-    assert layout.codes_form(Payload("w", "codes", "uint16", (4, 6), code_bits=15)) == ("uint8", (45,))
+    assert stored_arrays.codes_form(Payload("w", "codes", "uint16", (4, 6), code_bits=16)) == ("uint16", (4, 6))
+    assert stored_arrays.codes_form(Payload("w", "codes", "uint16", (4, 6), code_bits=15)) == ("uint8", (45,))
 
 
 def test_limits() -> None:

@@ -17,9 +17,9 @@ from cluscomp_formats.ir import (
     Outliers,
     Stage,
     bfloat16_to_float32,
-    canonical_json,
     float32_to_bfloat16,
 )
+from cluscomp_formats.strict_json import canonical_json
 
 CODEBOOK = Codebook("c", Array.of(np.zeros((3, 2), dtype=np.float16)))
 STAGE = Stage(CODEBOOK, Array.of(np.zeros((4, 3), dtype=np.uint16)))

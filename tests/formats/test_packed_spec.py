@@ -4,10 +4,11 @@ import re
 import struct
 from pathlib import Path
 
+from cluscomp_formats import limits
 from cluscomp_formats.ir import CODEBOOK_DTYPES, DTYPES, FLOAT_DTYPES, MAX_CLUSTERS
 from cluscomp_formats.packed import spec
-from cluscomp_formats.sections import header_parsing
-from cluscomp_formats.sections.json_values import MAX_DEPTH, parse_canonical
+from cluscomp_formats.sections import header, header_parsing
+from cluscomp_formats.strict_json import MAX_DEPTH, parse_canonical
 
 TEXT = (Path(__file__).parents[2] / "docs" / "packed-format.md").read_text(encoding="utf-8")
 PROSE = " ".join(TEXT.split())
@@ -37,7 +38,7 @@ def test_preamble() -> None:
     values = {row[0]: row[3] for row in table("field")}
     assert values["magic"].startswith(f"`{spec.MAGIC.hex(' ').upper()}`")
     assert values["version"] == str(spec.VERSION)
-    assert f"at most {spec.MAX_HEADER_LENGTH}" in values["header_length"]
+    assert f"at most {header.MAX_HEADER_LENGTH}" in values["header_length"]
 
 
 def test_members() -> None:
@@ -68,10 +69,10 @@ def test_dtypes() -> None:
 
 def test_limits() -> None:
     assert f"1 <= num_clusters <= {MAX_CLUSTERS}" in PROSE
-    assert f"1 to {spec.MAX_NAME_BYTES} bytes in UTF-8" in PROSE
-    assert f"array of 0 to {spec.MAX_RANK} lengths" in PROSE
+    assert f"1 to {limits.MAX_NAME_BYTES} bytes in UTF-8" in PROSE
+    assert f"array of 0 to {limits.MAX_RANK} lengths" in PROSE
     assert f"nested at most {MAX_DEPTH} deep" in PROSE
-    assert f"first multiple of {spec.ALIGNMENT}" in PROSE
+    assert f"first multiple of {header.ALIGNMENT}" in PROSE
 
 
 def test_examples_of_numbers_are_canonical() -> None:

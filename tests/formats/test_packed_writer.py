@@ -19,6 +19,7 @@ from cluscomp_formats.errors import InvalidRequestError, OutputExistsError, Stor
 from cluscomp_formats.ir import AnyArray, Array, ClusteredWeight, Codebook, DenseTensor, Model, Outliers, Stage
 from cluscomp_formats.packed import open_packed, write_packed
 from cluscomp_formats.packed import writer as writer_module
+from cluscomp_formats.sections import model_problems
 from cluscomp_formats.sections import payload_stream as stream_module
 
 
@@ -84,7 +85,7 @@ def test_refuses_before_anything_is_read_or_written(case: str, tmp_path: Path, m
 
 
 def test_a_header_that_gets_too_long_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer_module, "MAX_HEADER_LENGTH", 1000)
+    monkeypatch.setattr(model_problems, "MAX_HEADER_LENGTH", 1000)
     with pytest.raises(InvalidRequestError, match="too long"):
         write_packed(Model({"x": "y" * 1000}, {"d": dense("d", unread)}), tmp_path / "m.clus")
 

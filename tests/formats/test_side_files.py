@@ -18,8 +18,8 @@ from cluscomp_export.sources.side_files import SIDE_FILES
 from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, OutputExistsError
 from cluscomp_formats.hf import open_hf, write_hf
 from cluscomp_formats.ir import Array, Model
+from cluscomp_formats.limits import side_file_name_fault
 from cluscomp_formats.packed import open_packed, write_packed
-from cluscomp_formats.packed.spec import side_file_name_fault
 
 TRAVEL = [
     *SIDE_FILES,

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig
 
 from cluscomp_export.conversion.options import ConversionOptions
+from cluscomp_export.conversion.output_format import output_format
 from cluscomp_export.conversion.prepare import prepare
 from cluscomp_export.conversion.tokenizer_warnings import tokenizer_warnings
-from cluscomp_export.conversion.writers import find_writer
 from cluscomp_export.sources import open_source
 from cluscomp_formats.errors import InvalidRequestError
 from cluscomp_formats.ir import Model
@@ -55,7 +55,7 @@ def resized(stories_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def written(model: Model, to: str, gguf_type: str | None, path: Path) -> Model:
-    find_writer(to, gguf_type).write(model, path, force=False, self_test=None, on_progress=silent)
+    output_format(to, gguf_type).write(model, path, force=False, self_test=None, on_progress=silent)
     return open_source(path)
 
 
@@ -95,7 +95,7 @@ def test_more_tokens_than_embeddings(stories_folder: Path, tmp_path: Path) -> No
     assert ours.generate("<0>", max_new_tokens=1).new_tokens == 1
     with pytest.raises(InvalidRequestError, match="outside the vocabulary"):
         ours.generate("<1>")
-    notes = find_writer("gguf", "f32").notes(source)
+    notes = output_format("gguf", "f32").notes(source)
     assert notes == (f"added tokens past the 514 embeddings are left out: {warning.split(': ')[1]}",)
     written(source, "gguf", "f32", tmp_path / "m.gguf")
     tokens = gguf.GGUFReader(tmp_path / "m.gguf").fields["tokenizer.ggml.tokens"].contents()

@@ -29,9 +29,10 @@ from cluscomp_formats.delta.delta_file import is_delta, open_delta
 from cluscomp_formats.errors import ClusCompError, InvalidRequestError
 from cluscomp_formats.gguf import looks_gguf, open_gguf
 from cluscomp_formats.hf import looks_hf, open_hf
-from cluscomp_formats.ir import Array, Model, canonical_json
+from cluscomp_formats.ir import Array, Model
 from cluscomp_formats.onnx import looks_onnx, open_onnx
 from cluscomp_formats.packed import looks_packed, open_packed
+from cluscomp_formats.strict_json import canonical_json
 from cluscomp_runtime import LanguageModel, load, run_self_test
 from cluscomp_runtime.tokenizer import Tokenizer
 

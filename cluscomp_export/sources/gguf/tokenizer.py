@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluscomp_formats.gguf.end_of_generation import KEYS, ends_generation, types_in_use
-from cluscomp_formats.sections.json_values import is_unicode
+from cluscomp_formats.strict_json import is_unicode
 from cluscomp_formats.tokens.chat_templates import DEFAULT
 from cluscomp_formats.tokens.merges import merges_from_scores
 from cluscomp_formats.tokens.unsupported import UnsupportedTokenizer

@@ -20,23 +20,14 @@ import numpy.typing as npt
 from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem
 from cluscomp_formats.files.atomic import atomic_write
 from cluscomp_formats.files.regular_file import first_bytes
-from cluscomp_formats.ir import (
-    CODEBOOK_DTYPES,
-    DTYPES,
-    FLOAT_DTYPES,
-    AnyArray,
-    Array,
-    Model,
-    canonical_json,
-    float32_to_bfloat16,
-)
-from cluscomp_formats.packed.spec import name_fault
+from cluscomp_formats.ir import CODEBOOK_DTYPES, DTYPES, FLOAT_DTYPES, AnyArray, Array, Model, float32_to_bfloat16
+from cluscomp_formats.limits import name_fault
 from cluscomp_formats.parameters import KINDS, kind_of, parameters, with_parameters
 from cluscomp_formats.safetensors.mapped_shards import MappedShard, open_shard
 from cluscomp_formats.safetensors.reader import LENGTH_BYTES, header_bytes, lay_out
-from cluscomp_formats.sections.json_values import StrictJsonError, parse_canonical
-from cluscomp_formats.sections.payload_stream import json_problems
+from cluscomp_formats.sections.model_problems import json_problems
 from cluscomp_formats.sections.payloads import is_finite
+from cluscomp_formats.strict_json import StrictJsonError, canonical_json, parse_canonical
 
 __all__ = ["Delta", "changes", "combine", "is_delta", "open_delta", "write_delta"]
 

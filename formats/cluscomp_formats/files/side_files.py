@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cluscomp_formats.errors import InvalidFileError, Problem, StorageError
-from cluscomp_formats.files.atomic import fsync_folder
 from cluscomp_formats.files.model_folder import read_inside
 from cluscomp_formats.ir import Array, Model
-from cluscomp_formats.packed.spec import SIDE_FOLDER, side_file_name_fault
-from cluscomp_formats.sections.payload_stream import read_checked
-from cluscomp_formats.sections.payloads import Payload
+from cluscomp_formats.limits import SIDE_FOLDER, side_file_name_fault
 
 __all__ = [
     "MAX_SIDE_FILES_BYTES",
@@ -27,7 +24,6 @@ __all__ = [
     "read_side_file",
     "side_file_problems",
     "write_json",
-    "write_side_files",
     "write_synced",
 ]
 
@@ -50,20 +46,6 @@ def side_file_problems(model: Model, taken: Collection[str], file: str) -> Itera
         elif len(name.encode(errors="replace")) > _MAX_FILE_NAME_BYTES:
             message = f"the name of a side file is longer than {_MAX_FILE_NAME_BYTES} bytes"
             yield Problem("bad_name", message, file, name[:200])
-
-
-def write_side_files(model: Model, folder: Path, output: Path, advance: Callable[[int], None]) -> None:
-    """Write the model's side files into `folder`, synced; messages speak of `output`. `advance` gets bytes."""
-    for name in sorted(model.files):
-        array = model.files[name]
-        content = read_checked(Payload(name, "bytes", array.dtype, array.shape), array, output)
-        path = folder / name
-        if path.parent != folder:
-            path.parent.mkdir(exist_ok=True)
-        write_synced(path, content.tobytes())
-        advance(content.nbytes)
-    for inner in {(folder / name).parent for name in model.files if "/" in name}:
-        fsync_folder(inner)
 
 
 def json_bytes(value: Mapping[str, Any]) -> bytes:

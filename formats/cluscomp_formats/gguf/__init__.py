@@ -1,14 +1,22 @@
 """GGUF files: *native*, a codebook model under our own keys, and *dense*, for stock llama.cpp; see `docs/gguf-format.md`."""
 
-from cluscomp_formats.gguf.dense_writer import DENSE_TYPES, DenseReport, dense_gguf_notes, dense_gguf_size, write_dense_gguf
+from cluscomp_formats.format import Format
+from cluscomp_formats.gguf.dense_writer import (
+    DENSE_TYPES,
+    DenseReport,
+    dense_format,
+    dense_gguf_notes,
+    dense_gguf_size,
+    write_dense_gguf,
+)
 from cluscomp_formats.gguf.reader import looks_gguf, open_gguf
 from cluscomp_formats.gguf.writer import gguf_size, write_gguf
-from cluscomp_formats.registry import Format
 
 __all__ = [
     "DENSE_TYPES",
     "FORMAT",
     "DenseReport",
+    "dense_format",
     "dense_gguf_notes",
     "dense_gguf_size",
     "looks_gguf",

@@ -5,9 +5,10 @@ Each tensor is decoded to float32 and stored in one of ggml's types by gguf-py's
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from cluscomp_formats.errors import InvalidRequestError, Problem, StorageError, UnsupportedError
 from cluscomp_formats.files.atomic import atomic_write, check_output
+from cluscomp_formats.format import Format
 from cluscomp_formats.gguf.architectures import Placed, expected_tensors
 from cluscomp_formats.gguf.container import gguf_package
 from cluscomp_formats.gguf.container_encoding import DirectoryEntry, Value, aligned, encode_header
@@ -28,9 +30,10 @@ from cluscomp_formats.gguf.tokenizer_metadata import (
 )
 from cluscomp_formats.ir import FLOAT_DTYPES, AnyArray, DenseTensor, Model, float32_to_bfloat16
 from cluscomp_formats.progress import Progress, silent
-from cluscomp_formats.sections.payload_stream import check_claim
+from cluscomp_formats.sections.digest import check_claim
+from cluscomp_formats.sections.payload_stream import SelfTest
 
-__all__ = ["DENSE_TYPES", "DenseReport", "dense_gguf_notes", "dense_gguf_size", "write_dense_gguf"]
+__all__ = ["DENSE_TYPES", "DenseReport", "dense_format", "dense_gguf_notes", "dense_gguf_size", "write_dense_gguf"]
 
 
 @dataclass(frozen=True)
@@ -67,12 +70,16 @@ _QUANTIZATION_VERSION = 2
 
 @dataclass(frozen=True)
 class DenseReport:
-    """What was written. `kept_at_f16` names the tensors whose rows are no whole blocks of the type asked for."""
+    """What was written. `kept_at_f16` names the tensors whose rows are no whole blocks of the type asked for.
+
+    A file without codebooks has no digest.
+    """
 
     path: Path
     file_bytes: int
     num_tensors: int
     kept_at_f16: tuple[str, ...]
+    digest: None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,19 @@ class _Planned:
     @property
     def nbytes(self) -> int:
         return int(np.prod(self.place.shape)) // self.dense_type.block_weights * self.dense_type.block_bytes
+
+
+def dense_format(native: Format, gguf_type: str) -> Format:
+    """The `native` GGUF format with `write_dense_gguf` as its writer. Raises InvalidRequestError for an unknown type."""
+    if gguf_type not in DENSE_TYPES:
+        found, expected = repr(gguf_type)[:200], ", ".join(DENSE_TYPES)
+        raise InvalidRequestError(Problem("bad_option", "no such GGUF type", found=found, expected=expected))
+
+    def write(model: Model, path: Path, *, force: bool, self_test: SelfTest | None, on_progress: Progress) -> DenseReport:
+        return write_dense_gguf(model, path, gguf_type=gguf_type, force=force, on_progress=on_progress)
+
+    size = functools.partial(dense_gguf_size, gguf_type=gguf_type)
+    return replace(native, write=write, size=size, notes=functools.partial(dense_gguf_notes, gguf_type=gguf_type))
 
 
 def write_dense_gguf(

@@ -13,14 +13,13 @@ from cluscomp_formats.files.stored_file import StoredFile
 from cluscomp_formats.gguf.container import Container, architecture_of, read_container
 from cluscomp_formats.gguf.spec import ALIGNMENT, ARCHITECTURE, ROW_ORDER, VERSION, stored_form
 from cluscomp_formats.ir import Model
-from cluscomp_formats.packed.reader import content_problems
-from cluscomp_formats.packed.spec import align
 from cluscomp_formats.sections.assembly import build_model, reference_problems
-from cluscomp_formats.sections.header import PackedHeader
+from cluscomp_formats.sections.digest import content_problems
+from cluscomp_formats.sections.header import PackedHeader, align
 from cluscomp_formats.sections.header_parsing import parse_header
-from cluscomp_formats.sections.json_values import StrictJsonError, parse_canonical
 from cluscomp_formats.sections.mapped_file import MappedFile
 from cluscomp_formats.sections.payloads import Payload, stored_payloads
+from cluscomp_formats.strict_json import StrictJsonError, parse_canonical
 
 __all__ = ["looks_gguf", "open_gguf"]
 

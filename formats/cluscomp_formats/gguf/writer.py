@@ -14,13 +14,15 @@ from cluscomp_formats.gguf.reader import open_gguf
 from cluscomp_formats.gguf.spec import ALIGNMENT, ARCHITECTURE, ROW_ORDER, VERSION, stored_form
 from cluscomp_formats.gguf.tensor_names import tensor_names
 from cluscomp_formats.gguf.tokenizer_metadata import InexpressibleTokenizer, tokenizer_metadata, with_tokenizer_read
-from cluscomp_formats.ir import Model, canonical_json
-from cluscomp_formats.packed.writer import NO_DIGEST, request_problems
+from cluscomp_formats.ir import Model
 from cluscomp_formats.progress import Progress, silent
+from cluscomp_formats.sections.digest import NO_DIGEST
 from cluscomp_formats.sections.header import Section, header_of, header_value
-from cluscomp_formats.sections.payload_stream import SelfTest, WriteReport, json_problems
+from cluscomp_formats.sections.model_problems import json_problems, request_problems
+from cluscomp_formats.sections.payload_stream import SelfTest, WriteReport
 from cluscomp_formats.sections.payloads import Payload, stored_payloads
 from cluscomp_formats.sections.section_stream import place_sections, write_sections
+from cluscomp_formats.strict_json import canonical_json
 
 __all__ = ["gguf_size", "write_gguf"]
 

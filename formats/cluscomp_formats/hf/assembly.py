@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluscomp_formats.errors import InvalidFileError, Problem
-from cluscomp_formats.hf.layout import codebook_key, part_key, stored_arrays
 from cluscomp_formats.hf.quantization import Quantization, WeightEntry
 from cluscomp_formats.ir import AnyArray, Array, ClusteredWeight, Codebook, DenseTensor, Model, Outliers, Stage, Tensor
-from cluscomp_formats.packed.spec import name_fault
+from cluscomp_formats.limits import name_fault
 from cluscomp_formats.safetensors.mapped_shards import StoredWeights
+from cluscomp_formats.sections.stored_arrays import codebook_key, part_key, stored_arrays
 
 __all__ = ["build_model"]
 

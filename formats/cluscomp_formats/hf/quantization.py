@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from cluscomp_formats.errors import InvalidFileError, Problem
-from cluscomp_formats.hf.layout import METHOD, VERSION
+from cluscomp_formats.hf.spec import METHOD, VERSION
 from cluscomp_formats.ir import FLOAT_DTYPES, DenseTensor, Model
-from cluscomp_formats.packed.spec import name_fault
+from cluscomp_formats.limits import name_fault
 
 __all__ = ["Quantization", "WeightEntry", "join_config", "parse_quantization", "split_config"]
 

@@ -14,12 +14,12 @@ from cluscomp_formats.files.model_folder import read_inside
 from cluscomp_formats.files.regular_file import MAX_JSON_BYTES, check_there, read_whole
 from cluscomp_formats.files.side_files import names_in, open_side_files
 from cluscomp_formats.hf.assembly import build_model
-from cluscomp_formats.hf.layout import CONFIG, INDEX, METHOD, OWN_FILES, RECORD, SINGLE, VERSION
 from cluscomp_formats.hf.quantization import MEMBER, Quantization, parse_quantization, split_config
+from cluscomp_formats.hf.spec import CONFIG, INDEX, METHOD, OWN_FILES, RECORD, SINGLE, VERSION
 from cluscomp_formats.ir import Array, Model
-from cluscomp_formats.packed.spec import file_name_fault
+from cluscomp_formats.limits import file_name_fault
 from cluscomp_formats.safetensors.mapped_shards import MappedShard, StoredWeights, open_shard
-from cluscomp_formats.sections.json_values import StrictJsonError, parse_strict
+from cluscomp_formats.strict_json import StrictJsonError, parse_strict
 
 __all__ = ["holds_only_model", "looks_hf", "open_hf"]
 

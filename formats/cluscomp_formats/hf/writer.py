@@ -11,25 +11,25 @@ from typing import Any
 
 from cluscomp_formats.errors import InvalidRequestError, Problem
 from cluscomp_formats.files.atomic_folder import atomic_folder, check_output_folder
-from cluscomp_formats.files.side_files import json_bytes, side_file_problems, write_json, write_side_files, write_synced
-from cluscomp_formats.hf.layout import CONFIG, INDEX, OWN_FILES, RECORD, SINGLE, VERSION, StoredArray, stored_arrays
+from cluscomp_formats.files.side_files import json_bytes, side_file_problems, write_json, write_synced
 from cluscomp_formats.hf.quantization import join_config
 from cluscomp_formats.hf.reader import holds_only_model, open_hf
-from cluscomp_formats.ir import DigestBuilder, Model, canonical_json
-from cluscomp_formats.packed.writer import NO_DIGEST
+from cluscomp_formats.hf.spec import CONFIG, INDEX, OWN_FILES, RECORD, SINGLE, VERSION
+from cluscomp_formats.ir import DigestBuilder, Model
 from cluscomp_formats.progress import Progress, silent
 from cluscomp_formats.safetensors.reader import MAX_HEADER_BYTES, Entry, header_bytes, lay_out
+from cluscomp_formats.sections.digest import NO_DIGEST, check_claim, hash_payload
+from cluscomp_formats.sections.model_problems import json_problems, model_problems
 from cluscomp_formats.sections.payload_stream import (
     SelfTest,
     WriteReport,
-    check_claim,
-    hash_payload,
-    json_problems,
-    model_problems,
     read_checked,
     stored_pieces,
+    write_side_files,
 )
 from cluscomp_formats.sections.payloads import stored_payloads
+from cluscomp_formats.sections.stored_arrays import StoredArray, stored_arrays
+from cluscomp_formats.strict_json import canonical_json
 
 __all__ = ["SHARD_BYTES", "hf_size", "write_hf"]
 

@@ -7,8 +7,8 @@ takes the graph too: what a model computes is not for this package to know.
 import functools
 
 from cluscomp_formats.files.atomic_folder import check_output_folder
+from cluscomp_formats.format import Format
 from cluscomp_formats.onnx.reader import holds_only_onnx, looks_onnx, open_onnx
-from cluscomp_formats.registry import Format
 
 __all__ = ["FORMAT", "holds_only_onnx", "looks_onnx", "open_onnx"]
 

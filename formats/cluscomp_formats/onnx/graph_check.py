@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import onnx
 
 from cluscomp_formats.errors import MAX_PROBLEMS, Problem
-from cluscomp_formats.hf.layout import codebook_key, part_key
 from cluscomp_formats.ir import Model
 from cluscomp_formats.onnx.functions import CLUS_EMBEDDING, CLUS_LINEAR, functions
 from cluscomp_formats.onnx.spec import DOMAIN, DOMAIN_VERSION, IR_VERSION, MAX_ENTRIES, OPSET
 from cluscomp_formats.onnx.weights import GROUP_AXES
+from cluscomp_formats.sections.stored_arrays import codebook_key, part_key
 
 __all__ = ["graph_problems"]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import onnx
 
-from cluscomp_formats.hf.layout import StoredArray
 from cluscomp_formats.onnx.spec import DATA_FILE, ELEMENT_TYPES, stored_form
 from cluscomp_formats.sections.header import Section
+from cluscomp_formats.sections.stored_arrays import StoredArray
 
 __all__ = ["initializer", "place"]
 

@@ -13,7 +13,6 @@ from cluscomp_formats.errors import MAX_PROBLEMS, ClusCompError, InvalidFileErro
 from cluscomp_formats.files.regular_file import first_bytes, read_whole
 from cluscomp_formats.files.side_files import names_in, open_side_files
 from cluscomp_formats.files.stored_file import StoredFile
-from cluscomp_formats.hf.layout import stored_arrays
 from cluscomp_formats.ir import Model
 from cluscomp_formats.onnx.package import require_onnx
 from cluscomp_formats.onnx.spec import (
@@ -30,14 +29,14 @@ from cluscomp_formats.onnx.spec import (
     data_offset,
     stored_form,
 )
-from cluscomp_formats.packed.reader import content_problems
-from cluscomp_formats.packed.spec import align
 from cluscomp_formats.sections.assembly import build_model, reference_problems
-from cluscomp_formats.sections.header import PackedHeader, Section
+from cluscomp_formats.sections.digest import content_problems
+from cluscomp_formats.sections.header import PackedHeader, Section, align
 from cluscomp_formats.sections.header_parsing import parse_header
-from cluscomp_formats.sections.json_values import StrictJsonError, parse_canonical
 from cluscomp_formats.sections.mapped_file import MappedFile
 from cluscomp_formats.sections.payloads import stored_payloads
+from cluscomp_formats.sections.stored_arrays import stored_arrays
+from cluscomp_formats.strict_json import StrictJsonError, parse_canonical
 
 if TYPE_CHECKING:
     import onnx

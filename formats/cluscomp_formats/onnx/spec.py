@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from cluscomp_formats.packed.spec import ALIGNMENT
+from cluscomp_formats.sections.header import ALIGNMENT
 from cluscomp_formats.sections.payloads import Payload
 
 __all__ = [

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cluscomp_formats.hf.layout import codebook_key, part_key
 from cluscomp_formats.ir import ClusteredWeight, DenseTensor, Stage, Tensor
 from cluscomp_formats.onnx.functions import CLUS_EMBEDDING, CLUS_LINEAR, OUTLIER_EMBEDDING, OUTLIER_LINEAR
 from cluscomp_formats.onnx.graph import FLOAT, GraphBuilder
 from cluscomp_formats.onnx.spec import DOMAIN
+from cluscomp_formats.sections.stored_arrays import codebook_key, part_key
 
 __all__ = ["add_bias", "as_float", "embedding", "linear"]
 

@@ -13,9 +13,8 @@ from onnx import helper
 from cluscomp_formats.errors import InvalidRequestError, Problem
 from cluscomp_formats.files.atomic import storage_error
 from cluscomp_formats.files.atomic_folder import atomic_folder, check_output_folder
-from cluscomp_formats.files.side_files import json_bytes, side_file_problems, write_json, write_side_files, write_synced
-from cluscomp_formats.hf.layout import StoredArray, stored_arrays
-from cluscomp_formats.ir import Model, canonical_json
+from cluscomp_formats.files.side_files import json_bytes, side_file_problems, write_json, write_synced
+from cluscomp_formats.ir import Model
 from cluscomp_formats.onnx.functions import functions
 from cluscomp_formats.onnx.graph import Graph
 from cluscomp_formats.onnx.initializers import initializer
@@ -35,11 +34,14 @@ from cluscomp_formats.onnx.spec import (
     data_offset,
     stored_form,
 )
-from cluscomp_formats.packed.writer import NO_DIGEST
 from cluscomp_formats.progress import Progress, silent
+from cluscomp_formats.sections.digest import NO_DIGEST
 from cluscomp_formats.sections.header import Section, header_of, header_value
-from cluscomp_formats.sections.payload_stream import SelfTest, WriteReport, json_problems, model_problems
+from cluscomp_formats.sections.model_problems import json_problems, model_problems
+from cluscomp_formats.sections.payload_stream import SelfTest, WriteReport, write_side_files
 from cluscomp_formats.sections.section_stream import place_sections, write_sections
+from cluscomp_formats.sections.stored_arrays import StoredArray, stored_arrays
+from cluscomp_formats.strict_json import canonical_json
 from cluscomp_formats.version import __version__
 
 __all__ = ["onnx_size", "write_onnx"]

@@ -1,9 +1,10 @@
 """The packed format (`.clus`): one file with everything, checksummed, mappable; specified in `docs/packed-format.md`."""
 
+from cluscomp_formats.format import Format
 from cluscomp_formats.packed.reader import looks_packed, open_packed, read_header
-from cluscomp_formats.packed.writer import WriteReport, packed_size, write_packed
-from cluscomp_formats.registry import Format
+from cluscomp_formats.packed.writer import packed_size, write_packed
 from cluscomp_formats.sections.header import PackedHeader
+from cluscomp_formats.sections.payload_stream import WriteReport
 
 __all__ = ["FORMAT", "PackedHeader", "WriteReport", "open_packed", "read_header", "write_packed"]
 

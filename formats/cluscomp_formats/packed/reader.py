@@ -9,24 +9,18 @@ from pathlib import Path
 from cluscomp_formats.errors import InvalidFileError, Problem
 from cluscomp_formats.files.regular_file import first_bytes
 from cluscomp_formats.files.stored_file import StoredFile
-from cluscomp_formats.ir import DigestBuilder, Model
+from cluscomp_formats.ir import Model
 from cluscomp_formats.packed.lookalike import describe, is_mangled
-from cluscomp_formats.packed.spec import (
-    ALIGNMENT,
-    MAGIC,
-    MAX_HEADER_LENGTH,
-    PREAMBLE_LENGTH,
-    VERSION,
-    Preamble,
-)
+from cluscomp_formats.packed.spec import MAGIC, PREAMBLE_LENGTH, VERSION, Preamble
 from cluscomp_formats.sections.assembly import build_model, reference_problems
-from cluscomp_formats.sections.header import PackedHeader
+from cluscomp_formats.sections.digest import content_problems
+from cluscomp_formats.sections.header import ALIGNMENT, MAX_HEADER_LENGTH, PackedHeader
 from cluscomp_formats.sections.header_parsing import layout_problems, parse_header
-from cluscomp_formats.sections.json_values import StrictJsonError, parse_canonical
 from cluscomp_formats.sections.mapped_file import MappedFile
 from cluscomp_formats.sections.payloads import stored_payloads
+from cluscomp_formats.strict_json import StrictJsonError, parse_canonical
 
-__all__ = ["content_problems", "looks_packed", "open_packed", "read_header"]
+__all__ = ["looks_packed", "open_packed", "read_header"]
 
 _FETCH_AGAIN = "copy, download or convert it again"
 
@@ -138,25 +132,7 @@ def _read_header(file: StoredFile, preamble: Preamble) -> PackedHeader:
         raise InvalidFileError(Problem(error.kind, f"the header: {error}", name, "header")) from None
     header, problems = parse_header(value, name)
     if header is not None:
-        problems += layout_problems(header.sections, preamble.header_offset, name)
+        problems += layout_problems(header.sections, PREAMBLE_LENGTH, preamble.header_offset, name)
     if header is None or problems:
         raise InvalidFileError(problems)
     return header
-
-
-def content_problems(header: PackedHeader, model: Model, file: MappedFile) -> Iterator[Problem]:
-    """What is wrong with the payloads, all of which are read, or with the digest over them."""
-    builder = DigestBuilder(model.config)
-    sound = True
-    for payload, array in stored_payloads(model):
-        try:
-            values = array.read()
-        except InvalidFileError as error:
-            sound = False
-            yield from error.problems
-            continue
-        if payload.description is not None:
-            builder.add(payload.description, array, values)
-    if sound and builder.digest() != header.digest:
-        message = "the content is not what the digest says"
-        yield Problem("digest_mismatch", message, file.name, "header", builder.digest(), header.digest, _FETCH_AGAIN)

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from cluscomp_formats.errors import InvalidRequestError, Problem
+from cluscomp_formats.errors import InvalidRequestError
 from cluscomp_formats.files.atomic import atomic_write, check_output
-from cluscomp_formats.ir import Array, Model, canonical_json
+from cluscomp_formats.ir import Model
 from cluscomp_formats.packed.reader import open_packed
-from cluscomp_formats.packed.spec import MAX_HEADER_LENGTH, PREAMBLE_LENGTH, VERSION, Preamble, align
+from cluscomp_formats.packed.spec import PREAMBLE_LENGTH, VERSION, Preamble
 from cluscomp_formats.progress import Progress, silent
-from cluscomp_formats.sections.header import PackedHeader, Section, header_of, header_value
-from cluscomp_formats.sections.payload_stream import SelfTest, WriteReport, json_problems, model_problems
-from cluscomp_formats.sections.payloads import Payload, stored_payloads
+from cluscomp_formats.sections.digest import NO_DIGEST
+from cluscomp_formats.sections.header import PackedHeader, align, header_of, header_value
+from cluscomp_formats.sections.model_problems import json_problems, request_problems
+from cluscomp_formats.sections.payload_stream import SelfTest, WriteReport
+from cluscomp_formats.sections.payloads import stored_payloads
 from cluscomp_formats.sections.section_stream import place_sections, write_sections
+from cluscomp_formats.strict_json import canonical_json
 
-__all__ = ["NO_DIGEST", "WriteReport", "packed_size", "request_problems", "write_packed"]
-
-NO_DIGEST = "sha256:" + "0" * 64
-"""Takes the room of a digest that is not known yet."""
+__all__ = ["packed_size", "write_packed"]
 
 
 def write_packed(
@@ -89,16 +88,3 @@ def _write_header(stream: BinaryIO, header: PackedHeader) -> int:
     stream.write(Preamble(VERSION, 0, offset + len(data), offset, len(data), zlib.crc32(data)).to_bytes())
     stream.flush()
     return offset + len(data)
-
-
-def request_problems(model: Model, payloads: Sequence[tuple[Payload, Array]], file: str) -> Iterator[Problem]:
-    """What can be found wrong before a payload is read, the length of the header included; also the rules of GGUF files."""
-    problems = list(model_problems(model, payloads, file))
-    yield from problems
-    if not any(problem.kind == "not_json" for problem in problems):
-        # Sections as long as their text can get.
-        sections = [Section(1 << 62, 1 << 62, (1 << 32) - 1)] * len(payloads)
-        header = header_of(model, [payload for payload, _ in payloads], sections, NO_DIGEST, model.self_test)
-        length = len(canonical_json(header_value(header)))
-        if length > MAX_HEADER_LENGTH:
-            yield Problem("header_too_long", "the header is too long", file, None, str(length), f"at most {MAX_HEADER_LENGTH}")

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluscomp_formats.errors import InvalidFileError, Problem
-from cluscomp_formats.ir import DTYPES, canonical_json
-from cluscomp_formats.packed.spec import MAX_RANK, can_be_shape
-from cluscomp_formats.sections.json_values import StrictJsonError, parse_strict
+from cluscomp_formats.ir import DTYPES
+from cluscomp_formats.limits import MAX_RANK, can_be_shape
+from cluscomp_formats.strict_json import StrictJsonError, canonical_json, parse_strict
 
 __all__ = [
     "LENGTH_BYTES",

@@ -11,6 +11,8 @@ from cluscomp_formats.ir import Array, ClusteredWeight, Model
 from cluscomp_formats.sections.payloads import Payload
 
 __all__ = [
+    "ALIGNMENT",
+    "MAX_HEADER_LENGTH",
     "ArrayEntry",
     "ClusteredEntry",
     "DenseEntry",
@@ -18,9 +20,21 @@ __all__ = [
     "PackedHeader",
     "Section",
     "StageEntry",
+    "align",
     "header_of",
     "header_value",
 ]
+
+
+ALIGNMENT = 64
+"""Sections begin at multiples of this many bytes: a cache line, and enough for any vector load."""
+
+MAX_HEADER_LENGTH = 1 << 26
+
+
+def align(offset: int) -> int:
+    """`offset` rounded up to the next multiple of `ALIGNMENT`."""
+    return -(-offset // ALIGNMENT) * ALIGNMENT
 
 
 @dataclass(frozen=True)

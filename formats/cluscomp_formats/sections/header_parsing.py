@@ -9,16 +9,9 @@ from typing import Any, TypeVar
 
 from cluscomp_formats.errors import Problem
 from cluscomp_formats.ir import DTYPES
-from cluscomp_formats.packed.spec import (
-    ALIGNMENT,
-    MAX_RANK,
-    PREAMBLE_LENGTH,
-    align,
-    can_be_shape,
-    name_fault,
-    side_file_name_fault,
-)
+from cluscomp_formats.limits import MAX_RANK, can_be_shape, name_fault, side_file_name_fault
 from cluscomp_formats.sections.header import (
+    ALIGNMENT,
     ArrayEntry,
     ClusteredEntry,
     DenseEntry,
@@ -26,6 +19,7 @@ from cluscomp_formats.sections.header import (
     PackedHeader,
     Section,
     StageEntry,
+    align,
 )
 
 __all__ = ["layout_problems", "parse_header"]
@@ -63,9 +57,9 @@ def parse_header(value: Any, file: str) -> tuple[PackedHeader | None, list[Probl
     return (None if parser.problems else header), parser.problems
 
 
-def layout_problems(sections: tuple[Section, ...], header_offset: int, file: str) -> Iterator[Problem]:
-    """Sections that do not follow each other from the preamble to the header without hole or overlap."""
-    expected = PREAMBLE_LENGTH
+def layout_problems(sections: tuple[Section, ...], begin: int, header_offset: int, file: str) -> Iterator[Problem]:
+    """Sections that do not follow each other from byte `begin` to the header without hole or overlap."""
+    expected = begin
     for number, section in enumerate(sections):
         where = f"sections[{number}]"
         if section.offset != expected:

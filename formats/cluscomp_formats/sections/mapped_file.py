@@ -11,8 +11,7 @@ import numpy.typing as npt
 from cluscomp_formats.errors import InvalidFileError, Problem
 from cluscomp_formats.files.stored_file import StoredFile
 from cluscomp_formats.ir import AnyArray
-from cluscomp_formats.packed.spec import align
-from cluscomp_formats.sections.header import Section
+from cluscomp_formats.sections.header import Section, align
 from cluscomp_formats.sections.payloads import Payload
 
 __all__ = ["MappedFile"]

@@ -1,34 +1,30 @@
-"""What all writers do with a model: check it, then read, check, hash and pack one payload after the other."""
+"""What all writers do with payloads: read one, check it, cut it into pieces as they are stored."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem, StorageError
-from cluscomp_formats.files.atomic import storage_error
-from cluscomp_formats.ir import AnyArray, Array, DigestBuilder, Model
-from cluscomp_formats.packed.spec import MAX_RANK, name_fault, side_file_name_fault
+from cluscomp_formats.errors import InvalidRequestError, Problem, StorageError
+from cluscomp_formats.files.atomic import fsync_folder, storage_error
+from cluscomp_formats.files.side_files import write_synced
+from cluscomp_formats.ir import AnyArray, Array, Model
 from cluscomp_formats.sections.bits import pack_bits
-from cluscomp_formats.sections.json_values import json_faults
 from cluscomp_formats.sections.payloads import Payload
 
 __all__ = [
     "SelfTest",
     "WriteReport",
     "Writeback",
-    "check_claim",
-    "hash_payload",
-    "json_problems",
-    "model_problems",
     "read_checked",
     "stored_pieces",
+    "write_side_files",
 ]
 
 SelfTest = Callable[[Model], Mapping[str, Any] | None]
@@ -77,22 +73,6 @@ class Writeback:
         self._started = position
 
 
-def hash_payload(builder: DigestBuilder, payload: Payload, array: Array, values: AnyArray) -> None:
-    """Add a payload to the digest; side files do not enter."""
-    if payload.description is not None:
-        builder.add(payload.description, array, values)
-
-
-def check_claim(model: Model, digest: str, file: str | None = None) -> None:
-    """Hold the computed digest of a model against the one it was read with. Raises InvalidFileError if they differ.
-
-    Writers do so before their output appears: an artefact that is not what it says must not become one that is.
-    """
-    if model.claimed_digest not in (None, digest):
-        message, remedy = "the content is not what the digest says", "copy, download or convert it again"
-        raise InvalidFileError(Problem("digest_mismatch", message, file, None, digest, model.claimed_digest, remedy))
-
-
 def read_checked(payload: Payload, array: Array, path: Path) -> AnyArray:
     """The values of a payload, held against the rules of its part.
 
@@ -127,35 +107,15 @@ def stored_pieces(payload: Payload, values: AnyArray) -> Iterator[memoryview]:
         yield stored.data
 
 
-def model_problems(model: Model, payloads: Sequence[tuple[Payload, Array]], file: str) -> Iterator[Problem]:
-    """What can be found wrong without reading a payload."""
-    for label, names, fault_of in (
-        ("tensor", model.tensors, name_fault),
-        ("codebook", model.codebooks, name_fault),
-        ("side file", model.files, side_file_name_fault),
-    ):
-        for name in names:
-            fault = fault_of(name)
-            if fault is not None:
-                yield Problem("bad_name", f"the name of a {label} {fault}", file, repr(name[:200]))
-    for name, array in model.files.items():
-        if array.dtype != "uint8" or len(array.shape) != 1:
-            found = f"{array.dtype} {list(array.shape)}"
-            yield Problem("bad_side_file", "a side file is held as its bytes", file, name, found, "uint8 [bytes]")
-    for payload, _ in payloads:
-        if len(payload.shape) > MAX_RANK:
-            found, expected = f"{len(payload.shape)} dimensions", f"at most {MAX_RANK}"
-            yield Problem("bad_shape", f"{payload.part} has too many dimensions", file, payload.owner, found, expected)
-    values = {"config": model.config, "provenance": model.provenance, "self_test": model.self_test}
-    yield from json_problems(values, file)
-
-
-def json_problems(values: Mapping[str, Any], file: str) -> Iterator[Problem]:
-    """What in the values, labelled objects, JSON cannot hold; `self_test` may be None."""
-    for label, value in values.items():
-        if not isinstance(value, dict) and not (value is None and label == "self_test"):
-            found = f"a {type(value).__name__}"
-            yield Problem("not_json", f"{label} is not a JSON object", file, found=found, expected="a dict")
-            continue
-        for where, fault in json_faults(value, label):
-            yield Problem("not_json", f"{where} is {fault}, which JSON cannot hold", file)
+def write_side_files(model: Model, folder: Path, output: Path, advance: Callable[[int], None]) -> None:
+    """Write the model's side files into `folder`, synced; messages speak of `output`. `advance` gets bytes."""
+    for name in sorted(model.files):
+        array = model.files[name]
+        content = read_checked(Payload(name, "bytes", array.dtype, array.shape), array, output)
+        path = folder / name
+        if path.parent != folder:
+            path.parent.mkdir(exist_ok=True)
+        write_synced(path, content.tobytes())
+        advance(content.nbytes)
+    for inner in {(folder / name).parent for name in model.files if "/" in name}:
+        fsync_folder(inner)

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from cluscomp_formats.ir import Array, DigestBuilder, Model
-from cluscomp_formats.packed.spec import align
 from cluscomp_formats.progress import Progress
-from cluscomp_formats.sections.header import Section
-from cluscomp_formats.sections.payload_stream import Writeback, check_claim, hash_payload, read_checked, stored_pieces
+from cluscomp_formats.sections.digest import check_claim, hash_payload
+from cluscomp_formats.sections.header import Section, align
+from cluscomp_formats.sections.payload_stream import Writeback, read_checked, stored_pieces
 from cluscomp_formats.sections.payloads import Payload
 
 __all__ = ["place_sections", "write_sections"]

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cluscomp_formats.errors import InvalidFileError, Problem
-from cluscomp_formats.sections.json_values import is_unicode
+from cluscomp_formats.strict_json import is_unicode
 
 __all__ = ["NAMES", "AddedToken", "TokenSettings", "assign_ids", "missing_tokens", "read_settings", "special_tokens"]
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cluscomp_formats.ir import Array
-from cluscomp_formats.sections.json_values import is_unicode
+from cluscomp_formats.strict_json import is_unicode
 from cluscomp_formats.tokens import sentencepiece_model as sp
 from cluscomp_formats.tokens.added_tokens import AddedToken
 from cluscomp_formats.tokens.class_tokens import tokenizer_class, with_class_tokens

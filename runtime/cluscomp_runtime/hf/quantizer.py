@@ -22,8 +22,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem
 from cluscomp_formats.hf import open_hf
-from cluscomp_formats.hf.layout import METHOD, RECORD, part_key
+from cluscomp_formats.hf.spec import METHOD, RECORD
 from cluscomp_formats.ir import ClusteredWeight, Model
+from cluscomp_formats.sections.stored_arrays import part_key
 from cluscomp_runtime.hf.dense_modules import make_dense
 from cluscomp_runtime.hf.model_methods import attach_methods, detach_methods
 from cluscomp_runtime.hf.modules import ClusteredModule, MatrixStore

@@ -12,7 +12,7 @@ from typing import Any
 
 from cluscomp_formats.errors import ClusCompError, InvalidFileError, InvalidRequestError, Problem
 from cluscomp_formats.ir import Array
-from cluscomp_formats.sections.json_values import is_unicode
+from cluscomp_formats.strict_json import is_unicode
 from cluscomp_formats.tokens import end_tokens as stored_end_tokens
 from cluscomp_formats.tokens import read_tokenizer, special_tokens
 from cluscomp_runtime.tokenizer.backend import Backend, decoder_description, open_backend, plain_copy, special_ids

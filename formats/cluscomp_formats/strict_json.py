@@ -8,9 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from cluscomp_formats.ir import canonical_json
-
-__all__ = ["MAX_DEPTH", "StrictJsonError", "is_unicode", "json_faults", "parse_canonical", "parse_strict"]
+__all__ = ["MAX_DEPTH", "StrictJsonError", "canonical_json", "is_unicode", "json_faults", "parse_canonical", "parse_strict"]
 
 MAX_DEPTH = 64
 """Objects and arrays may be nested this deep."""
@@ -30,6 +28,11 @@ class StrictJsonError(ValueError):
     def __init__(self, kind: str, message: str) -> None:
         self.kind = kind
         super().__init__(message)
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys, no whitespace, ASCII only and no NaN: the same value always gives the same bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
 def json_faults(value: Any, where: str) -> Iterator[tuple[str, str]]:

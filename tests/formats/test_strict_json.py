@@ -7,7 +7,7 @@ import tracemalloc
 
 import pytest
 
-from cluscomp_formats.sections.json_values import StrictJsonError, json_faults, parse_strict
+from cluscomp_formats.strict_json import StrictJsonError, json_faults, parse_strict
 
 
 def test_faults_are_named_by_their_path() -> None:

@@ -1,4 +1,4 @@
-"""What the files of a folder are called, and under which name and in which form safetensors holds each payload."""
+"""Payloads as named arrays: what safetensors files and ONNX graphs call each, and in which form they hold it."""
 
 from __future__ import annotations
 
@@ -9,30 +9,7 @@ from dataclasses import dataclass
 from cluscomp_formats.ir import Array, Model
 from cluscomp_formats.sections.payloads import Payload, stored_payloads
 
-__all__ = [
-    "CONFIG",
-    "INDEX",
-    "METHOD",
-    "OWN_FILES",
-    "RECORD",
-    "SINGLE",
-    "VERSION",
-    "StoredArray",
-    "codebook_key",
-    "codes_form",
-    "part_key",
-    "stored_arrays",
-]
-
-METHOD = "cluscomp"
-"""`quantization_config.quant_method`."""
-
-VERSION = 1
-CONFIG = "config.json"
-RECORD = "cluscomp.json"
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-OWN_FILES = (CONFIG, RECORD, SINGLE, INDEX)
+__all__ = ["StoredArray", "codebook_key", "codes_form", "part_key", "stored_arrays"]
 
 
 @dataclass(frozen=True)
