@@ -55,7 +55,7 @@ def test_numbers_and_sizes_are_those_of_gguf_py() -> None:
 
 
 def test_schemes() -> None:
-    sentence = TEXT.split("byte-level BPE whose way to cut words is one of", 1)[1].split(";", 1)[0]
+    sentence = TEXT.split("byte-level BPE whose word pattern is one of", 1)[1].split(";", 1)[0]
     assert set(words(sentence)) == set(_SCHEME_NAMES)
 
 
