@@ -156,7 +156,7 @@ def inspect(model: Path, *, quick: bool, reference: Path | None, as_json: bool) 
     """
     from cluscomp_export.cli.tables import print_delta, print_inspection
     from cluscomp_export.inspection.inspect import inspect_delta, inspect_model
-    from cluscomp_formats.delta.delta_file import is_delta
+    from cluscomp_formats.delta import is_delta
 
     if is_delta(model):
         report = inspect_delta(model, reference=reference)

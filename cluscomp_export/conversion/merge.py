@@ -16,7 +16,7 @@ from cluscomp_export.outputs import check_apart
 from cluscomp_export.progress import Progress, silent
 from cluscomp_export.sources import open_source
 from cluscomp_export.training.finetuning import checked_digest
-from cluscomp_formats.delta.delta_file import combine, open_delta
+from cluscomp_formats.delta import combine, open_delta
 from cluscomp_formats.errors import InvalidFileError, Problem
 from cluscomp_formats.files.stored_file import StoredFile
 from cluscomp_formats.ir import Model

@@ -15,7 +15,7 @@ from cluscomp_export.inspection.health import CodebookHealth, Health, check_heal
 from cluscomp_export.planning.sizes import model_sizes, tensor_rows
 from cluscomp_export.progress import Progress, silent
 from cluscomp_export.sources import open_source, source_bytes
-from cluscomp_formats.delta.delta_file import open_delta
+from cluscomp_formats.delta import open_delta
 from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem
 from cluscomp_formats.ir import Array, Model
 from cluscomp_formats.parameters import KINDS, kind_of, parameters

@@ -14,7 +14,7 @@ from cluscomp_export.sources.huggingface import open_huggingface
 from cluscomp_export.sources.reference import is_reference_config, open_reference
 from cluscomp_export.sources.side_files import left_behind
 from cluscomp_formats import registry
-from cluscomp_formats.delta.delta_file import is_delta, open_delta
+from cluscomp_formats.delta import is_delta, open_delta
 from cluscomp_formats.errors import InvalidFileError, Problem
 from cluscomp_formats.files.atomic import storage_error
 from cluscomp_formats.files.regular_file import check_there, first_bytes, open_regular

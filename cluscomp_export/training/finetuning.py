@@ -28,7 +28,7 @@ from cluscomp_export.training.loop import Training, TrainingOptions
 from cluscomp_export.training.losses import PredictionLoss
 from cluscomp_export.training.parameters import TrainableModel
 from cluscomp_export.work_folder import fingerprint, work_folder
-from cluscomp_formats.delta.delta_file import Delta, changes, write_delta
+from cluscomp_formats.delta import Delta, changes, write_delta
 from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem
 from cluscomp_formats.files.atomic import check_output
 from cluscomp_formats.ir import DTYPES, Model

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from cluscomp_formats import registry
-from cluscomp_formats.delta.delta_file import open_delta
+from cluscomp_formats.delta import open_delta
 from cluscomp_formats.errors import InvalidRequestError, Problem
 from cluscomp_runtime.architecture import DecoderSettings, check_tensors
 from cluscomp_runtime.language_model import LanguageModel

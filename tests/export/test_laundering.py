@@ -15,7 +15,7 @@ import pytest
 from cluscomp_export.conversion.convert import ConversionOptions, convert
 from cluscomp_export.conversion.merge import merge
 from cluscomp_export.conversion.output_format import output_format
-from cluscomp_formats.delta.delta_file import Delta, write_delta
+from cluscomp_formats.delta import Delta, write_delta
 from cluscomp_formats.errors import ClusCompError, InvalidFileError, SelfTestError
 from cluscomp_formats.ir import Array, Model, Stage
 from cluscomp_formats.packed import open_packed, write_packed

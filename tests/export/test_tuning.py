@@ -22,7 +22,7 @@ from cluscomp_export.training.examples import Example, cut, make_batch, shuffled
 from cluscomp_export.training.finetuning import TuneOptions, plan_tuning, tune
 from cluscomp_export.training.loop import Training, rate_factor
 from cluscomp_export.work_folder import work_path
-from cluscomp_formats.delta.delta_file import Delta, open_delta, write_delta
+from cluscomp_formats.delta import Delta, open_delta, write_delta
 from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, OutputExistsError
 from cluscomp_formats.packed import write_packed
 from cluscomp_formats.parameters import kind_of, parameters

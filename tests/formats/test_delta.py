@@ -17,11 +17,10 @@ from clustered_models import KEY, with_clusters
 from fuzzing.containers import join_safetensors, seal_delta, split_safetensors
 from model_builders import tiny_llama
 
-from cluscomp_formats.delta import delta_file as delta_module
-from cluscomp_formats.delta.delta_file import METADATA, Delta, changes, combine, is_delta, open_delta, write_delta
+from cluscomp_formats.delta import Delta, changes, combine, is_delta, open_delta, spec, write_delta
 from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, OutputExistsError
 from cluscomp_formats.ir import Array, Model, float32_to_bfloat16
-from cluscomp_formats.parameters import parameters, with_parameters
+from cluscomp_formats.parameters import KINDS, parameters, with_parameters
 from cluscomp_formats.strict_json import canonical_json
 from cluscomp_runtime import LanguageModel
 
@@ -98,7 +97,7 @@ def test_another_library_reads_it(model: Model, file: Path) -> None:
     with safetensors.safe_open(file, "np") as opened:
         metadata = opened.metadata()
         values = opened.get_tensor(SCALE)
-    assert sorted(metadata) == list(METADATA)
+    assert sorted(metadata) == list(spec.METADATA)
     assert json.loads(metadata["record"]) == {"tool": "test"}
     np.testing.assert_array_equal(values, open_delta(file).arrays[SCALE].read())
 
@@ -121,10 +120,10 @@ def test_the_checksum_is_what_the_specification_says(file: Path) -> None:
 def test_the_specification_names_every_member() -> None:
     text = DOCS.read_text(encoding="utf-8")
     rows = [line.split("|")[1].strip(" `") for line in text.splitlines() if line.startswith("| `")]
-    assert [name for name in rows if name in METADATA] == list(METADATA)
-    assert [name.split(".")[0] for name in rows if "." in name] == list(delta_module.KINDS)
-    assert f"`{delta_module.FORMAT}`" in text
-    assert f"version {delta_module.VERSION}" in text
+    assert [name for name in rows if name in spec.METADATA] == list(spec.METADATA)
+    assert [name.split(".")[0] for name in rows if "." in name] == list(KINDS)
+    assert f"`{spec.FORMAT}`" in text
+    assert f"version {spec.VERSION}" in text
 
 
 def test_an_existing_file_is_not_replaced_unless_asked(model: Model, file: Path) -> None:

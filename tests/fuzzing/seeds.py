@@ -14,7 +14,7 @@ from clustered_models import clustered, codebook
 from fuzzing.containers import GgufParts, join_members, safetensors_of
 from model_builders import tiny_llama
 
-from cluscomp_formats.delta.delta_file import Delta, write_delta
+from cluscomp_formats.delta import Delta, write_delta
 from cluscomp_formats.gguf import write_dense_gguf, write_gguf
 from cluscomp_formats.hf import write_hf
 from cluscomp_formats.ir import Array, DenseTensor, Model, Outliers, Tensor

@@ -25,7 +25,7 @@ from fuzzing.onnx_mutations import mutate_onnx
 
 from cluscomp_export.inspection.inspect import inspect_delta, inspect_model
 from cluscomp_export.sources import linear_tensors, open_source, source_bytes
-from cluscomp_formats.delta.delta_file import is_delta, open_delta
+from cluscomp_formats.delta import is_delta, open_delta
 from cluscomp_formats.errors import ClusCompError, InvalidRequestError
 from cluscomp_formats.gguf import looks_gguf, open_gguf
 from cluscomp_formats.hf import looks_hf, open_hf

@@ -15,7 +15,7 @@ import pytest
 import torch
 from runtime_models import byte_tokenizer_files, clustered_model, small_config
 
-from cluscomp_formats.delta.delta_file import Delta
+from cluscomp_formats.delta import Delta
 from cluscomp_formats.ir import Array
 from cluscomp_formats.packed import write_packed
 from cluscomp_formats.parameters import parameters
