@@ -1,5 +1,43 @@
 """The intermediate representation of a codebook model and the file formats that hold it. Needs numpy only."""
 
+from cluscomp_formats.errors import (
+    ClusCompError,
+    InvalidFileError,
+    InvalidRequestError,
+    OutputExistsError,
+    Problem,
+    SelfTestError,
+    StorageError,
+    UnsupportedError,
+    WorkersLostError,
+)
+from cluscomp_formats.format import Format
+from cluscomp_formats.ir import Array, ClusteredWeight, Codebook, DenseTensor, Model, Outliers, Stage, Tensor
+from cluscomp_formats.registry import detect, find_format, formats, open_model
 from cluscomp_formats.version import __version__
 
-__all__ = ["__version__"]
+__all__ = [
+    "Array",
+    "ClusCompError",
+    "ClusteredWeight",
+    "Codebook",
+    "DenseTensor",
+    "Format",
+    "InvalidFileError",
+    "InvalidRequestError",
+    "Model",
+    "Outliers",
+    "OutputExistsError",
+    "Problem",
+    "SelfTestError",
+    "Stage",
+    "StorageError",
+    "Tensor",
+    "UnsupportedError",
+    "WorkersLostError",
+    "__version__",
+    "detect",
+    "find_format",
+    "formats",
+    "open_model",
+]

@@ -31,6 +31,7 @@ __all__ = [
     "Model",
     "Outliers",
     "Stage",
+    "Tensor",
     "code_bits",
 ]
 

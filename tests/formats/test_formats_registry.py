@@ -67,7 +67,7 @@ def test_our_own_formats_need_no_installation() -> None:
 
 def test_importing_the_formats_is_light() -> None:
     script = (
-        "import sys, cluscomp_formats.registry\ncluscomp_formats.registry.formats()\n"
+        "import sys, cluscomp_formats\ncluscomp_formats.formats()\n"
         "print([name for name in ('torch', 'transformers', 'onnx', 'gguf', 'safetensors') if name in sys.modules])"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -6,6 +6,6 @@ from cluscomp_formats.packed.writer import packed_size, write_packed
 from cluscomp_formats.sections.header import PackedHeader
 from cluscomp_formats.sections.payload_stream import WriteReport
 
-__all__ = ["FORMAT", "PackedHeader", "WriteReport", "open_packed", "read_header", "write_packed"]
+__all__ = ["FORMAT", "PackedHeader", "WriteReport", "looks_packed", "open_packed", "read_header", "write_packed"]
 
 FORMAT = Format("packed", "a single packed file (.clus)", looks_packed, open_packed, write_packed, size=packed_size)
