@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from cluscomp_formats.architectures import describe
 from cluscomp_formats.safetensors.reader import Entry, header_bytes
-from cluscomp_runtime.architecture import DecoderSettings, expected_tensors
 
 __all__ = ["llama_config", "write_model"]
 
@@ -37,7 +37,7 @@ def llama_config(
 
 def write_model(folder: Path, config: dict[str, Any]) -> int:
     """Write the model in bfloat16, a shard per layer; its size in bytes. All matrices are cut from one random block."""
-    shapes = expected_tensors(DecoderSettings.from_config(config))
+    shapes = {name: spec.shape for name, spec in describe(config).tensors.items()}
     shards: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape in shapes.items():
         layer = name.split(".")[2] if name.startswith("model.layers.") else "rest"

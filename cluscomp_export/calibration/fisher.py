@@ -16,8 +16,8 @@ from collections.abc import Callable
 import torch
 
 from cluscomp_export.progress import Progress, silent
+from cluscomp_formats.architectures import check_tensors, describe
 from cluscomp_formats.ir import Array, DenseTensor, Model
-from cluscomp_runtime.architecture import DecoderSettings, check_tensors
 from cluscomp_runtime.decoder import Decoder, DecoderLayer, Positions
 from cluscomp_runtime.generate import check_prompt
 from cluscomp_runtime.linear import MatrixBuilder, decoded
@@ -49,23 +49,23 @@ class FisherPass:
 
     def __init__(self, source: Model, seed: int) -> None:
         self.source = source
-        self.settings = DecoderSettings.from_config(source.config)
-        check_tensors(source, self.settings)
+        self.description = describe(source.config)
+        check_tensors(source, self.description)
         # This builder reads no matrix before it is used.
-        self.decoder = Decoder(source, self.settings, MatrixBuilder("reference", torch.float32, torch.device("cpu")))
+        self.decoder = Decoder(source, self.description, MatrixBuilder("reference", torch.float32, torch.device("cpu")))
         self.head = head_name(source)
         self.seed = seed
 
     def run(self, windows: torch.Tensor, stage: str, on_progress: Progress = silent) -> None:
         """All of it for ids int64 `[windows, tokens]`. Raises InvalidRequestError for ids the model does not have."""
         for row in windows.tolist():
-            check_prompt(row, self.settings.vocab_size, self.settings.max_position_embeddings)
-        blocks = self.settings.num_layers
+            check_prompt(row, self.description.vocab_size, self.description.max_position_embeddings)
+        blocks = self.description.num_layers
         groups = torch.split(windows, GROUP)
         for number, group in enumerate(groups):
             before, total = 2 * blocks * number, 2 * blocks * len(groups)
             positions = self.decoder.positions(0, group.shape[1])
-            inputs = [self.decoder.embedding.embedding(group).float()]
+            inputs = [self.decoder.embed(group).float()]
             for index in range(blocks):
                 inputs.append(self._outputs(index, inputs[-1], positions))
                 on_progress(stage, before + index + 1, total)
@@ -77,13 +77,13 @@ class FisherPass:
 
     def layer(self, index: int, builder: MatrixBuilder) -> DecoderLayer:
         """Block `index`, its matrices built by `builder`."""
-        prefix = f"model.layers.{index}."
-        block = {
+        block = self.description.blocks[index]
+        tensors = {
             name: DenseTensor(name, Array.of(tensor.decode()))
             for name, tensor in self.source.tensors.items()
-            if name.startswith(prefix)
+            if name.startswith(block.prefix)
         }
-        return DecoderLayer(Model(self.source.config, block), self.settings, index, builder)
+        return DecoderLayer(Model(self.source.config, tensors), block, index, builder)
 
     def builder(self) -> MatrixBuilder:
         """Builds the matrices of blocks in the forward pass."""

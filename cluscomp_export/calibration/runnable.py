@@ -4,28 +4,28 @@ from __future__ import annotations
 
 from cluscomp_export.calibration.activations import calibration_tokens
 from cluscomp_export.sources import CONFIG_ONLY
+from cluscomp_formats.architectures import DecoderDescription, check_tensors, describe
 from cluscomp_formats.errors import ClusCompError, InvalidRequestError, UnsupportedError
 from cluscomp_formats.ir import Model
-from cluscomp_runtime.architecture import DecoderSettings, check_tensors
 
-__all__ = ["calibration_fault", "decoder_settings", "prediction_fault"]
+__all__ = ["calibration_fault", "decoder_description", "prediction_fault"]
 
 
-def decoder_settings(model: Model, *, head: bool = True) -> DecoderSettings | None:
+def decoder_description(model: Model, *, head: bool = True) -> DecoderDescription | None:
     """What the runtime reads from the configuration; None if it cannot run the model, without `head` up to its last hidden
     states."""
     try:
-        settings = DecoderSettings.from_config(model.config)
-        check_tensors(model, settings, head=head)
+        description = describe(model.config)
+        check_tensors(model, description, head=head)
     except ClusCompError:
         return None
-    return settings
+    return description
 
 
 def prediction_fault(model: Model) -> UnsupportedError | None:
     """Why the runtime gets no predictions from a model; None if it does. Raises InvalidFileError."""
     try:
-        check_tensors(model, DecoderSettings.from_config(model.config))
+        check_tensors(model, describe(model.config))
     except UnsupportedError as error:
         return error
     return None
@@ -34,7 +34,7 @@ def prediction_fault(model: Model) -> UnsupportedError | None:
 def calibration_fault(source: Model, text: str) -> ClusCompError | None:
     """Why a calibration text cannot be run through the blocks of a source; None if it can. Raises InvalidFileError."""
     try:
-        check_tensors(source, DecoderSettings.from_config(source.config), head=False)
+        check_tensors(source, describe(source.config), head=False)
         if source.provenance.get("format") != CONFIG_ONLY:
             calibration_tokens(source, text)
     except (InvalidRequestError, UnsupportedError) as error:

@@ -24,10 +24,10 @@ from cluscomp_export.planning import CodebookPlan, Plan, Treatment
 from cluscomp_export.progress import Progress, silent
 from cluscomp_export.training.loop import Curve, Trained, curve_array, curve_entries, curve_form
 from cluscomp_export.work_folder import Forms, WorkFolder
+from cluscomp_formats.architectures import describe
 from cluscomp_formats.errors import InvalidFileError, Problem
 from cluscomp_formats.ir import AnyArray, Array, ClusteredWeight, Codebook, DenseTensor, Model, Stage, Tensor
 from cluscomp_formats.parameters import codebook_name, norm_name, parameters, row_scale_name
-from cluscomp_runtime.blocks import steps_of_block
 from cluscomp_runtime.memory import trim_heap
 
 __all__ = ["FIT_VECTORS_PER_CLUSTER", "cluster_model", "dense_as_stored", "unit_bytes"]
@@ -238,7 +238,7 @@ class _Clustering:
         steps: list[Mapping[str, Forms]] = []
         blocks = {index for name in self.tensors if (index := block_index(name)) is not None}
         for index in sorted(blocks) if self.feedback is not None else ():
-            units = [[_tensor_unit(name) for name in names] for names in steps_of_block(index)]
+            units = [[_tensor_unit(name) for name in step.weights] for step in describe(self.source.config).blocks[index].steps]
             steps += [{unit: forms[unit] for unit in step if unit in forms} for step in units]
             if self.feedback is not None and self.feedback.tuning is not None:
                 steps.append({_block_unit(index): self._tuned_forms(index)})

@@ -25,7 +25,7 @@ from cluscomp_export.calibration.activations import (
 )
 from cluscomp_export.calibration.fisher import WINDOWS
 from cluscomp_export.calibration.row_importance import block_matrices, row_importance
-from cluscomp_export.calibration.runnable import decoder_settings
+from cluscomp_export.calibration.runnable import decoder_description
 from cluscomp_export.compression.error_feedback import ErrorFeedback
 from cluscomp_export.compression.fit_encode import Computing
 from cluscomp_export.compression.pipeline import cluster_model
@@ -207,7 +207,7 @@ def _clustered(
         if levels.block_by_block:
             importance = None
             # What has no head makes no predictions that rows could matter to: all count alike.
-            if levels.feedback and decoder_settings(source) is not None:
+            if levels.feedback and decoder_description(source) is not None:
                 few = calibration_windows(seen, WINDOWS, context)
                 importance = _importance(source, few, work, options.seed, on_progress)
             feedback = ErrorFeedback(

@@ -25,12 +25,12 @@ from cluscomp_export.evaluation.protocols import Protocol as ScoringProtocol
 from cluscomp_export.evaluation.statistics import Scores, TokenScores
 from cluscomp_export.progress import Progress, silent
 from cluscomp_export.sources import open_source
+from cluscomp_formats.architectures import describe
 from cluscomp_formats.errors import InvalidRequestError, Problem, UnsupportedError
 from cluscomp_formats.ir import Model
 from cluscomp_formats.sections.digest import check_claim
 from cluscomp_formats.version import __version__
 from cluscomp_runtime import LanguageModel
-from cluscomp_runtime.architecture import DecoderSettings
 from cluscomp_runtime.memory import memory_faults
 from cluscomp_runtime.tokenizer import Tokenizer
 
@@ -161,7 +161,7 @@ def load_runner(model: Model, *, device: str, dtype: str | None, kernel: str = "
     Raises UnsupportedError, InvalidFileError, InvalidRequestError.
     """
     try:
-        context = DecoderSettings.from_config(model.config).max_position_embeddings
+        context = describe(model.config).max_position_embeddings
     except UnsupportedError:
         if find_spec("transformers") is None:
             raise
@@ -173,7 +173,7 @@ def load_runner(model: Model, *, device: str, dtype: str | None, kernel: str = "
 
 def max_tokens(runner: Runner) -> int:
     """The most tokens the model was made for."""
-    return runner.settings.max_position_embeddings if isinstance(runner, LanguageModel) else runner.max_positions
+    return runner.description.max_position_embeddings if isinstance(runner, LanguageModel) else runner.max_positions
 
 
 def run_record(stored: Mapping[str, tuple[Path, Model]], runner: Runner, on_progress: Progress = silent) -> dict[str, Any]:

@@ -56,7 +56,7 @@ class OutputComparison:
 
 def chosen_sequences(model: LanguageModel) -> list[list[int]]:
     """Token ids: sentences, where there is a tokenizer, and random ones; the same at every call."""
-    longest, vocab_size = min(TOKENS, model.settings.max_position_embeddings), model.settings.vocab_size
+    longest, vocab_size = min(TOKENS, model.description.max_position_embeddings), model.description.vocab_size
     texts = [] if model.tokenizer is None else [model.tokenizer.encode(text)[:longest] for text in SENTENCES]
     sequences = [ids for ids in texts if ids and max(ids) < vocab_size]
     count = RANDOM_SEQUENCES if sequences else RANDOM_SEQUENCES + len(SENTENCES)

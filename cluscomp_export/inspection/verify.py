@@ -334,7 +334,7 @@ def _self_test_in_onnxruntime(path: Path, model: Model, notes: list[str]) -> dic
 
     def run() -> SelfTestReport:
         reference = LanguageModel.from_model(model, kernel="reference")
-        check_record(record, reference.settings.vocab_size, reference.settings.max_position_embeddings)
+        check_record(record, reference.description.vocab_size, reference.description.max_position_embeddings)
         ours = make_self_test(model, sequences=chosen_sequences(reference))
         try:
             session = OnnxSession(path, compact=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from cluscomp_export.calibration.runnable import decoder_settings
+from cluscomp_export.calibration.runnable import decoder_description
+from cluscomp_formats.architectures import FAMILIES, check_tensors, describe, find_family
 from cluscomp_formats.errors import Problem, UnsupportedError
 from cluscomp_formats.ir import Model
 from cluscomp_formats.onnx.package import require_onnx
-from cluscomp_runtime.architecture import MODEL_TYPES, DecoderSettings, check_tensors
 
 if TYPE_CHECKING:
     from cluscomp_formats.onnx.graph import Graph
@@ -24,20 +24,20 @@ def build_graph(model: Model) -> Graph:
     InvalidFileError for tensors that do not fit the configuration.
     """
     require_onnx()
-    if model.config.get("model_type") not in MODEL_TYPES:
+    if find_family(model.config) is None:
         _require_tracing()
         from cluscomp_export.onnx_graph.traced import traced_graph
 
         return traced_graph(model)
-    from cluscomp_export.onnx_graph.decoder import llama_graph
+    from cluscomp_export.onnx_graph.decoder import decoder_graph
 
-    settings = DecoderSettings.from_config(model.config)
-    check_tensors(model, settings, head=False)
-    return llama_graph(model, settings, predicts=decoder_settings(model) is not None)
+    description = describe(model.config)
+    check_tensors(model, description, head=False)
+    return decoder_graph(model, description, predicts=decoder_description(model) is not None)
 
 
 def _require_tracing() -> None:
     missing = [name for name in ("onnxscript", "transformers") if find_spec(name) is None]
     if missing:
-        message = f"graphs of other architectures than {', '.join(MODEL_TYPES)} take the package {' and '.join(missing)}"
+        message = f"graphs of other architectures than {', '.join(FAMILIES)} take the package {' and '.join(missing)}"
         raise UnsupportedError(Problem("no_tracing", message, remedy="pip install cluscomp-export[onnx-trace]"))

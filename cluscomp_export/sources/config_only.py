@@ -8,9 +8,9 @@ from typing import Any, NoReturn
 
 from cluscomp_export.sources.checkpoint import read_config
 from cluscomp_export.sources.side_files import read_side_files
+from cluscomp_formats.architectures import describe
 from cluscomp_formats.errors import InvalidFileError, Problem
 from cluscomp_formats.ir import FLOAT_DTYPES, Array, DenseTensor, Model
-from cluscomp_runtime.architecture import DecoderSettings, expected_tensors
 
 __all__ = ["FORMAT", "open_config"]
 
@@ -30,13 +30,13 @@ def open_config(folder: Path) -> Model:
     """
     config = read_config(folder)
     dtype = _dtype(config, folder)
-    shapes = expected_tensors(DecoderSettings.from_config(config))
+    specs = describe(config).tensors
 
     def no_payload() -> NoReturn:
         remedy = "download the weights"
         raise InvalidFileError(Problem("missing", "only the configuration is here, no weights", str(folder), remedy=remedy))
 
-    tensors = {name: DenseTensor(name, Array(shape, dtype, no_payload)) for name, shape in shapes.items()}
+    tensors = {name: DenseTensor(name, Array(spec.shape, dtype, no_payload)) for name, spec in specs.items()}
     return Model(config, tensors, read_side_files(folder, config), {"format": FORMAT, "stored_bits": {}})
 
 

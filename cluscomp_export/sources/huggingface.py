@@ -17,9 +17,9 @@ import numpy as np
 from cluscomp_export.sources.checkpoint import Checkpoint, open_checkpoint, read_config
 from cluscomp_export.sources.foreign import refuse_foreign_tensors, refuse_quantized_config
 from cluscomp_export.sources.linears import embedding_tensor, head_tensor
+from cluscomp_formats.architectures import find_family
 from cluscomp_formats.errors import UnsupportedError
 from cluscomp_formats.ir import Array, DenseTensor, Model
-from cluscomp_runtime.architecture import MODEL_TYPES
 
 __all__ = ["open_huggingface", "untie"]
 
@@ -44,7 +44,7 @@ def open_huggingface(folder: Path, weights: Path | None = None) -> Model:
     refuse_quantized_config(folder, checkpoint.config)
     refuse_foreign_tensors(folder, checkpoint.tensors.keys())
     arrays, record = checkpoint.tensors, provenance("huggingface", checkpoint)
-    if checkpoint.config.get("model_type") in MODEL_TYPES and not any(name.startswith(_PREFIX) for name in arrays):
+    if find_family(checkpoint.config) is not None and not any(name.startswith(_PREFIX) for name in arrays):
         arrays = {_PREFIX + name if _IN_BASE_CLASS.fullmatch(name) else name: values for name, values in arrays.items()}
         record["added_prefix"] = _PREFIX
     tensors = {name: DenseTensor(name, values) for name, values in arrays.items()}

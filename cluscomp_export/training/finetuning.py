@@ -224,11 +224,11 @@ def _prepare(model_path: Path, options: TuneOptions) -> _Prepared:
         seed=options.training.seed,
     )
     trainable = TrainableModel(model, options.kinds, device=check_device(options.device))
-    longest = trainable.decoder.settings.max_position_embeddings
+    longest = trainable.decoder.description.max_position_embeddings
     if options.context > longest:
         found, expected = str(options.context), f"at most {longest} (max_position_embeddings)"
         raise InvalidRequestError(Problem("out_of_range", "--context is too long", None, None, found, expected))
-    _check_ids([*data.kept, *data.held_out], trainable.decoder.settings.vocab_size, options.data)
+    _check_ids([*data.kept, *data.held_out], trainable.decoder.description.vocab_size, options.data)
     counts: Counter[str] = Counter()
     for name, values in trainable.parameters.items():
         counts[kind_of(name)] += values.numel()

@@ -80,7 +80,7 @@ class PredictionLoss:
 def _hidden(decoder: Decoder, windows: torch.Tensor) -> torch.Tensor:
     """What flows into the head, `[windows, tokens, hidden_size]`; in training only what flows between blocks is kept."""
     positions = decoder.positions(0, windows.shape[1])
-    x = decoder.embedding.embedding(windows)
+    x = decoder.embed(windows)
     for layer in decoder.layers:
         x = checkpoint(layer, x, positions, None, use_reentrant=False, preserve_rng_state=False)
     return decoder.norm(x)

@@ -11,6 +11,7 @@ import torch
 
 from cluscomp_export.compression.codebook_rounding import LARGEST
 from cluscomp_export.sources.linears import embedding_tensor, head_tensor
+from cluscomp_formats.architectures import check_tensors, describe
 from cluscomp_formats.errors import InvalidRequestError, Problem
 from cluscomp_formats.ir import AnyArray, Array, ClusteredWeight, DenseTensor, Model, Tensor, float32_to_bfloat16
 from cluscomp_formats.parameters import (
@@ -23,7 +24,6 @@ from cluscomp_formats.parameters import (
     with_parameters,
 )
 from cluscomp_kernels import clus_linear
-from cluscomp_runtime.architecture import DecoderSettings, check_tensors
 from cluscomp_runtime.blocks import BlockRunner
 from cluscomp_runtime.decoder import Decoder
 from cluscomp_runtime.linear import MatrixBuilder, tensor_of
@@ -140,10 +140,10 @@ class TrainableModel(Trainable):
     """
 
     def __init__(self, model: Model, kinds: Collection[str] = KINDS, *, device: torch.device | None = None) -> None:
-        settings = DecoderSettings.from_config(model.config)
-        check_tensors(model, settings)
+        description = describe(model.config)
+        check_tensors(model, description)
         builder = _TrainableBuilder(model, kinds, device or torch.device("cpu"))
-        self.decoder = Decoder(model, settings, builder)
+        self.decoder = Decoder(model, description, builder)
         super().__init__(model, builder.parameters)
         if not builder.trained:
             raise InvalidRequestError(Problem("nothing_to_train", "the model has no codebook that can be trained"))

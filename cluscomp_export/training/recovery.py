@@ -66,7 +66,7 @@ def recover(
         problem = Problem("text_too_short", "the text is too short to train on", found=f"{len(ids)} tokens", expected="20")
         raise InvalidRequestError(problem)
     reserved = options.held_out(len(ids))
-    context = min(options.context, reserved, trainable.decoder.settings.max_position_embeddings)
+    context = min(options.context, reserved, trainable.decoder.description.max_position_embeddings)
     text, judge = ids[:-reserved], ids[-reserved:]
     held_out = judge[: reserved // context * context].reshape(-1, context)
 

@@ -6,27 +6,15 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from cluscomp_formats.architectures import check_tensors, describe
 from cluscomp_formats.ir import Model, Tensor
-from cluscomp_runtime.architecture import DecoderSettings, check_tensors
-from cluscomp_runtime.decoder import Attention, Decoder, DecoderLayer, FeedForward, Positions, RMSNorm
+from cluscomp_runtime.decoder import Branch, Decoder, DecoderLayer, Positions, Routed
 from cluscomp_runtime.generate import check_prompt
 from cluscomp_runtime.linear import MatrixBuilder
 
-__all__ = ["HALVES", "BlockRunner", "Half", "steps_of_block"]
+__all__ = ["HALVES", "BlockRunner", "Half"]
 
 HALVES = ("attention", "feed_forward")
-
-_MATRICES = {
-    "attention": ("self_attn", ("q_proj", "k_proj", "v_proj"), "o_proj"),
-    "feed_forward": ("mlp", ("gate_proj", "up_proj"), "down_proj"),
-}
-
-
-def steps_of_block(index: int) -> list[tuple[str, ...]]:
-    """The matrices of block `index` in the order in which its activations flow: none of a group depends on another of it."""
-    halves = [_MATRICES[half] for half in HALVES]
-    steps = [(module, names) for module, readers, writer in halves for names in (readers, (writer,))]
-    return [tuple(f"model.layers.{index}.{module}.{name}.weight" for name in names) for module, names in steps]
 
 
 class Half:
@@ -37,16 +25,12 @@ class Half:
     """
 
     def __init__(self, runner: BlockRunner, index: int, half: str, model: Model, device: torch.device) -> None:
-        prefix = f"model.layers.{index}"
-        first = 2 * HALVES.index(half)
-        self.readers, (self.writer,) = steps_of_block(index)[first : first + 2]
+        number = HALVES.index(half)
+        described = runner.description.blocks[index].branches[number]
+        first, last = described.part.steps
+        self.readers, (self.writer,) = first.weights, last.weights
         self._runner = runner
-        builder, settings = MatrixBuilder("dense", torch.float32, device), runner.settings
-        norm = {"attention": "input_layernorm", "feed_forward": "post_attention_layernorm"}[half]
-        self._norm = RMSNorm(builder.norm(model.tensors[f"{prefix}.{norm}.weight"]), settings.rms_norm_eps)
-        self._part: Attention | FeedForward = (
-            Attention(model, settings, index, builder) if half == "attention" else FeedForward(model, settings, index, builder)
-        )
+        self._branch = Branch(model, described, index, MatrixBuilder("dense", torch.float32, device))
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """The residual stream behind the half."""
@@ -55,19 +39,20 @@ class Half:
     def normed(self, hidden: torch.Tensor) -> torch.Tensor:
         """What flows into the readers."""
         with torch.inference_mode():
-            return self._norm(hidden)
+            return self._branch.norm(hidden)
 
     def mixed(self, normed: torch.Tensor) -> torch.Tensor:
         """What flows into the writer."""
         with torch.inference_mode():
-            if isinstance(self._part, Attention):
-                return self._part.mix(normed, self._runner.positions(normed), None)
-            return self._part.mix(normed)
+            mixed = self._branch.mix(normed, self._runner.positions(normed), None)
+        if isinstance(mixed, Routed):
+            raise TypeError("experts have an input each")
+        return mixed
 
     def written(self, hidden: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
         """The residual stream `hidden` with the writer's output added."""
         with torch.inference_mode():
-            return hidden + (self._part.output if isinstance(self._part, Attention) else self._part.down)(mixed)
+            return self._branch.added(hidden, self._branch.project(mixed))
 
 
 class BlockRunner:
@@ -77,15 +62,15 @@ class BlockRunner:
     """
 
     def __init__(self, model: Model) -> None:
-        self.settings = DecoderSettings.from_config(model.config)
-        check_tensors(model, self.settings, head=False)
+        self.description = describe(model.config)
+        check_tensors(model, self.description, head=False)
         self._config = model.config
         # This builder reads no matrix before it is used.
-        self._decoder = Decoder(model, self.settings, MatrixBuilder("reference", torch.float32, torch.device("cpu")))
+        self._decoder = Decoder(model, self.description, MatrixBuilder("reference", torch.float32, torch.device("cpu")))
 
     @property
     def num_blocks(self) -> int:
-        return self.settings.num_layers
+        return self.description.num_layers
 
     def embed(self, windows: torch.Tensor) -> torch.Tensor:
         """What flows into the first block, float32 `[windows, tokens, hidden_size]`, for ids int64 `[windows, tokens]`.
@@ -93,9 +78,9 @@ class BlockRunner:
         Raises InvalidRequestError for ids outside the vocabulary and windows longer than the model allows.
         """
         for row in windows.tolist():
-            check_prompt(row, self.settings.vocab_size, self.settings.max_position_embeddings)
+            check_prompt(row, self.description.vocab_size, self.description.max_position_embeddings)
         with torch.inference_mode():
-            return self._decoder.embedding.embedding(windows)
+            return self._decoder.embed(windows)
 
     def normed(self, hidden: torch.Tensor) -> torch.Tensor:
         """What flows into the head for what flows out of the last block, on the CPU."""
@@ -118,12 +103,12 @@ class BlockRunner:
 
     def block(self, index: int, tensors: Mapping[str, Tensor]) -> Model:
         """The part of a model with these `tensors` that block `index` is."""
-        prefix = f"model.layers.{index}."
+        prefix = self.description.blocks[index].prefix
         return Model(self._config, {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)})
 
     def layer(self, index: int, model: Model, builder: MatrixBuilder) -> DecoderLayer:
         """Block `index` of `model`, its matrices as `builder` builds them."""
-        return DecoderLayer(model, self.settings, index, builder)
+        return DecoderLayer(model, self.description.blocks[index], index, builder)
 
     def positions(self, hidden: torch.Tensor) -> Positions:
         """What a block needs to know about `hidden` `[windows, tokens, features]`, on its device and in its dtype."""
@@ -132,4 +117,5 @@ class BlockRunner:
             positions = self._decoder.positions(0, hidden.shape[1])
         masks = {window: None if mask is None else mask.to(hidden.device) for window, mask in positions.masks.items()}
         # Copies: the tables may have been made in inference mode, and this may be for a training.
-        return Positions(positions.cosines.to(hidden).clone(), positions.sines.to(hidden).clone(), 0, masks)
+        rotations = [(cosines.to(hidden).clone(), sines.to(hidden).clone()) for cosines, sines in positions.rotations]
+        return Positions(rotations, 0, masks)

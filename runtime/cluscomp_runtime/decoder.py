@@ -1,4 +1,4 @@
-"""The Llama-family decoder: Llama, Mistral, Qwen2, Qwen3 and what shares their layout.
+"""The decoder, made from its description (`cluscomp_formats.architectures`).
 
 Written for one sequence at a time on a CPU, where each torch call costs microseconds: few operations per layer, a static
 key-value cache written in place, rotary tables made once. Any batch of equally long sequences works too.
@@ -12,13 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from cluscomp_formats import architectures
+from cluscomp_formats.architectures import DecoderDescription
 from cluscomp_formats.ir import Model
 from cluscomp_kernels import threads
-from cluscomp_runtime.architecture import DecoderSettings
 from cluscomp_runtime.linear import Matrix, MatrixBuilder
 from cluscomp_runtime.rope import apply_rope, rope_tables
 
-__all__ = ["Decoder", "KeyValueCache"]
+__all__ = ["Branch", "Decoder", "DecoderLayer", "Experts", "KeyValueCache", "Mixed", "Positions", "Routed"]
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
@@ -30,16 +31,16 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 class KeyValueCache:
     """Keys and values of all layers for up to `context` positions, allocated once.
 
-    `keys` and `values` are lists by layer of `[batch, num_kv_heads, context, head_dim]`, filled up to `length`.
+    `keys` and `values` are lists by layer of `[batch, kv_heads, context, head_dim]`, filled up to `length`.
     """
 
     def __init__(
-        self, settings: DecoderSettings, context: int, *, dtype: torch.dtype, device: torch.device, batch: int = 1
+        self, description: DecoderDescription, context: int, *, dtype: torch.dtype, device: torch.device, batch: int = 1
     ) -> None:
-        shape = (batch, settings.num_kv_heads, context, settings.head_dim)
-        layers = range(settings.num_layers)
-        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
-        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
+        attentions = [attention for block in description.blocks for attention in block.attentions]
+        shapes = [(batch, attention.kv_heads, context, attention.head_dim) for attention in attentions]
+        self.keys = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
+        self.values = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
         self.context = context
         self.length = 0
 
@@ -50,23 +51,26 @@ class KeyValueCache:
 
 
 class RMSNorm:
-    """`x / sqrt(mean(x^2) + eps) * weight`, computed in the weight's dtype, returned in that of `x`."""
+    """`x / sqrt(mean(x^2) + eps) * (weight + offset)`, computed in the weight's dtype, returned in that of `x`."""
 
-    def __init__(self, weight: torch.Tensor, eps: float) -> None:
+    def __init__(self, weight: torch.Tensor, eps: float, offset: float = 0.0) -> None:
         self.weight = weight
         self.eps = eps
+        self.offset = offset
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        # At every call: a training or a delta may change the weight.
+        weight = self.weight + self.offset if self.offset else self.weight
         # `to` returns the tensor itself where the dtype already fits.
-        return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps).to(x.dtype)
+        return F.rms_norm(x.to(weight.dtype), weight.shape, weight, self.eps).to(x.dtype)
 
 
 @dataclass
 class Positions:
     """What the layers need to know about the tokens of one pass."""
 
-    cosines: torch.Tensor
-    sines: torch.Tensor
+    rotations: list[tuple[torch.Tensor, torch.Tensor]]
+    """Cosines and signed sines (`rope_tables`) of these positions, by the description's `ropes`."""
     start: int
     masks: dict[int | None, torch.Tensor | None]
     """Boolean mask `[tokens, keys]` (true: attend) by sliding window; None where plain causal attention does."""
@@ -75,22 +79,16 @@ class Positions:
 class Attention:
     """Grouped-query attention with rotary positions, optionally with normed queries and keys or a sliding window."""
 
-    def __init__(self, model: Model, settings: DecoderSettings, index: int, builder: MatrixBuilder) -> None:
-        prefix = f"model.layers.{index}.self_attn"
-        self.query = _linear(model, builder, f"{prefix}.q_proj")
-        self.key = _linear(model, builder, f"{prefix}.k_proj")
-        self.value = _linear(model, builder, f"{prefix}.v_proj")
-        self.output = _linear(model, builder, f"{prefix}.o_proj")
-        self.query_norm = self.key_norm = None
-        if settings.qk_norm:
-            self.query_norm = _norm(model, settings, builder, f"{prefix}.q_norm")
-            self.key_norm = _norm(model, settings, builder, f"{prefix}.k_norm")
+    def __init__(self, model: Model, part: architectures.Attention, index: int, builder: MatrixBuilder) -> None:
+        self.query = _linear(model, builder, part.query)
+        self.key = _linear(model, builder, part.key)
+        self.value = _linear(model, builder, part.value)
+        self.output = _linear(model, builder, part.output)
+        self.query_norm = _norm(model, builder, part.query_norm)
+        self.key_norm = _norm(model, builder, part.key_norm)
         self.index = index
-        self.heads, self.kv_heads, self.head_dim = settings.num_heads, settings.num_kv_heads, settings.head_dim
-        self.window = settings.windows[index]
-
-    def __call__(self, x: torch.Tensor, positions: Positions, cache: KeyValueCache | None) -> torch.Tensor:
-        return self.output(self.mix(x, positions, cache))
+        self.heads, self.kv_heads, self.head_dim = part.heads, part.kv_heads, part.head_dim
+        self.scale, self.rope, self.window = part.scale, part.rope, part.window
 
     def mix(self, x: torch.Tensor, positions: Positions, cache: KeyValueCache | None) -> torch.Tensor:
         """What the heads give, before the output matrix, `[batch, tokens, heads * head_dim]`."""
@@ -101,7 +99,7 @@ class Attention:
             keys = self.key_norm(keys.view(batch, tokens, self.kv_heads, self.head_dim)).flatten(2)
         # One rotation for queries and keys together: half the calls.
         both = torch.cat((queries, keys), dim=-1).view(batch, tokens, self.heads + self.kv_heads, self.head_dim)
-        both = apply_rope(both, positions.cosines, positions.sines).transpose(1, 2)
+        both = apply_rope(both, *positions.rotations[self.rope]).transpose(1, 2)
         queries, keys = both[:, : self.heads], both[:, self.heads :]
         values = self.value(x).view(batch, tokens, self.kv_heads, self.head_dim).transpose(1, 2)
         end = positions.start + tokens
@@ -114,7 +112,13 @@ class Attention:
             keys, values = cached_keys[:, :, :end], cached_values[:, :, :end]
         mask = positions.masks[self.window]
         mixed = F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=self.heads != self.kv_heads
+            queries,
+            keys,
+            values,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.scale,
+            enable_gqa=self.heads != self.kv_heads,
         )
         return mixed.transpose(1, 2).reshape(batch, tokens, -1)
 
@@ -123,62 +127,155 @@ class Attention:
         batch = queries.shape[0]
         begin = 0 if self.window is None else max(0, end - self.window)
         grouped = queries.reshape(batch, self.kv_heads, self.heads // self.kv_heads, self.head_dim)
-        mixed = F.scaled_dot_product_attention(grouped, keys[:, :, begin:end], values[:, :, begin:end])
+        mixed = F.scaled_dot_product_attention(grouped, keys[:, :, begin:end], values[:, :, begin:end], scale=self.scale)
         return mixed.reshape(batch, 1, -1)
 
 
 class FeedForward:
-    """The gated MLP: `down(activation(gate(x)) * up(x))`."""
+    """The gated network `output(activation(gate(x)) * up(x))`."""
 
-    def __init__(self, model: Model, settings: DecoderSettings, index: int, builder: MatrixBuilder) -> None:
-        prefix = f"model.layers.{index}.mlp"
-        self.gate = _linear(model, builder, f"{prefix}.gate_proj")
-        self.up = _linear(model, builder, f"{prefix}.up_proj")
-        self.down = _linear(model, builder, f"{prefix}.down_proj")
-        self.activation = ACTIVATIONS[settings.activation]
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(self.mix(x))
+    def __init__(self, model: Model, part: architectures.FeedForward, builder: MatrixBuilder) -> None:
+        self.gate = _linear(model, builder, part.gate)
+        self.up = _linear(model, builder, part.up)
+        self.output = _linear(model, builder, part.down)
+        self.activation = ACTIVATIONS[part.activation]
 
     def mix(self, x: torch.Tensor) -> torch.Tensor:
-        """The gated features, before the matrix that takes them down, `[batch, tokens, intermediate_size]`."""
+        """The gated features, before the matrix that takes them down, `[..., width]`."""
         return self.activation(self.gate(x)) * self.up(x)
 
 
-class DecoderLayer:
-    """One block: attention and feed-forward, each normed first and added to the stream."""
+@dataclass
+class Routed:
+    """What flows into the output projections of experts.
 
-    def __init__(self, model: Model, settings: DecoderSettings, index: int, builder: MatrixBuilder) -> None:
-        prefix = f"model.layers.{index}"
-        self.attention_norm = _norm(model, settings, builder, f"{prefix}.input_layernorm")
-        self.attention = Attention(model, settings, index, builder)
-        self.feed_forward_norm = _norm(model, settings, builder, f"{prefix}.post_attention_layernorm")
-        self.feed_forward = FeedForward(model, settings, index, builder)
+    `features` `[..., top_k, width]` of each token in each of its experts, times the weight that the router gives the expert;
+    `chosen` int64 `[..., top_k]` says which experts these are.
+    """
+
+    features: torch.Tensor
+    chosen: torch.Tensor
+
+    def to(self, device: torch.device | str) -> Routed:
+        return Routed(self.features.to(device), self.chosen.to(device))
+
+    def cpu(self) -> Routed:
+        return self.to("cpu")
+
+
+Mixed = torch.Tensor | Routed
+"""What flows into output projections, `[batch, tokens, features]` where there is one."""
+
+
+class Experts:
+    """Feed-forward networks of which each token goes through a few."""
+
+    def __init__(self, model: Model, part: architectures.Experts, builder: MatrixBuilder) -> None:
+        self.router = builder.dense(model.tensors[part.router.weight])
+        self.experts = [FeedForward(model, expert, builder) for expert in part.experts]
+        self.top_k, self.normalised = part.top_k, part.normalised
+
+    def mix(self, x: torch.Tensor) -> Routed:
+        """The features of `x` `[batch, tokens, hidden_size]` in the experts that the router chooses."""
+        logits = self.router(x)
+        probabilities = torch.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        weights, chosen = probabilities.topk(self.top_k, dim=-1)
+        if self.normalised:
+            weights = weights / weights.sum(-1, keepdim=True)
+        rows = x.unsqueeze(-2).expand(*chosen.shape, -1)
+        features = self._each(rows, chosen, lambda expert, some: expert.mix(some))
+        return Routed(features * weights.to(x.dtype).unsqueeze(-1), chosen)
+
+    def output(self, routed: Routed) -> torch.Tensor:
+        """What the experts of each token add up to."""
+        # The weights are in the features already: the output projections are linear.
+        return self._each(routed.features, routed.chosen, lambda expert, some: expert.output(some)).sum(-2)
+
+    def _each(
+        self,
+        rows: torch.Tensor,
+        chosen: torch.Tensor,
+        compute: Callable[[FeedForward, torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """Take each of `rows` `[..., top_k, features]` through its expert; those of an expert together, as one matrix."""
+        flat = chosen.flatten()
+        order = flat.argsort(stable=True)
+        counts = torch.bincount(flat, minlength=len(self.experts)).tolist()
+        parts = zip(self.experts, torch.split(rows.flatten(0, -2)[order], counts), strict=True)
+        found = torch.cat([compute(expert, some) for expert, some in parts if len(some)])
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device)
+        return found[place].view(*chosen.shape, -1)
+
+
+class Branch:
+    """Attention, a feed-forward network or experts, with the norms around them."""
+
+    def __init__(self, model: Model, branch: architectures.Branch, index: int, builder: MatrixBuilder) -> None:
+        part = branch.part
+        self.norm = RMSNorm(builder.norm(model.tensors[branch.norm.weight]), branch.norm.eps, branch.norm.offset)
+        self.part: Attention | FeedForward | Experts
+        if isinstance(part, architectures.Attention):
+            self.part = Attention(model, part, index, builder)
+        elif isinstance(part, architectures.Experts):
+            self.part = Experts(model, part, builder)
+        else:
+            self.part = FeedForward(model, part, builder)
+        self.post_norm = _norm(model, builder, branch.post_norm)
 
     def __call__(self, x: torch.Tensor, positions: Positions, cache: KeyValueCache | None) -> torch.Tensor:
-        x = x + self.attention(self.attention_norm(x), positions, cache)
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        return self.added(x, self.project(self.mix(self.norm(x), positions, cache)))
+
+    def mix(self, normed: torch.Tensor, positions: Positions, cache: KeyValueCache | None) -> Mixed:
+        """What flows into the output projection."""
+        if isinstance(self.part, Attention):
+            return self.part.mix(normed, positions, cache)
+        return self.part.mix(normed)
+
+    def project(self, mixed: Mixed) -> torch.Tensor:
+        """What the output projection makes of that."""
+        return self.part.output(mixed)  # type: ignore[arg-type]  # it is what `mix` of the same part gave
+
+    def added(self, x: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
+        """The stream `x` with what the output projection gave."""
+        return x + (projected if self.post_norm is None else self.post_norm(projected))
+
+
+class DecoderLayer:
+    """One block: its branches, one after the other."""
+
+    def __init__(self, model: Model, block: architectures.Block, index: int, builder: MatrixBuilder) -> None:
+        self.branches = [Branch(model, branch, index, builder) for branch in block.branches]
+
+    def __call__(self, x: torch.Tensor, positions: Positions, cache: KeyValueCache | None) -> torch.Tensor:
+        for branch in self.branches:
+            x = branch(x, positions, cache)
+        return x
 
 
 class Decoder:
-    """The network. Expects a model that `architecture.check_tensors` has passed."""
+    """The network. Expects a model that `check_tensors` has passed."""
 
-    def __init__(self, model: Model, settings: DecoderSettings, builder: MatrixBuilder) -> None:
+    def __init__(self, model: Model, description: DecoderDescription, builder: MatrixBuilder) -> None:
         threads.ready_after_fork()
-        self.settings = settings
+        self.description = description
         self.dtype, self.device = builder.dtype, builder.device
-        self.embedding = builder.build(model.tensors["model.embed_tokens.weight"])
-        self.layers = [DecoderLayer(model, settings, index, builder) for index in range(settings.num_layers)]
-        self.norm = _norm(model, settings, builder, "model.norm")
-        head = model.tensors.get("lm_head.weight")
+        self.embedding = builder.build(model.tensors[description.embedding.weight])
+        self.layers = [DecoderLayer(model, block, index, builder) for index, block in enumerate(description.blocks)]
+        self.norm = RMSNorm(builder.norm(model.tensors[description.norm.weight]), description.norm.eps, description.norm.offset)
+        head = model.tensors.get(description.head.weight)
         self.head = self.embedding if head is None else builder.build(head)
-        self._cosines, self._sines = self._tables(0)
+        attentions = [attention for block in description.blocks for attention in block.attentions]
+        self._windows = {attention.window for attention in attentions}
+        # All heads of a decoder are equally wide.
+        self._head_dim = attentions[0].head_dim
+        self._tables = self._made_tables(0)
         self.has_own_threads = "native" in builder.paths.values()
         """Whether kernels with threads of their own multiply, beside torch's."""
 
     def cache(self, context: int, batch: int = 1) -> KeyValueCache:
         """An empty key-value cache for up to `context` positions."""
-        return KeyValueCache(self.settings, context, dtype=self.dtype, device=self.device, batch=batch)
+        return KeyValueCache(self.description, context, dtype=self.dtype, device=self.device, batch=batch)
 
     def __call__(self, input_ids: torch.Tensor, cache: KeyValueCache | None = None, *, last_only: bool = False) -> torch.Tensor:
         """Logits `[batch, tokens, vocab_size]` for `input_ids` int64 `[batch, tokens]` on the decoder's device.
@@ -190,11 +287,17 @@ class Decoder:
         x = self.stream(input_ids, cache)
         return self.head(self.norm(x[:, -1:] if last_only else x))
 
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """What flows into the first layer, `[batch, tokens, hidden_size]`."""
+        rows = self.embedding.embedding(input_ids)
+        scale = self.description.embedding_scale
+        return rows if scale == 1.0 else rows * scale
+
     def stream(self, input_ids: torch.Tensor, cache: KeyValueCache | None = None) -> torch.Tensor:
         """What flows out of the last layer, before the last norm, `[batch, tokens, hidden_size]`; arguments as for logits."""
         start = 0 if cache is None else cache.length
         positions = self.positions(start, input_ids.shape[1])
-        x = self.embedding.embedding(input_ids)
+        x = self.embed(input_ids)
         for layer in self.layers:
             x = layer(x, positions, cache)
         if cache is not None:
@@ -204,11 +307,10 @@ class Decoder:
     def positions(self, start: int, tokens: int) -> Positions:
         """What the layers need for `tokens` tokens from position `start` on."""
         end = start + tokens
-        if end > len(self._cosines):
-            self._cosines, self._sines = self._tables(end)
-        windows = set(self.settings.windows)
-        masks = {window: self._mask(start, tokens, window) for window in windows} if tokens > 1 or start == 0 else {}
-        return Positions(self._cosines[start:end], self._sines[start:end], start, masks)
+        if end > len(self._tables[0][0]):
+            self._tables = self._made_tables(end)
+        masks = {window: self._mask(start, tokens, window) for window in self._windows} if tokens > 1 or start == 0 else {}
+        return Positions([(cosines[start:end], sines[start:end]) for cosines, sines in self._tables], start, masks)
 
     def _mask(self, start: int, tokens: int, window: int | None) -> torch.Tensor | None:
         end = start + tokens
@@ -219,15 +321,16 @@ class Decoder:
         attended = keys <= queries
         return attended if window is None else attended & (keys > queries - window)
 
-    def _tables(self, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _made_tables(self, positions: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         # Doubling keeps a long generation from making the tables again at every token.
         length = max(256, 1 << (positions - 1).bit_length()) if positions else 256
-        return rope_tables(self.settings.rope, self.settings.head_dim, length, dtype=self.dtype, device=self.device)
+        ropes, width = self.description.ropes, self._head_dim
+        return [rope_tables(rope, width, length, dtype=self.dtype, device=self.device) for rope in ropes]
 
 
-def _linear(model: Model, builder: MatrixBuilder, name: str) -> Matrix:
-    return builder.build(model.tensors[f"{name}.weight"], model.tensors.get(f"{name}.bias"))
+def _linear(model: Model, builder: MatrixBuilder, linear: architectures.Linear) -> Matrix:
+    return builder.build(model.tensors[linear.weight], model.tensors.get(f"{linear.name}.bias"))
 
 
-def _norm(model: Model, settings: DecoderSettings, builder: MatrixBuilder, name: str) -> RMSNorm:
-    return RMSNorm(builder.norm(model.tensors[f"{name}.weight"]), settings.rms_norm_eps)
+def _norm(model: Model, builder: MatrixBuilder, norm: architectures.Norm | None) -> RMSNorm | None:
+    return None if norm is None else RMSNorm(builder.norm(model.tensors[norm.weight]), norm.eps, norm.offset)

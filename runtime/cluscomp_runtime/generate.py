@@ -73,7 +73,7 @@ class GenerationStream:
         end_tokens: frozenset[int],
         on_token: Callable[[int], None] | None = None,
     ) -> None:
-        check_prompt(prompt, decoder.settings.vocab_size, context)
+        check_prompt(prompt, decoder.description.vocab_size, context)
         if isinstance(max_new_tokens, bool) or not hasattr(max_new_tokens, "__index__") or max_new_tokens < 1:
             problem = Problem("out_of_range", "max_new_tokens is out of range", found=str(max_new_tokens), expected="1 or more")
             raise InvalidRequestError(problem)

@@ -12,13 +12,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from cluscomp_formats.architectures import check_tensors, describe
 from cluscomp_formats.delta import Delta
 from cluscomp_formats.errors import InvalidRequestError, Problem
 from cluscomp_formats.ir import Model
 from cluscomp_formats.tokens import no_tokenizer
 from cluscomp_formats.tokens.chat_templates import choose_chat_template, find_chat_templates
 from cluscomp_kernels.threads import warn_of_polling
-from cluscomp_runtime.architecture import DecoderSettings, check_tensors
 from cluscomp_runtime.chat import render_chat
 from cluscomp_runtime.decoder import Decoder
 from cluscomp_runtime.generate import Generation, GenerationStream, check_prompt
@@ -41,13 +41,13 @@ Prompt = str | Sequence[int] | torch.Tensor | npt.NDArray[np.integer[Any]]
 class LanguageModel:
     """A decoder with its tokenizer. Build it with `cluscomp_runtime.load` or `LanguageModel.from_model`.
 
-    `config` is the model's `config.json`, `settings` what the decoder read from it, `context` the most positions a generation
+    `config` is the model's `config.json`, `description` what it says of the decoder, `context` the most positions a generation
     may have, prompt included. `tokenizer` is None for a model that has none; prompts are token ids then.
     """
 
     def __init__(self, model: Model, decoder: Decoder, context: int, builder: MatrixBuilder) -> None:
         self.config = model.config
-        self.settings = decoder.settings
+        self.description = decoder.description
         self.decoder = decoder
         self.context = context
         self.kernels = dict(builder.paths)
@@ -81,14 +81,14 @@ class LanguageModel:
         Raises UnsupportedError, also for a model larger than memory, InvalidFileError and InvalidRequestError; warns where a
         clustered matrix has no kernel, and once where torch's threads are in the kernels' way.
         """
-        settings = DecoderSettings.from_config(model.config)
-        check_tensors(model, settings)
+        description = describe(model.config)
+        check_tensors(model, description)
         target = check_device(device)
         builder = MatrixBuilder(check_kernel(kernel, target), compute_dtype(dtype, target), target)
-        positions = _context(context, settings.max_position_embeddings)
+        positions = _context(context, description.max_position_embeddings)
         check_memory(model, builder.kernel, builder.dtype, target)
         with memory_faults():
-            decoder = Decoder(model, settings, builder)
+            decoder = Decoder(model, description, builder)
         builder.warn_without_kernel()
         if "native" in builder.paths.values():
             warn_of_polling()
@@ -141,7 +141,7 @@ class LanguageModel:
         """
         batch = token_batch(input_ids)
         for row in batch:
-            check_prompt(row, self.settings.vocab_size, self.settings.max_position_embeddings)
+            check_prompt(row, self.description.vocab_size, self.description.max_position_embeddings)
         with torch.inference_mode(), memory_faults():
             return self.decoder(torch.tensor(batch, dtype=torch.int64, device=self.device))
 
@@ -241,18 +241,18 @@ def observe_inputs(model: Model, input_ids: torch.Tensor, observe: Callable[[str
     is kept, so memory is bounded by the largest matrix and the activations. Raises UnsupportedError, InvalidFileError,
     InvalidRequestError.
     """
-    settings = DecoderSettings.from_config(model.config)
-    check_tensors(model, settings, head=False)
+    description = describe(model.config)
+    check_tensors(model, description, head=False)
     for row in input_ids.tolist():
-        check_prompt(row, settings.vocab_size, settings.max_position_embeddings)
+        check_prompt(row, description.vocab_size, description.max_position_embeddings)
     builder = MatrixBuilder("reference", torch.float64, torch.device("cpu"), observe)
     with torch.inference_mode():
-        decoder = Decoder(model, settings, builder)
+        decoder = Decoder(model, description, builder)
         last = decoder.norm(decoder.stream(input_ids))
-        if "lm_head.weight" in model.tensors:
-            observe("lm_head.weight", last)
-        elif settings.tied:
-            observe("model.embed_tokens.weight", last)
+        if description.head.weight in model.tensors:
+            observe(description.head.weight, last)
+        elif description.tied:
+            observe(description.embedding.weight, last)
 
 
 def check_device(device: str | torch.device) -> torch.device:

@@ -304,6 +304,10 @@ class MatrixBuilder:
                 stacklevel=3,
             )
 
+    def dense(self, tensor: Tensor) -> DenseLinear:
+        """A matrix that stays dense whatever the kernel: the router of experts."""
+        return DenseLinear(self._place(decoded(tensor)))
+
     def vector(self, tensor: Tensor) -> torch.Tensor:
         """A bias `[out_features]` in the compute dtype."""
         return self._place(decoded(tensor))

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from cluscomp_formats import registry
+from cluscomp_formats.architectures import check_tensors, describe
 from cluscomp_formats.delta import open_delta
 from cluscomp_formats.errors import InvalidRequestError, Problem
-from cluscomp_runtime.architecture import DecoderSettings, check_tensors
 from cluscomp_runtime.language_model import LanguageModel
 from cluscomp_runtime.selftest import run_self_test
 
@@ -37,7 +37,7 @@ def load(
     change = None if delta is None else open_delta(Path(delta))
     if selftest and model.self_test is None:
         # Says what is the matter with a model that the runtime does not run, and that has no record for that reason.
-        check_tensors(model, DecoderSettings.from_config(model.config))
+        check_tensors(model, describe(model.config))
         remedy = "load it without the self-test"
         raise InvalidRequestError(Problem("no_self_test", "this file has no self-test record", str(path), remedy=remedy))
     language_model = LanguageModel.from_model(model, device=device, dtype=dtype, kernel=kernel, context=context)

@@ -8,50 +8,38 @@ computed in float64 and rounded once, so that tables do not depend on the device
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
-__all__ = ["RopeSettings", "apply_rope", "inverse_frequencies", "rope_tables"]
+from cluscomp_formats.architectures import Rope
+
+__all__ = ["apply_rope", "inverse_frequencies", "rope_tables"]
 
 
-@dataclass(frozen=True)
-class RopeSettings:
-    """How positions turn into angles. The last three fields matter to `llama3` only, `factor` to `linear` and `llama3`."""
-
-    theta: float
-    type: Literal["default", "linear", "llama3"] = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_context: int = 8192
-
-
-def inverse_frequencies(settings: RopeSettings, head_dim: int) -> torch.Tensor:
+def inverse_frequencies(rope: Rope, head_dim: int) -> torch.Tensor:
     """Angle per position of each of the `head_dim / 2` pairs, float64 `[head_dim / 2]`, in radians."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
-    frequencies = settings.theta**-exponents
-    if settings.type == "linear":
-        return frequencies / settings.factor
-    if settings.type == "llama3":
-        turns = settings.original_context * frequencies / (2 * math.pi)
+    frequencies = rope.theta**-exponents
+    if rope.type == "linear":
+        return frequencies / rope.factor
+    if rope.type == "llama3":
+        turns = rope.original_context * frequencies / (2 * math.pi)
         # Share of the original frequency: 0 below low_freq_factor turns over the original context, 1 above high_freq_factor.
-        share = (turns - settings.low_freq_factor) / (settings.high_freq_factor - settings.low_freq_factor)
+        share = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
         share = share.clamp(0.0, 1.0)
-        return frequencies * (share + (1.0 - share) / settings.factor)
+        return frequencies * (share + (1.0 - share) / rope.factor)
     return frequencies
 
 
 def rope_tables(
-    settings: RopeSettings, head_dim: int, positions: int, *, dtype: torch.dtype, device: torch.device
+    rope: Rope, head_dim: int, positions: int, *, dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and signed sines `[positions, 1, head_dim]` for `apply_rope`.
 
     The first half of the sines is negated, which turns `rotate_half` into a plain roll. float16 and bfloat16 would lose
     position information, so half-precision models get float32 tables.
     """
-    angles = torch.arange(positions, dtype=torch.float64)[:, None] * inverse_frequencies(settings, head_dim)
+    angles = torch.arange(positions, dtype=torch.float64)[:, None] * inverse_frequencies(rope, head_dim)
     cosines = angles.cos()
     sines = angles.sin()
     stored = torch.float32 if dtype.itemsize < 4 else dtype

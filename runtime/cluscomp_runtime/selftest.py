@@ -30,9 +30,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from cluscomp_formats.architectures import DecoderDescription, check_tensors, describe
 from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem, SelfTestError, UnsupportedError
 from cluscomp_formats.ir import Model
-from cluscomp_runtime.architecture import DecoderSettings, check_tensors
 from cluscomp_runtime.language_model import LanguageModel
 from cluscomp_runtime.tokenizer import Tokenizer
 
@@ -124,14 +124,14 @@ def make_self_test(
     """
     exact = LanguageModel.from_model(model, dtype=torch.float64, kernel="reference")
     chosen = (
-        _default_sequences(exact.settings, exact.tokenizer, tokens)
+        _default_sequences(exact.description, exact.tokenizer, tokens)
         if sequences is None
         else [list(sequence) for sequence in sequences]
     )
     if not chosen or not all(1 <= len(sequence) <= MAX_TOKENS for sequence in chosen) or len(chosen) > MAX_SEQUENCES:
         expected = f"1 to {MAX_SEQUENCES} sequences of 1 to {MAX_TOKENS} tokens"
         raise InvalidRequestError(Problem("bad_sequences", "unusable self-test sequences", expected=expected))
-    top_k = min(top_k, exact.settings.vocab_size, MAX_TOP_K)
+    top_k = min(top_k, exact.description.vocab_size, MAX_TOP_K)
     recorded, amplification = [], 0.0
     for ids, logits64, logits32 in _reference_logits(model, exact, chosen):
         top, top_ids = logits64.topk(top_k, dim=-1)
@@ -184,7 +184,7 @@ def check_against_weights(model: Model, record: Mapping[str, Any]) -> SelfTestRe
     record, SelfTestError if the logits are not finite, and what `LanguageModel.from_model` raises.
     """
     exact = LanguageModel.from_model(model, dtype=torch.float64, kernel="reference")
-    check_record(record, exact.settings.vocab_size, exact.settings.max_position_embeddings)
+    check_record(record, exact.description.vocab_size, exact.description.max_position_embeddings)
     sequences, reports, amplification = record["sequences"], [], 0.0
     computed = _reference_logits(model, exact, [sequence["input_ids"] for sequence in sequences])
     for index, (sequence, (_, logits64, logits32)) in enumerate(zip(sequences, computed, strict=True)):
@@ -203,15 +203,15 @@ def longest_record(model: Model) -> dict[str, Any] | None:
     Tells the room a record will take. Computes nothing and reads nothing but the configuration and the tokenizer.
     """
     try:
-        settings = DecoderSettings.from_config(model.config)
-        check_tensors(model, settings)
+        description = describe(model.config)
+        check_tensors(model, description)
     except UnsupportedError:
         return None
-    top_k = min(DEFAULT_TOP_K, settings.vocab_size)
-    row_ids, row_logits = [settings.vocab_size - 1] * top_k, [_LONGEST_LOGIT] * top_k
+    top_k = min(DEFAULT_TOP_K, description.vocab_size)
+    row_ids, row_logits = [description.vocab_size - 1] * top_k, [_LONGEST_LOGIT] * top_k
     recorded = [
         {"input_ids": ids, "top_ids": [row_ids] * len(ids), "top_logits": [row_logits] * len(ids)}
-        for ids in _default_sequences(settings, Tokenizer.from_files(model.files), DEFAULT_TOKENS)
+        for ids in _default_sequences(description, Tokenizer.from_files(model.files), DEFAULT_TOKENS)
     ]
     tolerance = dict.fromkeys(TOLERANCE_DTYPES, _LONGEST_TOLERANCE)
     return {"version": RECORD_VERSION, "sequences": recorded, "tolerance": tolerance}
@@ -224,7 +224,7 @@ def run_self_test(model: LanguageModel, record: Mapping[str, Any]) -> SelfTestRe
     again through the key-value cache: a few tokens, then one by one. float64 is held to the tolerance of float32. Raises
     InvalidFileError if the record is malformed.
     """
-    check_record(record, model.settings.vocab_size, model.settings.max_position_embeddings)
+    check_record(record, model.description.vocab_size, model.description.max_position_embeddings)
     name = str(model.dtype).removeprefix("torch.")
     return compare_with_record(record, name, model.forward, lambda ids, first: _decode_one_by_one(model, ids, first))
 
@@ -301,8 +301,8 @@ def _padded(sequences: Sequence[Sequence[int]]) -> torch.Tensor:
     return torch.tensor([[*sequence, *[0] * (longest - len(sequence))] for sequence in sequences], dtype=torch.int64)
 
 
-def _default_sequences(settings: DecoderSettings, tokenizer: Tokenizer | None, tokens: int) -> list[list[int]]:
-    vocab_size, longest = settings.vocab_size, settings.max_position_embeddings
+def _default_sequences(description: DecoderDescription, tokenizer: Tokenizer | None, tokens: int) -> list[list[int]]:
+    vocab_size, longest = description.vocab_size, description.max_position_embeddings
     random = np.random.default_rng(0)
     sequences: list[list[int]] = random.integers(0, vocab_size, (RANDOM_SEQUENCES, min(tokens, longest))).tolist()
     if tokenizer is not None:

@@ -9,26 +9,26 @@ import pytest
 import transformers
 from runtime_models import ORACLES, SMALL, clustered_model, oracle, small_config
 
+from cluscomp_formats.architectures import check_tensors, describe
 from cluscomp_formats.errors import InvalidFileError, UnsupportedError
 from cluscomp_formats.ir import Array, DenseTensor, Model
 from cluscomp_runtime import LanguageModel
-from cluscomp_runtime.architecture import DecoderSettings, check_tensors, expected_tensors
 
 
 @pytest.mark.parametrize("name", ORACLES)
 def test_expected_tensors_are_those_of_transformers(name: str) -> None:
     peer, model = oracle(name)
     shapes = {key: tuple(value.shape) for key, value in peer.state_dict().items()}
-    settings = DecoderSettings.from_config(model.config)
-    if settings.tied:
+    description = describe(model.config)
+    if description.tied:
         del shapes["lm_head.weight"]
-    assert expected_tensors(settings) == shapes
+    assert {name: spec.shape for name, spec in description.tensors.items()} == shapes
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "mixtral", "gemma2", "phi3", None, ["llama"], 3])
 def test_an_unknown_architecture_is_refused_with_what_is_known(model_type: object) -> None:
     with pytest.raises(UnsupportedError, match="architecture") as error:
-        DecoderSettings.from_config(small_config() | {"model_type": model_type})
+        describe(small_config() | {"model_type": model_type})
     problem = error.value.problems[0]
     assert problem.expected == "llama, mistral, qwen2, qwen3"
     assert "--to hf" in (problem.remedy or "")
@@ -52,13 +52,13 @@ def test_an_unknown_architecture_is_refused_with_what_is_known(model_type: objec
 )
 def test_what_the_decoder_cannot_honour_is_refused_by_field(field: str, value: object) -> None:
     with pytest.raises(UnsupportedError, match=field):
-        DecoderSettings.from_config(small_config(**{field: value}))
+        describe(small_config(**{field: value}))
 
 
 def test_partial_rotary_inside_rope_parameters_is_refused() -> None:
     rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
     with pytest.raises(UnsupportedError, match="partial_rotary_factor"):
-        DecoderSettings.from_config(small_config(rope_parameters=rope))
+        describe(small_config(rope_parameters=rope))
 
 
 @pytest.mark.parametrize(
@@ -82,13 +82,13 @@ def test_partial_rotary_inside_rope_parameters_is_refused() -> None:
 def test_nonsense_is_an_invalid_file(field: str, value: object) -> None:
     config = {key: val for key, val in small_config(**{field: value}).items() if not (key == field and value is None)}
     with pytest.raises(InvalidFileError) as error:
-        DecoderSettings.from_config(config)
+        describe(config)
     assert {problem.file for problem in error.value.problems} == {"config.json"}
 
 
 def test_all_problems_are_reported_at_once() -> None:
     with pytest.raises(InvalidFileError) as error:
-        DecoderSettings.from_config(small_config(hidden_size=-1, vocab_size="x", rms_norm_eps=None, intermediate_size=0))
+        describe(small_config(hidden_size=-1, vocab_size="x", rms_norm_eps=None, intermediate_size=0))
     text = str(error.value)
     assert all(name in text for name in ("hidden_size", "vocab_size", "intermediate_size"))
 
@@ -97,7 +97,7 @@ def test_all_problems_are_reported_at_once() -> None:
 def test_malformed_layer_types(layer_types: object) -> None:
     config = small_config("qwen2", use_sliding_window=True, sliding_window=4, layer_types=layer_types)
     with pytest.raises((InvalidFileError, UnsupportedError), match="layer_types"):
-        DecoderSettings.from_config(config)
+        describe(config)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,8 @@ def test_windows_are_those_of_transformers(model_type: str, options: dict[str, A
     kinds = getattr(config, "layer_types", None) or [default] * 3
     window = getattr(config, "sliding_window", None) if model_type != "llama" else None
     expected = tuple(window if kind == "sliding_attention" else None for kind in kinds)
-    assert DecoderSettings.from_config(small_config(model_type, **options)).windows == expected
+    blocks = describe(small_config(model_type, **options)).blocks
+    assert tuple(attention.window for block in blocks for attention in block.attentions) == expected
 
 
 @pytest.mark.parametrize(
@@ -141,7 +142,7 @@ def test_windows_are_those_of_transformers(model_type: str, options: dict[str, A
 def test_old_and_new_rope_fields_mean_the_same(old: dict[str, Any]) -> None:
     new = transformers.LlamaConfig(**SMALL, **old).to_dict()
     assert "rope_theta" not in new
-    assert DecoderSettings.from_config(new).rope == DecoderSettings.from_config(small_config(**old)).rope
+    assert describe(new).ropes == describe(small_config(**old)).ropes
 
 
 def test_missing_and_misshapen_tensors_are_all_named() -> None:
@@ -174,4 +175,4 @@ def test_stored_rotary_frequencies_are_harmless() -> None:
     model = clustered_model(small_config())
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     extra = {name: DenseTensor(name, Array.of(np.ones(4, np.float32)))}
-    check_tensors(Model(model.config, {**model.tensors, **extra}), DecoderSettings.from_config(model.config))
+    check_tensors(Model(model.config, {**model.tensors, **extra}), describe(model.config))

@@ -9,9 +9,10 @@ import pytest
 import torch
 from runtime_models import ORACLES, clustered_model, oracle, small_config
 
+from cluscomp_formats.architectures import Rope
 from cluscomp_formats.ir import Array, DenseTensor, Model
 from cluscomp_runtime import LanguageModel
-from cluscomp_runtime.rope import RopeSettings, apply_rope, inverse_frequencies, rope_tables
+from cluscomp_runtime.rope import apply_rope, inverse_frequencies, rope_tables
 
 EPSILON = torch.finfo(torch.float32).eps
 
@@ -104,19 +105,19 @@ def test_rope_tables_grow_with_the_sequence() -> None:
 
 
 def test_inverse_frequencies_by_hand() -> None:
-    plain = inverse_frequencies(RopeSettings(10000.0), 4)
+    plain = inverse_frequencies(Rope(10000.0), 4)
     assert plain.tolist() == pytest.approx([1.0, 0.01])
-    assert inverse_frequencies(RopeSettings(10000.0, "linear", 4.0), 4).tolist() == pytest.approx([0.25, 0.0025])
+    assert inverse_frequencies(Rope(10000.0, "linear", 4.0), 4).tolist() == pytest.approx([0.25, 0.0025])
     # Turns over 100 positions: 15.9 (kept), 0.159 (divided by 8).
-    llama3 = RopeSettings(10000.0, "llama3", 8.0, 1.0, 4.0, 100)
+    llama3 = Rope(10000.0, "llama3", 8.0, 1.0, 4.0, 100)
     assert inverse_frequencies(llama3, 4).tolist() == pytest.approx([1.0, 0.00125])
     # With 1571 positions the second makes 2.5 turns, half-way from 1 to 4: the mean of 0.01 and 0.00125.
-    halfway = RopeSettings(10000.0, "llama3", 8.0, 1.0, 4.0, round(2.5 * 2 * np.pi / 0.01))
+    halfway = Rope(10000.0, "llama3", 8.0, 1.0, 4.0, round(2.5 * 2 * np.pi / 0.01))
     assert inverse_frequencies(halfway, 4).tolist() == pytest.approx([1.0, 0.005625], rel=1e-3)
 
 
 def test_rope_by_hand() -> None:
-    cosines, sines = rope_tables(RopeSettings(100.0), 4, 3, dtype=torch.float64, device=torch.device("cpu"))
+    cosines, sines = rope_tables(Rope(100.0), 4, 3, dtype=torch.float64, device=torch.device("cpu"))
     heads = torch.tensor([[[[1.0, 2.0, 3.0, 4.0]]]], dtype=torch.float64)
     rotated = apply_rope(heads, cosines[2:3], sines[2:3]).flatten().tolist()
     # Pairs (1, 3) and (2, 4), turned by 2 and by 0.2 radians.

@@ -151,7 +151,7 @@ def test_a_fault_of_the_decode_path_alone_is_caught(
     model: Model, record: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     language_model = LanguageModel.from_model(model)
-    attention = language_model.decoder.layers[1].attention
+    attention = language_model.decoder.layers[1].branches[0].part
     attend = attention._attend_one
     monkeypatch.setattr(attention, "_attend_one", lambda *arguments: attend(*arguments) * 1.01)
     report = run_self_test(language_model, record)

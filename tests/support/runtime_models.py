@@ -10,8 +10,8 @@ import numpy as np
 import torch
 import transformers
 
+from cluscomp_formats.architectures import describe
 from cluscomp_formats.ir import Array, ClusteredWeight, Codebook, DenseTensor, Model, Outliers, Stage, Tensor
-from cluscomp_runtime.architecture import DecoderSettings, expected_tensors
 
 SMALL = {
     "vocab_size": 97,
@@ -126,11 +126,11 @@ def clustered_model(config: Mapping[str, Any], files: Mapping[str, Array] | None
     """A model with every matrix clustered, `features` as in `random_clustered`; other tensors dense."""
     random = np.random.default_rng(1)
     tensors: dict[str, Tensor] = {}
-    for name, shape in expected_tensors(DecoderSettings.from_config(config)).items():
-        if len(shape) == 2:
-            tensors[name] = random_clustered(name, (shape[0], shape[1]), random, **features)
+    for name, spec in describe(config).tensors.items():
+        if spec.role in ("matrix", "embedding", "head"):
+            tensors[name] = random_clustered(name, (spec.shape[0], spec.shape[1]), random, **features)
         else:
-            tensors[name] = DenseTensor(name, Array.of((1 + 0.2 * random.standard_normal(shape)).astype(np.float32)))
+            tensors[name] = DenseTensor(name, Array.of((1 + 0.2 * random.standard_normal(spec.shape)).astype(np.float32)))
     return Model(config, tensors, files or {})
 
 

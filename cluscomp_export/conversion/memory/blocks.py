@@ -22,27 +22,34 @@ from cluscomp_export.planning import Plan
 from cluscomp_export.sources import embedding_tensor, head_tensor, logits_tensor
 from cluscomp_export.training.blockwise import BlockwiseOptions
 from cluscomp_export.training.recovery import RecoveryOptions, teacher_kernel
+from cluscomp_formats.architectures import DecoderDescription
 from cluscomp_formats.ir import ClusteredWeight, Model, Tensor
 from cluscomp_kernels.clus_linear.trainable import BLOCK_BYTES
-from cluscomp_runtime.architecture import DecoderSettings
 from cluscomp_runtime.selftest import MAX_SENTENCE_TOKENS, RANDOM_SEQUENCES
 
 __all__ = ["calibration", "embedding", "error_feedback", "recovery", "row_importance", "self_test", "sensitivities", "tuning"]
 
-HALVES = (("self_attn", ("q_proj", "k_proj", "v_proj"), "o_proj"), ("mlp", ("gate_proj", "up_proj"), "down_proj"))
-"""Module, readers and writer of the halves of a block (`cluscomp_runtime.blocks.Half`)."""
+
+def _widths(description: DecoderDescription) -> tuple[int, int, int]:
+    """The most features of a token among queries, among keys, and inside a feed-forward network."""
+    attentions = [attention for block in description.blocks for attention in block.attentions]
+    networks = [network for block in description.blocks for network in block.networks]
+    return (
+        max(attention.query.out_features for attention in attentions),
+        max(attention.key.out_features for attention in attentions),
+        max(network.width for network in networks),
+    )
 
 
-def _layer_activations(settings: DecoderSettings, tokens: int, width: int) -> int:
+def _layer_activations(description: DecoderDescription, tokens: int, width: int) -> int:
     """The widest moment of a block for `tokens` tokens of `width` bytes: the stream and its norm, and beside them either
     queries and keys four times (joined, and rotated in halves) with values, or three arrays of the feed-forward (gate, up and
     product; or the product that is observed, its squares and their shares)."""
-    hidden, inner = settings.hidden_size, settings.intermediate_size
-    queries, keys = settings.num_heads * settings.head_dim, settings.num_kv_heads * settings.head_dim
+    hidden, (queries, keys, inner) = description.hidden_size, _widths(description)
     return width * tokens * (2 * hidden + max(4 * (queries + keys) + keys, 3 * inner))
 
 
-def calibration(source: Model, settings: DecoderSettings, windows: int, context: int) -> int:
+def calibration(source: Model, description: DecoderDescription, windows: int, context: int) -> int:
     """`channel_energies`: the sums of all channels, and the most of a block's matrix as float64 with the activations of `BATCH`
     windows as float64, or the embedding with two streams of them. The head does not multiply."""
     matrices = [tensor for tensor in source.tensors.values() if len(tensor.shape) == 2]
@@ -50,12 +57,12 @@ def calibration(source: Model, settings: DecoderSettings, windows: int, context:
     tokens = min(windows, BATCH) * context
     multiplying = max(to_float64(source, tensor) for tensor in matrices if block_index(tensor.name) is not None)
     return sums + max(
-        multiplying + _layer_activations(settings, tokens, 8),
-        looking_up(source, source.tensors[EMBEDDING]) + 16 * tokens * settings.hidden_size,
+        multiplying + _layer_activations(description, tokens, 8),
+        looking_up(source, source.tensors[EMBEDDING]) + 16 * tokens * description.hidden_size,
     )
 
 
-def sensitivities(source: Model, settings: DecoderSettings, context: int) -> int:
+def sensitivities(source: Model, description: DecoderDescription, context: int) -> int:
     """`measure_sensitivities`: the streams of a few windows before and behind every block, with their gradients; beside them
     the most of a block or of embedding and head.
 
@@ -68,16 +75,16 @@ def sensitivities(source: Model, settings: DecoderSettings, context: int) -> int
         matrices = [tensor for name in names if len((tensor := source.tensors[name]).shape) == 2]
         weights, widest = (fold(tensor.num_weights for tensor in matrices) for fold in (sum, max))
         placing = max(reading(source, tensor)[0] for tensor in matrices)
-        gradients = 4 * weights + 4 * widest + _backwards(settings, context)
+        gradients = 4 * weights + 4 * widest + _backwards(description, context)
         most = max(most, 4 * weights + placing, 12 * weights + max(gradients, 8 * widest))
     for name in (embedding_tensor(source), head_tensor(source)):
         if name is not None:
             tensor = source.tensors[name]
-            most = max(most, reading(source, tensor)[0], 12 * tensor.num_weights + _noise(settings))
-    return _between_blocks(settings, context) + most
+            most = max(most, reading(source, tensor)[0], 12 * tensor.num_weights + _noise(description))
+    return _between_blocks(description, context) + most
 
 
-def row_importance(source: Model, settings: DecoderSettings, context: int) -> int:
+def row_importance(source: Model, description: DecoderDescription, context: int) -> int:
     """`row_importance`: the streams of a few windows before and behind every block, with their gradients; beside them a block's
     matrices as float32, and of one window what it keeps and what flows back, once as float64 and squared. Or the head as
     float32 with the logits of some tokens six times."""
@@ -87,29 +94,29 @@ def row_importance(source: Model, settings: DecoderSettings, context: int) -> in
         placing = max(reading(source, tensor)[0] for tensor in matrices)
         observed = 16 * context * max(tensor.shape[0] for tensor in matrices)
         weights = sum(tensor.num_weights for tensor in matrices)
-        most = max(most, 4 * weights + max(placing, _backwards(settings, context) + observed))
+        most = max(most, 4 * weights + max(placing, _backwards(description, context) + observed))
     head = source.tensors[head_name(source)]
     decoding, decoded = reading(source, head)
-    return _between_blocks(settings, context) + max(most, decoding, decoded + 4 * head.num_weights + _noise(settings))
+    return _between_blocks(description, context) + max(most, decoding, decoded + 4 * head.num_weights + _noise(description))
 
 
-def _between_blocks(settings: DecoderSettings, context: int) -> int:
+def _between_blocks(description: DecoderDescription, context: int) -> int:
     """The streams before and behind every block for the windows of a `FisherPass`, and their gradients."""
-    return 4 * WINDOWS * context * settings.hidden_size * (settings.num_layers + 2)
+    return 4 * WINDOWS * context * description.hidden_size * (description.num_layers + 2)
 
 
-def _backwards(settings: DecoderSettings, context: int) -> int:
+def _backwards(description: DecoderDescription, context: int) -> int:
     """What a block keeps of one window for its gradients, with two arrays of the feed-forward that flow back."""
-    return _training_block(settings, context, []) + 2 * 4 * context * settings.intermediate_size
+    return _training_block(description, context, []) + 2 * 4 * context * _widths(description)[2]
 
 
-def _noise(settings: DecoderSettings) -> int:
+def _noise(description: DecoderDescription) -> int:
     """The logits of some tokens, six times."""
-    return 6 * 4 * HEAD_TOKENS * settings.vocab_size
+    return 6 * 4 * HEAD_TOKENS * description.vocab_size
 
 
 def error_feedback(
-    source: Model, model: Model, plan: Plan, settings: DecoderSettings, windows: int, context: int, *, cuda: bool
+    source: Model, model: Model, plan: Plan, description: DecoderDescription, windows: int, context: int, *, cuda: bool
 ) -> tuple[int, int]:
     """Device and host bytes of the most of what follows, for each half of a block: its readers, which have the normed stream as
     input, and its writer.
@@ -123,22 +130,22 @@ def error_feedback(
     what is outside the blocks: an embedding that is encoded without feedback, or the head, with it: beside its vectors and
     codes six times the piece that is encoded, and the moments of its input (24 n²).
     """
-    names = max(_blocks(source).values(), key=lambda block: sum(source.tensors[name].num_weights for name in block))
-    index = block_index(names[0])
-    stream = 4 * windows * context * settings.hidden_size
+    blocks = _blocks(source)
+    index = max(blocks, key=lambda block: sum(source.tensors[name].num_weights for name in blocks[block]))
+    names = blocks[index]
+    stream = 4 * windows * context * description.hidden_size
     tokens = min(windows, BATCH) * context
-    running = _layer_activations(settings, tokens, 4)
+    running = _layer_activations(description, tokens, 4)
     codes = sum(2 * num_vectors(plan.treatments[name]) for name in names if name in plan.treatments)
     device = host = 0
-    for module, readers, writer in HALVES:
-        prefix = f"model.layers.{index}.{module}"
-        inputs = ([f"{prefix}.{name}.weight" for name in readers], [f"{prefix}.{writer}.weight"])
+    for branch in description.blocks[index].branches:
+        inputs = [[linear.weight for linear in step.groups[0]] for step in branch.part.steps]
         matrices = [name for group in inputs for name in group]
         half = sum(4 * source.tensors[name].num_weights for name in matrices)
         placing = max(_to_float32(model.tensors[name]) for name in matrices)
         widths = [source.tensors[group[0]].shape[1] for group in inputs]
         mixed = 4 * windows * context * widths[1]
-        lacking = (widths[0] ** 2, widths[1] * settings.hidden_size)
+        lacking = (widths[0] ** 2, widths[1] * description.hidden_size)
         # Five arrays of inputs: of both models, scaled, what is lacking, that scaled.
         sums = [12 * (width**2 + lack) + 20 * tokens * width for width, lack in zip(widths, lacking, strict=True)]
         computing = (half + max(running, sums[0]), 2 * half + sums[1], 3 * half + running)
@@ -154,18 +161,18 @@ def error_feedback(
             host = max(host, computing[0], mixed + computing[1], mixed + computing[2], *beside)
     outside = Plan({name: treatment for name, treatment in plan.treatments.items() if block_index(name) is None})
     device_outside, host_outside = encoding(source, outside, cuda=cuda)
-    host = max(5 * stream + codes + host, 2 * stream + host_outside, embedding(source, settings, windows, context))
+    host = max(5 * stream + codes + host, 2 * stream + host_outside, embedding(source, description, windows, context))
     head = logits_tensor(source)
     if head is not None and head in plan.treatments:
         making, vectors = making_vectors(source, head, plan.treatments[head])
         encoded = vectors + 2 * num_vectors(plan.treatments[head]) + 6 * min(PIECE_BYTES, vectors)
-        host = max(host, 2 * stream + 24 * settings.hidden_size**2 + max(making, encoded))
+        host = max(host, 2 * stream + 24 * description.hidden_size**2 + max(making, encoded))
     return max(device, device_outside), host
 
 
-def embedding(source: Model, settings: DecoderSettings, windows: int, context: int) -> int:
+def embedding(source: Model, description: DecoderDescription, windows: int, context: int) -> int:
     """What flows into the first block: the embedding, and the streams of all windows."""
-    return looking_up(source, source.tensors[EMBEDDING]) + 4 * windows * context * settings.hidden_size
+    return looking_up(source, source.tensors[EMBEDDING]) + 4 * windows * context * description.hidden_size
 
 
 def _to_float32(tensor: Tensor) -> int:
@@ -207,7 +214,12 @@ def _blocks(model: Model) -> Mapping[int, list[str]]:
 
 
 def tuning(
-    model: Model, settings: DecoderSettings, options: BlockwiseOptions, windows: int, context: int, shared: Collection[str]
+    model: Model,
+    description: DecoderDescription,
+    options: BlockwiseOptions,
+    windows: int,
+    context: int,
+    shared: Collection[str],
 ) -> tuple[int, int]:
     """Bytes of the block that needs most, on the device or else the host too, and of the streams, which are on the host.
 
@@ -226,22 +238,22 @@ def tuning(
         values += sum(model.tensors[name].num_weights for name in names if len(model.tensors[name].shape) == 1)
         codes = sum(2 * stage.codes.size for weight in weights for stage in weight.stages)
         kept = 4 * sum(size for name, size in books.items() if name in shared)
-        most = max(most, codes + kept + 24 * values + _training_block(settings, tokens, weights))
-    return most, 6 * 4 * windows * context * settings.hidden_size
+        most = max(most, codes + kept + 24 * values + _training_block(description, tokens, weights))
+    return most, 6 * 4 * windows * context * description.hidden_size
 
 
-def _training_block(settings: DecoderSettings, tokens: int, weights: Sequence[ClusteredWeight]) -> int:
+def _training_block(description: DecoderDescription, tokens: int, weights: Sequence[ClusteredWeight]) -> int:
     """What a block keeps for its gradients: eight streams, queries and keys five times, six arrays of the feed-forward; beside
     them a matrix is decoded (4 P + 4 V), or in pieces with its gradient (five times `BLOCK_BYTES`)."""
-    queries, keys = settings.num_heads * settings.head_dim, settings.num_kv_heads * settings.head_dim
-    kept = 4 * tokens * (8 * settings.hidden_size + 5 * (queries + keys) + 6 * settings.intermediate_size)
+    queries, keys, inner = _widths(description)
+    kept = 4 * tokens * (8 * description.hidden_size + 5 * (queries + keys) + 6 * inner)
     widest = max((4 * weight.num_weights for weight in weights), default=0)
     codes = max((4 * stage.codes.size for weight in weights for stage in weight.stages), default=0)
     return kept + max(widest + codes, 5 * min(BLOCK_BYTES, widest))
 
 
 def recovery(
-    source: Model, model: Model, settings: DecoderSettings, options: RecoveryOptions, *, cuda: bool
+    source: Model, model: Model, description: DecoderDescription, options: RecoveryOptions, *, cuda: bool
 ) -> tuple[int, int]:
     """Bytes on the device, or else all on the host, and on the host.
 
@@ -267,18 +279,18 @@ def recovery(
         teacher = max(8 * tensor.num_weights for tensor in matrices)
     else:
         teacher = one
-    streams = 4 * tokens * settings.hidden_size * (settings.num_layers + 4)
-    block = _training_block(settings, tokens, list(model.clustered.values()))
-    logits = 10 * 4 * options.context * settings.vocab_size
+    streams = 4 * tokens * description.hidden_size * (description.num_layers + 4)
+    block = _training_block(description, tokens, list(model.clustered.values()))
+    logits = 10 * 4 * options.context * description.vocab_size
     frozen = sum(4 * tensor.num_weights for tensor in ends)
     working = 24 * trained + 2 * sum(codes) + frozen + teacher + streams + max(block, logits)
     return (working, max(one, 16 * trained, *map(_to_float32, ends))) if cuda else (0, working)
 
 
-def self_test(model: Model, settings: DecoderSettings) -> int:
+def self_test(model: Model, description: DecoderDescription) -> int:
     """A matrix as float64, and for every token of the sequences its logits as float64 twice (the product and what is kept of
     it) and as float32."""
     matrices = [tensor for tensor in model.tensors.values() if len(tensor.shape) == 2]
     tokens = (RANDOM_SEQUENCES + 1) * MAX_SENTENCE_TOKENS
-    logits = (8 + 8 + 4) * tokens * settings.vocab_size
-    return max(to_float64(model, tensor) for tensor in matrices) + logits + _layer_activations(settings, tokens, 8)
+    logits = (8 + 8 + 4) * tokens * description.vocab_size
+    return max(to_float64(model, tensor) for tensor in matrices) + logits + _layer_activations(description, tokens, 8)

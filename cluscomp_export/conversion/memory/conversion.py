@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from cluscomp_export.calibration.runnable import decoder_settings
+from cluscomp_export.calibration.runnable import decoder_description
 from cluscomp_export.compression.error_feedback import block_index
 from cluscomp_export.compression.pipeline import unit_bytes
 from cluscomp_export.conversion.effort import Levels
@@ -83,35 +83,35 @@ def conversion_memory(
     """
     if plan is None:
         return tuple(_with_heap([("writing", 0, writing(source, model), output_bytes), *_self_test(model, output_bytes)]))
-    settings, predicts = decoder_settings(source, head=False), decoder_settings(source) is not None
+    description, predicts = decoder_description(source, head=False), decoder_description(source) is not None
     rows: list[tuple[str, int, int, int]] = [("checking the source", 0, checking(source), 0)]
     disk = 0
-    if measures and settings is not None and predicts:
-        rows.append(("sensitivities", 0, sensitivities(source, settings, context), disk))
-    if calibrated and settings is not None:
+    if measures and description is not None and predicts:
+        rows.append(("sensitivities", 0, sensitivities(source, description, context), disk))
+    if calibrated and description is not None:
         disk = sum(4 * tensor.shape[1] for tensor in source.tensors.values() if len(tensor.shape) == 2)
-        rows.append(("calibration", 0, calibration(source, settings, windows, context), disk))
+        rows.append(("calibration", 0, calibration(source, description, windows, context), disk))
         if levels.feedback:
             disk += sum(4 * tensor.shape[0] for name, tensor in source.tensors.items() if block_index(name) is not None)
             if predicts:
-                rows.append(("row importance", 0, row_importance(source, settings, context), disk))
+                rows.append(("row importance", 0, row_importance(source, description, context), disk))
     sizes = unit_bytes(model)
     disk += sizes["codebooks"]
     rows.append(("fitting codebooks", *fitting(source, plan, calibrated=calibrated, cuda=cuda), disk))
     disk += sizes["tensors"]
-    if settings is None or not levels.block_by_block:
+    if description is None or not levels.block_by_block:
         rows.append(("choosing codes", *encoding(source, plan, cuda=cuda), disk + output_bytes))
     else:
-        rows.append(("error feedback", *error_feedback(source, model, plan, settings, windows, context, cuda=cuda), disk))
+        rows.append(("error feedback", *error_feedback(source, model, plan, description, windows, context, cuda=cuda), disk))
         if levels.blockwise is not None:
             # The values of a tuned block are kept beside those it started with.
             disk += sizes["codebooks"] + sizes["scales"]
             shared = [book.name for book in plan.codebooks if len({block_index(name) for name in book.members}) > 1]
-            block, streams = tuning(model, settings, levels.blockwise, windows, context, shared)
+            block, streams = tuning(model, description, levels.blockwise, windows, context, shared)
             device, host = (block, streams) if cuda else (0, block + streams)
-            rows.append(("block-wise tuning", device, max(host, embedding(source, settings, windows, context)), disk))
-    if levels.recovery is not None and settings is not None and predicts:
-        rows.append(("recovery", *recovery(source, model, settings, levels.recovery, cuda=cuda), disk))
+            rows.append(("block-wise tuning", device, max(host, embedding(source, description, windows, context)), disk))
+    if levels.recovery is not None and description is not None and predicts:
+        rows.append(("recovery", *recovery(source, model, description, levels.recovery, cuda=cuda), disk))
     rows.append(("writing", 0, writing(source, model), disk + output_bytes))
     rows += _self_test(model, disk + output_bytes)
     return tuple(_with_heap(rows))
@@ -147,5 +147,5 @@ def memory_warnings(peaks: Sequence[Peak], device: str, process: int = PROCESS_B
 
 
 def _self_test(model: Model, disk: int) -> list[tuple[str, int, int, int]]:
-    settings = decoder_settings(model)
-    return [] if settings is None else [("self-test", 0, self_test(model, settings), disk)]
+    description = decoder_description(model)
+    return [] if description is None else [("self-test", 0, self_test(model, description), disk)]
