@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.ready
 PROGRAMS := tests/programs/node_modules/.package-lock.json
 
-.PHONY: setup programs demo test lint format clean
+.PHONY: setup programs demo docs test lint format clean
 
 setup: $(STAMP)
 
@@ -28,6 +28,11 @@ $(PROGRAMS): tests/programs/package-lock.json tests/programs/.npmrc
 
 demo: setup
 	$(BIN)/python tools/demo.py
+
+# A site in build/site. Broken links and anchors are errors.
+docs: setup
+	$(BIN)/python -m pip install --quiet -c constraints.txt --group docs
+	$(BIN)/zensical build --strict
 
 lint: setup
 	$(BIN)/ruff check .

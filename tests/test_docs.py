@@ -65,9 +65,11 @@ def test_pages_link_only_to_what_the_site_has(page: Path) -> None:
     assert [link for link in sorted(links(page)) if not target(page, link)[0].is_relative_to(DOCS)] == []
 
 
-def test_every_page_is_in_the_index() -> None:
-    listed = {target(DOCS / "index.md", link)[0] for link in links(DOCS / "index.md")}
-    assert {page.name for page in DOCS.glob("*.md")} - {page.name for page in listed} == {"index.md"}
+def test_the_index_and_the_site_list_every_page_in_the_same_order() -> None:
+    listed = LINK.findall((DOCS / "index.md").read_text(encoding="utf-8"))
+    pages = ["index.md", *(link for link in listed if not link.startswith("https:"))]
+    assert sorted(pages) == sorted(page.name for page in DOCS.glob("*.md"))
+    assert re.findall(r"^ +- (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE) == pages
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
