@@ -133,9 +133,9 @@ def tensors_by_key(skeleton: Skeleton, model: Model, places: Places) -> dict[str
             continue
         key = places.keys.get(name)
         if key is None or key in placed:
-            lost = places.lost.get(name, name)
-            keys = {lost, f"{prefix}.{lost}", lost.removeprefix(f"{prefix}.")}
-            if buffers.isdisjoint(keys) and not ignored.search(name) and not ignored.search(lost):
+            renamed = places.unplaced.get(name, name)
+            keys = {renamed, f"{prefix}.{renamed}", renamed.removeprefix(f"{prefix}.")}
+            if buffers.isdisjoint(keys) and not ignored.search(name) and not ignored.search(renamed):
                 message = f"{type(module).__name__} has no use for this tensor; running without it could give wrong results"
                 unused.append(Problem("unused_tensor", message, None, name, remedy=REMEDY))
             continue

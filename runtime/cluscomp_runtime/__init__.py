@@ -1,6 +1,6 @@
 """The minimal runtime: load a codebook model and run it. Needs numpy, torch and tokenizers."""
 
-import cluscomp_kernels  # noqa: F401 - first: it sets how torch's threads wait, before torch is loaded
+import cluscomp_kernels  # noqa: F401 - imported first: it configures torch's threads before torch is loaded
 from cluscomp_runtime.generate import Generation, GenerationStream
 from cluscomp_runtime.language_model import LanguageModel
 from cluscomp_runtime.load import load

@@ -1,4 +1,4 @@
-"""Text generation: prefill, then one token at a time until something ends it."""
+"""Text generation: prefill, then one token at a time until an end token or a limit."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ StopReason = Literal["end_token", "max_new_tokens", "context"]
 
 @dataclass(frozen=True)
 class Generation:
-    """What a generation gave.
+    """The result of a generation.
 
-    `text` continues the prompt and leaves it out; it is empty where there is no tokenizer. `token_ids` are the new tokens, an
-    end token included. Seconds are wall-clock and leave out what a consumer of the stream spends: `prefill_seconds` for the
-    first token, `decode_seconds` for the others.
+    `text` is the continuation without the prompt; it is empty if the model has no tokenizer. `token_ids` are the new tokens,
+    including an end token. Times are wall-clock seconds, without the time of the stream's consumer: `prefill_seconds` for the
+    first token, `decode_seconds` for all others.
     """
 
     text: str
@@ -46,19 +46,20 @@ class Generation:
 
     @property
     def seconds(self) -> float:
-        """Wall-clock seconds in all."""
+        """Total wall-clock seconds."""
         return self.prefill_seconds + self.decode_seconds
 
     @property
     def tokens_per_second(self) -> float:
-        """Speed of decoding, the first token not counted; 0 if there was only that one."""
+        """Speed of decoding without the first token; 0 if there is only one token."""
         return (self.new_tokens - 1) / self.decode_seconds if self.new_tokens > 1 else 0.0
 
 
 class GenerationStream:
-    """A generation under way: iterate to get text pieces; `result` is the whole once the iteration has ended.
+    """An iterator over the text pieces of a generation; `result` is set when the iteration ends.
 
-    Pieces are never half a character, so not every token gives one. Iterate once; breaking off leaves `result` None.
+    A piece consists of whole characters, so not every token gives one. The stream can be iterated once. If the iteration is
+    stopped early, `result` stays None.
     """
 
     def __init__(
@@ -96,16 +97,16 @@ class GenerationStream:
         for _ in self._pieces:
             pass
         if self.result is None:
-            raise InvalidRequestError(Problem("stream_broken_off", "this stream was broken off before its end"))
+            raise InvalidRequestError(Problem("stream_broken_off", "the stream was stopped before its end"))
         return self.result
 
     def _threads(self, new_tokens: int) -> AbstractContextManager[None]:
-        # Beside our kernels torch has little to do for one token, and its threads would poll.
-        alone = threads.torch_polls and new_tokens > 0 and self._decoder.has_own_threads
-        return threads.single_threaded_torch() if alone else nullcontext()
+        # For a single token, torch's operations are small, and its polling threads would slow down the kernels.
+        single = threads.torch_polls and new_tokens > 0 and self._decoder.has_own_threads
+        return threads.single_threaded_torch() if single else nullcontext()
 
     def _run(self) -> Iterator[str]:
-        # The last token is never fed back, so the cache needs one position less than there are tokens.
+        # The last token is not fed back, so the cache needs one position less than the number of tokens.
         capacity = min(self._context, len(self._prompt) + self._max_new_tokens - 1)
         room = self._context + 1 - len(self._prompt)
         limit = min(room, self._max_new_tokens)
@@ -118,7 +119,7 @@ class GenerationStream:
         seconds: list[float] = []
         while len(tokens) < limit:
             start = time.perf_counter()
-            # Not around the yield: inference mode would leak into the consumer's code.
+            # The block must not contain the yield: inference mode would leak into the consumer's code.
             with torch.inference_mode(), memory_faults(), self._threads(len(tokens)):
                 token = self._sampler.choose(self._decoder(step, cache, last_only=True)[0, -1])
             seconds.append(time.perf_counter() - start)
@@ -139,9 +140,9 @@ class GenerationStream:
 
 
 def check_prompt(prompt: Sequence[int], vocab_size: int, limit: int) -> None:
-    """Refuse a prompt that is empty, longer than `limit` or has ids outside the vocabulary. Raises InvalidRequestError."""
+    """Raise InvalidRequestError if a prompt is empty, is longer than `limit`, or has ids outside the vocabulary."""
     if not prompt:
-        remedy = "give at least one token"
+        remedy = "pass at least one token"
         raise InvalidRequestError(Problem("empty_prompt", "the prompt is empty", remedy=remedy))
     wrong = [token for token in prompt if not 0 <= token < vocab_size]
     if wrong:

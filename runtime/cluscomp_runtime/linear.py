@@ -1,8 +1,10 @@
-"""The model's matrices: what multiplies activations and looks up embeddings.
+"""The matrices of a model, which multiply activations and look up embeddings.
 
-Each class is one way to hold a matrix `[out_features, in_features]` and offers the same three things: calling it multiplies,
-`x [..., in_features] -> [..., out_features]`; `embedding(ids)` takes rows, `ids [...] -> [..., in_features]`, so that a tied
-head is the embedding's own object; `path` names the kernel that runs.
+Each class stores a matrix `[out_features, in_features]` in its own way. All have the same interface:
+
+- a call multiplies: `x [..., in_features] -> [..., out_features]`;
+- `embedding(ids)` looks up rows: `ids [...] -> [..., in_features]`, so that a tied head and the embedding are one object;
+- `path` names the kernel in use.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ OWN_KERNELS = ("auto", "dense", "reference")
 
 
 def check_kernel(kernel: str, device: torch.device) -> str:
-    """The kernel asked for, if it can run there. Raises InvalidRequestError, listing those that can."""
+    """Return `kernel` if it is available on the device. Raises InvalidRequestError, listing the available ones, if not."""
     statuses = {status.name: status for status in clus_linear.paths(device)}
     usable = dict.fromkeys((*OWN_KERNELS, *(name for name, status in statuses.items() if status.available)))
     if kernel not in usable:
@@ -38,7 +40,7 @@ def check_kernel(kernel: str, device: torch.device) -> str:
 
 
 def tensor_of(array: Array) -> torch.Tensor:
-    """A payload as a torch tensor of its own dtype; shares memory where the payload is writable."""
+    """Return an array as a torch tensor of the same dtype; it shares the array's memory if that is writable."""
     values = array.read()
     if not values.flags.writeable:
         values = values.copy()
@@ -48,7 +50,7 @@ def tensor_of(array: Array) -> torch.Tensor:
 
 
 class DenseLinear:
-    """A plain matrix, kept in the compute dtype."""
+    """A dense matrix, stored in the compute dtype."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, path: str = "dense") -> None:
         self.weight = weight
@@ -64,9 +66,9 @@ class DenseLinear:
 
 
 class DecodedLinear:
-    """A matrix read or decoded anew at every call, which keeps nothing: the slow reference for self-tests.
+    """A matrix that is read or decoded again in every call: the slow reference for self-tests.
 
-    Memory is bounded by one matrix whatever the size of the model.
+    Nothing is kept, so memory is bounded by one matrix, not by the size of the model.
     """
 
     path = "reference"
@@ -97,7 +99,10 @@ class DecodedLinear:
 
 
 def decoded(tensor: Tensor) -> torch.Tensor:
-    """The tensor's values on the CPU: float32 if it is clustered, else in its own dtype."""
+    """Return the tensor's values on the CPU, in float32 if it is clustered, else in its own dtype.
+
+    Raises InvalidFileError if codes or outliers are out of range.
+    """
     if isinstance(tensor, DenseTensor):
         return tensor_of(tensor.values)
     try:
@@ -109,7 +114,7 @@ def decoded(tensor: Tensor) -> torch.Tensor:
 
 
 class ClusLinear:
-    """A clustered matrix on a codebook kernel: stages add up, then the column scale and the outliers join in.
+    """A clustered matrix on a codebook kernel.
 
     `y = sum over stages of kernel(x * column_scale) * row_scale + outliers @ x + bias`. The kernel applies row scale and bias.
     """
@@ -148,7 +153,7 @@ class ClusLinear:
 
 
 def _sparse_rows(matrix: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Rows `[..., in_features]` of a CSR matrix, as dense."""
+    """Return rows `[..., in_features]` of a CSR matrix as a dense tensor."""
     starts, columns, values = matrix.crow_indices(), matrix.col_indices(), matrix.values()
     flat = ids.reshape(-1)
     counts = starts[flat + 1] - starts[flat]
@@ -165,37 +170,41 @@ Matrix = DenseLinear | DecodedLinear | ClusLinear
 
 @dataclass
 class MatrixBuilder:
-    """Turns tensors of the IR into matrices for one device, dtype and kernel; shares codebooks between them.
+    """Builds matrices from tensors of the IR, for one device, dtype and kernel; the matrices share codebooks.
 
-    `kernel` is a path of `cluscomp_kernels.clus_linear`, "auto" for the fastest there is, "dense" to decode every matrix
-    once, or "reference" to decode at every call.
+    `kernel` is a path of `cluscomp_kernels.clus_linear`, "auto" for the fastest available one, "dense" to decode every matrix
+    once, or "reference" to decode in every call.
     """
 
     kernel: str
     dtype: torch.dtype
     device: torch.device
     observe: Callable[[str, torch.Tensor], None] | None = None
-    """Called with a matrix's name and its input at every multiplication; only the "reference" kernel does."""
+    """Called with a matrix's name and input in every multiplication, by the "reference" kernel only."""
     paths: dict[str, str] = field(default_factory=dict)
-    """Kernel of each matrix built, by tensor name."""
+    """Kernel of each matrix, by tensor name."""
     without_kernel: list[str] = field(default_factory=list)
-    """Clustered matrices that had to be decoded for want of a kernel."""
+    """Clustered matrices that were decoded because no kernel supports them."""
     _codebooks: dict[str, clus_linear.PreparedCodebook] = field(default_factory=dict)
     _matrices: dict[str, Matrix] = field(default_factory=dict)
     _norms: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def build(self, tensor: Tensor, bias: Tensor | None = None) -> Matrix:
-        """One matrix `[out_features, in_features]` with its bias `[out_features]`."""
+        """Build a matrix `[out_features, in_features]` with its bias `[out_features]`.
+
+        Raises InvalidFileError if codes or outliers are out of range; InvalidRequestError if the kernel does not support the
+        codebook.
+        """
         matrix = self._build(tensor, bias)
         self.paths[tensor.name] = matrix.path
         self._matrices[tensor.name] = matrix
         return matrix
 
     def update(self, model: Model, names: Collection[str]) -> None:
-        """Give the matrices and norms that were built the parameters of these names (`cluscomp_formats.parameters`) of `model`.
+        """Copy the parameters with these names (see `cluscomp_formats.parameters`) from `model` to the matrices and norms.
 
-        That model is the one they were built of but for the values of these. What kernels have laid out stays where it is in
-        memory, codes are not touched; a matrix that was decoded is decoded again.
+        `model` must be the model they were built from, except for the values of these parameters. Prepared codebooks and row
+        scales are overwritten in place, codes are not touched, and decoded matrices are decoded again.
         """
         with torch.inference_mode():
             for name, codebook in model.codebooks.items():
@@ -226,7 +235,7 @@ class MatrixBuilder:
         bias_values = None if bias is None else self.vector(bias)
         if isinstance(tensor, DenseTensor):
             return DenseLinear(self._place(decoded(tensor)), bias_values)
-        # The fast kernels compute in float32 whatever they are given.
+        # The fast kernels always compute in float32.
         if self.kernel == "dense" or (self.kernel == "auto" and self.dtype == torch.float64):
             return DenseLinear(self._place(decoded(tensor)), bias_values, path="dense (decoded)")
         if tensor.group_axis == "in":
@@ -235,7 +244,7 @@ class MatrixBuilder:
         return self._clustered(tensor, bias_values)
 
     def _clustered(self, tensor: ClusteredWeight, bias: torch.Tensor | None) -> ClusLinear:
-        # A copy: `update` writes to it, and the model may be in memory.
+        # Copied because `update` writes to it, and it may share memory with the model.
         row_scale = None if tensor.row_scale is None else tensor_of(tensor.row_scale).clone()
         stages = [
             self._stage(tensor, stage, row_scale, bias if index == 0 else None) for index, stage in enumerate(tensor.stages)
@@ -254,7 +263,7 @@ class MatrixBuilder:
                 codebook, codes, tensor.shape[0], row_scale=row_scale, bias=bias, device=self.device, dtype=self.dtype
             )
         except ValueError as error:
-            # Shapes and dtypes are the IR's to guarantee; what is left is a code past the codebook.
+            # The IR guarantees shapes and dtypes, so a code must be out of range.
             raise InvalidFileError(Problem("code_out_of_range", str(error), None, tensor.name)) from error
 
     def _codebook(self, codebook: Codebook) -> clus_linear.PreparedCodebook:
@@ -263,7 +272,7 @@ class MatrixBuilder:
         return self._codebooks[codebook.name]
 
     def _prepared(self, codebook: Codebook) -> clus_linear.PreparedCodebook:
-        # A copy, as of row scales.
+        # Copied for the same reason as row scales.
         values = tensor_of(codebook.values).clone()
         try:
             return clus_linear.prepare_codebook(values, path=self.kernel, device=self.device)
@@ -272,7 +281,7 @@ class MatrixBuilder:
             raise InvalidRequestError(Problem("kernel_unfit", message, remedy='use kernel="auto"')) from error
 
     def _outliers(self, tensor: ClusteredWeight, outliers: Outliers) -> torch.Tensor:
-        """The sparse corrections as a CSR matrix: float64 if that is the compute dtype, else float32."""
+        """Return the outliers as a CSR matrix, float64 if that is the compute dtype, else float32."""
         out_features, in_features = tensor.shape
         positions = outliers.positions.read().astype(np.int64)
         if len(positions) and (positions.min() < 0 or positions.max() >= tensor.num_weights):
@@ -283,7 +292,7 @@ class MatrixBuilder:
         starts = np.searchsorted(positions, np.arange(out_features + 1, dtype=np.int64) * in_features)
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         with warnings.catch_warnings():
-            # torch announces on first use that its CSR layout is in beta; what is used of it here is under test.
+            # torch warns on first use that its CSR layout is in beta; tests cover the operations used here.
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
             return torch.sparse_csr_tensor(
                 torch.from_numpy(starts.astype(np.int64)),
@@ -295,12 +304,12 @@ class MatrixBuilder:
             )
 
     def warn_without_kernel(self) -> None:
-        """Announce matrices that were decoded although a kernel was wanted."""
+        """Warn about clustered matrices that were decoded because no kernel supports them."""
         if self.without_kernel:
             count, first = len(self.without_kernel), self.without_kernel[0]
             warnings.warn(
-                f"{count} clustered matrices ({first}, ...) have groups along the in axis, which no kernel handles: they were "
-                f"decoded to dense {str(self.dtype).removeprefix('torch.')} and take as much memory as uncompressed ones",
+                f"{count} clustered matrices ({first}, ...) have groups along the in axis, which no kernel supports: they were "
+                f"decoded to dense {str(self.dtype).removeprefix('torch.')} and need as much memory as uncompressed ones",
                 stacklevel=3,
             )
 
@@ -309,11 +318,11 @@ class MatrixBuilder:
         return DenseLinear(self._place(decoded(tensor)))
 
     def vector(self, tensor: Tensor) -> torch.Tensor:
-        """A bias `[out_features]` in the compute dtype."""
+        """Return a bias `[out_features]` in the compute dtype."""
         return self._place(decoded(tensor))
 
     def norm(self, tensor: Tensor) -> torch.Tensor:
-        """A norm's weight, never narrower than float32."""
+        """Return a norm's weight in the compute dtype, or in float32 if that is wider."""
         dtype = torch.float32 if self.dtype.itemsize < 4 else self.dtype
         self._norms[tensor.name] = decoded(tensor).clone().to(device=self.device, dtype=dtype)
         return self._norms[tensor.name]

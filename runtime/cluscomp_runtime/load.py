@@ -1,4 +1,4 @@
-"""Open a model file and make it ready to run."""
+"""Open a model file and prepare it for inference."""
 
 from __future__ import annotations
 
@@ -27,16 +27,18 @@ def load(
     context: int | None = None,
     delta: str | PathLike[str] | None = None,
 ) -> LanguageModel:
-    """Load a model in any format, ours or a plug-in's; the options are those of `LanguageModel.from_model`.
+    """Load a model in any registered format. `device`, `dtype`, `kernel` and `context` are as in `LanguageModel.from_model`.
 
-    With `selftest` the loaded model must reproduce the logits recorded when it was converted. `delta` is the file of a delta,
-    which is swapped in after that, as by `LanguageModel.apply_delta`. Raises InvalidFileError, UnsupportedError,
-    InvalidRequestError (also if a self-test is asked for and the file has none) and SelfTestError.
+    With `selftest`, the loaded model must reproduce the logits that were recorded at conversion. `delta` is the path of a delta
+    file, which is then applied as by `LanguageModel.apply_delta`.
+
+    Raises InvalidFileError if a file is damaged; UnsupportedError if the runtime cannot run the model; InvalidRequestError if
+    an option is invalid, or `selftest` is set and the file has no record; SelfTestError if the self-test fails.
     """
     model = registry.open_model(Path(path))
     change = None if delta is None else open_delta(Path(delta))
     if selftest and model.self_test is None:
-        # Says what is the matter with a model that the runtime does not run, and that has no record for that reason.
+        # A model that the runtime cannot run has no record. This reports the cause in that case.
         check_tensors(model, describe(model.config))
         remedy = "load it without the self-test"
         raise InvalidRequestError(Problem("no_self_test", "this file has no self-test record", str(path), remedy=remedy))

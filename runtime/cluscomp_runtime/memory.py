@@ -1,6 +1,6 @@
-"""Whether a model fits the memory of the machine, and what the allocator makes of that.
+"""Memory of the machine: check that a model fits, return freed memory, and convert allocation errors.
 
-A few bytes of codes may stand for a matrix of any size.
+The check is needed because a small file can describe a matrix of any size.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ _M_MMAP_THRESHOLD = -3
 _CPU_ALLOCATOR = re.compile(
     r"(?:\[enforce fail at alloc_cpu\.cpp:\d+\] [^.]*\. )?DefaultCPUAllocator: (?:can't allocate|not enough) memory"
 )
-"""How torch's allocator on the CPU begins its complaint, for which it has no type of its own."""
+"""Beginning of the message of torch's CPU allocator, which has no exception type of its own."""
 
 _REMEDY = 'use a machine with more memory, or kernel="reference", which holds one matrix at a time'
 
 
 def check_memory(model: Model, kernel: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Refuse a model whose matrices, as the runtime would hold them, exceed the machine's memory; asked on the CPU only.
+    """Raise UnsupportedError if the matrices, as the runtime stores them, exceed the machine's memory. Only for the CPU.
 
-    Raises UnsupportedError before anything is read: a system that grants more memory than it has would end the process later.
+    The check runs before anything is read, because a system that overcommits memory would kill the process later.
     """
     available = physical_bytes()
     if device.type != "cpu" or available is None:
@@ -56,13 +56,13 @@ def check_memory(model: Model, kernel: str, dtype: torch.dtype, device: torch.de
 
 
 def return_freed_arrays() -> None:
-    """Have glibc give arrays of 8 MB and more back to the system when they are freed, in this process from now on.
+    """Make glibc return arrays of 8 MB or more to the system when they are freed, from now on in this process.
 
-    Left to itself it soon takes arrays of up to 32 MB from its heap, of which it keeps all that lies before anything small that
-    is still in use. Below 8 MB the heap is quicker. Does nothing on other systems.
+    By default, glibc comes to allocate arrays of up to 32 MB from its heap, and it cannot return heap memory below a small
+    block that is still in use. Below 8 MB the heap is faster. Does nothing on other systems.
     """
     if sys.platform.startswith("linux"):
-        # Other C libraries for Linux have no such function.
+        # Other C libraries for Linux do not have mallopt.
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 8 << 20)
 
@@ -70,19 +70,19 @@ def return_freed_arrays() -> None:
 def _held_bytes(tensor: Tensor, itemsize: int, *, decoded: bool) -> int:
     if isinstance(tensor, DenseTensor) or decoded or tensor.group_axis == "in":
         return tensor.num_weights * itemsize
-    # Codes are laid out in one or two bytes each.
+    # Kernels store a code in one or two bytes.
     return 2 * sum(stage.codes.size for stage in tensor.stages)
 
 
 def trim_heap() -> None:
-    """Have glibc give back all that is free in its heap now, which it keeps for later. Does nothing on other systems."""
+    """Make glibc return the free memory of its heap to the system. Does nothing on other systems."""
     if sys.platform.startswith("linux"):
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
 
 
 def physical_bytes() -> int | None:
-    """Memory of the machine; None where the system does not say (Windows)."""
+    """Return the bytes of memory of the machine; None if the system does not report it (Windows)."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -90,7 +90,7 @@ def physical_bytes() -> int | None:
 
 
 def device_bytes(device: str) -> int | None:
-    """Memory of a GPU; None for what is none, or is not here."""
+    """Return the bytes of memory of a GPU; None if `device` is not a GPU of this machine."""
     name = re.fullmatch(r"cuda(?::(\d+))?", device)
     index = int(name[1] or 0) if name else 0
     if name is None or index >= torch.cuda.device_count():
@@ -99,10 +99,10 @@ def device_bytes(device: str) -> int | None:
 
 
 def is_memory_fault(error: BaseException) -> bool:
-    """Whether an error says that memory was refused, on the host or a device.
+    """Return whether an error is a failed allocation, on the host or a device.
 
-    Told by its type or, for torch's allocator on the CPU, by how the text begins: a GPU's "illegal memory access" is the fault
-    of a kernel.
+    The test is by type or, for torch's CPU allocator, by the beginning of the message. A mention of memory is not sufficient: a
+    GPU's "illegal memory access" is a bug in a kernel.
     """
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
@@ -111,7 +111,7 @@ def is_memory_fault(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def memory_faults(remedy: str = _REMEDY) -> Iterator[None]:
-    """Make an UnsupportedError, with a `remedy`, of memory that the system or the device refuses."""
+    """Convert failed allocations in the block to UnsupportedError with a `remedy`."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""Choosing the next token from its logits."""
+"""Choose the next token from its logits."""
 
 from __future__ import annotations
 
@@ -17,20 +17,19 @@ _LEAST_TEMPERATURE = torch.finfo(torch.float32).tiny
 def probabilities(
     logits: torch.Tensor, *, temperature: float, top_k: int | None = None, top_p: float | None = None
 ) -> torch.Tensor:
-    """The distribution `[vocab_size]`, float32, that is sampled from `logits [vocab_size]`.
+    """Return the distribution `[vocab_size]`, float32, to sample from, given `logits [vocab_size]`.
 
-    In this order: logits divided by `temperature`; all but the `top_k` largest dropped; all dropped but the smallest set of
-    most likely tokens whose probabilities reach `top_p` (nucleus sampling, Holtzman et al., arXiv 1904.09751); what is left
-    renormalised.
+    The steps, in this order: divide the logits by `temperature`; keep the `top_k` largest; keep the smallest set of most likely
+    tokens whose probabilities sum to at least `top_p` (nucleus sampling, Holtzman et al., arXiv 1904.09751); renormalise.
     """
-    # Subtracting the maximum first keeps a tiny temperature from overflowing; one that float32 does not hold would be 0.
+    # Subtracting the maximum first prevents overflow at a tiny temperature; one below float32's range would become 0.
     scaled = (logits.float() - logits.float().max()) / max(temperature, _LEAST_TEMPERATURE)
     values, order = scaled.sort(descending=True, stable=True)
     values[min(top_k or len(values), len(values)) :] = -math.inf
     ranked = values.softmax(-1)
     if top_p is not None:
         before = ranked.cumsum(-1) - ranked
-        # The most likely token stays whatever rounding does to the sums.
+        # Keep the most likely token even if the sums are rounded.
         before[0] = -1.0
         ranked = ranked.masked_fill(before >= top_p, 0.0)
         ranked = ranked / ranked.sum()
@@ -39,10 +38,10 @@ def probabilities(
 
 @dataclass
 class Sampler:
-    """Picks tokens: greedily at temperature 0, else at random from `probabilities`, with a random stream of its own.
+    """Chooses tokens: greedily at temperature 0, otherwise at random from `probabilities`.
 
-    The same seed gives the same tokens whatever else draws random numbers. Raises InvalidRequestError for settings out of
-    range.
+    It has its own random generator, so the same seed gives the same tokens regardless of other uses of random numbers. Raises
+    InvalidRequestError if a setting is out of range.
     """
 
     temperature: float = 0.0
@@ -63,19 +62,22 @@ class Sampler:
             problems.append(_out_of_range("seed", self.seed, "0 to 2^63 - 1"))
         if problems:
             raise InvalidRequestError(problems)
-        # On the CPU, so that a seed means the same on every device.
+        # On the CPU, so that a seed gives the same tokens on every device.
         self._random = torch.Generator(device="cpu").manual_seed(self.seed)
 
     def choose(self, logits: torch.Tensor) -> int:
-        """The next token for `logits [vocab_size]`; of equal logits greedy takes the first. Raises ClusCompError for NaN."""
+        """Return the next token for `logits [vocab_size]`; greedy choice takes the first of equal logits.
+
+        Raises ClusCompError if the largest logit is not finite.
+        """
         best, index = logits.max(dim=-1)
         if not math.isfinite(best.item()):
             remedy = "run the self-test; in float16, which overflows easily, use bfloat16 or float32"
             raise ClusCompError(Problem("not_finite", "the model computed logits that are not finite", remedy=remedy))
         if self.temperature == 0:
             return int(index.item())
-        chances = probabilities(logits.cpu(), temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
-        return int(torch.multinomial(chances, 1, generator=self._random).item())
+        distribution = probabilities(logits.cpu(), temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+        return int(torch.multinomial(distribution, 1, generator=self._random).item())
 
 
 def _out_of_range(name: str, found: object, expected: str) -> Problem:

@@ -1,23 +1,23 @@
-"""The self-test record: proof that a runtime on some device computes the model that was converted.
+"""The self-test record: evidence that a runtime on some device computes the model that was converted.
 
-A record holds token sequences and, for every position, the `top_k` largest logits that the decoded weights give in float64. A
-runtime passes if its logits at those ids lie within a tolerance, and no other logit exceeds the largest by more than it.
+A record has token sequences and, for every position, the `top_k` largest logits of the decoded weights in float64. A runtime
+passes if its logits of those ids differ by at most a tolerance, and no other logit exceeds the largest one by more than that.
 
-The tolerance is derived, not chosen. The same weights are run once in float64 and once in float32, both with plain
-decode-then-multiply. With `eps` the machine epsilon of a dtype, the model's amplification of rounding errors is
+The tolerance is derived, not chosen. The same weights are run once in float64 and once in float32, both by decoding and
+multiplying. With `eps` the machine epsilon of a dtype, the model's amplification of rounding errors is
 
     amplification = max(max |logits32 - logits64| / eps(float32), max |logits64|)
     tolerance(dtype) = 32 * amplification * eps(dtype)
 
-over the recorded logits. The second term is what rounding the logits themselves costs, for models too small to show more; the
-factor of 32 allows for other orders of summation. A kernel that adds up channel by channel errs sqrt(n) / log2(n) times as
-much as a matrix library, which adds up in blocks (4 times at 1536 channels), and one float32 run tells no more than the order
-of magnitude of what roundings come to: an intact SmolLM2 at 3 bits was seen to need 15. Only the dtype of computation matters:
-weights are stored in dtypes of their own and are the same in every run.
+over the recorded logits. The second term is the error of rounding the logits themselves, which dominates in very small models.
+The factor of 32 allows for other orders of summation: a kernel that sums channel by channel has sqrt(n) / log2(n) times the
+error of a matrix library, which sums in blocks (4 times at 1536 channels), and a single float32 run shows only the order of
+magnitude of the rounding error. An intact SmolLM2 at 3 bits needed a factor of 15. Only the dtype of the computation matters,
+since the stored weights are the same in every run.
 
-A record read from a file is a claim. `check_record` refuses tolerances that no amplification explains: different ones for
-different dtypes, or one in float32 of the logits' own size, which would accept anything. `check_against_weights` computes the
-same numbers anew, so that a record stands for the weights beside it and for nothing else.
+A record in a file is only a claim. `check_record` rejects tolerances that no amplification explains: tolerances of different
+dtypes that do not match, or a float32 tolerance as large as the logits, which would accept anything. `check_against_weights`
+computes the same numbers again, and so proves that the record belongs to the weights in the file.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ MAX_SENTENCE_TOKENS = 32
 MAX_SEQUENCES = 64
 MAX_TOKENS = 1024
 MAX_TOP_K = 256
-"""Limits on a record read from a file, whatever it says."""
+"""Limits of a record in a file."""
 
-MOST_TOLERANCE = 1 / 16
-"""Largest tolerance of float32, in units of the largest recorded logit. Records of models of all sizes and widths allow less
-than a thousandth."""
+MAX_RELATIVE_TOLERANCE = 1 / 16
+"""Largest float32 tolerance, relative to the largest recorded logit. Real records, of models of all sizes, have less than a
+thousandth."""
 
 _LONGEST_LOGIT = -1.23456789e-300
 _LONGEST_TOLERANCE = 1.234e-300
@@ -75,9 +75,8 @@ TOLERANCE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float
 class SequenceReport:
     """The worst logit of one sequence in one mode.
 
-    `mode` is "prefill" for all tokens at once, "decode" for token after token through the key-value cache, which runs other
-    kernels. `difference` is `|found - expected|` of token `token_id`'s logit at `position`; infinite where `found` is not
-    finite.
+    `mode` is "prefill" (all tokens at once) or "decode" (one token at a time through the key-value cache, with other kernels).
+    `difference` is `|found - expected|` of the logit of `token_id` at `position`; it is infinite if `found` is not finite.
     """
 
     sequence: int
@@ -91,7 +90,7 @@ class SequenceReport:
 
 @dataclass(frozen=True)
 class SelfTestReport:
-    """Outcome of a self-test: `sequences` has the details, the other fields the summary."""
+    """Result of a self-test: `sequences` has the details, the other fields the summary."""
 
     ok: bool
     max_difference: float
@@ -99,15 +98,15 @@ class SelfTestReport:
     sequences: tuple[SequenceReport, ...]
 
     def raise_if_failed(self) -> None:
-        """Raise SelfTestError with the worst position unless the test passed."""
+        """Raise SelfTestError with the worst position if the test failed."""
         if self.ok:
             return
         worst = max(self.sequences, key=lambda report: report.difference)
         message = (
-            f"the model does not compute what its self-test record says; worst: sequence {worst.sequence} ({worst.mode}), "
+            f"the model does not compute the logits of its self-test record; worst: sequence {worst.sequence} ({worst.mode}), "
             f"position {worst.position}, logit of token {worst.token_id}"
         )
-        expected = f"{worst.expected:.6g}, give or take {self.tolerance:.3g}"
+        expected = f"{worst.expected:.6g} within {self.tolerance:.3g}"
         remedy = 'verify the file; if it is intact, load it with kernel="reference" and report the kernel that fails'
         raise SelfTestError(Problem("self_test_failed", message, None, None, f"{worst.found:.6g}", expected, remedy))
 
@@ -115,12 +114,14 @@ class SelfTestReport:
 def make_self_test(
     model: Model, *, sequences: Sequence[Sequence[int]] | None = None, tokens: int = DEFAULT_TOKENS, top_k: int = DEFAULT_TOP_K
 ) -> dict[str, Any]:
-    """Compute a record for a model; a JSON value.
+    """Return the record of a model, a JSON value.
 
-    `sequences` are token ids; by default two deterministic random ones of `tokens` ids and, where there is a tokenizer, an
-    English sentence. Runs on the CPU and decodes one weight at a time, so memory is bounded by the largest tensor as float64
-    and the logits. Raises what `LanguageModel.from_model` raises, InvalidRequestError for unusable sequences, and SelfTestError
-    if the model's logits are not finite.
+    `sequences` are token ids; the default is two deterministic random sequences of `tokens` ids and, if the model has a
+    tokenizer, an English sentence. Runs on the CPU and decodes one weight at a time, so memory is bounded by the logits and the
+    largest tensor in float64.
+
+    Raises InvalidRequestError if the sequences are unusable; SelfTestError if the model's logits are not finite; and the errors
+    of `LanguageModel.from_model`.
     """
     exact = LanguageModel.from_model(model, dtype=torch.float64, kernel="reference")
     chosen = (
@@ -136,7 +137,7 @@ def make_self_test(
     for ids, logits64, logits32 in _reference_logits(model, exact, chosen):
         top, top_ids = logits64.topk(top_k, dim=-1)
         amplification = max(amplification, _amplification(top, logits32.gather(-1, top_ids)))
-        # Nine digits tell all float32 values apart and leave out what varies between machines in float64.
+        # Nine digits distinguish all float32 values and hide differences between machines in float64.
         rounded = [[float(f"{value:.9g}") for value in row] for row in top.tolist()]
         recorded.append({"input_ids": ids, "top_ids": top_ids.tolist(), "top_logits": rounded})
     return {"version": RECORD_VERSION, "sequences": recorded, "tolerance": _tolerances(amplification)}
@@ -145,7 +146,7 @@ def make_self_test(
 def _reference_logits(
     model: Model, exact: LanguageModel, sequences: Sequence[Sequence[int]]
 ) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
-    """Each sequence's ids and its logits `[tokens, vocab_size]` as float64, computed in float64 and in float32.
+    """Yield the ids of each sequence and its logits `[tokens, vocab_size]`, computed in float64 and in float32, as float64.
 
     Raises SelfTestError if they are not finite.
     """
@@ -162,26 +163,28 @@ def _reference_logits(
 
 
 def _amplification(logits64: torch.Tensor, logits32: torch.Tensor) -> float:
-    """Of rounding errors, as the module's docstring defines it, over these logits."""
+    """Return the amplification of rounding errors over these logits, as defined in the module docstring."""
     error = float((logits32 - logits64).abs().max()) / torch.finfo(torch.float32).eps
     return max(error, float(logits64.abs().max()))
 
 
 def _tolerances(amplification: float) -> dict[str, float]:
     return {
-        # An all-zero model is exact in any dtype, yet a tolerance must be positive.
+        # A model whose weights are all zero is exact in every dtype, but a tolerance must be positive.
         name: max(float(f"{SAFETY * amplification * torch.finfo(dtype).eps:.4g}"), torch.finfo(torch.float32).tiny)
         for name, dtype in TOLERANCE_DTYPES.items()
     }
 
 
 def check_against_weights(model: Model, record: Mapping[str, Any]) -> SelfTestReport:
-    """Whether a record is one of this model: its logits computed anew in float64, and its tolerance held against them.
+    """Check that a record belongs to this model, by computing its logits and tolerance again in float64 and float32.
 
-    Passes if no logit is further from the recorded one than float32 would explain here, and the recorded tolerance is at most
-    `SAFETY` times that of this machine: one run in float32 tells no more than the order of magnitude. Needs as much memory as
-    `make_self_test`, and two passes over the weights for every `MAX_TOKENS` tokens. Raises InvalidFileError for a malformed
-    record, SelfTestError if the logits are not finite, and what `LanguageModel.from_model` raises.
+    The check passes if no logit differs from the recorded one by more than the float32 tolerance of this machine, and the
+    recorded tolerance is at most `SAFETY` times that, since a single float32 run shows only its order of magnitude. Needs as
+    much memory as `make_self_test`, and two passes over the weights per `MAX_TOKENS` tokens.
+
+    Raises InvalidFileError if the record is malformed; SelfTestError if the logits are not finite; and the errors of
+    `LanguageModel.from_model`.
     """
     exact = LanguageModel.from_model(model, dtype=torch.float64, kernel="reference")
     check_record(record, exact.description.vocab_size, exact.description.max_position_embeddings)
@@ -198,9 +201,10 @@ def check_against_weights(model: Model, record: Mapping[str, Any]) -> SelfTestRe
 
 
 def longest_record(model: Model) -> dict[str, Any] | None:
-    """What `make_self_test(model)` gives, with the longest text its numbers can have; None for an unknown architecture.
+    """Return an upper bound of the record of `make_self_test(model)` as text; None if the architecture is not supported.
 
-    Tells the room a record will take. Computes nothing and reads nothing but the configuration and the tokenizer.
+    It has the record's structure, with numbers of maximal length, so its size bounds the size of the real record. Reads only
+    the configuration and the tokenizer, and computes no logits.
     """
     try:
         description = describe(model.config)
@@ -218,11 +222,11 @@ def longest_record(model: Model) -> dict[str, Any] | None:
 
 
 def run_self_test(model: LanguageModel, record: Mapping[str, Any]) -> SelfTestReport:
-    """Hold a loaded model against a record.
+    """Compare the logits of a loaded model with a record.
 
-    Sequences run together as long as they come to no more than `MAX_TOKENS`, which bounds the logits in memory; then the first
-    again through the key-value cache: a few tokens, then one by one. float64 is held to the tolerance of float32. Raises
-    InvalidFileError if the record is malformed.
+    Runs the sequences in batches of at most `MAX_TOKENS` tokens, which bounds the memory of the logits. Then runs the first
+    sequence again through the key-value cache: a few tokens at once, the others one at a time. The tolerance of float32 applies
+    to float64, too. Raises InvalidFileError if the record is malformed.
     """
     check_record(record, model.description.vocab_size, model.description.max_position_embeddings)
     name = str(model.dtype).removeprefix("torch.")
@@ -235,10 +239,11 @@ def compare_with_record(
     forward: Callable[[torch.Tensor], torch.Tensor],
     decode: Callable[[list[int], int], torch.Tensor],
 ) -> SelfTestReport:
-    """Hold whatever computes logits in `dtype` against a record that `check_record` has passed.
+    """Compare logits that are computed in `dtype` with a record that `check_record` has accepted.
 
-    `forward` takes ids `[batch, tokens]` to logits `[batch, tokens, vocab_size]`; `decode` takes the ids of a sequence and a
-    number to logits `[tokens, vocab_size]`: so many tokens at once and the others one by one through the key-value cache.
+    `forward` maps ids `[batch, tokens]` to logits `[batch, tokens, vocab_size]`. `decode(ids, first)` maps the ids of a
+    sequence to logits `[tokens, vocab_size]`: the first `first` tokens at once, the others one at a time through the key-value
+    cache.
     """
     sequences = record["sequences"]
     tolerance = float(record["tolerance"].get(dtype, record["tolerance"]["float32"]))
@@ -254,7 +259,7 @@ def compare_with_record(
 
 
 def _decode_one_by_one(model: LanguageModel, ids: list[int], first: int) -> torch.Tensor:
-    """Logits `[tokens, vocab_size]` of the first tokens together and the others one at a time."""
+    """Return logits `[tokens, vocab_size]` of the `first` first tokens at once and the others one at a time."""
     rows = torch.tensor([ids], dtype=torch.int64, device=model.device)
     with torch.inference_mode():
         cache = model.decoder.cache(len(ids))
@@ -269,7 +274,7 @@ def _compare(
     computed = logits[: len(sequence["input_ids"])].to(device="cpu", dtype=torch.float64)
     ids = torch.tensor(sequence["top_ids"], dtype=torch.int64)
     recorded = torch.tensor(sequence["top_logits"], dtype=torch.float64)
-    # The last column holds the highest logit of all to the highest recorded one, which it must not exceed.
+    # The last column compares the highest logit of all with the highest recorded one, which it must not exceed.
     highest, highest_ids = computed.max(dim=-1, keepdim=True)
     limit = recorded.max(dim=-1, keepdim=True).values
     found = torch.cat((computed.gather(-1, ids), highest), dim=-1)
@@ -290,13 +295,13 @@ def _compare(
 
 
 def _batches(sequences: Sequence[Sequence[int]]) -> list[Sequence[Sequence[int]]]:
-    """Sequences in groups of no more than `MAX_TOKENS` tokens, fill included, which bounds the logits in memory."""
+    """Divide sequences into batches of at most `MAX_TOKENS` tokens with padding, which bounds the memory of the logits."""
     together = max(1, MAX_TOKENS // max(len(sequence) for sequence in sequences))
     return [sequences[start : start + together] for start in range(0, len(sequences), together)]
 
 
 def _padded(sequences: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Sequences as one batch. What follows a sequence does not reach its logits, since attention is causal."""
+    """Return sequences as one batch, padded at the end; causal attention keeps padding from affecting earlier logits."""
     longest = max(len(sequence) for sequence in sequences)
     return torch.tensor([[*sequence, *[0] * (longest - len(sequence))] for sequence in sequences], dtype=torch.int64)
 
@@ -313,10 +318,10 @@ def _default_sequences(description: DecoderDescription, tokenizer: Tokenizer | N
 
 
 def check_record(record: Mapping[str, Any], vocab_size: int, longest: int) -> None:
-    """Check a record of unknown origin before anything is computed from it. Raises InvalidFileError with every problem."""
+    """Check an untrusted record before it is used. Raises InvalidFileError with every problem."""
     if not isinstance(record, Mapping) or record.get("version") != RECORD_VERSION:
         found = repr(record.get("version") if isinstance(record, Mapping) else type(record).__name__)
-        message = "the self-test record is of an unknown version"
+        message = "the self-test record has an unknown version"
         raise InvalidFileError(Problem("bad_self_test", message, found=found, expected=str(RECORD_VERSION)))
     problems: list[Problem] = []
     tolerance = record.get("tolerance")
@@ -360,19 +365,20 @@ def _check_rows(where: str, sequence: Mapping[str, Any], positions: int, vocab_s
 
 
 def _check_tolerances(record: Mapping[str, Any]) -> list[Problem]:
-    """What no amplification of rounding errors explains."""
+    """Return the problems of tolerances that no amplification of rounding errors explains."""
     tolerance = record["tolerance"]
     least = torch.finfo(torch.float32).tiny
     rows = (row for sequence in record["sequences"] for row in sequence["top_logits"])
     largest = max(abs(value) for row in rows for value in row)
     single = tolerance["float32"]
-    if single > max(MOST_TOLERANCE * largest, least):
-        return [_bad("tolerance.float32", single, f"at most {MOST_TOLERANCE:g} of the largest logit, {largest:.6g}")]
+    if single > max(MAX_RELATIVE_TOLERANCE * largest, least):
+        return [_bad("tolerance.float32", single, f"at most {MAX_RELATIVE_TOLERANCE:g} of the largest logit, {largest:.6g}")]
     for name, dtype in TOLERANCE_DTYPES.items():
         expected = single * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
-        # Four digits are stored, and the least value stands for all below it.
+        # Tolerances are stored with four digits, and values below `least` are raised to it.
         if tolerance[name] > least and not math.isclose(tolerance[name], expected, rel_tol=2e-3):
-            return [_bad(f"tolerance.{name}", tolerance[name], f"{expected:.4g}, as tolerance.float32 and its precision tell")]
+            source = f"{expected:.4g}, from tolerance.float32 and the precision of {name}"
+            return [_bad(f"tolerance.{name}", tolerance[name], source)]
     return []
 
 

@@ -94,7 +94,7 @@ def test_a_resized_embedding_is_saved(name: str, rows: int, clustered: bool, tmp
     stored = clustered_model(original, weights if clustered else weights[:-1])
     write_hf(replace(stored, self_test={"version": 1}), tmp_path / "m")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
-    with pytest.warns(UserWarning, match="decoded to dense to be resized") if clustered else contextlib.nullcontext():
+    with pytest.warns(UserWarning, match="decoded to dense for resizing") if clustered else contextlib.nullcontext():
         model.resize_token_embeddings(rows, mean_resizing=False)
     assert model.num_parameters() == sum(parameter.numel() for parameter in MODELS[name][0](vocab_size=rows).parameters())
     inputs = ids() % (VOCABULARY - 5) if rows < VOCABULARY else torch.cat([ids(), torch.full((2, 1), rows - 1)], 1)

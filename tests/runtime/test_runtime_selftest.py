@@ -111,7 +111,7 @@ def test_one_corrupt_codebook_entry_is_caught(model: Model, record: dict[str, An
         report.raise_if_failed()
     problem = error.value.problems[0]
     assert math.isfinite(float(problem.found or "nan"))
-    assert "give or take" in (problem.expected or "")
+    assert " within " in (problem.expected or "")
 
 
 def test_a_logit_that_should_not_be_large_is_caught(model: Model, record: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 if __name__ == "__main__":
-    # After the standard library, so that nothing beside jinja2 takes the place of a module of it.
+    # Appended after the standard library, so that files next to jinja2 cannot shadow its modules.
     sys.path.extend(sys.argv[1:])
 
 import jinja2
@@ -29,17 +29,17 @@ import jinja2.utils
 MEMORY_BYTES = 1 << 29
 CPU_SECONDS = 10
 OLDEST_JINJA2 = (3, 1, 6)
-"""Templates get out of the sandbox of older ones (CVE-2025-27516)."""
+"""Templates can leave the sandbox of older versions (CVE-2025-27516)."""
 
 
 class _RefusedByTemplateError(Exception):
-    """The template called `raise_exception`: these messages are not what the model was trained on."""
+    """The template called `raise_exception` because it does not support these messages."""
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` around what the model says: writes its content, and tells what it is and where.
+    """The tag `{% generation %}` around the assistant's text: writes its content and records its position.
 
-    `spans` has, for each block, how many characters were written before it, and its text.
+    `spans` has, for each block, the number of characters written before it, and its text.
     """
 
     tags = {"generation"}  # noqa: RUF012 - how jinja2 declares it
@@ -54,16 +54,16 @@ class _Generation(jinja2.ext.Extension):
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         self.present = True
-        return jinja2.nodes.CallBlock(self.call_method("note"), [], [], body).set_lineno(line)
+        return jinja2.nodes.CallBlock(self.call_method("record"), [], [], body).set_lineno(line)
 
-    def note(self, caller: Callable[[], str]) -> str:
+    def record(self, caller: Callable[[], str]) -> str:
         text = caller()
         self.spans.append((self.written, text))
         return text
 
 
 class _Dict:
-    """What `dict` is in a template, as in transformers: makes dictionaries, and is not the type."""
+    """The `dict` of templates, as in transformers: creates dictionaries without exposing the type."""
 
     def __call__(self, *values: Any, **members: Any) -> dict[Any, Any]:
         return dict(*values, **members)
@@ -73,10 +73,10 @@ class _Dict:
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """What `namespace` makes in a template, as in transformers: it holds no attribute that begins with an underscore."""
+    """The `namespace` of templates, as in transformers: rejects attributes that begin with an underscore."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
-        # As jinja2's own does, so that a member may be called `self`.
+        # The signature is jinja2's, so that a member may be named `self`.
         attributes = dict(*args[1:], **kwargs)
         for name in attributes:
             _check_attribute(name)
@@ -89,14 +89,15 @@ class _Namespace(jinja2.utils.Namespace):
 
 def _check_attribute(name: object) -> None:
     if str(name).startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"a namespace does not hold {str(name)[:100]!r}")
+        raise jinja2.exceptions.SecurityError(f"a namespace must not have the attribute {str(name)[:100]!r}")
 
 
 def answers(request: dict[str, Any]) -> list[dict[str, Any]]:
-    """An answer for each of `chats`, variables of the template.
+    """Return an answer for each of `request["chats"]`, which are variables of the template.
 
-    It has `text`, and `spans`: begin and end of what `{% generation %}` blocks wrote, None if there are none or it is not known
-    where in the text they are. Or it has `error` (`refused`, `unsafe`, `endless`, `bad`, `old`) and `message`.
+    An answer has `text` and `spans`, the begins and ends of the output of `{% generation %}` blocks; `spans` is None if there
+    are no blocks or their positions are unknown. Or it has `error` (`refused`, `unsafe`, `endless`, `bad`, `old`) and
+    `message`.
     """
     chats = request["chats"]
     version = getattr(jinja2, "__version__", None)
@@ -138,7 +139,7 @@ def _answer(
             if generation.written > max_characters:
                 return None
         text = "".join(pieces)
-        # A lone surrogate, which no tokenizer takes.
+        # Raises for a lone surrogate, which no tokenizer accepts.
         text.encode()
         return text
 
@@ -148,13 +149,13 @@ def _answer(
     if text is None:
         return {"error": "endless", "message": f"more than {max_characters} characters"}
     spans = [(begin, begin + len(said)) for begin, said in generation.spans]
-    # A block in a macro, or in a text that is kept first, does not write where the text has come to.
+    # The output of a block in a macro, or in a text that is stored first, is written later, at another position.
     known = all(text[begin:end] == said for (begin, end), (_, said) in zip(spans, generation.spans, strict=True))
     return {"text": text, "spans": spans if generation.present and known else None}
 
 
 def _guarded(work: Callable[[], Any]) -> tuple[dict[str, Any], Any]:
-    """What went wrong (else an empty dictionary) and the result."""
+    """Run `work`. Return an error (empty if there is none) and the result."""
     try:
         return {}, work()
     except _RefusedByTemplateError as error:
@@ -163,7 +164,7 @@ def _guarded(work: Callable[[], Any]) -> tuple[dict[str, Any], Any]:
         return {"error": "unsafe", "message": str(error)}, None
     except MemoryError:
         return {"error": "endless", "message": f"more than {MEMORY_BYTES >> 20} MB of memory"}, None
-    except Exception as error:  # noqa: BLE001 - whatever a program of unknown origin raises is its own fault
+    except Exception as error:  # noqa: BLE001 - an untrusted program may raise anything
         return {"error": "bad", "message": f"{type(error).__name__}: {error}"[:500]}, None
 
 
@@ -174,7 +175,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # Unlike Jinja's own filter, which escapes for HTML: prompts are not HTML.
+    # Jinja's own filter escapes for HTML, but prompts are not HTML.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -183,7 +184,7 @@ def _refuse(message: object) -> NoReturn:
 
 
 def _limit() -> None:
-    """Bound memory and time where the system can; elsewhere the parent's clock bounds both."""
+    """Limit memory and time if the system supports it; otherwise the parent's timer is the only limit."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
@@ -192,12 +193,12 @@ def _limit() -> None:
 
 
 def _end_with_parent() -> None:
-    """On Linux; elsewhere the limit of processor time ends what a killed parent leaves."""
+    """End this process with its parent, on Linux; elsewhere the limit of processor time ends an orphan."""
     with contextlib.suppress(ImportError, OSError, AttributeError):
         import ctypes
         import signal
 
-        # PR_SET_PDEATHSIG. The thread that starts this process waits for it, so it is there as long as the parent.
+        # PR_SET_PDEATHSIG. It refers to the parent's thread that started this process, which waits for it.
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 

@@ -1,7 +1,7 @@
-"""Chat templates: messages to prompt text, by the Jinja template a model brings along.
+"""Render chat messages to prompt text with the Jinja chat template of a model.
 
-A template is a program from a file of unknown origin. It runs in Jinja's immutable sandbox, in a process of its own that sees
-plain data only, and its time, its memory and the length of what it writes are bounded.
+A template is a program from an untrusted file. It runs in Jinja's immutable sandbox, in a separate process that receives only
+plain data, with limits on time, memory and the length of the output.
 """
 
 from __future__ import annotations
@@ -23,34 +23,34 @@ from cluscomp_formats.errors import ClusCompError, InvalidFileError, InvalidRequ
 __all__ = ["Chat", "Rendered", "render_chat", "render_chats"]
 
 MAX_CHARACTERS = 16 * 1024 * 1024
-"""No real prompt is longer; a template that loops is stopped here."""
+"""Limit of the output, above any real prompt; it stops templates that loop."""
 
 MAX_SECONDS = 30
-"""Wall-clock time for a template; the process bounds its own processor time more tightly where the system can."""
+"""Wall-clock limit of a process; if the system supports it, the process has a tighter limit of processor time."""
 
 CHATS_PER_PROCESS = 64
-"""Starting a process takes longer than rendering many chats, but they share its time."""
+"""Chats per process. Starting one takes longer than rendering many chats, but the chats share its time limit."""
 
 _PROCESS = Path(__file__).with_name("process.py")
 _FOLDER = _PROCESS.parent
 _LIBRARIES = ("jinja2", "markupsafe")
 _KEPT_VARIABLES = ("SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
-"""Of the environment, what Python itself may not start without."""
+"""Environment variables that Python may need to start."""
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
-"""Members that a message's reasoning goes by; the first is what templates read, but for gpt-oss's, which reads the second."""
+"""Names of a message's reasoning. Templates read the first, except that of gpt-oss, which reads the second."""
 
-_CUT = "CONTINUE-THE-FINAL-MESSAGE-HERE "
-"""Marks the end of a final message that is to be continued. A template that strips the message takes the space away."""
+_CONTINUE_MARK = "CONTINUE-THE-FINAL-MESSAGE-HERE "
+"""Marks the end of a final message that is to be continued. A template that strips the message removes the space."""
 
 
 @dataclass(frozen=True)
 class Chat:
-    """Messages, each with `role` and mostly `content`, and what else the template is given.
+    """The messages of a chat, each with `role` and usually `content`, and the other inputs of a template.
 
-    With `prompt`, the assistant's turn is opened at the end. With `continue_final`, the text ends with the content of the final
-    message, its turn still open; `prompt` should be False then. `tools` are JSON schemas of functions, `documents` objects with
-    `title` and `text`. `variables` are those that a template has of its own, such as `enable_thinking`.
+    With `prompt`, the text ends with the beginning of the assistant's turn. With `continue_final`, it ends with the content of
+    the final message, so that the model continues it; `prompt` should then be False. `tools` are JSON schemas of functions;
+    `documents` are objects with `title` and `text`. `variables` are specific to a template, such as `enable_thinking`.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -63,8 +63,11 @@ class Chat:
 
 @dataclass(frozen=True)
 class Rendered:
-    """The text of a chat. `generated` are the begins and ends, in characters, of what the template's generation blocks wrote;
-    None for a template without such blocks, or with blocks that do not tell where they write."""
+    """The text of a chat.
+
+    `generated` has the spans (begin, end), in characters, of the output of the template's generation blocks. It is None if the
+    template has no such blocks, or if the position of their output is unknown.
+    """
 
     text: str
     generated: tuple[tuple[int, int], ...] | None = None
@@ -81,7 +84,7 @@ def render_chat(
     continue_final_message: bool = False,
     **variables: Any,
 ) -> str:
-    """The text of one chat, a `Chat` of these members. Raises what `render_chats` gives or raises."""
+    """Return the text of one chat, with arguments as in `Chat`. Raises the errors that `render_chats` returns or raises."""
     prompt = add_generation_prompt and not continue_final_message
     chat = Chat(messages, prompt, tools, documents, continue_final_message, variables)
     outcome = render_chats(template, [chat], special_tokens=special_tokens)[0]
@@ -91,16 +94,16 @@ def render_chat(
 
 
 def render_chats(template: str, chats: Sequence[Chat], *, special_tokens: Mapping[str, str]) -> list[Rendered | ClusCompError]:
-    """The text of each chat, or the error that it gives.
+    """Return, for each chat, its text or the error it caused.
 
-    The template sees `messages`, `tools` and `documents` (none where there are none), `add_generation_prompt`, the special
-    tokens by name (`bos_token`, ...), a chat's variables, and what transformers offers: `raise_exception`, `strftime_now`, the
-    `tojson` filter with its options, loop controls and `{% generation %}`. Members of messages that are None are left out, and
-    reasoning is there by the names that templates read.
+    The template gets `messages`, `tools` and `documents` (None if there are none), `add_generation_prompt`, the special tokens
+    by name (`bos_token`, ...), the chat's variables, and the additions of transformers: `raise_exception`, `strftime_now`, the
+    `tojson` filter with its options, loop controls and `{% generation %}`. Members of a message that are None are omitted;
+    reasoning is available by every name that templates read.
 
-    An error is InvalidRequestError for messages that are malformed or that the template refuses, InvalidFileError for a
-    template with an error, UnsupportedError for one that reaches outside the sandbox or takes too much time, memory or space.
-    Raises UnsupportedError if the process they run in does not start.
+    A chat's error is InvalidRequestError if its messages are malformed or the template rejects them; InvalidFileError if the
+    template has an error; UnsupportedError if the template leaves the sandbox or exceeds its limits of time, memory or output.
+    Raises UnsupportedError if the process does not start.
     """
     outcomes: list[Rendered | ClusCompError] = []
     for start in range(0, len(chats), CHATS_PER_PROCESS):
@@ -119,7 +122,7 @@ def _render(template: str, chats: Sequence[Chat], special_tokens: Mapping[str, s
             requests[index] = request
     if requests:
         settings = {"template": template, "max_characters": MAX_CHARACTERS, "now": datetime.datetime.now().isoformat()}
-        # Every chat is JSON already: it was looked at by itself.
+        # Each chat was converted to JSON by itself, so that one chat's error does not affect the others.
         answers = _run(f'{json.dumps(settings)[:-1]}, "chats": [{", ".join(requests.values())}]}}', len(requests))
         for index, answer in zip(requests, answers, strict=True):
             outcomes[index] = _outcome(answer, chats[index])
@@ -127,18 +130,18 @@ def _render(template: str, chats: Sequence[Chat], special_tokens: Mapping[str, s
 
 
 def _request(chat: Chat, special_tokens: Mapping[str, str]) -> str | ClusCompError:
-    """The template's variables for a chat, as JSON, or what is wrong with the chat."""
+    """Return the template's variables for a chat as JSON, or the error in the chat."""
     try:
         return json.dumps(_variables(chat, special_tokens))
     except InvalidRequestError as error:
         return error
     except (TypeError, ValueError, RecursionError) as fault:
-        message = f"messages are plain data: texts, numbers, lists, objects ({fault})"
+        message = f"messages must be plain data: texts, numbers, lists, objects ({fault})"
         return InvalidRequestError(Problem("bad_messages", message))
 
 
 def _variables(chat: Chat, special_tokens: Mapping[str, str]) -> dict[str, Any]:
-    """What the template sees of a chat. Raises InvalidRequestError."""
+    """Return the template's variables for a chat. Raises InvalidRequestError if its messages are malformed."""
     malformed = [
         index
         for index, message in enumerate(chat.messages)
@@ -167,7 +170,7 @@ def _objects(name: str, values: Sequence[Mapping[str, Any]] | None) -> list[dict
 
 
 def _messages(chat: Chat) -> list[dict[str, Any]]:
-    """Messages as transformers hands them to a template, the end of a final one that is to be continued marked."""
+    """Return the messages as transformers passes them to a template; the end of a message to be continued is marked."""
     messages = []
     for message in chat.messages:
         present = {name: value for name, value in message.items() if value is not None}
@@ -181,19 +184,19 @@ def _messages(chat: Chat) -> list[dict[str, Any]]:
 
 
 def _marked(content: object) -> str | list[Any]:
-    """The content with the mark after its last text. Raises InvalidRequestError if there is no text."""
+    """Return the content with the mark after its last text. Raises InvalidRequestError if there is no text."""
     if isinstance(content, str):
-        return content + _CUT
+        return content + _CONTINUE_MARK
     parts = list(content) if isinstance(content, (list, tuple)) else []
     index = _last_text(parts)
     if index is None:
         raise InvalidRequestError(Problem("bad_messages", "the final message has no text to continue"))
-    parts[index] = {**parts[index], "text": parts[index]["text"] + _CUT}
+    parts[index] = {**parts[index], "text": parts[index]["text"] + _CONTINUE_MARK}
     return parts
 
 
 def _last_text(parts: Sequence[Any]) -> int | None:
-    """The index of the last part of a content that has a text."""
+    """Return the index of the last part that has a text, None if there is none."""
     texts = [index for index, part in enumerate(parts) if isinstance(part, Mapping) and isinstance(part.get("text"), str)]
     return texts[-1] if texts else None
 
@@ -208,33 +211,33 @@ def _outcome(answer: Mapping[str, Any], chat: Chat) -> Rendered | ClusCompError:
 
 
 def _continued(text: str, content: str | list[Any] | tuple[Any, ...]) -> Rendered | ClusCompError:
-    """The text of a chat up to the mark in its final message, which has this content."""
-    end = text.rfind(_CUT.strip())
-    said = content if isinstance(content, str) else str(content[_last_text(content) or 0]["text"])
-    # Written otherwise than it is (quoted, say), or in part, it cannot be gone on with.
-    if end < 0 or said.strip() not in text:
-        message = "the chat template does not write the final message as it is, so it cannot be continued"
+    """Return the text of a chat up to the mark in its final message, which has this content."""
+    end = text.rfind(_CONTINUE_MARK.strip())
+    original = content if isinstance(content, str) else str(content[_last_text(content) or 0]["text"])
+    # A message that the template changed (quoted, say) or wrote in part cannot be continued.
+    if end < 0 or original.strip() not in text:
+        message = "the chat template does not write the final message unchanged, so it cannot be continued"
         return InvalidRequestError(Problem("refused_messages", message))
-    return Rendered(text[:end] if text.startswith(_CUT, end) else text[:end].rstrip())
+    return Rendered(text[:end] if text.startswith(_CONTINUE_MARK, end) else text[:end].rstrip())
 
 
 def _error(reason: str, message: str) -> ClusCompError:
     if reason == "refused":
-        return InvalidRequestError(Problem("refused_messages", f"the chat template refuses these messages: {message}"))
+        return InvalidRequestError(Problem("refused_messages", f"the chat template rejects these messages: {message}"))
     if reason == "unsafe":
-        return UnsupportedError(Problem("unsafe_template", f"the chat template reaches outside its sandbox: {message}"))
+        return UnsupportedError(Problem("unsafe_template", f"the chat template tries to leave its sandbox: {message}"))
     if reason == "endless":
-        return UnsupportedError(Problem("endless_template", "the chat template takes too much", found=message))
+        return UnsupportedError(Problem("endless_template", "the chat template exceeds a limit", found=message))
     if reason == "old":
-        old, remedy = "a chat template can leave the sandbox of this jinja2", 'pip install --upgrade "jinja2>=3.1.6"'
+        old, remedy = "chat templates can leave the sandbox of this jinja2", 'pip install --upgrade "jinja2>=3.1.6"'
         return UnsupportedError(Problem("old_jinja2", old, found=message, expected="3.1.6 or newer", remedy=remedy))
     return InvalidFileError(Problem("bad_template", f"the chat template fails: {message}"))
 
 
 def _run(request: str, count: int) -> list[dict[str, Any]]:
-    """What the template's process answers for each of `count` chats, or that it was stopped.
+    """Return the answer of the template's process for each of `count` chats, or that it was stopped.
 
-    The process is isolated (`-I -S`): of the environment, the current folder and installed packages, nothing runs in it.
+    The process is isolated (`-I -S`): it runs no code from the environment, the current folder or installed packages.
     """
     command = [sys.executable, "-I", "-S", str(_PROCESS), *_library_folders()]
     environment = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
@@ -252,22 +255,22 @@ def _run(request: str, count: int) -> list[dict[str, Any]]:
     except subprocess.TimeoutExpired:
         return count * [{"error": "endless", "message": f"more than {MAX_SECONDS} seconds"}]
     except OSError as error:
-        problem = Problem("no_process", f"the process chat templates run in does not start: {error}")
+        problem = Problem("no_process", f"the process for chat templates does not start: {error}")
         raise UnsupportedError(problem) from error
     if done.returncode < 0:
-        stopped = f"more processor time than it is given (signal {-done.returncode})"
+        stopped = f"more processor time than allowed (signal {-done.returncode})"
         return count * [{"error": "endless", "message": stopped}]
     if done.returncode > 0:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise UnsupportedError(Problem("no_process", f"the process chat templates run in fails: {reason}"))
+        raise UnsupportedError(Problem("no_process", f"the process for chat templates fails: {reason}"))
     answers: list[dict[str, Any]] = json.loads(done.stdout)
     return answers
 
 
 def _library_folders() -> list[str]:
-    """The folders that hold jinja2 and what it needs. Raises UnsupportedError.
+    """Return the folders of jinja2 and its dependencies. Raises UnsupportedError if they are not installed.
 
-    The current folder is not one of them, though Python may have it on `sys.path`: it may be a model's, with files of any name.
+    The current folder is excluded even if it is on `sys.path`: it may belong to a model and contain files of any name.
     """
     installed = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     searched = [entry for entry in sys.path if entry in installed or not _is_current(entry)]
@@ -275,14 +278,14 @@ def _library_folders() -> list[str]:
     for name in _LIBRARIES:
         found = PathFinder.find_spec(name, searched)
         if found is None or found.origin is None:
-            remedy = f"pip install {name}, into another folder than the current one"
+            remedy = f"pip install {name}, in a folder other than the current one"
             raise UnsupportedError(Problem("no_jinja2", f"chat templates need {name}, which is not installed", remedy=remedy))
         folders.append(str(Path(found.origin).absolute().parents[1]))
     return list(dict.fromkeys(folders))
 
 
 def _is_current(entry: str) -> bool:
-    """Whether an entry of `sys.path` is the current folder."""
+    """Return whether an entry of `sys.path` is the current folder."""
     try:
         return not entry or os.path.samefile(entry, os.curdir)  # noqa: PTH121 - an entry need not be a path at all
     except OSError:

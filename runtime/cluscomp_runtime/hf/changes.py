@@ -1,4 +1,4 @@
-"""What of a transformers model changed since it was loaded from a folder of ours, as tensors and settings of that folder."""
+"""Find the tensors and settings of a transformers model that changed since it was loaded from a ClusComp folder."""
 
 from __future__ import annotations
 
@@ -20,17 +20,24 @@ from cluscomp_runtime.linear import decoded
 
 __all__ = ["changed_config", "changed_tensors"]
 
-_OF_LOADING = ("_attn_implementation", "_name_or_path", "architectures", "dtype", "quantization_config", "transformers_version")
-"""Settings that say how a model was loaded, not what it is."""
+_LOADING_SETTINGS = (
+    "_attn_implementation",
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "quantization_config",
+    "transformers_version",
+)
+"""Settings that describe how a model was loaded, not the model."""
 
-_REMEDY = "save adapters by themselves (PeftModel.save_pretrained), or call model.dequantize() and save an ordinary model"
+_REMEDY = "save adapters separately (PeftModel.save_pretrained), or call model.dequantize() and save an ordinary model"
 
 
 def changed_tensors(model: Any, stored: Model, replacement: Replacement) -> dict[str, Tensor]:
-    """The tensors to write in the place of those of `stored` of the same names, and new ones: all that `model` has otherwise.
+    """Return the tensors of `model` that differ from those of `stored`, by name, and the new ones.
 
-    Looks at every parameter and persistent buffer. Raises InvalidRequestError for what the folder has no name for, for what is
-    gone, and for what is not in memory.
+    Compares every parameter and persistent buffer. Raises InvalidRequestError if one has no name in the folder, has been
+    replaced, or is not in memory.
     """
     state = {key: value for key, value in model.state_dict(keep_vars=True).items() if isinstance(value, torch.Tensor)}
     problems = [_cannot_save(key, "is not in memory") for key, value in state.items() if value.is_meta]
@@ -46,11 +53,12 @@ def changed_tensors(model: Any, stored: Model, replacement: Replacement) -> dict
     for merge in [] if problems else replacement.places.merges:
         made = merged_values(model, stored, merge)
         seen.update(made)
-        gone = [key for key in made if key not in state]
-        problems += [_cannot_save(key, "has been replaced") for key in gone]
-        if not gone and any(_differ(state[key], value) for key, value in made.items()):
+        missing = [key for key in made if key not in state]
+        problems += [_cannot_save(key, "has been replaced") for key in missing]
+        if not missing and any(_differ(state[key], value) for key, value in made.items()):
             parts = _unmerged(model, merge, {key: state[key] for key in made})
-            problems += [] if parts else [_cannot_save(merge.key, "has changed, and is made of several stored tensors")]
+            if not parts:
+                problems.append(_cannot_save(merge.key, "has changed and cannot be converted back to its stored tensors"))
             changed |= parts
     known = {id(state[key]) for key in seen if key in state}
     optional = [*(model._keys_to_ignore_on_load_missing or ()), *(model._keys_to_ignore_on_save or ())]
@@ -61,17 +69,17 @@ def changed_tensors(model: Any, stored: Model, replacement: Replacement) -> dict
         if key in expected and key not in stored.tensors:
             changed[key] = state[key]
         else:
-            problems.append(_cannot_save(key, "has no name in the folder that was loaded"))
+            problems.append(_cannot_save(key, "has no name in the loaded folder"))
     if problems:
         raise InvalidRequestError(problems)
     return {name: DenseTensor(name, _array(value)) for name, value in changed.items()}
 
 
 def changed_config(model: Any, stored: Mapping[str, Any], loaded: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration to write: `stored` with the settings that `model` has otherwise, since it was loaded or given to load.
+    """Return the configuration to write: `stored`, with the settings that were changed in `model`, when or since it was loaded.
 
-    `loaded` is what transformers made of it. Raises InvalidRequestError for settings that contradict the weights, or that
-    would not be read back as they are.
+    `loaded` is the configuration as transformers read it. Raises InvalidRequestError if a setting contradicts the weights, or
+    would have another value when it is read again.
     """
     now = model.config.to_dict()
     config = deepcopy(dict(stored))
@@ -92,7 +100,7 @@ def changed_config(model: Any, stored: Mapping[str, Any], loaded: Mapping[str, A
         wrong = {path[0] for path, _ in _edits(again.config.to_dict(), now)}
         wrong |= {path[0] for path in edits} if _shapes(again) != _shapes(model) else set()
     if wrong:
-        raise _contradiction(wrong, "it contradicts the weights, or would not be read back as it is")
+        raise _contradiction(wrong, "it contradicts the weights, or would have another value when read again")
     return config
 
 
@@ -102,12 +110,15 @@ def _contradiction(settings: Iterable[str], reason: str) -> InvalidRequestError:
 
 
 def _fresh(model: Any, config: Mapping[str, Any], edits: Iterable[tuple[str, ...]] = ()) -> Any:
-    """A model without weights of this configuration, with these edits: transformers changes some while it builds one."""
+    """Build a model without weights from a configuration, because transformers changes some settings while it builds a model.
+
+    `edits` are the paths of changed settings, for the error message.
+    """
     try:
         with torch.device("meta"):
-            # transformers has a form of its own for numbers that JSON has not.
+            # transformers encodes NaN and infinities in its own way, since JSON has no such numbers.
             return type(model)(type(model.config).from_dict(model.config._decode_special_floats(deepcopy(dict(config)))))
-    except Exception as error:  # what transformers raises for a setting it does not take is of many kinds
+    except Exception as error:  # transformers raises many types for an invalid setting
         raise _contradiction({path[0] for path in edits}, str(error).strip().split("\n")[0][:300]) from error
 
 
@@ -128,7 +139,7 @@ def _differ(now: torch.Tensor, loaded: torch.Tensor) -> bool:
 
 
 def _unmerged(model: Any, merge: Merge, parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The stored tensors that give these parameters, by name; none if there is no way back."""
+    """Return the stored tensors, by name, that transformers merges to these parameters; empty if it cannot be reversed."""
     try:
         parts = merge.stored(model, parameters)
         again = merge.parameters(model, [parts[name] for name in merge.names])
@@ -146,14 +157,14 @@ def _array(values: torch.Tensor) -> Array:
 
 
 def _edits(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """The settings in which two configurations differ, by path, as they are now; None for those that are gone."""
+    """Yield the path and new value of each setting in which two configurations differ; None for removed settings."""
     for name in [*now, *(name for name in before if name not in now)]:
-        if name in _OF_LOADING:
+        if name in _LOADING_SETTINGS:
             continue
         old, new = before.get(name), now.get(name)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             yield from (((str(name), *path), value) for path, value in _edits(old, new))
-        elif old != new and repr(old) != repr(new):  # NaN is not itself
+        elif old != new and repr(old) != repr(new):  # NaN does not equal itself
             yield (str(name),), new
 
 
@@ -166,7 +177,7 @@ def _set(part: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
 
 
 def _part_of(config: dict[str, Any], model_type: str) -> dict[str, Any] | None:
-    """The configuration, or the part of it, that is of this type of model: what a class of the text part has of it."""
+    """Return the configuration, or the part of it, of this model type: a text model has only a part of a composite one."""
     if config.get("model_type") == model_type:
         return config
     parts = (_part_of(value, model_type) for value in config.values() if isinstance(value, dict))
@@ -174,7 +185,7 @@ def _part_of(config: dict[str, Any], model_type: str) -> dict[str, Any] | None:
 
 
 def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
-    """The shapes of the parameters and persistent buffers of a model, clustered weights included."""
+    """Return the shapes of a model's parameters and persistent buffers, including clustered weights."""
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, ClusteredModule):

@@ -1,4 +1,4 @@
-"""The way back: dense modules in the place of clustered ones."""
+"""Replace clustered modules by dense ones."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ __all__ = ["make_dense"]
 
 
 def make_dense(model: Any, modules: Iterable[ClusteredModule]) -> int:
-    """Put dense modules in the place of these and of all others of the same weights. Returns the bytes of the parameters.
+    """Replace these modules, and all others with the same weights, by dense ones. Return the bytes of the new parameters.
 
-    Modules of one weight share the parameter, which does not require a gradient.
+    Modules with the same weight share one parameter, which does not require a gradient.
     """
     wanted = {id(module.clustered) for module in modules}
     parameters: dict[int, nn.Parameter] = {}

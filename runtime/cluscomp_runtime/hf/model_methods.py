@@ -1,4 +1,4 @@
-"""Methods of transformers' models that have to know of clustered weights, put on a model that was loaded."""
+"""Methods of transformers' models that must handle clustered weights, attached to a loaded model."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _METHODS = (
 
 
 def attach_methods(model: Any, stored: Model, replacement: Replacement) -> None:
-    """Give `model`, just loaded from `stored`, the methods of this module in the place of transformers' own."""
-    # transformers writes its own idea of the configuration and no side files; what is read back would be another model.
-    model.save_pretrained = functools.partial(save_pretrained, model, Loaded.now(model, stored, replacement))
+    """Override methods of `model`, which has just been loaded from `stored`, with those of this module."""
+    # transformers' own method would write a changed configuration and no side files, which gives another model.
+    model.save_pretrained = functools.partial(save_pretrained, model, Loaded.snapshot(model, stored, replacement))
     model.resize_token_embeddings = functools.partial(_resize_token_embeddings, model)
     model.num_parameters = functools.partial(_num_parameters, model)
     model.get_memory_footprint = functools.partial(_get_memory_footprint, model)
@@ -34,7 +34,7 @@ def attach_methods(model: Any, stored: Model, replacement: Replacement) -> None:
 
 
 def detach_methods(model: Any) -> None:
-    """Give `model`, in which nothing is clustered any more, transformers' own methods back, and its ties."""
+    """Restore transformers' own methods and ties of `model`, which has no clustered modules any more."""
     for name in _METHODS:
         delattr(model, name)
     ties = model.get_expanded_tied_weights_keys(all_submodels=True)
@@ -45,7 +45,7 @@ def detach_methods(model: Any) -> None:
 def _resize_token_embeddings(
     model: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
 ) -> Any:
-    """As transformers', after a clustered embedding and head, which have no rows to add, have been decoded to dense."""
+    """Decode a clustered embedding and head to dense, so that rows can be added, then resize as transformers does."""
     rows = model.get_input_embeddings().weight.shape[0]
     wanted = rows if new_num_tokens is None else new_num_tokens
     if pad_to_multiple_of:
@@ -55,12 +55,12 @@ def _resize_token_embeddings(
     if wanted != rows and clustered:
         size = make_dense(model, clustered)
         names = ", ".join(dict.fromkeys(module.clustered.name for module in clustered))
-        warnings.warn(f"{names}: decoded to dense to be resized, {size / 1e6:.1f} MB", stacklevel=2)
+        warnings.warn(f"{names}: decoded to dense for resizing, {size / 1e6:.1f} MB", stacklevel=2)
     return type(model).resize_token_embeddings(model, new_num_tokens, pad_to_multiple_of, mean_resizing)
 
 
 def _num_parameters(model: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-    """Counts a clustered weight as the matrix that it stands for."""
+    """Count a clustered weight as the dense matrix it represents."""
     count: int = type(model).num_parameters(model, only_trainable, exclude_embeddings)
     if only_trainable:
         return count
@@ -72,7 +72,7 @@ def _num_parameters(model: Any, only_trainable: bool = False, exclude_embeddings
 
 
 def _get_memory_footprint(model: Any, return_buffers: bool = True) -> int:
-    """Counts clustered weights as they are stored, codebooks included; what kernels make of them is about as large."""
+    """Count clustered weights as stored, including codebooks; the kernels' layouts have about the same size."""
     weights = _clustered_weights(model)
     books = {stage.codebook.name: stage.codebook.values.nbytes for weight in weights for stage in weight.stages}
     dense: int = type(model).get_memory_footprint(model, return_buffers)
@@ -80,13 +80,13 @@ def _get_memory_footprint(model: Any, return_buffers: bool = True) -> int:
 
 
 def _clustered_weights(model: Any) -> list[ClusteredWeight]:
-    """Each once, however many modules share it."""
+    """Return the clustered weights, each once, even if several modules share it."""
     found = {module.clustered.name: module.clustered for module in model.modules() if isinstance(module, ClusteredModule)}
     return list(found.values())
 
 
 def _get_expanded_tied_weights_keys(model: Any, all_submodels: bool = False) -> dict[str, str]:
-    """Without the ties of clustered modules, which share their weight already."""
+    """Return the ties without those of clustered modules, which share their weight already."""
     ties: dict[str, str] = type(model).get_expanded_tied_weights_keys(model, all_submodels)
     clustered = {f"{name}{WEIGHT}" for name, module in model.named_modules() if isinstance(module, ClusteredModule)}
     return {key: source for key, source in ties.items() if key not in clustered and source not in clustered}

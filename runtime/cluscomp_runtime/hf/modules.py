@@ -1,8 +1,8 @@
-"""torch modules over clustered weights, in place of `Linear`, `Conv1D` and `Embedding`.
+"""torch modules with clustered weights, which replace `Linear`, `Conv1D` and `Embedding`.
 
-They keep the weight as the lazy tensor of the IR and prepare a kernel for the device and dtype they are on, anew after
-`.to(...)`. The weight itself is never trained; gradients pass through a linear to its input and to its bias, so that whatever
-lies before or beside it can be: the backward pass decodes the weight for the time it needs it.
+They keep the weight as the lazy tensor of the IR and prepare a kernel for their device and dtype, again after `.to(...)`. The
+weight itself cannot be trained, but gradients pass through a linear to its input and bias, so that adapters and earlier layers
+can be. The backward pass decodes the weight temporarily.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ __all__ = ["ClusteredEmbedding", "ClusteredLinear", "ClusteredModule", "MatrixSt
 
 
 class MatrixStore:
-    """Prepares matrices, each once for all modules that use it on one device in one dtype: a tied head is the embedding's.
+    """A cache of prepared matrices, which modules with the same weight, device and dtype share, such as a tied head.
 
-    Forgets a matrix when the last module that uses it does.
+    A matrix is freed with the last module that uses it.
     """
 
     def __init__(self) -> None:
@@ -35,15 +35,15 @@ class MatrixStore:
         self._matrices: weakref.WeakValueDictionary[Any, Matrix] = weakref.WeakValueDictionary()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MatrixStore:
-        """A cache of what never changes serves copies of a model as well."""
+        """Return the same object: its matrices never change, so copies of a model can share them."""
         return self
 
     def __reduce__(self) -> tuple[type[MatrixStore], tuple[()]]:
-        """In another process the cache starts empty."""
+        """Unpickle as an empty cache."""
         return MatrixStore, ()
 
     def builder(self, device: torch.device, dtype: torch.dtype) -> MatrixBuilder:
-        """The builder for a device and dtype; whoever keeps it shares its codebooks with whoever asks next."""
+        """Return the builder for a device and dtype. It is shared, with its codebooks, as long as a module refers to it."""
         found = self._builders.get((device, dtype))
         if found is None:
             found = MatrixBuilder(kernel="auto", dtype=dtype, device=device)
@@ -51,8 +51,8 @@ class MatrixStore:
         return found
 
     def matrix(self, weight: ClusteredWeight, builder: MatrixBuilder) -> Matrix:
-        """The weight, prepared by that builder."""
-        # A transposed weight is another matrix under the same name.
+        """Return the weight prepared by `builder`, from the cache if possible."""
+        # A transposed weight is a different matrix with the same name.
         key = (weight.name, weight.shape, weight.group_axis, builder.device, builder.dtype)
         found = self._matrices.get(key)
         if found is None:
@@ -62,37 +62,38 @@ class MatrixStore:
 
 
 class ClusteredModule(nn.Module):
-    """A clustered weight `[out_features, in_features]`, ready where the module is.
+    """A module with a clustered weight `[out_features, in_features]`, prepared for the module's device and dtype.
 
-    `kernel` names what runs. Has no parameter for the weight; `weight` stands for the decoded one.
+    `kernel` names the kernel in use. The weight is not a parameter; `weight` is a view that is decoded when it is read.
     """
 
     def __init__(self, clustered: ClusteredWeight, store: MatrixStore, dtype: torch.dtype, device: torch.device) -> None:
         nn.Module.__init__(self)
         self.clustered = clustered
-        # Whether the weight is the transpose of the parameter of the module it stands for, which is a `Conv1D` then.
+        # True if the replaced module is a `Conv1D`, whose parameter is the transpose of the weight.
         self.transposed = False
         self._store = store
         self._builder: MatrixBuilder | None = None
         self._matrix: Matrix | None = None
         self._decoded: torch.Tensor | None = None
         self._reads = 0
-        # transformers has nothing to initialize here.
+        # Keeps transformers from initializing the module.
         self._is_hf_initialized = True
-        # Says where the module is; whoever moves a model, moves its buffers.
+        # Tracks the module's device and dtype: moving a model moves its buffers.
         self.register_buffer("_placement", torch.empty(0, dtype=dtype, device=device), persistent=False)
         self._placement: torch.Tensor
 
     @property
     def stored_shape(self) -> tuple[int, int]:
-        """The shape of the parameter that the module it stands for has."""
+        """Shape of the parameter of the replaced module."""
         rows, columns = self.clustered.shape
         return (columns, rows) if self.transposed else (rows, columns)
 
     def matrix(self) -> Matrix:
-        """The weight prepared for the module's device and dtype."""
+        """Return the weight prepared for the module's device and dtype."""
         if self._matrix is None:
-            # Made to last, for training as well, even where the first call comes under torch.inference_mode.
+            # The matrix is also used in training, so it must not consist of inference tensors even if this call is made under
+            # torch.inference_mode.
             with torch.inference_mode(mode=False), torch.no_grad():
                 self._builder = self._store.builder(self._placement.device, self._placement.dtype)
                 self._matrix = self._store.matrix(self.clustered, self._builder)
@@ -104,7 +105,7 @@ class ClusteredModule(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """Stands for the decoded weight `[out_features, in_features]`: asking for its values decodes it."""
+        """A view of the decoded weight `[out_features, in_features]`; reading its values decodes it."""
         return WeightView(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -113,14 +114,14 @@ class ClusteredModule(nn.Module):
         super().__setattr__(name, value)
 
     def requires_grad_(self, requires_grad: bool = True) -> ClusteredModule:
-        """As of any module; warns whoever means to train this one, as PEFT's `modules_to_save` does, that its weight is not."""
+        """Warn that the weight is not trained, which PEFT's `modules_to_save` would expect; otherwise as for any module."""
         if requires_grad:
             warnings.warn(f"{self.clustered.name} is clustered: it is not trained", stacklevel=2)
         super().requires_grad_(requires_grad)
         return self
 
     def decoded(self) -> torch.Tensor:
-        """The decoded weight; kept from the second time on, with a warning: what reads it twice reads it at every call."""
+        """Return the decoded weight. It is kept from the second call on, with a warning: such code reads it in every step."""
         if self._decoded is not None:
             return self._decoded
         values = self._decode()
@@ -128,8 +129,8 @@ class ClusteredModule(nn.Module):
         if self._reads > 1 and not values.is_meta:
             self._decoded = values
             warnings.warn(
-                f"{self.clustered.name}: something reads the values of this clustered weight time and again, so its decoded "
-                f"values are kept, {values.nbytes} bytes",
+                f"{self.clustered.name}: the values of this clustered weight are read repeatedly, so its decoded values are "
+                f"kept, {values.nbytes} bytes",
                 stacklevel=2,
             )
         return values
@@ -151,7 +152,7 @@ class ClusteredModule(nn.Module):
         self._reads = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy asks for its matrix again, and mostly gets the one there is: a sparse one cannot be copied."""
+        """Leave out the matrix: a copy gets it from the cache again, and a matrix with sparse outliers cannot be copied."""
         return {**self.__dict__, "_matrix": None, "_builder": None, "_decoded": None}
 
     def extra_repr(self) -> str:
@@ -163,7 +164,7 @@ class ClusteredModule(nn.Module):
 class ClusteredLinear(ClusteredModule, nn.Linear):  # type: ignore[override]
     """`y = x W^T + bias` for `x [..., in_features]`.
 
-    A `Linear`, so that PEFT and others that look for those find it.
+    It derives from `Linear`, so that PEFT and other libraries recognize it.
     """
 
     def __init__(
@@ -181,7 +182,7 @@ class ClusteredLinear(ClusteredModule, nn.Linear):  # type: ignore[override]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         matrix = self.matrix()
-        # A decoded matrix is torch's to differentiate.
+        # torch differentiates a decoded matrix by itself.
         if torch.is_grad_enabled() and x.requires_grad and isinstance(matrix, ClusLinear):
             y: torch.Tensor = _Multiply.apply(x, self)  # type: ignore[no-untyped-call]
         else:
@@ -190,7 +191,7 @@ class ClusteredLinear(ClusteredModule, nn.Linear):  # type: ignore[override]
 
 
 class _Multiply(torch.autograd.Function):
-    """`x W^T` on the module's kernel; the gradient of `x` is `grad W`, with `W` decoded anew: nothing is kept for it."""
+    """`x W^T` on the module's kernel; the gradient of `x` is `grad W`, with `W` decoded again rather than kept."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, module: ClusteredLinear) -> torch.Tensor:
@@ -202,13 +203,13 @@ class _Multiply(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         module: ClusteredLinear = ctx.module
         rows = torch.arange(module.out_features, device=grad.device)
-        # Where the codes are, by the kernel that looks up embeddings.
+        # Decodes on the device of the codes, with the kernel for embeddings.
         weight = module.matrix().embedding(rows)
         return (grad @ weight.to(grad.dtype)).to(ctx.dtype), None
 
 
 class ClusteredEmbedding(ClusteredModule, nn.Embedding):  # type: ignore[override]
-    """Rows of the weight: `ids [...] -> [..., embedding_dim]`. An `Embedding`, for those who look for one."""
+    """Rows of the weight: `ids [...] -> [..., embedding_dim]`. It derives from `Embedding`, so that libraries recognize it."""
 
     def __init__(
         self,
@@ -228,9 +229,9 @@ class ClusteredEmbedding(ClusteredModule, nn.Embedding):  # type: ignore[overrid
 
 
 def transposed(weight: ClusteredWeight) -> ClusteredWeight:
-    """The transpose of a clustered weight: the same codes, the groups along the other axis.
+    """Return the transpose of a clustered weight: the same codes, with groups along the other axis.
 
-    What a `Conv1D` stores, `[in_features, out_features]`, as the `[out_features, in_features]` of a linear.
+    Converts the weight `[in_features, out_features]` of a `Conv1D` to the `[out_features, in_features]` of a linear.
     """
     rows, columns = weight.shape
     outliers = weight.outliers

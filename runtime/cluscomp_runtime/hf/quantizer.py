@@ -1,8 +1,8 @@
-"""What transformers calls when `config.json` says `quant_method` `cluscomp`.
+"""The quantizer that transformers calls if `config.json` has `"quant_method": "cluscomp"`.
 
-transformers loads the dense tensors, which are stored as usual. The clustered ones are read by our own reader, which checks
-them, from the folder of the files that transformers found; to transformers their arrays are unexpected, and ignored. Where it
-wants a decoded weight after all, it meets a converter of ours.
+transformers loads the dense tensors, which are stored as usual. Our own reader reads and checks the clustered ones, from the
+folder of the files that transformers found; transformers ignores their arrays as unexpected. If transformers needs a decoded
+weight as a parameter, one of our converters supplies it.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ _ARRAYS = (
     r"\.(row_scale|column_scale|outlier_positions|outlier_values)$",
     r"(^|\.)codebooks\.",
 )
-"""Patterns of the names of the arrays that our own reader reads."""
+"""Patterns of the names of arrays of clustered weights."""
 
 
 @register_quantization_config(METHOD)
 class ClusCompConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """The `quantization_config` of a folder, as it is; our reader checks it."""
+    """The unchanged `quantization_config` of a folder; our reader checks it."""
 
     def __init__(self, **settings: Any) -> None:
         self.__dict__.update(settings)
@@ -67,19 +67,20 @@ class ClusCompQuantizer(HfQuantizer):  # type: ignore[misc]
         **_: Any,
     ) -> None:
         if not checkpoint_files:
-            message = "a codebook model is loaded from its folder, not from a state dict"
+            message = "a codebook model must be loaded from its folder, not from a state dict"
             raise InvalidRequestError(Problem("no_folder", message, remedy="call from_pretrained with the folder"))
         folder = Path(checkpoint_files[0]).parent
         self.stored = open_hf(folder, weights_only=not (folder / RECORD).exists())
         self.replacement = replace_modules(model, self.stored, MatrixStore(), dtype or torch.get_default_dtype())
         patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
         model._keys_to_ignore_on_load_unexpected = {*patterns, *_ARRAYS}
-        _watch_missing(model)
+        _forbid_missing(model)
 
     def update_weight_conversions(self, weight_conversions: Any, *_: Any) -> Any:
-        """Parameters that get decoded weights have converters, found before those of the model.
+        """Return the conversions, preceded by a converter for each parameter that gets a decoded weight.
 
-        The codes of the first weight are what they match, and the dense tensors that transformers would merge with it.
+        The converter matches the codes of the parameter's first weight, and the dense tensors that transformers would merge
+        with it.
         """
         renamings = deepcopy([entry for entry in weight_conversions if isinstance(entry, WeightRenaming)])
         clustered = self.stored.clustered
@@ -101,7 +102,7 @@ class ClusCompQuantizer(HfQuantizer):  # type: ignore[misc]
         return [*ours, *weight_conversions]
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
-        # The weights of a folder stay as they are; adapters bring parameters of their own.
+        # The loaded weights are not trained; adapters have their own parameters.
         model.requires_grad_(requires_grad=False)
         builders = {}
         for module in self.replacement.modules.values():
@@ -112,19 +113,19 @@ class ClusCompQuantizer(HfQuantizer):  # type: ignore[misc]
                 builder.warn_without_kernel()
         if self.replacement.decoded:
             names = [weight.name for weight in self.replacement.decoded.values()]
-            _warn(names, "belong to modules of classes of their own: they were decoded to dense")
+            _warn(names, "belong to modules of unsupported classes: they were decoded to dense")
         if self.replacement.merges:
             names = [name for merge in self.replacement.merges for name in merge.names if name in self.stored.clustered]
             size = sum(self.stored.tensors[name].num_weights for name in names) * model.dtype.itemsize
             _warn(names, f"are merged by transformers, as experts are: they were decoded to dense, {size / 1e6:.1f} MB")
         if self.replacement.unused:
             _warn(self.replacement.unused, f"have no place in {type(model).__name__}: they were not loaded")
-        # Ours have no way back, and cannot be pickled.
+        # Our converters are not reversible and cannot be pickled.
         model._weight_conversions = [entry for entry in model._weight_conversions if not _is_ours(entry)]
         attach_methods(model, self.stored, self.replacement)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        """What `model.dequantize()` calls: an ordinary model, with dense modules for all clustered ones."""
+        """Replace all clustered modules by dense ones, for `model.dequantize()`; the result is an ordinary model."""
         make_dense(model, [module for module in model.modules() if isinstance(module, ClusteredModule)])
         detach_methods(model)
         return model if dtype is None else model.to(dtype)
@@ -134,12 +135,12 @@ class ClusCompQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        """Adapters are."""
+        """True: adapters can be trained."""
         return True
 
 
 class _Decode(ConversionOps):  # type: ignore[misc]
-    """Gives the parameters that `values` says, as transformers would have loaded them, whatever arrays it is given."""
+    """Converts any arrays to the parameters that `values(model)` returns, with the device and dtype of loaded parameters."""
 
     def __init__(self, values: Callable[[Any], dict[str, torch.Tensor]]) -> None:
         self.values = values
@@ -164,15 +165,15 @@ def _merged(stored: Model, merge: Merge, model: Any) -> dict[str, torch.Tensor]:
     return merged_values(model, stored, merge)
 
 
-def _watch_missing(model: Any) -> None:
-    """Have `model` refuse to be loaded with parameters that nothing gave a value, which transformers draws at random."""
+def _forbid_missing(model: Any) -> None:
+    """Make loading fail if a parameter has no value in the folder; transformers would initialize it at random."""
     adjust = model._adjust_missing_and_unexpected_keys
 
     def check(loading_info: Any) -> None:
         del model._adjust_missing_and_unexpected_keys
         adjust(loading_info)
         message = f"{type(model).__name__} has a parameter that the folder has no value for"
-        remedy = "load it with a class that the folder is of: config.json names it in architectures"
+        remedy = "load it with the class that config.json names in architectures"
         if loading_info.missing_keys:
             raise InvalidFileError(
                 [Problem("missing_tensor", message, None, key, remedy=remedy) for key in sorted(loading_info.missing_keys)]

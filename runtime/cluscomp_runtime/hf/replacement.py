@@ -1,4 +1,4 @@
-"""Which module of a transformers model takes which clustered weight, and the replacement of modules."""
+"""Find the module of a transformers model for each clustered weight, and replace it by a clustered module."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ __all__ = ["Replacement", "dtype_of", "merged_values", "module_kind", "replace_m
 
 WEIGHT = ".weight"
 
-_WRITTEN = {"rwkv": r"\.(attention\.output|feed_forward\.value)\.weight$"}
-"""Weights that the code of a type of model writes to: RWKV's are halved every few blocks before it computes."""
+_MODIFIED_WEIGHTS = {"rwkv": r"\.(attention\.output|feed_forward\.value)\.weight$"}
+"""Weights, by model type, that the model's code modifies: RWKV halves some of its weights every few blocks for inference."""
 
 
 @dataclass
 class Replacement:
-    """What was done to a model.
+    """The changes made to a model.
 
-    `decoded` are parameters, by key, of modules of a class of their own: they get the decoded weight. `merges` are those
-    that transformers computes from tensors some of which are clustered. `unused` are clustered weights of parts that this
-    model does not have, such as the head in a base model. `places` says where every stored tensor belongs.
+    `places` has the place of every stored tensor in the model. `modules` are the clustered modules, by key of their weight.
+    `decoded` are parameters of modules that cannot be replaced, by key: they get the decoded weight. `merges` are parameters
+    that transformers computes from several tensors, some of them clustered. `unused` are clustered weights of parts that this
+    model does not have, such as the head in a base model.
     """
 
     places: Places
@@ -45,15 +46,15 @@ class Replacement:
 def replace_modules(model: Any, stored: Model, store: MatrixStore, dtype: torch.dtype) -> Replacement:
     """Replace the modules of `model`, a PreTrainedModel on the meta device, whose weights are clustered in `stored`.
 
-    Ties with a clustered weight are taken over: both ends get modules of the same weight. Raises InvalidFileError for shapes
-    that the model does not have, UnsupportedError for clustered weights that have no place in a part the model has.
+    If a clustered weight is tied, both modules are replaced and share it. Raises InvalidFileError if a shape differs from the
+    model's; UnsupportedError if a clustered weight belongs to a part of the model that has no module for it.
     """
     places = places_of(model, stored.tensors)
     done = Replacement(places)
     done.merges = [merge for merge in places.merges if any(name in stored.clustered for name in merge.names)]
     placed = {key: stored.clustered[name] for name, key in places.keys.items() if name in stored.clustered}
-    lost = {name: key for name, key in places.lost.items() if name in stored.clustered}
-    done.unused = [name for name, key in lost.items() if _is_of_another_model(model, key)]
+    unplaced = {name: key for name, key in places.unplaced.items() if name in stored.clustered}
+    done.unused = [name for name, key in unplaced.items() if _is_of_another_model(model, key)]
     problems = [
         Problem(
             "no_module",
@@ -62,22 +63,22 @@ def replace_modules(model: Any, stored: Model, store: MatrixStore, dtype: torch.
             name,
             remedy="load it with the class and the version of transformers that the checkpoint was made for",
         )
-        for name in lost
+        for name in unplaced
         if name not in done.unused
     ]
     if problems:
         raise UnsupportedError(problems)
     dense = {key for name, key in places.keys.items() if name not in stored.clustered}
-    _take_over_ties(model.all_tied_weights_keys, placed, dense)
+    _share_tied_weights(model.all_tied_weights_keys, placed, dense)
     for key, weight in placed.items():
         found = tuple(model.get_parameter_or_buffer(key).shape)
         if found != weight.shape:
-            message = "the model's configuration calls for another shape"
+            message = "the model's configuration requires another shape"
             problems.append(Problem("wrong_shape", message, None, weight.name, str(weight.shape), str(found)))
             continue
         path = key.removesuffix(WEIGHT)
-        written = re.search(_WRITTEN.get(model.config.model_type, "$^"), key)
-        module = model.get_submodule(path) if path != key and not written else None
+        modified = re.search(_MODIFIED_WEIGHTS.get(model.config.model_type, "$^"), key)
+        module = model.get_submodule(path) if path != key and not modified else None
         ours = None if module is None else _clustered_module(module, weight, store, dtype_of(model, key, dtype))
         if ours is None:
             done.decoded[key] = weight
@@ -90,21 +91,21 @@ def replace_modules(model: Any, stored: Model, store: MatrixStore, dtype: torch.
 
 
 def merged_values(model: Any, stored: Model, merge: Merge) -> dict[str, torch.Tensor]:
-    """Parameters that transformers computes from several stored tensors, from their decoded values, by key.
+    """Return the parameters, by key, that transformers computes from the decoded values of several stored tensors.
 
-    Raises UnsupportedError if its computation does not work out.
+    Raises UnsupportedError if the computation fails.
     """
     tensors = (decoded(stored.tensors[name]) for name in merge.names)
     try:
         return merge.parameters(model, tensors)
     except (KeyError, ValueError, RuntimeError, AttributeError) as error:
-        message = f"transformers cannot compute {merge.key} from this tensor and its like"
-        remedy = "check that all tensors of the checkpoint are there; config.json must be that of the checkpoint"
+        message = f"transformers cannot compute {merge.key} from this tensor and similar ones"
+        remedy = "check that the checkpoint has all tensors and its own config.json"
         raise UnsupportedError(Problem("cannot_merge", message, None, merge.names[0], str(error), None, remedy)) from error
 
 
 def _is_of_another_model(model: Any, key: str) -> bool:
-    """Whether a weight that has no place is one that `model` does without, by transformers' list or as a part it lacks."""
+    """Return whether `model` does not need a weight: transformers lists it as ignored, or the model lacks that part."""
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     if any(re.search(pattern, key) for pattern in ignored):
         return True
@@ -114,15 +115,15 @@ def _is_of_another_model(model: Any, key: str) -> bool:
     return part not in model._modules and part not in base._modules
 
 
-def _take_over_ties(ties: dict[str, str], placed: dict[str, ClusteredWeight], dense: set[str]) -> None:
-    """Give tied keys that have no tensor of their own the clustered weight of the others, and drop those ties."""
+def _share_tied_weights(ties: dict[str, str], placed: dict[str, ClusteredWeight], dense: set[str]) -> None:
+    """Assign the clustered weight of a tie to its keys that have no tensor of their own, and remove those ties."""
     for source in dict.fromkeys(ties.values()):
         group = [source, *(target for target, other in ties.items() if other == source)]
         clustered = [key for key in group if key in placed]
         if not clustered:
             continue
         for key in group:
-            # What follows a dense source goes on doing so.
+            # A key that is tied to a dense source stays tied to it.
             if key != source and key not in placed and source in dense:
                 continue
             if key not in placed and key not in dense:
@@ -131,13 +132,13 @@ def _take_over_ties(ties: dict[str, str], placed: dict[str, ClusteredWeight], de
 
 
 def dtype_of(model: Any, key: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of a parameter of a model of `dtype`: some of it transformers keeps in float32."""
+    """Return the dtype of a parameter of a model in `dtype`; transformers keeps some parameters in float32."""
     plan: dict[str, torch.dtype] = getattr(model, "_get_dtype_plan", lambda _: {})(dtype)
     return next((kept for pattern, kept in plan.items() if re.search(pattern.replace("*", ".*"), key)), dtype)
 
 
 def _clustered_module(module: Any, weight: ClusteredWeight, store: MatrixStore, dtype: torch.dtype) -> ClusteredModule | None:
-    """A module that takes the place of `module`; None for kinds that are not known here."""
+    """Return the clustered module that replaces `module`; None if its kind is not supported."""
     device = torch.device("meta")
     kind = module_kind(module)
     if kind == "linear":
@@ -152,9 +153,9 @@ def _clustered_module(module: Any, weight: ClusteredWeight, store: MatrixStore, 
 
 
 def module_kind(module: nn.Module) -> Literal["linear", "conv1d", "embedding"] | None:
-    """What a module does with its weight: `x @ weight.T`, `x @ weight`, or pick rows.
+    """Return the operation of a module on its weight: `x @ weight.T`, `x @ weight`, or a lookup of rows.
 
-    None for classes of other names, which may do more, whatever they derive from, unless they are linears in all they do.
+    None for other classes, including derived ones, which may do more, except for subclasses of `Linear` that only multiply.
     """
     if type(module) is nn.Linear or (isinstance(module, nn.Linear) and _only_multiplies(module)):
         return "linear"
@@ -164,10 +165,10 @@ def module_kind(module: nn.Module) -> Literal["linear", "conv1d", "embedding"] |
 
 
 def _only_multiplies(module: nn.Linear) -> bool:
-    """Whether a linear of a class of its own, such as Falcon's, is one that writes `x @ weight.T + bias` its own way.
+    """Return whether a subclass of `Linear`, such as Falcon's, only computes `x @ weight.T + bias` in its own way.
 
-    It is if its class defines nothing but `forward`, the module holds nothing but what every linear does, and `forward` gives
-    on an example what a linear gives, in training and in evaluation.
+    This holds if the class defines only `forward`, the module has only the members of every linear, and `forward` gives the
+    result of a linear for an example, in training and in evaluation.
     """
     kind = type(module)
     own = {name for name in vars(kind) if not name.startswith("__")}
@@ -180,7 +181,7 @@ def _only_multiplies(module: nn.Linear) -> bool:
         return False
     probe = copy(plain)
     probe.__class__ = kind
-    # transformers builds models where "meta" is the device of all that does not say otherwise.
+    # transformers builds models with "meta" as the default device.
     x = torch.linspace(-1, 1, 12, device="cpu", dtype=torch.float32).reshape(4, 3)
     with torch.no_grad():
         for parameter in plain.parameters():

@@ -1,4 +1,4 @@
-"""`save_pretrained` for models of ours: the folder that was loaded, with what changed since."""
+"""`save_pretrained` for ClusComp models: writes the loaded folder with the changes made since."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _GENERATION = "generation_config.json"
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a model was when it had been loaded: the stored model, where its tensors went, both configurations as transformers
-    had read them."""
+    """The state of a model just after loading: the stored model, its replaced modules, and both configurations as transformers
+    read them."""
 
     stored: Model
     replacement: Replacement
@@ -36,7 +36,7 @@ class Loaded:
     generation: dict[str, Any] | None
 
     @classmethod
-    def now(cls, model: Any, stored: Model, replacement: Replacement) -> Loaded:
+    def snapshot(cls, model: Any, stored: Model, replacement: Replacement) -> Loaded:
         return cls(stored, replacement, model.config.to_dict(), _generation(model))
 
 
@@ -49,13 +49,15 @@ def save_pretrained(
     max_shard_size: int | str = SHARD_BYTES,
     **others: Any,
 ) -> None:
-    """Write `model` as a folder of the Hugging Face format: what was loaded, with what changed since.
+    """Write `model` as a folder of the Hugging Face format: the loaded folder with the changes made since.
 
-    Codebooks, codes and side files are those loaded. A tensor that differs from the one loaded, because it was trained or
-    resized, is written as it is now, and dense; so are settings of the configuration and of text generation. The self-test
-    record is left out then. A folder that exists is replaced if it is one of ours and holds nothing else. Of a model with
-    adapters, those are saved, as transformers does. Raises what `write_hf` does; InvalidRequestError for changes that cannot be
-    saved, and for other options of transformers' `save_pretrained`.
+    Codebooks, codes and side files are the loaded ones. Tensors that were changed, by training or resizing, are written dense
+    with their current values, and changed settings of the configuration and of text generation with theirs. In that case the
+    self-test record is omitted. An existing folder is replaced if it is a ClusComp folder without other files. If the model has
+    adapters, only those are saved, as transformers does.
+
+    Raises InvalidRequestError if a change cannot be saved, or for other options of transformers' `save_pretrained`; and the
+    errors of `write_hf`.
     """
     if getattr(model, "_hf_peft_config_loaded", False):
         options = {"is_main_process": is_main_process, "max_shard_size": max_shard_size, **others}
@@ -91,7 +93,7 @@ def _current(model: Any, loaded: Loaded) -> Model:
         config=config,
         tensors={**stored.tensors, **tensors},
         files={**stored.files, **files},
-        # Those of what was loaded.
+        # These belong to the loaded weights.
         self_test=None,
         claimed_digest=None,
     )
@@ -99,7 +101,7 @@ def _current(model: Any, loaded: Loaded) -> Model:
 
 @contextmanager
 def _as_stored(model: Any) -> Iterator[None]:
-    """RWKV halves some of its weights for inference, and doubles them again for training; what is stored is the latter."""
+    """Within the block, restore the stored values of RWKV's weights, some of which it halves for inference."""
     base = model.base_model
     if not getattr(base, "layers_are_rescaled", False):
         yield

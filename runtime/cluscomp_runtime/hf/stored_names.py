@@ -1,7 +1,8 @@
-"""Which parameter of a transformers model a stored tensor belongs to: what transformers 5 does with names while it loads.
+"""Map stored tensors to parameters of a transformers model, as transformers 5 does while it loads.
 
-Many checkpoints have other names than the modules: transformers renames (`embed_out` is `lm_head`), adds or takes off the
-prefix of the base model, and makes one parameter of several tensors (the experts of a mixture) or several of one.
+Tensor names in checkpoints often differ from parameter names: transformers renames them (`embed_out` is `lm_head`), adds or
+removes the prefix of the base model, and converts several tensors to one parameter (the experts of a mixture) or one to
+several.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ __all__ = ["Merge", "Places", "places_of"]
 
 @dataclass(frozen=True)
 class Merge:
-    """Stored tensors that transformers computes parameters from, rather than taking them as they are.
+    """Stored tensors from which transformers computes parameters.
 
-    `key` is the first parameter; `sources` are the names of the stored tensors, each with what renaming makes of it and the
-    pattern of transformers' converter that this matches, in the order in which the converter wants them.
+    `key` is the first parameter. `sources` has, for each stored tensor, its name, the renamed name, and the pattern of
+    transformers' converter that matches it, in the order that the converter expects.
     """
 
     key: str
@@ -40,7 +41,7 @@ class Merge:
         return [name for name, _, _ in self.sources]
 
     def parameters(self, model: Any, tensors: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The parameters by key, computed from the values of the sources, in their order."""
+        """Return the parameters by key, computed from the values of the sources, which are given in order."""
         converter = deepcopy(self.converter)
         for (name, _, pattern), tensor in zip(self.sources, tensors, strict=True):
             converter.add_tensor(self.key, name, pattern, tensor)
@@ -48,7 +49,7 @@ class Merge:
         return {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
 
     def stored(self, model: Any, parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The way back: the stored tensors by name, from the parameters by key. Raises KeyError if one does not come back."""
+        """Return the stored tensors by name, computed from the parameters by key. Raises KeyError if one is missing."""
         converter = self.converter.reverse_transform()
         first = ""
         for key, value in parameters.items():
@@ -56,7 +57,7 @@ class Merge:
             converter.add_tensor(renamed, key, pattern, value.detach())
             first = first or renamed
         made = converter.convert(first, model=model, config=model.config)
-        # What is loaded into the base model, or from it, has or lacks its prefix.
+        # Names may have or lack the prefix of the base model.
         prefix = f"{model.base_model_prefix}."
         bare = {name.removeprefix(prefix): value for name, value in made.items()}
         return {name: bare[renamed.removeprefix(prefix)] for name, renamed, _ in self.sources}
@@ -64,39 +65,40 @@ class Merge:
 
 @dataclass(frozen=True)
 class Places:
-    """`keys` has the parameter or buffer of each stored tensor that is loaded as it is; `merges` has those that are not.
+    """The places of stored tensors in a model.
 
-    `lost` has the names without a place in the model, with what transformers would call them.
+    `keys` has the parameter or buffer of each tensor that is loaded unchanged, `merges` the tensors that are converted.
+    `unplaced` has the other names, with the parameter names that transformers derives from them.
     """
 
     keys: dict[str, str]
     merges: tuple[Merge, ...]
-    lost: dict[str, str]
+    unplaced: dict[str, str]
 
 
 def places_of(model: Any, names: Iterable[str]) -> Places:
-    """The places of stored tensors in `model`, a PreTrainedModel."""
+    """Return the places of stored tensors in `model`, a PreTrainedModel."""
     conversions = get_model_conversion_mapping(model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     state, prefix = model.state_dict(), model.base_model_prefix
     keys: dict[str, str] = {}
-    lost: dict[str, str] = {}
+    unplaced: dict[str, str] = {}
     taken: set[str] = set()
     merged: dict[str, list[tuple[str, str, str]]] = {}
-    # In transformers' own order, on which converters rely: expert 2 before expert 10.
+    # Converters rely on transformers' order: expert 2 before expert 10.
     for name in sorted(names, key=dot_natural_key):
         key, pattern = rename_source_key(name, renamings, converters, prefix, state)
         if key not in state and name in state:
             key, pattern = rename_source_key(name, [], [], prefix, state)
-        # Of two names of one parameter, transformers takes the first.
+        # If two names map to one parameter, transformers uses the first.
         if key not in state or key in taken:
-            lost[name] = key
+            unplaced[name] = key
         elif pattern is None:
             taken.add(key)
             keys[name] = key
         else:
             merged.setdefault(key, []).append((name, rename_source_key(name, renamings, [])[0], pattern))
     merges = tuple(Merge(key, by_pattern[sources[0][2]], tuple(sources)) for key, sources in merged.items())
-    return Places(keys, merges, lost)
+    return Places(keys, merges, unplaced)

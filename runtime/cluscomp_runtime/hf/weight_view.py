@@ -1,6 +1,6 @@
-"""A tensor that stands for the decoded weight of a module, and decodes it when its values are asked for.
+"""A tensor that represents the decoded weight of a module, and decodes it when its values are read.
 
-Many modules of transformers, PEFT and users look at `module.weight` for its dtype, device or shape. That costs nothing here.
+Much code in transformers, PEFT and applications reads the dtype, device or shape of `module.weight`, which decodes nothing.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ __all__ = ["WeightView"]
 
 
 class WeightView(torch.Tensor):
-    """Of the dtype, device and shape of the decoded weight of `module`, a ClusteredModule; without memory of its own.
+    """A tensor without memory, with the dtype, device and shape of the decoded weight of `module`, a ClusteredModule.
 
-    Operations on it are done on the decoded values. Their results are ordinary tensors, but for those that share memory with
-    the weight, such as rows or the transpose: values of further stand-ins. Raises UnsupportedError for operations that would
-    write to the weight, which nobody would ever read.
+    Operations use the decoded values and return ordinary tensors, except for views of the weight, such as rows or the
+    transpose, which are WeightViews too. Raises UnsupportedError for operations that would write to the weight, since the
+    written values would be lost.
     """
 
     _module: Any
     _shared: torch.Tensor | None
 
-    # torch's initialization and transformers' leave alone what has this.
+    # torch and transformers do not initialize a tensor that has this.
     _is_hf_initialized = True
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -49,7 +49,7 @@ class WeightView(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         named = kwargs or {}
         if func is torch.ops.aten.detach.default:
-            # Decodes nothing.
+            # Detaching must not decode.
             return cls(args[0]._module, args[0]._shared)
         given = [args[place] if place < len(args) else named.get(of.name) for place, of in enumerate(func._schema.arguments)]
         for argument, value in zip(func._schema.arguments, given, strict=True):
@@ -79,7 +79,7 @@ class WeightView(torch.Tensor):
 
 
 def refuse_write(module: Any) -> None:
-    """Raise UnsupportedError: the weight of `module` is being written to."""
-    message = "the weight is clustered: it has codes and codebooks, no values to change one by one"
-    remedy = "call model.dequantize() first: it makes the model dense; or keep adapters, such as LoRA, beside it, unmerged"
+    """Raise UnsupportedError, because the weight of `module` cannot be written."""
+    message = "the weight is clustered: it consists of codes and codebooks, so single values cannot be changed"
+    remedy = "call model.dequantize() first, which makes the model dense; or keep adapters, such as LoRA, unmerged"
     raise UnsupportedError(Problem("weight_is_clustered", message, None, module.clustered.name, remedy=remedy))

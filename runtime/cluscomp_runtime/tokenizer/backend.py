@@ -1,4 +1,4 @@
-"""The tokenizers library's tokenizer of a `tokenizer.json`: in this process, or in one of its own that can be stopped."""
+"""The tokenizers library's tokenizer of a `tokenizer.json`, in this process or in a separate one that can be stopped."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ __all__ = ["Backend", "Encoded", "IsolatedTokenizer", "open_backend", "plain_cop
 
 SECONDS = 10
 SECONDS_PER_MEGABYTE = 20
-"""Time for a request, and for each 10^6 bytes of the file and of the request. A busy machine does not need it."""
+"""Time limit of a request: a constant, plus an amount per 10^6 bytes of file and request. Generous even for a busy machine."""
 
 MEMORY_BYTES = 1 << 30
 MEMORY_PER_BYTE = 1024
-"""The same for memory: the library needs about 200 bytes for each byte of a text."""
+"""Memory limit of a request: a constant, plus an amount per byte. The library needs about 200 bytes per byte of text."""
 
 ANSWER_BYTES = 1 << 20
 ANSWER_PER_BYTE = 256
-"""The same for the answer."""
+"""Limit of the length of an answer: a constant, plus an amount per byte."""
 
 _PROCESS = Path(__file__).with_name("process.py")
 
 
 class Encoded(Protocol):
-    """Token ids of a text and of each the characters it stands for."""
+    """Token ids of a text, and the span (begin, end) of each in characters."""
 
     @property
     def ids(self) -> Sequence[int]: ...
@@ -45,14 +45,14 @@ class Encoded(Protocol):
 
 
 class AddedToken(Protocol):
-    """A token that is found in a text before anything else is done with it."""
+    """A token that is found in a text before it is normalized and split."""
 
     @property
     def special(self) -> bool: ...
 
 
 class Backend(Protocol):
-    """What is used of `tokenizers.Tokenizer`."""
+    """The methods of `tokenizers.Tokenizer` that are used."""
 
     def encode(self, sequence: str, *, add_special_tokens: bool = True) -> Encoded: ...
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
@@ -65,9 +65,9 @@ class Backend(Protocol):
 
 
 def open_backend(content: bytes) -> Backend:
-    """The tokenizer of a `tokenizer.json`, truncation and padding off: they belong to its training.
+    """Return the tokenizer of a `tokenizer.json`, with truncation and padding disabled: they are settings of its training.
 
-    Raises whatever the library raises, and UnsupportedError for one that takes too much.
+    Raises UnsupportedError if it exceeds its time or memory; otherwise passes on the library's exceptions.
     """
     reason = reason_to_isolate(content)
     if reason is not None:
@@ -81,7 +81,7 @@ def open_backend(content: bytes) -> Backend:
 
 
 def plain_copy(backend: Backend) -> Backend:
-    """A copy to which special tokens in a text are the characters they are written with. A setting would be for all users."""
+    """Return a copy that tokenizes special tokens in a text as plain text. (Changing `backend` would affect all its users.)"""
     if isinstance(backend, IsolatedTokenizer):
         return backend.plain_copy()
     plain: Any = copy.deepcopy(backend)
@@ -90,13 +90,13 @@ def plain_copy(backend: Backend) -> Backend:
 
 
 def special_ids(backend: Backend) -> frozenset[int]:
-    """Tokens that decoding leaves out."""
+    """Return the ids of the tokens that decoding skips."""
     return frozenset(token for token, added in backend.get_added_tokens_decoder().items() if added.special)
 
 
 def decoder_description(backend: Backend) -> Any:
-    """The decoder as tokenizer.json has it, None if there is none."""
-    # The library shows its parts when they are pickled.
+    """Return the decoder as described in tokenizer.json, None if there is none."""
+    # Pickling is the library's only way to describe its parts.
     return backend.decoder and json.loads(backend.decoder.__getstate__())
 
 
@@ -120,9 +120,9 @@ class _Part:
 
 
 class IsolatedTokenizer:
-    """A tokenizer in a process of its own, stopped when it takes too much time or memory for what is asked.
+    """A tokenizer in a separate process, which is stopped if a request exceeds its limits of time or memory.
 
-    Raises UnsupportedError then, and RuntimeError where the library fails. `reason` says why it is not in this process.
+    Methods raise UnsupportedError in that case, and RuntimeError if the library fails. `reason` says why it is isolated.
     """
 
     def __init__(self, content: str, reason: str, plain: bool = False) -> None:
@@ -170,13 +170,13 @@ class IsolatedTokenizer:
 
     def _ask(self, method: str, **arguments: Any) -> Any:
         if self._owner != os.getpid():
-            # A thread of the process this one was forked from may have held it.
+            # After a fork, a thread of the parent process may have held the old lock.
             self._lock = threading.Lock()
         with self._lock:
             return self._request(self._running(), method, arguments)
 
     def _running(self) -> subprocess.Popen[bytes]:
-        """The process; a new one if there is none, or if it is that of the process this one was forked from."""
+        """Return the process; start a new one if there is none or it belongs to the process that this one was forked from."""
         if self._process is None or self._owner != os.getpid():
             self._process, self._owner = _start(), os.getpid()
             weakref.finalize(self, _end, self._process, self._owner)
@@ -198,19 +198,19 @@ class IsolatedTokenizer:
         if reply is None:
             self._process = None
             _end(process, self._owner)
-            raise self._too_much(seconds, limits["memory_bytes"])
+            raise self._limit_exceeded(seconds, limits["memory_bytes"])
         if "error" in reply:
             raise RuntimeError(reply["error"])
         return reply["result"]
 
-    def _too_much(self, seconds: float, memory_bytes: float) -> UnsupportedError:
+    def _limit_exceeded(self, seconds: float, memory_bytes: float) -> UnsupportedError:
         message = f"the tokenizer takes too much time or memory ({self._reason})"
         expected = f"at most {seconds:.0f} seconds and {memory_bytes / 1e6:.0f} MB, and no crash of the tokenizers library"
         return UnsupportedError(Problem("endless_tokenizer", message, "tokenizer.json", expected=expected))
 
 
 def _exchange(process: subprocess.Popen[bytes], line: str, most: int) -> dict[str, Any] | None:
-    """The answer to a request; None if the process ended instead, or the answer has more than `most` bytes."""
+    """Return the answer to a request; None if the process ended, or the answer exceeds `most` bytes."""
     assert process.stdin is not None  # noqa: S101
     assert process.stdout is not None  # noqa: S101
     try:
@@ -226,7 +226,7 @@ def _exchange(process: subprocess.Popen[bytes], line: str, most: int) -> dict[st
 def _start() -> subprocess.Popen[bytes]:
     import tokenizers
 
-    # Isolated, so that nothing in the current folder is imported; the library is found where it was found here.
+    # Isolated mode (-I) imports nothing from the current folder; the library is found where this process found it.
     library = str(Path(tokenizers.__file__).parents[1])
     code = f"import runpy, sys; sys.path.append({library!r}); runpy.run_path({str(_PROCESS)!r}, run_name='__main__')"
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
@@ -239,18 +239,18 @@ def _start() -> subprocess.Popen[bytes]:
             env=environment,
         )
     except OSError as error:
-        problem = Problem("no_process", f"the process the tokenizer runs in does not start: {error}")
+        problem = Problem("no_process", f"the tokenizer's process does not start: {error}")
         raise UnsupportedError(problem) from error
 
 
 def _end(process: subprocess.Popen[bytes], owner: int) -> None:
-    """Let a process end; one of the process this one was forked from is left to that."""
+    """Kill a process, unless it belongs to the process that this one was forked from."""
     if owner != os.getpid():
         return
     process.kill()
     process.wait()
     for stream in (process.stdin, process.stdout):
-        # What could not be written is written again on closing.
+        # Closing flushes unwritten data, which fails for a process that has ended.
         with contextlib.suppress(OSError):
             if stream is not None:
                 stream.close()

@@ -1,9 +1,9 @@
-"""Whether a `tokenizer.json` can be trusted with this process: what it makes of a text is then bounded by the text.
+"""Decide whether a `tokenizer.json` can be used in this process: its time and memory must be bounded by the text's length.
 
-The file is as good as a program: a chain of replacements of 20 KB doubles a text forty times over, a pattern matches without
-end, a character map of SentencePiece aborts the process. What is looked for here is what real tokenizers have: every part of
-a known kind, a text that grows little on its way, patterns whose time is in proportion to the text. A file with anything else
-may be harmless; it is read in a process of its own, whose time and memory are bounded (`backend.py`).
+Such a file can act like a program: 20 KB of chained replacements can double a text forty times, a pattern can match forever, a
+SentencePiece character map can abort the process. Accepted files have the properties of real tokenizers: every part has a known
+kind, the text grows little, and patterns take time proportional to the text. Other files may be harmless, but they run in a
+separate process with limited time and memory (`backend.py`).
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from cluscomp_runtime.tokenizer.pattern_cost import is_linear
 __all__ = ["reason_to_isolate"]
 
 MAX_GROWTH = 64
-"""Times the bytes of a text may grow in all, at worst. Llama 2 has 12, BERT 7.5, NFKC before bytes 44."""
+"""Largest accepted growth of a text in bytes, in the worst case. Llama 2 has 12, BERT 7.5, NFKC before bytes 44."""
 
 MAX_PARTS = 64
-"""Parts of a chain, each of which goes through the text."""
+"""Parts of a chain, each of which processes the whole text."""
 
 MAX_TEMPLATE_TOKENS = 256
-"""Special tokens a post-processor adds."""
+"""Special tokens that a post-processor adds."""
 
 MAX_WORD_CHARACTERS = 200
-"""WordPiece takes time in proportion to the square of this for each character of a long word; BERT has 100."""
+"""Characters per word. WordPiece takes time proportional to its square per character of a long word. BERT has 100."""
 
 MAX_AFFIX_BYTES = 64
-"""A prefix or suffix of subwords is copied for each character of a text."""
+"""Bytes of a subword prefix or suffix, which is copied for each character of a text."""
 
 MAX_ADDED_TOKENS = 16384
-"""The library takes time in proportion to the square of their number; the most that is known is about 7,000."""
+"""The library takes time proportional to the square of their number. The largest known number is about 7,000."""
 
 MAX_NESTED_PIECES = 64
 MAX_PIECE_BYTES = 4096
-"""Unigram looks up every piece that begins at a character of the text."""
+"""Unigram looks up every piece that can begin at a character of the text."""
 
-# The most that a text of one byte, or a longer one per byte, becomes. Unicode's normal forms: unicode.org/faq/normalization.
+# Largest growth factor of a text in bytes, for each kind. Unicode's normal forms: unicode.org/faq/normalization.
 _NORMALIZERS = {
     "NFC": 3.0,
     "NFD": 3.0,
@@ -53,7 +53,7 @@ _NORMALIZERS = {
     "Nmt": 1.0,
     # Spaces around a Chinese character (5 bytes for 3), NFD, lower case.
     "BertNormalizer": 7.5,
-    # A character of two bytes for a byte.
+    # Each byte becomes a character of two bytes.
     "ByteLevel": 2.0,
 }
 _PRE_TOKENIZERS = {
@@ -68,7 +68,7 @@ _PRE_TOKENIZERS = {
     "WhitespaceSplit": 1.0,
 }
 _DECODERS = {
-    # A byte that is no text becomes U+FFFD.
+    # An invalid byte becomes U+FFFD.
     "ByteLevel": 3.0,
     "ByteFallback": 1.0,
     "Fuse": 1.0,
@@ -80,11 +80,11 @@ _DECODERS = {
 
 
 class _SuspectError(Exception):
-    """A part that is not known to be bounded; its text says why."""
+    """A part may be unbounded; the message says why."""
 
 
 def reason_to_isolate(content: bytes) -> str | None:
-    """Why a `tokenizer.json` of these bytes must not be read in this process, None if it may. Never raises."""
+    """Return why a `tokenizer.json` of these bytes must run in a separate process, None if it need not. Never raises."""
     try:
         document = json.loads(content.decode(), object_pairs_hook=_unique)
         if not isinstance(document, Mapping):
@@ -99,7 +99,7 @@ def reason_to_isolate(content: bytes) -> str | None:
         if len(document.get("added_tokens") or ()) > MAX_ADDED_TOKENS:
             return "very many added tokens"
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
-        # The library refuses it, too.
+        # The library rejects such a file, too.
         return None
     except _SuspectError as reason:
         return str(reason)
@@ -111,13 +111,13 @@ def reason_to_isolate(content: bytes) -> str | None:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
-        # Which one counts is for each reader to say.
-        raise _SuspectError("a name that is given twice")
+        # Parsers differ in which of the values they use.
+        raise _SuspectError("a duplicate name")
     return value
 
 
 def _growth(part: Any, members: str, growth_of: Any) -> float:
-    """How much longer a text may become in the chain `part`, whose sequences keep their parts in `members`."""
+    """Return the largest growth factor of a text in the chain `part`, whose sequences have their parts in `members`."""
     growth = 1.0
     for count, simple in enumerate(_flat(part, members)):
         growth *= growth_of(simple)
@@ -146,7 +146,7 @@ def _normalizer(part: Mapping[str, Any]) -> float:
     if part["type"] == "Replace":
         return _replacement(part)
     if part["type"] == "Prepend":
-        # To what lies between two special tokens, which may be one character.
+        # Prepended to the text between two special tokens, which may be a single character.
         return 1.0 + _length(part["prepend"])
     if part["type"] == "Precompiled":
         return _character_map(base64.b64decode(part["precompiled_charsmap"], validate=True))
@@ -158,7 +158,7 @@ def _pre_tokenizer(part: Mapping[str, Any]) -> float:
         _pattern(part["pattern"])
         return 1.0
     if part["type"] == "Metaspace":
-        # In the place of a space and before each word.
+        # Replaces each space and is inserted before each word.
         return 2.0 * max(_length(part["replacement"]), 1)
     return _known(part, _PRE_TOKENIZERS)
 
@@ -167,7 +167,7 @@ def _decoder(part: Mapping[str, Any]) -> float:
     if part["type"] == "Replace":
         return _replacement(part)
     if part["type"] in ("BPEDecoder", "CTC"):
-        # An empty text is found between any two characters.
+        # An empty text matches between any two characters.
         texts = [part[name] for name in ("suffix", "pad_token", "word_delimiter_token") if name in part]
         return 2.0 if all(texts) else 4.0
     return _known(part, _DECODERS)
@@ -178,7 +178,7 @@ def _length(text: str) -> int:
 
 
 def _pattern(pattern: Mapping[str, str]) -> int:
-    """The least bytes that a match of `pattern` has. Raises _SuspectError for one that takes long."""
+    """Return the smallest number of bytes of a match of `pattern`. Raises _SuspectError if matching may take very long."""
     if list(pattern) == ["String"]:
         return _length(pattern["String"])
     if list(pattern) != ["Regex"] or not is_linear(pattern["Regex"]):
@@ -188,17 +188,17 @@ def _pattern(pattern: Mapping[str, str]) -> int:
 
 def _replacement(part: Mapping[str, Any]) -> float:
     found, content = _pattern(part["pattern"]), _length(part["content"])
-    # What may match nothing matches between any two characters.
+    # A pattern that may match the empty text matches between any two characters.
     return max(1.0, content / found) if found else 1.0 + content
 
 
 def _character_map(content: bytes) -> float:
-    """The growth of a character map of SentencePiece. Raises _SuspectError for one that leads outside itself.
+    """Return the growth factor of a SentencePiece character map. Raises _SuspectError if it refers to data outside itself.
 
-    A map is the length of a trie, the trie, and texts that end in NUL: `precompiled_charsmap` in sentencepiece's normalizer.cc,
-    the units of the trie in its darts.h.
+    A map consists of the length of a trie, the trie, and texts that end in NUL. See `precompiled_charsmap` in sentencepiece's
+    normalizer.cc, and darts.h for the units of the trie.
     """
-    suspect = _SuspectError("a character map that is not sound")
+    suspect = _SuspectError("an invalid character map")
     size = int.from_bytes(content[:4], "little")
     if len(content) < 4 or not 1024 <= size <= len(content) - 4 or size % 4:
         raise suspect
@@ -233,14 +233,14 @@ def _check_post_processor(part: Any) -> None:
 
 
 def _template_tokens(part: Mapping[str, Any]) -> int:
-    """How many tokens a template adds to a text."""
+    """Return the number of tokens that a template adds to a text."""
     added = {name: len(token["ids"]) for name, token in part["special_tokens"].items()}
     tokens = texts = 0
     for piece in part["single"]:
         if "Sequence" in piece:
             texts += 1
         else:
-            # A token that is not there is for the library to complain about.
+            # The library reports a missing token.
             tokens += added.get(piece["SpecialToken"]["id"], 0)
     if texts > 1:
         raise _SuspectError("a post-processor that repeats the text")
@@ -248,9 +248,9 @@ def _template_tokens(part: Mapping[str, Any]) -> int:
 
 
 def _check_model(model: Mapping[str, Any]) -> None:
-    # Old files do not say which model it is: each is held to all rules.
+    # Old files do not name the type of the model, so all rules apply to every model.
     if int(model.get("max_input_chars_per_word") or 0) > MAX_WORD_CHARACTERS:
-        raise _SuspectError("words of very many characters")
+        raise _SuspectError("very long words")
     for name in ("continuing_subword_prefix", "end_of_word_suffix"):
         if _length(model.get(name) or "") > MAX_AFFIX_BYTES:
             raise _SuspectError(f"a long {name}")
@@ -265,4 +265,4 @@ def _check_pieces(pieces: list[str]) -> None:
             nested.pop()
         nested.append(piece)
         if len(nested) > MAX_NESTED_PIECES or _length(piece) > MAX_PIECE_BYTES:
-            raise _SuspectError("very long pieces of text")
+            raise _SuspectError("very long or deeply nested pieces")

@@ -1,8 +1,8 @@
-"""Whether a regular expression of a tokenizer takes time in proportion to the text, whatever the text.
+"""Decide whether a regular expression of a tokenizer takes time proportional to the text, for every text.
 
-The tokenizers library matches with Oniguruma, which backtracks: `(a|a)*b` takes time without end. What is accepted here is a
-part of its syntax for which backtracking is bounded. It holds the patterns of GPT-2, Llama 3, Qwen, DeepSeek-V3, o200k and
-their like. A pattern that is not accepted may still be harmless.
+The tokenizers library matches with Oniguruma, which backtracks: `(a|a)*b` takes exponential time. `is_linear` accepts a subset
+of the syntax for which backtracking is bounded. The subset includes the patterns of GPT-2, Llama 3, Qwen, DeepSeek-V3, o200k
+and similar tokenizers. A pattern that is not accepted may still be harmless.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from dataclasses import dataclass
 __all__ = ["is_linear"]
 
 MAX_PATHS = 256
-"""Ways to match the bounded parts of an alternative, each tried at most once from a position of the text."""
+"""Ways to match the bounded parts of an alternative; each is tried at most once per position of the text."""
 
 MAX_REPEAT = 64
-"""A larger bound of a repetition counts as none."""
+"""A repetition with a larger bound counts as unbounded."""
 
 _CHARACTER_ESCAPES = frozenset("sSdDwWhHnrtfvea")
 _ASSERTION_ESCAPES = frozenset("bBAzZ")
@@ -27,15 +27,15 @@ _CODE_POINT = re.compile(r"x\{[0-9A-Fa-f]{1,8}\}|x[0-9A-Fa-f]{1,2}|u[0-9A-Fa-f]{
 
 
 class _UnknownSyntaxError(Exception):
-    """Syntax whose cost is not known here."""
+    """The pattern has syntax outside the accepted subset."""
 
 
 @dataclass(frozen=True)
 class _Item:
-    """Something that is matched `least` to `most` times; `most` is None for any number of times.
+    """A pattern that is matched `least` to `most` times; `most` is None for an unbounded repetition.
 
-    `atom` is its pattern, `paths` the ways to match it once, `asserts` that it looks and takes nothing. `body` is what a group
-    that is not repeated holds.
+    `atom` is the pattern's text, `paths` the number of ways to match it once. `asserts` is True for an assertion, which
+    consumes no characters. `body` has the alternatives of a group that is not repeated.
     """
 
     atom: str
@@ -47,7 +47,7 @@ class _Item:
 
     @property
     def fails(self) -> bool:
-        """Whether matching can end here."""
+        """Whether matching can fail here."""
         return self.asserts or self.least > 0
 
 
@@ -55,7 +55,7 @@ _Branch = tuple[_Item, ...]
 
 
 def is_linear(pattern: str) -> bool:
-    """Whether finding all matches of `pattern` in any text takes time in proportion to the text."""
+    """Return whether finding all matches of `pattern` takes time proportional to the text, for every text."""
     try:
         branches = _Parser(pattern).parse()
     except _UnknownSyntaxError:
@@ -70,13 +70,16 @@ def _bounded_paths(branch: Sequence[_Item]) -> int:
     for item in branch:
         if item.most is not None:
             paths *= sum(item.paths**count for count in range(item.least, item.most + 1))
-            # Larger numbers are of no use.
+            # Numbers above the limit need not be exact.
             paths = min(paths, MAX_PATHS + 1)
     return paths
 
 
 def _scanning(branch: Sequence[_Item]) -> int | None:
-    """The item that may scan a run of characters in vain, None if there is none. Raises _UnknownSyntaxError for more."""
+    """Return the index of the item that may scan a run of characters before the match fails, None if there is none.
+
+    Raises _UnknownSyntaxError if there are several.
+    """
     found = [
         index for index, item in enumerate(branch) if item.most is None and any(later.fails for later in branch[index + 1 :])
     ]
@@ -86,7 +89,7 @@ def _scanning(branch: Sequence[_Item]) -> int | None:
 
 
 def _is_amortised(branches: Sequence[_Branch], index: int) -> bool:
-    """Whether a run that branch `index` scans in vain is taken whole by a branch after it, before any other gets a chance."""
+    """Return whether a later branch matches any run that branch `index` scans before failing, as a whole and before others."""
     try:
         place = _scanning(branches[index])
         if place is None:
@@ -104,7 +107,7 @@ def _is_amortised(branches: Sequence[_Branch], index: int) -> bool:
 
 
 class _Parser:
-    """Reads the accepted syntax. Raises _UnknownSyntaxError at anything else."""
+    """Parses the accepted syntax. Raises _UnknownSyntaxError for any other."""
 
     def __init__(self, pattern: str) -> None:
         self.pattern = pattern
@@ -114,7 +117,7 @@ class _Parser:
         branches = self._alternatives(depth=0)
         if self.position < len(self.pattern):
             raise _UnknownSyntaxError
-        # A group around the whole changes nothing.
+        # A group around the whole pattern has no effect.
         while len(branches) == 1 and len(branches[0]) == 1 and branches[0][0].body and not branches[0][0].asserts:
             branches = branches[0][0].body
         return branches
@@ -149,7 +152,7 @@ class _Parser:
         return _Item(self.pattern[start : self.position], 1, 1, asserts=character in ("^", "$"))
 
     def _escape(self) -> bool:
-        """Reads what follows a backslash; whether it stands for a character."""
+        """Parse the rest of an escape; return True if it matches a character, False if it is an assertion."""
         character = self._peek()
         if found := _CODE_POINT.match(self.pattern, self.position):
             self.position += len(found[0])
@@ -160,13 +163,13 @@ class _Parser:
         return character not in _ASSERTION_ESCAPES
 
     def _character_class(self, depth: int) -> None:
-        """Reads to the end of a class, which may hold others."""
+        """Parse the rest of a character class, which may contain others."""
         if depth > 16:
             raise _UnknownSyntaxError
         if self._peek() == "^":
             self.position += 1
         if self._peek() == "]":
-            # A bracket, or an empty class: versions differ.
+            # A literal bracket or an empty class, depending on the version of Oniguruma.
             raise _UnknownSyntaxError
         while self._peek() != "]":
             character = self._peek()
@@ -189,7 +192,7 @@ class _Parser:
         if self._peek() != ")":
             raise _UnknownSyntaxError
         self.position += 1
-        # What may be of any length in a group is bounded nowhere.
+        # An unbounded repetition inside a group counts as more paths than are accepted.
         unbounded = any(item.most is None for branch in branches for item in branch)
         paths = MAX_PATHS + 1 if unbounded else sum(_bounded_paths(branch) for branch in branches)
         nullable = any(not any(item.fails for item in branch) for branch in branches)
@@ -197,7 +200,7 @@ class _Parser:
         return _Item(self.pattern[start : self.position], int(not nullable), 1, paths, looks, branches)
 
     def _repeated(self, item: _Item) -> _Item:
-        """The item with the quantifier that follows it, if any."""
+        """Return the item with the quantifier that follows it, if any."""
         character = self._peek()
         if braces := _BRACES.match(self.pattern, self.position):
             least, most = self._counts(braces)
@@ -210,14 +213,14 @@ class _Parser:
         else:
             return item
         if self._peek() and self._peek() in suffixes:
-            # Lazy or possessive: from a position, no more is tried than without.
+            # A lazy or possessive quantifier tries no more matches per position than a greedy one.
             self.position += 1
         if item.asserts or self._peek(1) in ("?", "*", "+") or _BRACES.match(self.pattern, self.position):
             raise _UnknownSyntaxError
         if most is not None and most > MAX_REPEAT:
             most = None
         if item.body and most is None:
-            # What a group repeats without end can often be cut in many ways.
+            # A text can often be divided into repetitions of a group in many ways.
             raise _UnknownSyntaxError
         return _Item(item.atom, least if item.least else 0, most, item.paths)
 

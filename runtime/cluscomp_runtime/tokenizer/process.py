@@ -1,7 +1,7 @@
-"""The process a tokenizer runs in that could take time or memory without end: requests on standard input, answers on standard
-output, a line of JSON each. The first request is the tokenizer.
+"""The process that runs a tokenizer whose time or memory may be unbounded.
 
-`backend.py` starts this file by its path: it imports nothing of the package, so that it starts quickly.
+It reads requests from standard input and writes answers to standard output, one line of JSON each. The first request loads the
+tokenizer. `backend.py` runs this file by its path; it imports nothing of the package, so that it starts quickly.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 
 def answer(tokenizer: Any, method: str, arguments: dict[str, Any]) -> Any:
-    """What a method of the tokenizer gives, as plain data."""
+    """Call a method of the tokenizer and return the result as plain data."""
     if method == "encode":
         encoding = tokenizer.encode(**arguments)
         return {"ids": list(encoding.ids), "offsets": list(encoding.offsets)}
@@ -26,7 +26,7 @@ def answer(tokenizer: Any, method: str, arguments: dict[str, Any]) -> Any:
 
 
 def serve() -> None:
-    """Answer requests until the input ends."""
+    """Answer requests until the end of the input."""
     import tokenizers
 
     tokenizer: Any = None
@@ -45,16 +45,16 @@ def serve() -> None:
             reply = {"result": result}
         except MemoryError:
             raise
-        except BaseException as error:  # noqa: BLE001 - a panic of the library is no Exception; nor has its class a public name
+        except BaseException as error:  # noqa: BLE001 - a panic of the library is not an Exception and has no public class
             reply = {"error": f"{error}"[:500]}
         sys.stdout.write(json.dumps(reply) + "\n")
         sys.stdout.flush()
 
 
 def _limit(seconds: float, memory_bytes: int) -> None:
-    """Bound time and memory of a request where the system can; elsewhere the parent's clock bounds both.
+    """Limit time and memory of a request if the system supports it; otherwise the parent's timer is the only limit.
 
-    The parent's clock ends with the parent: without a limit of its own, this process could go on for ever.
+    The parent's timer ends with the parent, so without its own limit this process could run forever.
     """
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource

@@ -1,15 +1,16 @@
-"""Token ids to text, as the tokens come.
+"""Decode a stream of token ids to text incrementally.
 
-The text of a token depends on its neighbours: a decoder strips the space before the first word, puts spaces between words,
-makes a character of several byte tokens. A piece is therefore the difference of two decoded runs of the last tokens, given out
-once no token to come can change it:
+The text of a token depends on its neighbours: a decoder strips the space before the first word, inserts spaces between words,
+and combines several byte tokens into one character. A piece of text is therefore the difference between two decodings of the
+last tokens. It is emitted as soon as no later token can change it:
 
-- Of decoders that map bytes (`ByteLevel`) all is certain but an unfinished character at the end, at most three tokens.
-- `ByteFallback` looks at a run of byte tokens as a whole: is there a fault anywhere in it, all of it becomes U+FFFD. Nothing of
-  a run is given out, nor looked at, before it ends.
-- Decoders that look at the text as a whole, such as a replacement behind `Fuse`, give all of it at the end.
+- With decoders that map bytes (`ByteLevel`), everything is final except an unfinished character at the end, of at most three
+  tokens.
+- `ByteFallback` treats a run of byte tokens as a unit: if any byte is invalid, the whole run becomes U+FFFD. A run is neither
+  decoded nor emitted before it ends.
+- Decoders that treat the text as a unit, such as a `Replace` after `Fuse`, emit all of it at the end.
 
-So each token is decoded in a bounded number of runs of bounded length, and those of a run of bytes once more.
+Each token is thus decoded a bounded number of times, in runs of bounded length; a token of a run of bytes is decoded once more.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ from typing import Any, Protocol
 __all__ = ["StreamDecoder"]
 
 CONTEXT_TOKENS = 8
-"""Tokens before a piece that it is decoded with: more than three of an unfinished character and one that begins a text."""
+"""Tokens before a piece that are decoded with it: more than the three of an unfinished character plus the first of a text."""
 
 REPLACEMENT = "\ufffd"
 
-_OF_EACH_TOKEN = frozenset({"BPEDecoder", "ByteFallback", "CTC", "Metaspace", "Replace", "Strip", "WordPiece"})
-"""Decoders that look at a token and perhaps at the one before it."""
+_LOCAL_DECODERS = frozenset({"BPEDecoder", "ByteFallback", "CTC", "Metaspace", "Replace", "Strip", "WordPiece"})
+"""Decoders that map a token by itself, or by itself and the previous token."""
 
-_OF_THE_WHOLE = frozenset({"Fuse", "Metaspace", "Strip"})
-"""Decoders for which a text grows at its end only, where all tokens have become one text."""
+_APPENDING_DECODERS = frozenset({"Fuse", "Metaspace", "Strip"})
+"""Decoders that, after all tokens have been fused, only append to the text when a token is added."""
 
 
 class Decoder(Protocol):
-    """What a stream needs of a `Tokenizer`."""
+    """The methods of `Tokenizer` that a stream uses."""
 
     @property
     def special_ids(self) -> frozenset[int]: ...
@@ -43,10 +44,10 @@ class Decoder(Protocol):
 
 
 class StreamDecoder:
-    """Turns tokens into text as they come: never half a character, and spaces as the prompt's continuation has them.
+    """Decodes the tokens after a prompt one at a time, to pieces of whole characters.
 
-    The pieces join to what `Tokenizer.decode` gives for prompt and tokens, without what it gives for the prompt. Where the
-    tokens finish a character that the prompt ends in, the pieces begin with that character.
+    The joined pieces are what `Tokenizer.decode` returns for prompt and tokens, minus what it returns for the prompt. If the
+    tokens complete a character at the end of the prompt, the pieces begin with that character.
     """
 
     def __init__(self, tokenizer: Decoder, prompt: Sequence[int]) -> None:
@@ -57,15 +58,15 @@ class StreamDecoder:
         kinds = {part.get("type") for part in self._decoders}
         self._has_byte_tokens, self._has_byte_letters = "ByteFallback" in kinds, "ByteLevel" in kinds
         self._tokens, run = self._last_of(prompt)
-        """Tokens of which text may still come, and some before them."""
+        """Tokens whose text is not final, and a few before them."""
         text = self._text()
         self._done = len(text)
-        """Characters of their text that are given out, or are the prompt's."""
+        """Number of characters of their text that were emitted or belong to the prompt."""
         self._open = text[len(text) - self._unfinished(text, run) :]
-        """What the prompt's end is decoded to as long as nothing finishes it."""
+        """Decoded text of an unfinished character at the end of the prompt."""
 
     def push(self, token: int) -> str:
-        """Add a token; the text that is now certain, perhaps empty."""
+        """Add a token. Return the text that has become final, possibly empty."""
         spelling = self._spelling(token)
         if spelling is None:
             return ""
@@ -80,28 +81,28 @@ class StreamDecoder:
         return piece
 
     def flush(self) -> str:
-        """What is left at the end, unfinished characters as U+FFFD."""
+        """Return the remaining text at the end of the stream, with unfinished characters as U+FFFD."""
         text = self._text()
         return self._emit(text, len(text))
 
-    def _emit(self, text: str, certain: int) -> str:
-        """Give out what is new of the first `certain` characters of `text`."""
-        if certain == len(text) or certain >= self._done:
+    def _emit(self, text: str, final: int) -> str:
+        """Return the characters among the first `final` of `text` that have not been emitted."""
+        if final == len(text) or final >= self._done:
             if not text.startswith(self._open, self._done - len(self._open)):
                 self._done -= len(self._open)
             self._open = ""
-        piece, self._done = text[self._done : certain], max(certain, self._done)
+        piece, self._done = text[self._done : final], max(final, self._done)
         return piece
 
     def _text(self) -> str:
         return self._tokenizer.decode(self._tokens)
 
     def _spelling(self, token: int) -> str | None:
-        """How the vocabulary spells a token; None for one that decoding leaves out."""
+        """Return a token's text in the vocabulary; None for a token that decoding skips."""
         return None if token in self._special else self._tokenizer.token_text(token)
 
     def _last_of(self, prompt: Sequence[int]) -> tuple[list[int], bytes]:
-        """As many tokens from the prompt's end as the text after it needs, and the bytes of the byte tokens among the last."""
+        """Return the last tokens of the prompt that affect the next text, and the bytes of a run of byte tokens at its end."""
         tokens: list[int] = []
         run = bytearray()
         in_run = self._has_byte_tokens
@@ -119,9 +120,9 @@ class StreamDecoder:
         return tokens[::-1], bytes(run[::-1])
 
     def _unfinished(self, text: str, run: bytes) -> int:
-        """How many characters at the end of the prompt's `text` stand for a character that is not finished."""
+        """Return the number of characters at the end of the prompt's `text` that stand for an unfinished character."""
         if run:
-            # Each byte of a run that is no text has become a character.
+            # Each byte of an invalid run was decoded to one character.
             return len(run) if _ends_early(run) else 0
         if not (self._has_byte_letters and text.endswith(REPLACEMENT)):
             return 0
@@ -130,7 +131,7 @@ class StreamDecoder:
 
 
 def _flat(decoder: Any) -> list[Mapping[str, Any]]:
-    """The parts of a decoder in order, sequences taken apart."""
+    """Return the parts of a decoder in order, with sequences flattened."""
     if not isinstance(decoder, Mapping):
         return []
     if decoder.get("type") != "Sequence":
@@ -139,26 +140,26 @@ def _flat(decoder: Any) -> list[Mapping[str, Any]]:
 
 
 def _is_local(decoders: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the text of some tokens stays as it is, but for unfinished characters, when others follow."""
+    """Return whether later tokens leave the text of earlier tokens unchanged, except for unfinished characters."""
     fused = False
     for part in decoders:
         kind = part.get("type")
         if kind == "Strip" and part.get("start", 0) >= CONTEXT_TOKENS // 2:
             return False
         if fused:
-            # One character for one, wherever it is.
+            # A replacement of single characters does not depend on their position.
             single = kind == "Replace" and len(part["pattern"].get("String", "")) == 1
-            if kind not in _OF_THE_WHOLE and not single:
+            if kind not in _APPENDING_DECODERS and not single:
                 return False
         elif kind in ("ByteLevel", "Fuse"):
             fused = True
-        elif kind not in _OF_EACH_TOKEN:
+        elif kind not in _LOCAL_DECODERS:
             return False
     return True
 
 
 def _byte(text: str) -> int | None:
-    """The value of a byte token such as `<0xE4>`, None for other tokens."""
+    """Return the value of a byte token such as `<0xE4>`, None for other tokens."""
     if len(text) != 6 or not (text.startswith("<0x") and text.endswith(">")):
         return None
     try:
@@ -168,7 +169,7 @@ def _byte(text: str) -> int | None:
 
 
 def _ends_early(content: bytes) -> bool:
-    """Whether these bytes are text but for an unfinished character at the end."""
+    """Return whether the bytes are valid UTF-8 except for an unfinished character at the end."""
     try:
         content.decode()
     except UnicodeDecodeError as error:
@@ -177,7 +178,7 @@ def _ends_early(content: bytes) -> bool:
 
 
 def _byte_letters() -> dict[str, int]:
-    """The printable character that stands for each byte in GPT-2's vocabulary: itself where printable, else 256 and up."""
+    """Map each character of GPT-2's byte vocabulary to its byte: printable bytes to themselves, others to 256 and up."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = (byte for byte in range(256) if byte not in printable)
     return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
@@ -187,7 +188,7 @@ _BYTE_OF = _byte_letters()
 
 
 def _letters(text: str) -> bytes:
-    """The bytes of a token of a vocabulary of bytes; a token with other characters stands for itself."""
+    """Return the bytes of a token of a byte vocabulary; a token with other characters is encoded as UTF-8."""
     if all(character in _BYTE_OF for character in text):
         return bytes(_BYTE_OF[character] for character in text)
     return text.encode()

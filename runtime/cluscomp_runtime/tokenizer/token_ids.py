@@ -1,4 +1,4 @@
-"""Token ids as callers have them: lists, tuples, numpy arrays, torch tensors, their scalars."""
+"""Convert token ids as callers pass them (lists, tuples, numpy arrays, torch tensors, their scalars) to lists of ints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["token_batch", "token_ids"]
 
 
 def token_ids(value: Any) -> list[int]:
-    """The ids of one sequence `[tokens]`, or of a batch of one `[1, tokens]`. Raises InvalidRequestError for anything else."""
+    """Return the ids of a sequence `[tokens]` or of a batch of one `[1, tokens]`. Raises InvalidRequestError otherwise."""
     ids = _items(value, value)
     if len(ids) == 1 and _is_sequence(ids[0]):
         ids = _items(ids[0], value)
@@ -20,7 +20,7 @@ def token_ids(value: Any) -> list[int]:
 
 
 def token_batch(value: Any) -> list[list[int]]:
-    """The ids of a batch `[batch, tokens]`, rows of one length. Raises InvalidRequestError for anything else."""
+    """Return the ids of a batch `[batch, tokens]` of sequences of equal length. Raises InvalidRequestError otherwise."""
     rows = _items(value, value)
     if not rows or not all(map(_is_sequence, rows)):
         raise _error("bad_input", "wrong shape of input_ids", value, "[batch, tokens]")
@@ -29,7 +29,7 @@ def token_batch(value: Any) -> list[list[int]]:
     if len(lengths) > 1:
         message, remedy = (
             "the sequences of a batch differ in length",
-            "give one sequence at a time: padding would be attended to",
+            "pass one sequence at a time: the model would attend to padding",
         )
         found = ", ".join(f"{length}" for length in lengths[:5]) + (", ..." if len(lengths) > 5 else "") + " tokens"
         raise InvalidRequestError(Problem("ragged_batch", message, found=found, expected="one length", remedy=remedy))
@@ -37,7 +37,7 @@ def token_batch(value: Any) -> list[list[int]]:
 
 
 def _plain(value: Any, whole: Any) -> Any:
-    """Arrays, tensors and their scalars as Python's own values."""
+    """Convert arrays, tensors and their scalars to Python values."""
     if not hasattr(value, "tolist"):
         return value
     try:
@@ -54,14 +54,14 @@ def _is_sequence(value: Any) -> bool:
 
 def _items(value: Any, whole: Any) -> list[Any]:
     if not _is_sequence(value):
-        remedy = "give its input_ids" if isinstance(value, Mapping) else None
-        raise _error("bad_prompt", "this is neither a text nor a sequence of token ids", whole, _EXPECTED, remedy)
+        remedy = "pass its input_ids" if isinstance(value, Mapping) else None
+        raise _error("bad_prompt", "the value is neither a text nor a sequence of token ids", whole, _EXPECTED, remedy)
     return list(_plain(value, whole))
 
 
 def _token(value: Any, whole: Any) -> int:
     value = _plain(value, whole)
-    # A bool is an int to Python; a mask given for ids would pass.
+    # bool is a subclass of int; without this check, a mask would pass as ids.
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise _error("bad_prompt", f"{repr(value)[:50]} is not a token id", whole, _EXPECTED)
     return operator.index(value)

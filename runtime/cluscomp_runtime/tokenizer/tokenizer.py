@@ -1,6 +1,6 @@
-"""Text to token ids and back, from a model's own side files.
+"""Encode text to token ids and decode ids to text, with the tokenizer in a model's side files.
 
-Which tokens there are, and which begin and end a text, is for `cluscomp_formats.tokens` to say, of every container alike.
+`cluscomp_formats.tokens` reads the vocabulary and the special tokens, in the same way for every container format.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["Tokenizer", "end_tokens"]
 
 @contextlib.contextmanager
 def _library_faults(what: str) -> Iterator[None]:
-    """Make an InvalidFileError of whatever the tokenizers library raises: tokenizer.json is as good as a program for it."""
+    """Convert any exception of the tokenizers library to InvalidFileError: a tokenizer.json can make it fail in any way."""
     try:
         yield
     except ClusCompError:
@@ -33,17 +33,17 @@ def _library_faults(what: str) -> Iterator[None]:
         # The library raises a bare Exception for any malformed file.
         raise InvalidFileError(Problem("bad_tokenizer", f"the tokenizers library {what}: {error}", "tokenizer.json")) from error
     except BaseException as error:
-        # A panic of the Rust code is none; its class has no public name.
+        # A panic of the Rust code does not derive from Exception, and its class has no public name.
         if type(error).__name__ != "PanicException":
             raise
         raise InvalidFileError(Problem("bad_tokenizer", f"the tokenizers library {what}: {error}", "tokenizer.json")) from error
 
 
 class Tokenizer:
-    """A model's tokenizer: a thin layer over `backend`, a `tokenizers.Tokenizer` or one in a process of its own.
+    """A model's tokenizer: a thin layer over `backend`, a `tokenizers.Tokenizer` or an `IsolatedTokenizer`.
 
-    `settings` name special tokens as `tokenizer_config.json` does; `special_tokens` are their texts by name (`bos_token`, ...).
-    `bos_token` and `eos_token` are texts or None, `bos_id` and `eos_id` their ids.
+    `settings` name the special tokens as `tokenizer_config.json` does. `special_tokens` maps their names (`bos_token`, ...) to
+    texts. `bos_token` and `eos_token` are texts or None; `bos_id` and `eos_id` are their ids.
     """
 
     def __init__(self, backend: Backend, settings: Mapping[str, Any]) -> None:
@@ -57,7 +57,10 @@ class Tokenizer:
 
     @classmethod
     def from_files(cls, files: Mapping[str, Array]) -> Tokenizer | None:
-        """The tokenizer among a model's side files, None if there is no `tokenizer.json`. Raises InvalidFileError."""
+        """Return the tokenizer in a model's side files, None if there is no `tokenizer.json`.
+
+        Raises InvalidFileError if the file is malformed.
+        """
         stored = read_tokenizer(files)
         if stored is None:
             return None
@@ -67,35 +70,36 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, added ones included."""
+        """Number of tokens, including added ones."""
         return int(self.backend.get_vocab_size(with_added_tokens=True))
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
-        """Tokens that `decode` leaves out. Raises InvalidFileError if the tokenizer fails."""
+        """Ids of the tokens that `decode` skips. Raises InvalidFileError if the tokenizer fails."""
         with _library_faults("cannot name its special tokens"):
             return special_ids(self.backend)
 
     @cached_property
     def decoder(self) -> Any:
-        """What `decode` does, as in tokenizer.json. Raises InvalidFileError if the tokenizer fails."""
+        """The decoder as described in tokenizer.json. Raises InvalidFileError if the tokenizer fails."""
         with _library_faults("cannot describe its decoder"):
             return decoder_description(self.backend)
 
     def token_text(self, token: int) -> str | None:
-        """How the vocabulary spells a token, None if it has no such token. Raises InvalidFileError if the tokenizer fails."""
+        """Return a token's text in the vocabulary, None if there is no such token. Raises InvalidFileError if this fails."""
         with _library_faults("cannot look up a token"):
             return self.backend.id_to_token(token)
 
     def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
-        """Token ids of a text.
+        """Return the token ids of a text.
 
-        Without `parse_special`, the text of a special token (`</s>`) is that of the characters it is written with, like any
-        other, and not that token; added tokens that are not special are found in either case.
+        Without `parse_special`, the text of a special token (`</s>`) is tokenized like any other text; added tokens that are
+        not special are recognized in either case.
 
-        With `add_special_tokens` the text gets what the tokenizer's post-processor adds. A text that already begins with the
-        beginning-of-text token gets no second one. Raises InvalidRequestError for a text with lone surrogates,
-        InvalidFileError if the tokenizer fails.
+        With `add_special_tokens`, the tokenizer's post-processor adds its tokens. A text that already begins with the
+        beginning-of-text token gets no second one.
+
+        Raises InvalidRequestError if the text has lone surrogates; InvalidFileError if the tokenizer fails.
         """
         if not is_unicode(text):
             raise InvalidRequestError(Problem("bad_prompt", "the text is not valid Unicode", found=ascii(text)[:200]))
@@ -111,9 +115,9 @@ class Tokenizer:
             return plain_copy(self.backend)
 
     def encode_with_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids of a text, no special tokens added, and of each the characters it stands for, begin and end.
+        """Return the token ids of a text, without added special tokens, and the span (begin, end) of each in characters.
 
-        Raises InvalidRequestError for a text with lone surrogates, InvalidFileError if the tokenizer fails.
+        Raises InvalidRequestError if the text has lone surrogates; InvalidFileError if the tokenizer fails.
         """
         if not is_unicode(text):
             raise InvalidRequestError(Problem("bad_prompt", "the text is not valid Unicode", found=ascii(text)[:200]))
@@ -122,24 +126,27 @@ class Tokenizer:
             return list(encoding.ids), list(encoding.offsets)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of token ids; bytes that are no valid UTF-8 become U+FFFD. Raises InvalidRequestError, InvalidFileError."""
+        """Return the text of token ids; invalid UTF-8 becomes U+FFFD.
+
+        Raises InvalidRequestError if a value is not a token id; InvalidFileError if the tokenizer fails.
+        """
         tokens = token_ids(ids)
         if any(not 0 <= token < 2**32 for token in tokens):
-            raise InvalidRequestError(Problem("token_out_of_range", "a token id is negative or too large to be one"))
+            raise InvalidRequestError(Problem("token_out_of_range", "a token id is negative or above 2^32 - 1"))
         if not tokens:
-            # Of which some decoders make a panic.
+            # Some decoders panic on an empty list.
             return ""
         with _library_faults("cannot decode tokens with it"):
             return str(self.backend.decode(tokens, skip_special_tokens=skip_special_tokens))
 
     def stream(self, prompt: Sequence[int]) -> StreamDecoder:
-        """A decoder for tokens that come one at a time after those of `prompt`."""
+        """Return a decoder for the tokens that follow `prompt`, one at a time."""
         return StreamDecoder(self, prompt)
 
 
 def end_tokens(config: Mapping[str, Any], files: Mapping[str, Array], tokenizer: Tokenizer | None) -> frozenset[int]:
-    """Ids that end a text: those of generation_config.json, else of config.json, else the tokenizer's end token.
+    """Return the ids that end a text: those of generation_config.json, else of config.json, else the tokenizer's end token.
 
-    Raises InvalidFileError if a file says something other than an id or a list of ids.
+    Raises InvalidFileError if a file has a value that is neither an id nor a list of ids.
     """
     return frozenset(stored_end_tokens(config, files, tokenizer.eos_id if tokenizer else None))
