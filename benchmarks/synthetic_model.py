@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from cluscomp_formats.architectures import describe
-from cluscomp_formats.safetensors.reader import Entry, header_bytes
+from cluscomp_formats.safetensors.spec import Entry
+from cluscomp_formats.safetensors.writer import header_bytes
 
 __all__ = ["llama_config", "write_model"]
 

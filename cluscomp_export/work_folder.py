@@ -22,7 +22,7 @@ from cluscomp_formats.files.atomic import storage_error
 from cluscomp_formats.files.leftovers import shown_name, try_lock
 from cluscomp_formats.ir import DTYPES, AnyArray
 from cluscomp_formats.safetensors.mapped_shards import open_shard
-from cluscomp_formats.safetensors.reader import Forms, header_bytes, lay_out
+from cluscomp_formats.safetensors.writer import header_bytes, lay_out
 from cluscomp_formats.strict_json import canonical_json
 
 __all__ = ["Forms", "WorkFolder", "fingerprint", "work_folder", "work_path"]
@@ -30,6 +30,9 @@ __all__ = ["Forms", "WorkFolder", "fingerprint", "work_folder", "work_path"]
 _UNIT = re.compile(r"([0-9a-f]{16})-[0-9a-f]{32}\.(safetensors|part)")
 _CHECKSUM = "sha256"
 _CHECKSUM_FORM = ("uint8", (32,))
+
+Forms = Mapping[str, tuple[str, tuple[int, ...]]]
+"""Dtype, a key of `DTYPES`, and shape of arrays, by name."""
 
 
 def work_path(output: Path) -> Path:

@@ -23,7 +23,7 @@ from cluscomp_formats.files.model_folder import read_inside
 from cluscomp_formats.files.stored_file import Stamp, read_again
 from cluscomp_formats.ir import DTYPES, AnyArray, Array
 from cluscomp_formats.safetensors.mapped_shards import open_shard
-from cluscomp_formats.safetensors.reader import Entry
+from cluscomp_formats.safetensors.spec import Entry
 from cluscomp_formats.strict_json import json_faults
 from cluscomp_formats.tokens import with_tokenizer
 

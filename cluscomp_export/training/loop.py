@@ -18,10 +18,9 @@ import torch
 
 from cluscomp_export.progress import Progress, silent
 from cluscomp_export.training.parameters import Trainable
-from cluscomp_export.work_folder import WorkFolder
+from cluscomp_export.work_folder import Forms, WorkFolder
 from cluscomp_formats.errors import InvalidRequestError, Problem
 from cluscomp_formats.ir import AnyArray, Model
-from cluscomp_formats.safetensors.reader import Forms
 
 __all__ = [
     "RATE_OF_ROOT",

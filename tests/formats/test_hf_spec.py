@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from cluscomp_formats.hf import SHARD_BYTES, quantization, reader, spec
-from cluscomp_formats.safetensors import reader as safetensors
+from cluscomp_formats.safetensors import spec as safetensors
 from cluscomp_formats.sections import stored_arrays
 from cluscomp_formats.sections.payloads import Payload
 from cluscomp_formats.strict_json import MAX_DEPTH

@@ -88,7 +88,8 @@ def test_a_source_ten_times_the_address_space_opens_and_reads(tmp_path: Path) ->
         import json, resource, sys
         from pathlib import Path
         from cluscomp_export.sources import open_source
-        from cluscomp_formats.safetensors.reader import Entry, header_bytes
+        from cluscomp_formats.safetensors.spec import Entry
+        from cluscomp_formats.safetensors.writer import header_bytes
 
         folder, size, count = Path(sys.argv[1]), 1 << 26, 80
         entries = {str(n): Entry("float16", (1 << 10, size >> 11), n * size, (n + 1) * size) for n in range(count)}

@@ -14,7 +14,7 @@ from cluscomp_formats.errors import InvalidFileError, Problem
 from cluscomp_formats.files.regular_file import first_bytes
 from cluscomp_formats.ir import DTYPES, AnyArray, Array
 from cluscomp_formats.safetensors.mapped_shards import MappedShard, open_shard
-from cluscomp_formats.safetensors.reader import LENGTH_BYTES
+from cluscomp_formats.safetensors.spec import LENGTH_BYTES
 from cluscomp_formats.strict_json import StrictJsonError, parse_canonical
 
 __all__ = ["is_delta", "open_delta"]

@@ -10,7 +10,7 @@ from cluscomp_formats.delta.delta import Delta
 from cluscomp_formats.delta.spec import FORMAT, VERSION, array_faults, checksum_of
 from cluscomp_formats.errors import InvalidRequestError
 from cluscomp_formats.files.atomic import atomic_write
-from cluscomp_formats.safetensors.reader import header_bytes, lay_out
+from cluscomp_formats.safetensors.writer import header_bytes, lay_out
 from cluscomp_formats.sections.model_problems import json_problems
 from cluscomp_formats.strict_json import canonical_json
 

@@ -17,7 +17,8 @@ from cluscomp_formats.hf.reader import holds_only_model, open_hf
 from cluscomp_formats.hf.spec import CONFIG, INDEX, OWN_FILES, RECORD, SINGLE, VERSION
 from cluscomp_formats.ir import DigestBuilder, Model
 from cluscomp_formats.progress import Progress, silent
-from cluscomp_formats.safetensors.reader import MAX_HEADER_BYTES, Entry, header_bytes, lay_out
+from cluscomp_formats.safetensors.spec import MAX_HEADER_BYTES, Entry
+from cluscomp_formats.safetensors.writer import header_bytes, lay_out
 from cluscomp_formats.sections.digest import NO_DIGEST, check_claim, hash_payload
 from cluscomp_formats.sections.model_problems import json_problems, model_problems
 from cluscomp_formats.sections.payload_stream import (

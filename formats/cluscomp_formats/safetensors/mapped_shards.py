@@ -9,7 +9,8 @@ from pathlib import Path
 from cluscomp_formats.errors import InvalidFileError, Problem
 from cluscomp_formats.files.stored_file import StoredFile
 from cluscomp_formats.ir import AnyArray
-from cluscomp_formats.safetensors.reader import LENGTH_BYTES, Entry, header_length, parse_header
+from cluscomp_formats.safetensors.reader import header_length, parse_header
+from cluscomp_formats.safetensors.spec import LENGTH_BYTES, Entry
 from cluscomp_formats.sections.payloads import ContentFault, Payload
 
 __all__ = ["MappedShard", "StoredWeights", "open_shard"]

@@ -1,10 +1,4 @@
-"""The safetensors container: its header, made and strictly parsed.
-
-A file is the length of the header (8 bytes, little-endian), the header (a JSON object: name -> dtype, shape, begin and end
-in the data) and the data, which the arrays fill without hole or overlap. Written here rather than by the library of that
-name, whose numpy side knows neither bfloat16 nor writing one array after the other. Specification:
-https://github.com/huggingface/safetensors#format
-"""
+"""The header of a safetensors file, strictly parsed."""
 
 from __future__ import annotations
 
@@ -16,57 +10,14 @@ from typing import Any
 from cluscomp_formats.errors import InvalidFileError, Problem
 from cluscomp_formats.ir import DTYPES
 from cluscomp_formats.limits import MAX_RANK, can_be_shape
-from cluscomp_formats.strict_json import StrictJsonError, canonical_json, parse_strict
+from cluscomp_formats.safetensors.spec import LENGTH_BYTES, MAX_HEADER_BYTES, METADATA, STORED_NAMES, Entry
+from cluscomp_formats.strict_json import StrictJsonError, parse_strict
 
-__all__ = [
-    "LENGTH_BYTES",
-    "MAX_HEADER_BYTES",
-    "STORED_NAMES",
-    "Entry",
-    "Forms",
-    "Header",
-    "header_bytes",
-    "header_length",
-    "lay_out",
-    "parse_header",
-]
+__all__ = ["Header", "header_length", "parse_header"]
 
-Forms = Mapping[str, tuple[str, tuple[int, ...]]]
-"""Dtype, a key of `DTYPES`, and shape of arrays, by name."""
-
-LENGTH_BYTES = 8
-MAX_HEADER_BYTES = 100_000_000
-"""The limit the safetensors library sets."""
-
-STORED_NAMES = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "int64": "I64",
-    "int32": "I32",
-    "int16": "I16",
-    "int8": "I8",
-    "uint64": "U64",
-    "uint32": "U32",
-    "uint16": "U16",
-    "uint8": "U8",
-    "bool": "BOOL",
-}
 _DTYPES = {stored: name for name, stored in STORED_NAMES.items()}
-_METADATA = "__metadata__"
 _SIZE_LIMIT = 1 << 63
 _FETCH_AGAIN = "copy, download or convert it again"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """An array in a file: a key of `DTYPES`, its shape, and begin and end in bytes from the start of the data."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
 
 
 @dataclass(frozen=True)
@@ -75,32 +26,6 @@ class Header:
 
     entries: Mapping[str, Entry]
     metadata: Mapping[str, str] = field(default_factory=dict)
-
-
-def lay_out(forms: Forms) -> dict[str, Entry]:
-    """Where arrays lie, in this order: wide items before narrow ones, which aligns all of them without a hole."""
-    entries: dict[str, Entry] = {}
-    position = 0
-    for name, (dtype, shape) in sorted(forms.items(), key=lambda form: -DTYPES[form[1][0]].itemsize):
-        end = position + math.prod(shape) * DTYPES[dtype].itemsize
-        entries[name] = Entry(dtype, shape, position, end)
-        position = end
-    return entries
-
-
-# transformers opens only files that name the framework they were written for.
-_FOR_TRANSFORMERS = {"format": "pt"}
-
-
-def header_bytes(entries: Mapping[str, Entry], metadata: Mapping[str, str] = _FOR_TRANSFORMERS) -> bytes:
-    """The start of a file: length and header, padded with spaces so that the data begins at a multiple of 8."""
-    value: dict[str, Any] = {
-        name: {"dtype": STORED_NAMES[entry.dtype], "shape": entry.shape, "data_offsets": [entry.begin, entry.end]}
-        for name, entry in entries.items()
-    }
-    text = canonical_json({**value, _METADATA: dict(metadata)}).encode()
-    text += b" " * (-len(text) % LENGTH_BYTES)
-    return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 
 def header_length(start: bytes, file_length: int, file: str) -> int:
@@ -131,9 +56,9 @@ def parse_header(data: bytes, data_length: int, file: str) -> Header:
     if not isinstance(value, dict) or not data.startswith(b"{"):
         raise InvalidFileError(Problem("bad_header", "the header is not a JSON object", file, "header"))
     problems: list[Problem] = []
-    metadata = value.pop(_METADATA, {})
+    metadata = value.pop(METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        problems.append(Problem("bad_header", f"{_METADATA} is not an object of strings", file, "header"))
+        problems.append(Problem("bad_header", f"{METADATA} is not an object of strings", file, "header"))
     entries: dict[str, Entry] = {}
     for name, member in value.items():
         entry = _entry(name, member, file)

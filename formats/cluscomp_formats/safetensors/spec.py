@@ -1,0 +1,40 @@
+"""What a header says of an array, and the names of the dtypes there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["LENGTH_BYTES", "MAX_HEADER_BYTES", "METADATA", "STORED_NAMES", "Entry"]
+
+LENGTH_BYTES = 8
+MAX_HEADER_BYTES = 100_000_000
+"""The limit the safetensors library sets."""
+
+STORED_NAMES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint64": "U64",
+    "uint32": "U32",
+    "uint16": "U16",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
+
+METADATA = "__metadata__"
+"""The member of the header that is no array."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An array in a file: a key of `DTYPES`, its shape, and begin and end in bytes from the start of the data."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
