@@ -21,7 +21,6 @@ from cluscomp_export.cli.terminal import ProgressDisplay, print_table, say
 from cluscomp_export.conversion.merge import merge
 from cluscomp_export.evaluation.evaluate import evaluate_files
 from cluscomp_export.inspection.verify import verify
-from cluscomp_export.training import TrainingOptions
 from cluscomp_export.training.finetuning import TuneOptions, tune
 
 FORMATS = {"packed": "merged.clus", "gguf": "merged.gguf", "hf": "merged-hf", "onnx": "merged-onnx"}
@@ -30,9 +29,11 @@ FORMATS = {"packed": "merged.clus", "gguf": "merged.gguf", "hf": "merged-hf", "o
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Everything the table shows; a format that is not the same model ends the benchmark."""
     options = TuneOptions(
-        arguments.train,
+        text=arguments.train,
         context=arguments.context,
-        training=TrainingOptions(steps=arguments.steps, batch=arguments.batch, rate=arguments.lr),
+        steps=arguments.steps,
+        batch=arguments.batch,
+        lr=arguments.lr,
     )
     delta = arguments.delta or folder / "tuned.delta"
     with ProgressDisplay() as progress:

@@ -21,4 +21,4 @@ def check_range(option: str, value: float, least: float, most: float, *, above: 
     if not (least < value if above else least <= value) or not value <= most:
         found = str(value) if isinstance(value, int) else f"{value:g}"
         expected = f"{'more than ' if above else ''}{least:g} to {most:g}"
-        raise InvalidRequestError(Problem("bad_option", f"{option} is out of range", found=found[:100], expected=expected))
+        raise InvalidRequestError(Problem("bad_option", f"`{option}` is out of range", found=found[:100], expected=expected))

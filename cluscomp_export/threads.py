@@ -16,11 +16,11 @@ MOST_THREADS = max(256, 4 * (os.cpu_count() or 1))
 """Of threads, and of processes that work here. More only wait for each other, and by the million they end the process."""
 
 
-def check_threads(number: int | None, option: str = "--threads") -> None:
+def check_threads(number: int | None, option: str = "threads") -> None:
     """Raise InvalidRequestError for a number of threads or processes that no machine like this one can use."""
     if number is not None and not 1 <= number <= MOST_THREADS:
         expected = f"1 to {MOST_THREADS}; this machine has {os.cpu_count()} cores"
-        raise InvalidRequestError(Problem("bad_option", f"{option} is out of range", found=str(number), expected=expected))
+        raise InvalidRequestError(Problem("bad_option", f"`{option}` is out of range", found=str(number), expected=expected))
 
 
 @contextmanager

@@ -17,7 +17,6 @@ from hostile_paths import place
 
 from cluscomp_export.cli.main import main as cli
 from cluscomp_export.conversion.convert import ConversionOptions, convert
-from cluscomp_export.training import TrainingOptions
 from cluscomp_export.training.finetuning import TuneOptions, tune
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs pipes, devices and links")
@@ -73,7 +72,7 @@ def known(stories_folder: Path, stories_text: Path, tmp_path_factory: pytest.Tem
     """What the commands in the tables name."""
     folder = tmp_path_factory.mktemp("known")
     convert(stories_folder, folder / "model", ConversionOptions(cluster_dim=4, num_clusters=16))
-    options = TuneOptions(stories_text, context=16, training=TrainingOptions(steps=1, batch=1))
+    options = TuneOptions(text=stories_text, context=16, steps=1, batch=1)
     tune(folder / "model", folder / "delta", options)
     names = {"SOURCE": stories_folder, "TEXT": stories_text, "MODEL": folder / "model", "DELTA": folder / "delta"}
     return {name: str(path) for name, path in names.items()}

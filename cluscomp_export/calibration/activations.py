@@ -97,7 +97,7 @@ def calibration_context(model: Model, asked: int | None) -> int:
     if asked < 2 or (longest is not None and asked > longest):
         expected = "2 or more tokens" + (f", at most the model's {longest}" if longest is not None else "")
         raise InvalidRequestError(
-            Problem("bad_option", "--calibration-context is out of range", found=str(asked), expected=expected)
+            Problem("bad_option", "`calibration_context` is out of range", found=str(asked), expected=expected)
         )
     return asked
 

@@ -10,7 +10,9 @@ from cluscomp_export.sources.linears import kind
 from cluscomp_formats.errors import Problem, printable
 
 if TYPE_CHECKING:
+    from cluscomp_export.conversion.plan_report import PlanReport
     from cluscomp_export.evaluation.evaluate import Evaluation
+    from cluscomp_export.inspection.inspect import DeltaInspection, Inspection
 
 __all__ = [
     "print_delta",
@@ -41,10 +43,10 @@ def print_tensors(rows: Rows) -> None:
     )
 
 
-def print_plan(report: Mapping[str, Any]) -> None:
+def print_plan(report: PlanReport) -> None:
     """The report of `explain`: the tensors by kind and setting, what the columns mean, memory and totals."""
     merged: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-    for row in report["tensors"]:
+    for row in report.tensors:
         how = f"dim {row['dim']} x {row['clusters']}" if row["kind"] == "clustered" else row["dtype"]
         width = row.get("codebook_bits", "")
         merged.setdefault((kind(row["name"]), how, kind(row.get("codebook", "")), width), []).append(row)
@@ -68,23 +70,23 @@ def print_plan(report: Mapping[str, Any]) -> None:
     show(
         "its bits: of a value of the codebook; bits: of a weight, codebook not counted; error: squared, of the weights' squares"
     )
-    if report["predicted_loss"] is None:
+    if report.predicted_loss is None:
         show("Every weight counts alike.")
     else:
         show("sensitivity: nats per token that an error of 1 would cost; loss: sensitivity times error, as a share")
     show()
-    print_memory(report["memory"])
-    show(f"MB at most; on the host beside the process itself (about {report['process_bytes'] / 1e6:.0f} MB)")
+    print_memory(report.memory)
+    show(f"MB at most; on the host beside the process itself (about {report.process_bytes / 1e6:.0f} MB)")
     show()
-    bits = report["bits_per_weight"]
+    bits = report.bits_per_weight
     show(f"bits per weight: {bits['linears']:.2f} (linear layers), {bits['all']:.2f} (everything)")
-    size, bound = report["file_bytes"], " at most"
+    size, bound = report.file_bytes, " at most"
     if size is None:
-        size, bound = report["payload_bytes"], ", headers not counted"
-    show(f"predicted size: {size / 1e6:.3f} MB ({size:,} bytes){bound}; source: {report['source_file_bytes'] / 1e6:.1f} MB")
-    if report["predicted_loss"] is not None:
+        size, bound = report.payload_bytes, ", headers not counted"
+    show(f"predicted size: {size / 1e6:.3f} MB ({size:,} bytes){bound}; source: {report.source_file_bytes / 1e6:.1f} MB")
+    if report.predicted_loss is not None:
         show(
-            f"predicted loss: {report['predicted_loss']:.3g} nats per token on text like the calibration text, before error "
+            f"predicted loss: {report.predicted_loss:.3g} nats per token on text like the calibration text, before error "
             "feedback and training"
         )
 
@@ -102,39 +104,39 @@ def print_memory(peaks: Rows) -> None:
     print_table(("phase", "device", "host", "disk"), rows)
 
 
-def print_inspection(report: Mapping[str, Any]) -> None:
+def print_inspection(report: Inspection) -> None:
     """The report of `inspect_model`: tables and facts on standard output, problems on standard error."""
-    print_tensors(report["tensors"])
-    if report["codebooks"]:
+    print_tensors(report.tensors)
+    if report.codebooks:
         show()
-        _print_codebooks(report["codebooks"])
-    if report["worst_tensors"]["names"]:
+        _print_codebooks(report.codebooks)
+    if report.worst_tensors["names"]:
         show()
         _print_worst(report)
     show()
-    bits = report["bits_per_weight"]
+    bits = report.bits_per_weight
     unread = "not looked for (--quick)"
     facts = {
-        "format": report["format"],
-        "architecture": report["architecture"],
-        "weights": f"{report['weights'] / 1e6:.1f} million",
-        "file": f"{report['file_bytes'] / 1e6:.1f} MB",
+        "format": report.format,
+        "architecture": report.architecture,
+        "weights": f"{report.weights / 1e6:.1f} million",
+        "file": f"{report.file_bytes / 1e6:.1f} MB",
         "bits per weight": f"{bits['linears']:.2f} (linear layers), {bits['all']:.2f} (everything)",
-        "digest": report["digest"] or (unread if report["quick"] else "none: not everything could be read"),
-        "problems": unread if report["quick"] else len(report["problems"]) or "none",
-        "self-test record": "yes" if report["self_test"] else "no",
-        "made by": f"{report['provenance'].get('tool', 'unknown')} {report['provenance'].get('version', '')}",
-        "kernel here": report["kernel"],
+        "digest": report.digest or (unread if report.quick else "none: not everything could be read"),
+        "problems": unread if report.quick else len(report.problems) or "none",
+        "self-test record": "yes" if report.self_test else "no",
+        "made by": f"{report.provenance.get('tool', 'unknown')} {report.provenance.get('version', '')}",
+        "kernel here": report.kernel,
     }
     for name, value in facts.items():
         show(f"{name:>17}: {printable(str(value))}")
-    for difference in report["reference"]["differences"] if report["reference"] else ():
+    for difference in report.reference["differences"] if report.reference else ():
         say(f"warning: {difference}")
-    for problem in report["problems"]:
+    for problem in report.problems:
         say(f"error: {Problem(**problem)}")
 
 
-def print_delta(report: Mapping[str, Any]) -> None:
+def print_delta(report: DeltaInspection) -> None:
     """The report of `inspect_delta`."""
     rows = [
         (
@@ -145,15 +147,15 @@ def print_delta(report: Mapping[str, Any]) -> None:
             ", ".join(row["dtypes"]),
             "?" if row["relative_change"] is None else f"{row['relative_change']:.4f}",
         )
-        for row in report["parameters"]
+        for row in report.parameters
     ]
     print_table(("changed", "count", "values", "MB", "dtype", "relative change"), rows)
     show()
-    record = report["record"]
+    record = report.record
     facts = {
-        "file": f"{report['file_bytes'] / 1e6:.3f} MB",
-        "of the model": report["base"],
-        "makes": report["result"],
+        "file": f"{report.file_bytes / 1e6:.3f} MB",
+        "of the model": report.base,
+        "makes": report.result,
         "made by": f"{record.get('tool', 'unknown')} {record.get('version', '')}",
     }
     training = record.get("training")
@@ -194,11 +196,11 @@ def _merge(merge: Callable[[Iterable[Any]], Any], rows: Rows, member: str, form:
     return "?" if None in values else format(merge(values), form)
 
 
-def _print_worst(report: Mapping[str, Any]) -> None:
+def _print_worst(report: Inspection) -> None:
     """The worst tensors by what was measured."""
-    rows = {row["name"]: row for row in report["tensors"]}
-    worst = [rows[name] for name in report["worst_tensors"]["names"]]
-    if report["worst_tensors"]["by"] == "relative_error":
+    rows = {row["name"]: row for row in report.tensors}
+    worst = [rows[name] for name in report.worst_tensors["names"]]
+    if report.worst_tensors["by"] == "relative_error":
         cells = [(row["name"], f"{row['relative_error']:.4f}", f"{row['largest_difference']:.4g}") for row in worst]
         print_table(("worst tensors", "relative error", "largest difference"), cells)
         return

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -15,8 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from cluscomp_formats.errors import displayable, printable
+from cluscomp_formats.files.atomic import atomic_write
 
-__all__ = ["ProgressDisplay", "json_document", "print_json", "print_table", "say", "show"]
+__all__ = ["ProgressDisplay", "print_json", "print_table", "say", "show", "write_json"]
 
 
 LINE_SECONDS = 60.0
@@ -92,14 +94,20 @@ def show(text: str = "", *, end: str = "\n", raw: bool = False, err: bool = Fals
     stream.flush()
 
 
-def json_document(value: Mapping[str, Any]) -> str:
+def _json_document(value: Mapping[str, Any]) -> str:
     """A JSON document for people and machines: indented, keys in order."""
     return json.dumps(value, indent=2, sort_keys=True, default=str)
 
 
 def print_json(value: Mapping[str, Any]) -> None:
     """A JSON document on standard output, and nothing else there."""
-    show(json_document(value))
+    show(_json_document(value))
+
+
+def write_json(path: Path, value: Mapping[str, Any], *, force: bool) -> None:
+    """A JSON document in a file. Raises OutputExistsError, StorageError."""
+    with atomic_write(path, force=force) as stream:
+        stream.write(_json_document(value).encode() + b"\n")
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

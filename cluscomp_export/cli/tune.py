@@ -1,4 +1,4 @@
-"""The commands `tune` and `merge`; see `cli.py`."""
+"""The commands `tune` and `merge`."""
 
 from __future__ import annotations
 
@@ -8,19 +8,29 @@ from typing import Any
 
 import click
 
-from cluscomp_export.cli.options import DEVICE, GGUF_TYPE, JSON, PATH, PRECISIONS, SCHEDULES, OutputFormat
+from cluscomp_export import api
+from cluscomp_export.cli.messages import warn
+from cluscomp_export.cli.options import (
+    DEVICE,
+    GGUF_TYPE,
+    JSON,
+    PATH,
+    PRECISIONS,
+    SCHEDULES,
+    OutputFormat,
+    command,
+    option,
+)
 from cluscomp_export.cli.terminal import ProgressDisplay, print_json, print_table, say, show
 
 __all__ = ["merge", "tune"]
 
-KINDS = {"codebooks": "codebook", "scales": "row_scale", "norms": "norm"}
+TRAINING, HELD_OUT = "Training", "Held-out data"
+KINDS = {"codebook": "codebooks", "row_scale": "scales", "norm": "norms"}
 
 
-def _kinds(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
-    unknown = [name for name in value.split(",") if name not in KINDS]
-    if unknown:
-        raise click.BadParameter(f"{unknown[0]!r} is not one of {', '.join(KINDS)}.", ctx, param)
-    return tuple(KINDS[name] for name in value.split(","))
+def _names(ctx: click.Context, param: click.Parameter, value: str) -> list[str]:
+    return value.split(",")
 
 
 def _share_or_file(ctx: click.Context, param: click.Parameter, value: str) -> float | Path:
@@ -34,66 +44,65 @@ def _weights(ctx: click.Context, param: click.Parameter, value: str | None) -> t
     try:
         return None if value is None else tuple(float(weight) for weight in value.split(","))
     except ValueError:
-        raise click.BadParameter(f"{value!r} are not numbers with commas between.", ctx, param) from None
+        raise click.BadParameter(f"{value!r} is not a list of numbers separated by commas.", ctx, param) from None
 
 
-@click.command()
+@command()
 @click.argument("model", type=PATH)
 @click.argument("delta", type=PATH)
-@click.option("--text", type=PATH, help="Train on a UTF-8 text: to predict its next token.")
-@click.option("--chat", type=PATH, help="Train on chats, a JSON object a line: to say what the assistant says in them.")
-@click.option("--steps", type=click.IntRange(min=1), help="Steps to train for. [default: --epochs]")
-@click.option("--epochs", type=float, default=1.0, show_default=True, help="Times over the data; not with --steps.")
-@click.option("--batch", type=int, default=4, show_default=True, help="Windows or chats per step.")
-@click.option("--context", type=int, default=512, show_default=True, help="Tokens of a window; longer chats are cut.")
-@click.option("--lr", "rate", type=float, default=1e-3, show_default=True, help="Learning rate, relative to a tensor's size.")
-@click.option("--schedule", type=SCHEDULES, default="cosine", show_default=True)
-@click.option("--warmup", type=int, default=0, show_default=True, help="Steps over which the rate rises at the beginning.")
-@click.option(
-    "--held-out",
-    metavar="SHARE|FILE",
-    callback=_share_or_file,
-    default="0.1",
-    show_default=True,
-    help="Share of the data, or a file, that is not trained on and tells which state is best.",
-)
-@click.option("--checks", type=int, default=8, show_default=True, help="How often the held-out data is looked at.")
-@click.option("--patience", type=int, default=3, show_default=True, help="Stop after so many checks without progress.")
-@click.option(
+@option("--text", type=PATH, help="Train on a UTF-8 text, to predict the next token.")
+@option("--chat", type=PATH, help="Train on chats, a JSON object per line, to predict what the assistant says.")
+@option("--epochs", type=float, help="Epochs over the data; not with --steps. [default: 1]")
+@option("--context", type=int, default=512, show_default=True, help="Tokens per window; longer chats are cut.")
+@option("--lr", type=float, default=1e-3, show_default=True, help="Learning rate, relative to the magnitude of each tensor.")
+@DEVICE
+@option("--dry-run", is_flag=True, help="Read model and data, show what training would need; train nothing.")
+@option("--force", is_flag=True, help="Replace the delta if it exists.")
+@JSON
+@option(
     "--train",
-    "kinds",
+    heading=TRAINING,
     metavar="KINDS",
-    callback=_kinds,
+    callback=_names,
     default="codebooks,scales,norms",
     show_default=True,
     help="What to train.",
 )
-@click.option("--reference", type=PATH, help="The original model, to stay near to; needs --kl.")
-@click.option("--kl", type=float, default=0.0, help="Weight of the divergence from --reference in the loss, such as 0.5.")
-@click.option(
+@option("--steps", heading=TRAINING, type=click.IntRange(min=1), help="Training steps. [default: depends on --epochs]")
+@option("--batch", heading=TRAINING, type=int, default=4, show_default=True, help="Windows or chats per step.")
+@option("--schedule", heading=TRAINING, type=SCHEDULES, default="cosine", show_default=True, help="Learning rate schedule.")
+@option("--warmup", heading=TRAINING, type=int, default=0, show_default=True, help="Steps in which the rate rises.")
+@option("--reference", heading=TRAINING, type=PATH, help="The original model, to stay close to; needs --kl.")
+@option(
+    "--kl",
+    heading=TRAINING,
+    type=float,
+    default=0.0,
+    help="Weight of the divergence from --reference in the loss, such as 0.5.",
+)
+@option(
     "--precision",
+    heading=TRAINING,
     type=PRECISIONS,
     default="float32",
     show_default=True,
-    help="What matrices are multiplied in; bfloat16 is many times faster where there are units for it.",
+    help="Precision of matrix products; bfloat16 is many times faster on a CPU with matrix units (AMX).",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same bytes.")
-@DEVICE
-@click.option("--dry-run", is_flag=True, help="Read model and data, show what training would take; train nothing.")
-@click.option("--force", is_flag=True, help="Replace the delta if it exists.")
-@JSON
-def tune(
-    model: Path,
-    delta: Path,
-    *,
-    text: Path | None,
-    chat: Path | None,
-    steps: int | None,
-    dry_run: bool,
-    force: bool,
-    as_json: bool,
-    **options: Any,
-) -> None:
+@option("--seed", heading=TRAINING, type=int, default=0, show_default=True, help="The same seed produces the same bytes.")
+@option(
+    "--held-out",
+    heading=HELD_OUT,
+    metavar="SHARE|FILE",
+    callback=_share_or_file,
+    default="0.1",
+    show_default=True,
+    help="Share of the data, or a file, that is not trained on and decides which state is kept.",
+)
+@option("--checks", heading=HELD_OUT, type=int, default=8, show_default=True, help="Number of evaluations on held-out data.")
+@option(
+    "--patience", heading=HELD_OUT, type=int, default=3, show_default=True, help="Stop after N evaluations without improvement."
+)
+def tune(model: Path, delta: Path, *, dry_run: bool, force: bool, as_json: bool, **options: Any) -> None:
     """Train the codebooks, row scales and norms of MODEL on a text or on chats; write what changed to DELTA.
 
     \b
@@ -104,50 +113,40 @@ def tune(
       cluscomp-export generate model.clus --delta my.delta --chat "..."      try it
       cluscomp-export merge model.clus my.delta tuned.gguf --to gguf         make a model of it
 
-    Codes stay as they are, so that DELTA is small and goes with MODEL in any format. A line of --chat is
+    Codes stay as they are. DELTA is therefore small, and applies to MODEL in any format. A line of --chat is
     {"messages": [{"role": ..., "content": ...}, ...]}, {"prompt": ..., "completion": ...} or {"question": ..., "answer": ...}.
-    MODEL is never changed. A training that is interrupted keeps its state in a folder .DELTA.work: run the same command again
-    to go on.
-    """
-    from dataclasses import asdict, fields
 
-    from cluscomp_export.training import TrainingOptions
-    from cluscomp_export.training.finetuning import TuneOptions, plan_tuning
-    from cluscomp_export.training.finetuning import tune as run
+    MODEL is never changed. An interrupted training keeps its state in a folder .DELTA.work: run the same command again to
+    resume it.
+    """
+    from dataclasses import asdict
+
+    if dry_run:
+        planned = api.plan_tuning(model, **options)
+        for warning in planned.warnings:
+            warn(warning)
+        if as_json:
+            print_json(asdict(planned))
+            return
+        rows = [(kind, f"{count}") for kind, count in planned.parameters.items()]
+        print_table(("to train", "values"), rows)
+        show(f"{planned.examples} examples with {planned.predictions} tokens to learn, {planned.held_out_examples} held out")
+        show(f"{planned.steps} steps of {options['batch']}")
+        show(f"delta: at most {planned.delta_bytes / 1e6:.1f} MB, {planned.delta_bytes / planned.model_bytes:.1%} of the model")
+        return
     from cluscomp_export.work_folder import work_path
 
-    data = text or chat
-    if data is None or (text and chat):
-        raise click.UsageError("Give --text or --chat, one of them.")
-    given = click.get_current_context().get_parameter_source("epochs")
-    if steps is not None and given is click.core.ParameterSource.COMMANDLINE:
-        raise click.UsageError("--steps and --epochs exclude each other.")
-    how = {field.name: options.pop(field.name) for field in fields(TrainingOptions) if field.name in options}
-    chosen = TuneOptions(data, chat is not None, training=TrainingOptions(steps=steps or 0, **how), **options)
-    if dry_run:
-        plan = plan_tuning(model, chosen)
-        for warning in plan.warnings:
-            say(f"warning: {warning}")
-        if as_json:
-            print_json(asdict(plan))
-            return
-        rows = [(kind, f"{count}") for kind, count in plan.parameters.items()]
-        print_table(("to train", "values"), rows)
-        show(f"{plan.examples} examples with {plan.predictions} tokens to learn, {plan.held_out_examples} held out")
-        show(f"{plan.steps} steps of {how['batch']}")
-        show(f"delta: at most {plan.delta_bytes / 1e6:.1f} MB, {plan.delta_bytes / plan.model_bytes:.1%} of the model")
-        return
     try:
         with ProgressDisplay() as progress:
-            report = run(model, delta, chosen, force=force, on_progress=progress)
+            report = api.tune(model, delta, force=force, on_progress=progress, **options)
     except BaseException:
         if os.path.isdir(work_path(delta)):  # noqa: PTH112 - Path.is_dir raises
-            say(f"the state of the training is kept in {work_path(delta)}: run the same command again to go on")
+            say(f"the state of the training is kept in {work_path(delta)}: run the same command again to resume")
         raise
     for warning in report.warnings:
-        say(f"warning: {warning}")
+        warn(warning)
     if report.resumed_at:
-        say(f"went on from an interrupted training, at step {report.resumed_at}")
+        say(f"resumed an interrupted training at step {report.resumed_at}")
     if as_json:
         print_json(asdict(report))
         return
@@ -158,25 +157,25 @@ def tune(
     print_table(("step", "loss", "held-out loss"), curve)
     if report.stopped:
         say(f"stopped: {report.stopped}")
-    changed = ", ".join(f"{count} {name}" for name, kind in KINDS.items() if (count := report.changed.get(kind)))
+    changed = ", ".join(f"{count} {name}" for kind, name in KINDS.items() if (count := report.changed.get(kind)))
     show(f"changed: {changed or 'nothing'}")
     show(f"{report.file_bytes / 1e6:.2f} MB, {report.share_of_model:.1%} of the model")
     show(f"wrote {report.output} in {report.seconds:.0f} s")
 
 
-@click.command()
+@command()
 @click.argument("model", type=PATH)
 @click.argument("deltas", type=PATH, nargs=-1, required=True)
 @click.argument("output", type=PATH)
-@click.option("--to", type=OutputFormat(), default="packed", show_default=True, help="The format to write, as for convert.")
+@option("--to", type=OutputFormat(), default="packed", show_default=True, help="The format to write, as in convert.")
 @GGUF_TYPE
-@click.option(
+@option(
     "--weights",
     metavar="NUMBERS",
     callback=_weights,
-    help="One number for each delta. [default: equal shares; 1 for a single one]",
+    help="One number for each delta. [default: equal shares; 1 for a single delta]",
 )
-@click.option("--force", is_flag=True, help="Replace the output if it exists.")
+@option("--force", is_flag=True, help="Replace the output if it exists.")
 @JSON
 def merge(model: Path, deltas: tuple[Path, ...], output: Path, *, force: bool, as_json: bool, **options: Any) -> None:
     """Apply DELTAS, made by tune, to MODEL and write the result to OUTPUT.
@@ -187,17 +186,15 @@ def merge(model: Path, deltas: tuple[Path, ...], output: Path, *, force: bool, a
       cluscomp-export merge model.gguf my.delta tuned/ --to hf                        base and result in any format
       cluscomp-export merge model.clus math.delta legal.delta both.clus --weights 0.7,0.5
 
-    MODEL must be the one that the deltas were trained on, in any format; another is refused. Of several deltas the weighted
-    differences from MODEL are added up.
+    MODEL must be the model that the deltas were trained on, in any format. Of several deltas, the weighted differences from
+    MODEL are added.
     """
     from dataclasses import asdict
 
-    from cluscomp_export.conversion.merge import merge as run
-
     with ProgressDisplay() as progress:
-        report = run(model, deltas, output, force=force, on_progress=progress, **options)
+        report = api.merge(model, deltas, output, force=force, on_progress=progress, **options)
     for warning in report.warnings:
-        say(f"warning: {warning}")
+        warn(warning)
     if as_json:
         print_json(asdict(report))
         return

@@ -80,7 +80,7 @@ class Fit:
         if not np.isfinite(centroids).all():
             found = f"a centroid of {np.abs(result.centroids).max():g}"
             expected = f"up to {SCALE_RANGE[1]:g}, the range of float16"
-            remedy = "use --share kind, which scales the rows"
+            remedy = "use `share='kind'`, which scales the rows"
             problem = Problem("out_of_range", "centroids do not fit float16", None, book.name, found, expected, remedy)
             raise InvalidFileError(problem)
         return {"centroids": centroids, "step": np.array([step])}

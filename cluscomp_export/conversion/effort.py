@@ -82,9 +82,9 @@ def levels_of(
     `blockwise` are settings of `BlockwiseOptions`, `recovery` of `RecoveryOptions`; 0 `epochs` or 0 `steps` leave a level out,
     any other setting puts it in. Raises InvalidRequestError for values that are out of range.
     """
-    check_range("--seed", seed, 0, MOST_SEED)
+    check_range("seed", seed, 0, MOST_SEED)
     if windows is not None:
-        check_range("--calibration-windows", windows, 1, MOST)
+        check_range("calibration_windows", windows, 1, MOST)
     usual = 4 * WINDOWS if effort == "best" else WINDOWS
     with_precision = RecoveryOptions(seed=seed, precision=fast_precision())
     return Levels(
@@ -105,5 +105,5 @@ def _level(name: str, amount: str, default: _Options, included: bool, settings: 
     for key, value in given.items():
         if isinstance(value, int | float):
             least, most, above = _RANGES.get(key, (1, MOST, False))
-            check_range(f"--{name}-{'lr' if key == 'rate' else key.replace('_', '-')}", value, least, most, above=above)
+            check_range(f"{name}_{'lr' if key == 'rate' else key}", value, least, most, above=above)
     return replace(default, **given)

@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from cluscomp_export.conversion.prepare import Prepared
 from cluscomp_export.planning.sizes import tensor_rows
 
-__all__ = ["explain"]
+__all__ = ["PlanReport", "explain"]
 
 
-def explain(prepared: Prepared) -> dict[str, Any]:
-    """The report as a JSON value.
+@dataclass(frozen=True)
+class PlanReport:
+    """How a source would be stored.
 
-    `tensors` are the rows of `tensor_rows`, for clustered ones also `codebook_bits` per value, `expected_error` (squared,
+    `tensors` are the rows of `tensor_rows`; clustered ones also have `codebook_bits` per value, `expected_error` (squared,
     relative) and, where sensitivities were measured, `sensitivity` (nats per token for a relative squared error of 1), `loss`
-    (nats per token) and `loss_share`. `predicted_loss` is the sum of the losses, before error feedback and training; None where
-    nothing was measured.
-    `file_bytes` is what the artefact will take at most, None where the format cannot tell; `memory` what each phase of the
-    conversion needs at most, beside the `process_bytes` of the process itself.
+    (nats per token) and `loss_share`. `predicted_loss` is the sum of the losses, before error feedback and training; None if
+    nothing was measured. `file_bytes` is the size of the artefact, at most; None if the format cannot tell. `memory` is what
+    each phase of the conversion needs, at most, in addition to the `process_bytes` of the process itself.
     """
+
+    bits_per_weight: Mapping[str, float]
+    payload_bytes: int
+    file_bytes: int | None
+    source_file_bytes: int
+    memory: Sequence[Mapping[str, Any]]
+    process_bytes: int
+    predicted_loss: float | None
+    warnings: Sequence[str]
+    codebooks: Sequence[Mapping[str, Any]]
+    tensors: Sequence[Mapping[str, Any]]
+
+
+def explain(prepared: Prepared) -> PlanReport:
+    """The report of a plan."""
     plan, sensitivities = prepared.plan, prepared.sensitivities
     rows = tensor_rows(prepared.model)
     total = 0.0
@@ -38,15 +55,15 @@ def explain(prepared: Prepared) -> dict[str, Any]:
         if "loss" in row:
             row["loss_share"] = row["loss"] / total if total else 0.0
     books = [] if plan is None else [{**vars(book), "members": len(book.members)} for book in plan.codebooks]
-    return {
-        "bits_per_weight": prepared.sizes.bits_per_weight(),
-        "payload_bytes": prepared.sizes.payload_bytes,
-        "file_bytes": prepared.file_bytes,
-        "source_file_bytes": prepared.source_file_bytes,
-        "memory": [vars(peak) for peak in prepared.memory],
-        "process_bytes": prepared.process_bytes,
-        "predicted_loss": None if sensitivities is None else total,
-        "warnings": prepared.warnings,
-        "codebooks": books,
-        "tensors": rows,
-    }
+    return PlanReport(
+        bits_per_weight=prepared.sizes.bits_per_weight(),
+        payload_bytes=prepared.sizes.payload_bytes,
+        file_bytes=prepared.file_bytes,
+        source_file_bytes=prepared.source_file_bytes,
+        memory=[vars(peak) for peak in prepared.memory],
+        process_bytes=prepared.process_bytes,
+        predicted_loss=None if sensitivities is None else total,
+        warnings=prepared.warnings,
+        codebooks=books,
+        tensors=rows,
+    )

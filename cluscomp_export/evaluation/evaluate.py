@@ -41,6 +41,7 @@ __all__ = [
     "Evaluation",
     "Runner",
     "Scorer",
+    "TaskEvaluation",
     "evaluate",
     "evaluate_files",
     "load_runner",
@@ -71,6 +72,15 @@ class Evaluation(Scores):
     windows: int = 0
     context: int = 0
     record: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TaskEvaluation:
+    """`results` by task as the harness reports them, versions of the tasks, and a `record` of what is needed to repeat it."""
+
+    results: Mapping[str, Mapping[str, Any]]
+    task_versions: Mapping[str, Any]
+    record: Mapping[str, Any]
 
 
 @torch.inference_mode()
@@ -104,7 +114,7 @@ def evaluate(
     return Evaluation(**vars(scores.statistics()), windows=len(windows), context=context)
 
 
-@memory_faults("run it again with more memory free, or a smaller --context")
+@memory_faults("run it again with more memory free, or with a smaller `context`")
 def evaluate_files(
     model_path: Path,
     *,

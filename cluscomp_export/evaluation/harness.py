@@ -36,7 +36,14 @@ except ImportError as error:
 import torch
 from tqdm import tqdm
 
-from cluscomp_export.evaluation.evaluate import BATCH_TOKENS, load_runner, max_tokens, run_record, tokenizer_of
+from cluscomp_export.evaluation.evaluate import (
+    BATCH_TOKENS,
+    TaskEvaluation,
+    load_runner,
+    max_tokens,
+    run_record,
+    tokenizer_of,
+)
 from cluscomp_export.sources import open_source
 from cluscomp_formats.files.regular_file import read_whole
 from cluscomp_formats.ir import Model
@@ -85,7 +92,7 @@ class ClusCompLM(TemplateLM):  # type: ignore[misc]
         if isinstance(self.model, LanguageModel):
             return self.model
         message, found = "only the runtime's own decoder generates and chats", str(self.stored.config.get("model_type"))
-        remedy = "convert --to hf, and use the harness's model class hf after `import cluscomp_runtime.hf`"
+        remedy = "convert it with `to='hf'`, and use the harness's model class hf after `import cluscomp_runtime.hf`"
         raise UnsupportedError(Problem("unsupported_architecture", message, str(self.path), found=found, remedy=remedy))
 
     @property
@@ -206,8 +213,8 @@ def evaluate_tasks(
     num_fewshot: int | None = None,
     device: str = "cpu",
     dtype: str | None = None,
-) -> dict[str, Any]:
-    """Run tasks, names or YAML files, and give `results` as the harness does, versions of tasks, and a `record` to repeat it.
+) -> TaskEvaluation:
+    """Run tasks, which are names or YAML files.
 
     Raises InvalidRequestError for a task that cannot be had, InvalidFileError for a YAML file that is none, and what
     `LanguageModel.from_model` raises.
@@ -240,7 +247,7 @@ def evaluate_tasks(
         **run_record({"model": (model_path, model.stored)}, model.model),
         "seconds": time.perf_counter() - started,
     }
-    return {"results": found["results"], "task_versions": found["versions"], "record": record}
+    return TaskEvaluation(results=found["results"], task_versions=found["versions"], record=record)
 
 
 def main() -> None:

@@ -69,7 +69,7 @@ class Protocol:
         available = (len(token_ids) - self.context) // self.stride + 1
         if available < 1:
             found, expected = f"{len(token_ids)} tokens", f"at least {self.context}, the length of a window"
-            remedy = "choose a longer text or a shorter --context"
+            remedy = "use a longer text or a smaller `context`"
             problem = Problem("text_too_short", "the text is too short", found=found, expected=expected, remedy=remedy)
             raise InvalidRequestError(problem)
         used = available if count is None else min(count, available)
@@ -98,14 +98,14 @@ def choose_protocol(
     problems = []
     least = 4 if name == "llama.cpp" else 2
     if context < least:
-        problems.append(Problem("bad_option", "--context is too small", found=str(context), expected=f"at least {least}"))
+        problems.append(Problem("bad_option", "`context` is too small", found=str(context), expected=f"at least {least}"))
     if limit is not None and context > limit:
-        message, expected = "--context is longer than the model was made for", f"at most {limit} (max_position_embeddings)"
+        message, expected = "`context` is longer than the model was made for", f"at most {limit} (max_position_embeddings)"
         problems.append(Problem("bad_option", message, found=str(context), expected=expected))
     stride = context if stride is None else stride
     if not problems and not 1 <= stride <= context:
         expected = f"1 to {context}, the tokens of a window"
-        problems.append(Problem("bad_option", "--stride is out of range", found=str(stride), expected=expected))
+        problems.append(Problem("bad_option", "`stride` is out of range", found=str(stride), expected=expected))
     if problems:
         raise InvalidRequestError(problems)
     return Protocol(name, context, stride, join or default_join)

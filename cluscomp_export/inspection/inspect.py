@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,28 +23,66 @@ from cluscomp_formats.registry import detect
 from cluscomp_kernels.clus_linear import choose_path, paths
 from cluscomp_runtime.memory import memory_faults
 
-__all__ = ["inspect_delta", "inspect_model"]
+__all__ = ["DeltaInspection", "Inspection", "inspect_delta", "inspect_model"]
 
 WORST = 5
 """Tensors listed as the worst."""
 
 
+@dataclass(frozen=True)
+class Inspection:
+    """What a model contains; `docs/inspect.md` describes every member. `exit_code` is 3 if there are problems, otherwise 0."""
+
+    file: str
+    format: str
+    architecture: str
+    weights: int
+    file_bytes: int
+    bits_per_weight: Mapping[str, float]
+    quick: bool
+    digest: str | None
+    provenance: Mapping[str, Any]
+    self_test: bool
+    files: Mapping[str, int]
+    codebooks: Sequence[Mapping[str, Any]]
+    tensors: Sequence[Mapping[str, Any]]
+    worst_tensors: Mapping[str, Any]
+    reference: Mapping[str, Any] | None
+    kernel: str
+    problems: Sequence[Mapping[str, str]]
+    exit_code: int
+
+
+@dataclass(frozen=True)
+class DeltaInspection:
+    """What a delta contains: the digests of its model and of the result, the parameters it changes by kind, its record."""
+
+    file: str
+    format: str
+    file_bytes: int
+    base: str
+    result: str
+    parameters: Sequence[Mapping[str, Any]]
+    record: Mapping[str, Any]
+    exit_code: int
+
+
 @memory_faults("run it again with more memory free")
 def inspect_model(
     path: Path, *, reference: Path | None = None, quick: bool = False, on_progress: Progress = silent
-) -> dict[str, Any]:
-    """A JSON-ready description of a model: what it is, settings per tensor, sizes, health of its codebooks, worst tensors.
+) -> Inspection:
+    """Describe a model: its origin, the settings of each tensor, sizes, the use of its codebooks, the worst tensors.
 
-    Every payload is read, once; what is wrong with their contents is listed under `problems` and `exit_code` is then that of an
-    invalid file. `quick` reads no payload and leaves None what would need it. With `reference` each tensor also gets its
-    error against the same tensor of that model, and the worst are the worst by that.
+    Reads every payload once. Problems with their contents are listed under `problems`; `exit_code` is then that of an invalid
+    file. `quick` reads no payload and leaves None what would need it. With `reference`, each tensor also gets its error
+    compared with the same tensor of that model, and the worst tensors are the worst by that.
 
-    Raises InvalidFileError if the model, or the reference, cannot be opened at all; UnsupportedError, StorageError,
-    InvalidRequestError if both `quick` and `reference` are asked for.
+    Raises InvalidFileError if the model, or the reference, cannot be opened at all; UnsupportedError, StorageError;
+    InvalidRequestError if both `quick` and `reference` are given.
     """
     if quick and reference is not None:
-        message = "a quick look reads no weights that could be held against a reference"
-        raise InvalidRequestError(Problem("bad_option", message, remedy="drop --quick or --reference"))
+        message = "`quick` reads no weights to compare with a reference"
+        raise InvalidRequestError(Problem("bad_option", message, remedy="leave out `quick` or `reference`"))
     model = open_source(path)
     original = open_source(reference) if reference is not None else None
     health = Health({}) if quick else check_health(model, path, on_progress)
@@ -58,30 +96,30 @@ def inspect_model(
     fmt = detect(path)
     architectures = model.config.get("architectures")
     architecture = architectures[0] if isinstance(architectures, list) and architectures else model.config.get("model_type")
-    return {
-        "file": str(path),
-        "format": fmt.name if fmt else model.provenance.get("format", "unknown"),
-        "architecture": str(architecture or "unknown"),
-        "weights": sizes.all_weights,
-        "file_bytes": source_bytes(path),
-        "bits_per_weight": sizes.bits_per_weight(),
-        "quick": quick,
-        "digest": health.digest,
-        "provenance": dict(model.provenance),
-        "self_test": model.self_test is not None,
-        "files": {name: array.nbytes for name, array in sorted(model.files.items())},
-        "codebooks": _codebook_rows(model, health),
-        "tensors": rows,
-        "worst_tensors": {"by": measure, "names": _worst(rows, measure)},
-        "reference": None if reference is None else {"file": str(reference), "differences": differences},
-        "kernel": _kernel(),
-        "problems": [problem.as_dict() for problem in health.problems],
-        "exit_code": InvalidFileError.exit_code if health.problems else 0,
-    }
+    return Inspection(
+        file=str(path),
+        format=fmt.name if fmt else model.provenance.get("format", "unknown"),
+        architecture=str(architecture or "unknown"),
+        weights=sizes.all_weights,
+        file_bytes=source_bytes(path),
+        bits_per_weight=sizes.bits_per_weight(),
+        quick=quick,
+        digest=health.digest,
+        provenance=dict(model.provenance),
+        self_test=model.self_test is not None,
+        files={name: array.nbytes for name, array in sorted(model.files.items())},
+        codebooks=_codebook_rows(model, health),
+        tensors=rows,
+        worst_tensors={"by": measure, "names": _worst(rows, measure)},
+        reference=None if reference is None else {"file": str(reference), "differences": differences},
+        kernel=_kernel(),
+        problems=[problem.as_dict() for problem in health.problems],
+        exit_code=InvalidFileError.exit_code if health.problems else 0,
+    )
 
 
-def inspect_delta(path: Path, *, reference: Path | None = None) -> dict[str, Any]:
-    """A JSON-ready description of a delta: its model, what it changes, its record.
+def inspect_delta(path: Path, *, reference: Path | None = None) -> DeltaInspection:
+    """Describe a delta: its model, what it changes, its record.
 
     With `reference`, the model it belongs to, also how far the new values are from the old ones: per kind of parameter, the
     root mean square of the differences over that of the old values. Raises InvalidFileError, also if the model is another one.
@@ -104,16 +142,16 @@ def inspect_delta(path: Path, *, reference: Path | None = None) -> dict[str, Any
             "relative_change": None if old is None else _relative_change(arrays, old),
         }
         kinds.append(row)
-    return {
-        "file": str(path),
-        "format": "delta",
-        "file_bytes": path.stat().st_size,
-        "base": delta.base,
-        "result": delta.result,
-        "parameters": kinds,
-        "record": dict(delta.record),
-        "exit_code": 0,
-    }
+    return DeltaInspection(
+        file=str(path),
+        format="delta",
+        file_bytes=path.stat().st_size,
+        base=delta.base,
+        result=delta.result,
+        parameters=kinds,
+        record=dict(delta.record),
+        exit_code=0,
+    )
 
 
 def _relative_change(new: Mapping[str, Array], old: Mapping[str, Array]) -> float | None:

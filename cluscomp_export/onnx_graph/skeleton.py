@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 PLACEHOLDER_DOMAIN = "cluscomp_trace"
-REMEDY = "run it with transformers: convert --to hf"
+REMEDY = "run it with transformers: convert it with `to='hf'`"
 """For what transformers builds, and only the tools here do not take."""
 
 MAX_MODULES = 4096

@@ -67,7 +67,7 @@ def _json(path: Path) -> Any:
             raise ValueError("a key occurs twice")
         return value
 
-    remedy = "make one with: cluscomp-export plan MODEL --save plan.json"
+    remedy = "make one: plan the model with `save='plan.json'`"
     try:
         return json.loads(read_whole(path, remedy=remedy).decode(), object_pairs_hook=distinct)
     except (ValueError, RecursionError) as error:

@@ -9,6 +9,7 @@ from fractions import Fraction
 from typing import Any
 
 from cluscomp_export.sources.linears import linear_tensors
+from cluscomp_formats.errors import InvalidRequestError, Problem
 from cluscomp_formats.ir import ClusteredWeight, Codebook, Model, Tensor
 
 __all__ = ["Sizes", "model_sizes", "parse_bytes", "tensor_rows"]
@@ -22,11 +23,12 @@ _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,18})?) ?([a-zA-Z]*)", re.ASCII)
 def parse_bytes(text: str) -> int:
     """Bytes from a text such as `16MB` (16,000,000), `16 MiB` (16,777,216), `1.5GB` or `300000`, rounded down.
 
-    Raises ValueError.
+    Raises InvalidRequestError.
     """
     match = _SIZE.fullmatch(text.strip())
     if match is None or match[2].lower() not in _UNITS:
-        raise ValueError(f"{text!r} is not a size such as 16MB, 1.5GiB or 300000 (bytes)")
+        expected = "a size such as 16MB, 1.5GiB or 300000 (bytes)"
+        raise InvalidRequestError(Problem("bad_option", "`budget` is not a size", found=text[:100], expected=expected))
     return int(Fraction(match[1]) * _UNITS[match[2].lower()])
 
 

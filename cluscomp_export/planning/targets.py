@@ -39,8 +39,8 @@ def plan_fixed(
     `codebook_bits` is 8, the default, or 16, see `plan_bits`. Raises InvalidRequestError, UnsupportedError.
     """
     if not (1 <= num_clusters <= MAX_CLUSTERS and cluster_dim >= 1):
-        found = f"--dim {cluster_dim} --clusters {num_clusters}"
-        expected = f"--dim of at least 1, --clusters from 1 to {MAX_CLUSTERS}"
+        found = f"`dim={cluster_dim}` `clusters={num_clusters}`"
+        expected = f"`dim` of at least 1, `clusters` from 1 to {MAX_CLUSTERS}"
         raise InvalidRequestError(Problem("bad_option", "impossible codebook size", found=found, expected=expected))
     treatments = {}
     for group in _shared_groups(_linears(model, None), share, codebook_bits):
@@ -68,8 +68,8 @@ def plan_bits(
         [_linear_scope(members, share, codebook_bits)], budget=bits * sum(member.num_weights for member in members)
     )
     if picks is None:
-        remedy = "allow more bits, or share codebooks: --share kind, --share model"
-        found = f"--bits {bits:g}" + (f" --share {share}" if share else "")
+        remedy = "allow more bits, or share codebooks: `share='kind'` or `share='model'`"
+        found = f"`bits={bits:g}`" + (f" `share={share!r}`" if share else "")
         raise InvalidRequestError(Problem("budget_too_small", "no codebook fits this budget", found=found, remedy=remedy))
     embeddings = _plan_embeddings(model, embedding_bits, codebook_bits, sensitivities)
     return Plan({**_in_order(model, _picked(picks)), **embeddings})
@@ -126,7 +126,7 @@ def plan_loss(
     picks, finest = allocate(_all_scopes(model, share, codebook_bits, sensitivities), loss=loss)
     if picks is None:
         least = sum(pick.loss for pick in finest)
-        found, expected = f"--match-loss {loss:g}", f"at least {least:.3g}"
+        found, expected = f"`match_loss={loss:g}`", f"at least {least:.3g}"
         raise InvalidRequestError(
             Problem("loss_too_small", "no codebooks lose as little", None, None, found, expected, "allow more loss")
         )
@@ -155,7 +155,7 @@ def _linears(model: Model, sensitivities: Sensitivities | None) -> list[Member]:
         raise UnsupportedError(Problem("no_linears", "no linear layer was found to cluster", remedy=remedy))
     clustered = [name for name in names if isinstance(model.tensors[name], ClusteredWeight)]
     if clustered:
-        remedy = "convert the original model; an artefact that is already clustered is only repacked, without --bits or --dim"
+        remedy = "convert the original model; an artefact that is already clustered is only repacked, without `bits` or `dim`"
         problem = Problem("already_clustered", "the source is already clustered", tensor=clustered[0], remedy=remedy)
         raise InvalidRequestError(problem)
     return [_member(model, name, sensitivities) for name in names]
@@ -249,7 +249,7 @@ def _plan_embeddings(
                 "budget_too_small",
                 "no codebook fits this budget",
                 tensor=group.members[0].name,
-                found=f"--embedding-bits {bits:g}",
+                found=f"`embedding_bits={bits:g}`",
             )
             raise InvalidRequestError(problem)
         treatments.update(_picked(picks))

@@ -185,7 +185,7 @@ def _no_weights(folder: Path) -> Problem:
         return adapter_problem(folder)
     others = sorted(path.name for path in folder.glob("*.safetensors") if not path.name.startswith("consolidated"))
     if not others:
-        remedy = "download the weights; to plan without them, add --dry-run"
+        remedy = "download the weights; only plans can do without"
     elif _SHARD.search(others[0]):
         remedy = f"download {INDEX} as well, which says what belongs together"
     else:

@@ -58,7 +58,7 @@ def _open_by_content(path: Path) -> Model:
     if is_gguf(path):
         return model_of(path, read_gguf(path))
     if is_delta(path):
-        message, remedy = "a delta, not a model", "name the model it belongs to, and give this as --delta, or merge them"
+        message, remedy = "a delta, not a model", "name the model it belongs to, and give this as `delta`, or merge them"
         raise InvalidFileError(Problem("is_delta", message, str(path), remedy=remedy))
     if _is_safetensors(path):
         return _open_checkpoint(path.parent, path)

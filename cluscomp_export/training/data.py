@@ -52,7 +52,7 @@ def read_data(
         unseen = read(held_out)
         description["held_out"] = _sha256(held_out)
     elif len(examples) < 2:
-        message, remedy = "there is nothing to hold out", "give more of it, a smaller --context or a file --held-out"
+        message, remedy = "there is nothing to hold out", "use more data, a smaller `context`, or a file as `held_out`"
         raise InvalidRequestError(Problem("too_few_examples", message, str(path), None, "1 example", "at least 2", remedy))
     else:
         # The end of a text is less like the rest of it than windows in between: a fairer test.
@@ -70,17 +70,17 @@ def _windows(path: Path, tokenizer: Tokenizer, context: int) -> list[Example]:
 
 
 def _chats(path: Path, model: Model, tokenizer: Tokenizer, context: int, warnings: list[str]) -> list[Example]:
-    remedy = "tune on a --text, or convert from a source with a chat template"
+    remedy = "tune on a `text`, or convert from a source with a chat template"
     template = choose_chat_template(find_chat_templates(model.files), remedy=remedy)
     whole = chat_examples(read_chats(path), template, tokenizer, path)
     examples = cut(whole, context)
     long = sum(len(example.ids) > context for example in whole)
     if long:
-        warnings.append(f"{path}: {long} of {len(whole)} chats are longer than --context {context} and were cut")
+        warnings.append(f"{path}: {long} of {len(whole)} chats are longer than `context={context}` and were cut")
     if len(examples) < len(whole):
-        warnings.append(f"{path}: {len(whole) - len(examples)} chats have no answer in what --context leaves of them: left out")
+        warnings.append(f"{path}: {len(whole) - len(examples)} chats were left out: `context` cuts off their answers")
     if not examples:
-        remedy = "give a larger --context"
+        remedy = "use a larger `context`"
         raise InvalidRequestError(Problem("nothing_to_learn", "no answer begins within the context", str(path), remedy=remedy))
     return examples
 

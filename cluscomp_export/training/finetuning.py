@@ -11,7 +11,8 @@ import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
+from os import PathLike
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -24,7 +25,7 @@ from cluscomp_export.ranges import MOST, MOST_RATE, MOST_SEED, check_range
 from cluscomp_export.sources import open_source, source_bytes
 from cluscomp_export.training.data import TuningData, read_data
 from cluscomp_export.training.examples import Example, make_batch, shuffled_batches
-from cluscomp_export.training.loop import Training, TrainingOptions
+from cluscomp_export.training.loop import Precision, Schedule, Training, TrainingOptions
 from cluscomp_export.training.losses import PredictionLoss
 from cluscomp_export.training.parameters import TrainableModel
 from cluscomp_export.work_folder import fingerprint, work_folder
@@ -32,7 +33,7 @@ from cluscomp_formats.delta import Delta, changes, write_delta
 from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem
 from cluscomp_formats.files.atomic import check_output
 from cluscomp_formats.ir import DTYPES, Model
-from cluscomp_formats.parameters import KINDS, kind_of
+from cluscomp_formats.parameters import kind_of
 from cluscomp_formats.sections.digest import check_claim
 from cluscomp_formats.tokens import no_tokenizer
 from cluscomp_formats.version import __version__
@@ -44,29 +45,78 @@ __all__ = ["TuneOptions", "TunePlan", "TuneReport", "checked_digest", "plan_tuni
 
 HELD_OUT_BATCH = 4
 
-_MEMORY_REMEDY = "run it again with a smaller --batch or --context, or with more memory free: what is finished has been kept"
+_MEMORY_REMEDY = "use a smaller `batch` or `context`, or free memory, and run it again: finished work has been kept"
+
+_KINDS = {"codebooks": "codebook", "scales": "row_scale", "norms": "norm"}
+"""Kinds of parameters as options name them, and as `cluscomp_formats.parameters` does."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TuneOptions:
     """What to train on, and how.
 
-    `data` is a text or, with `chat`, a file of chats (`chats.py`). Without `training`, or with 0 steps in it, there are as many
-    as `epochs` times over the examples take. `held_out` is a share of the examples, above 0 and below 1, or another file of the
-    same kind. `kinds` of parameters are trained, those of `cluscomp_formats.parameters`. With `reference`, the original model,
-    `kl` times the divergence from it is added to the loss.
+    One of `text` and `chat`, a file of chats (`chats.py`), is the data. `steps` or `epochs` over the examples (1 by default)
+    say how long. `held_out` is a share of the examples, above 0 and below 1, or another file of the same kind. `train` names
+    the kinds of parameters. With `reference`, the original model, `kl` times the divergence from it is added to the loss.
+    `lr` is relative to a parameter's size; the other options are those of `TrainingOptions`.
     """
 
-    data: Path
-    chat: bool = False
-    epochs: float = 1.0
+    text: str | PathLike[str] | None = None
+    chat: str | PathLike[str] | None = None
+    steps: int | None = None
+    epochs: float | None = None
+    batch: int = 4
     context: int = 512
-    held_out: float | Path = 0.1
-    kinds: tuple[str, ...] = KINDS
-    reference: Path | None = None
+    lr: float = 1e-3
+    schedule: Schedule = "cosine"
+    warmup: int = 0
+    held_out: float | str | PathLike[str] = 0.1
+    checks: int = 8
+    patience: int = 3
+    train: Sequence[str] = tuple(_KINDS)
+    reference: str | PathLike[str] | None = None
     kl: float = 0.0
+    precision: Precision = "float32"
+    seed: int = 0
     device: str = "cpu"
-    training: TrainingOptions = field(default_factory=lambda: TrainingOptions(steps=0))
+
+    @property
+    def data(self) -> Path:
+        """The file to train on. Raises InvalidRequestError unless there is exactly one."""
+        if self.text is not None and self.chat is None:
+            return Path(self.text)
+        if self.chat is not None and self.text is None:
+            return Path(self.chat)
+        raise InvalidRequestError(Problem("bad_option", "give either `text` or `chat`"))
+
+    @property
+    def held_out_data(self) -> float | Path:
+        """The share or the file to hold out."""
+        return self.held_out if isinstance(self.held_out, int | float) else Path(self.held_out)
+
+    @property
+    def original(self) -> Path | None:
+        """The model to stay close to."""
+        return None if self.reference is None else Path(self.reference)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds to train, as `cluscomp_formats.parameters` names them."""
+        return tuple(_KINDS[name] for name in self.train)
+
+    def training(self, steps: int) -> TrainingOptions:
+        """How to train for so many steps."""
+        return TrainingOptions(
+            steps=steps,
+            batch=self.batch,
+            rate=self.lr,
+            schedule=self.schedule,
+            warmup=self.warmup,
+            checks=self.checks,
+            patience=self.patience,
+            precision=self.precision,
+            seed=self.seed,
+        )
 
 
 @dataclass(frozen=True)
@@ -118,7 +168,7 @@ class _Prepared:
 
 
 def plan_tuning(model_path: Path, options: TuneOptions) -> TunePlan:
-    """Read model and data and check the options; what `--dry-run` shows. Raises what `tune` does."""
+    """Read model and data, check the options, train nothing. Raises what `tune` does."""
     return _prepare(model_path, options).plan
 
 
@@ -134,20 +184,20 @@ def tune(
     used, UnsupportedError, OutputExistsError, StorageError.
     """
     started = time.perf_counter()
-    other_data = options.held_out if isinstance(options.held_out, Path) else None
-    check_apart([output], [model_path, options.data, other_data, options.reference])
+    held_out, original_path = options.held_out_data, options.original
+    check_apart([output], [model_path, options.data, held_out if isinstance(held_out, Path) else None, original_path])
     check_output(output, force=force)
     prepared = _prepare(model_path, options)
     plan, trainable = prepared.plan, prepared.trainable
     warnings = list(plan.warnings)
     base = checked_digest(prepared.model, model_path, on_progress)
     teacher, reference = None, None
-    if options.reference is not None:
-        original = open_source(options.reference)
-        _check_tokenizer(prepared.model, original, options.reference)
-        reference = checked_digest(original, options.reference, on_progress)
+    if original_path is not None:
+        original = open_source(original_path)
+        _check_tokenizer(prepared.model, original, original_path)
+        reference = checked_digest(original, original_path, on_progress)
         teacher = LanguageModel.from_model(original, kernel="dense", dtype="float32", device=options.device).decoder
-    how = replace(options.training, steps=plan.steps)
+    how = options.training(plan.steps)
     made = {
         "version": __version__,
         "base": base,
@@ -174,7 +224,7 @@ def tune(
         record = {"tool": "cluscomp-export", **made, "training": result.record()}
         delta = Delta(base, result.model.digest(), arrays, record)
         file_bytes = write_delta(delta, output, force=force)
-    held_out = [entry["held_out"] for entry in result.curve]
+    losses = [entry["held_out"] for entry in result.curve]
     if not arrays:
         warnings.append("nothing lowered the loss on held-out examples: the delta is empty; try a smaller rate or more steps")
     return TuneReport(
@@ -186,7 +236,7 @@ def tune(
         steps=int(result.curve[-1]["step"]),
         examples=plan.examples,
         predictions=plan.predictions,
-        held_out=(held_out[0], min(held_out)),
+        held_out=(losses[0], min(losses)),
         curve=result.curve,
         stopped=result.stopped,
         changed=dict(Counter(kind_of(name) for name in arrays)),
@@ -216,24 +266,24 @@ def _prepare(model_path: Path, options: TuneOptions) -> _Prepared:
         raise InvalidRequestError(replace(no_tokenizer(model), file=str(model_path)))
     data = read_data(
         options.data,
-        options.held_out,
+        options.held_out_data,
         model,
         tokenizer,
-        chat=options.chat,
+        chat=options.chat is not None,
         context=options.context,
-        seed=options.training.seed,
+        seed=options.seed,
     )
     trainable = TrainableModel(model, options.kinds, device=check_device(options.device))
     longest = trainable.decoder.description.max_position_embeddings
     if options.context > longest:
         found, expected = str(options.context), f"at most {longest} (max_position_embeddings)"
-        raise InvalidRequestError(Problem("out_of_range", "--context is too long", None, None, found, expected))
+        raise InvalidRequestError(Problem("out_of_range", "`context` is too long", None, None, found, expected))
     _check_ids([*data.kept, *data.held_out], trainable.decoder.description.vocab_size, options.data)
     counts: Counter[str] = Counter()
     for name, values in trainable.parameters.items():
         counts[kind_of(name)] += values.numel()
     plan = TunePlan(
-        steps=options.training.steps or max(1, math.ceil(options.epochs * len(data.kept) / options.training.batch)),
+        steps=options.steps or max(1, math.ceil((options.epochs or 1) * len(data.kept) / options.batch)),
         examples=len(data.kept),
         predictions=sum(sum(example.scored) for example in data.kept),
         held_out_examples=len(data.held_out),
@@ -246,31 +296,30 @@ def _prepare(model_path: Path, options: TuneOptions) -> _Prepared:
 
 
 def _check_options(options: TuneOptions) -> None:
-    training = options.training
     problem = None
-    if (options.reference is None) != (options.kl == 0):
-        problem = Problem("bad_option", "--reference and --kl go together")
-    elif not isinstance(options.held_out, Path) and not 0 < options.held_out < 1:
+    if options.steps is not None and options.epochs is not None:
+        problem = Problem("bad_option", "`steps` and `epochs` exclude each other", remedy="give one of them")
+    elif (options.reference is None) != (options.kl == 0):
+        problem = Problem("bad_option", "`reference` and `kl` go together")
+    elif isinstance(options.held_out, int | float) and not 0 < options.held_out < 1:
         found, expected = f"{options.held_out:g}", "above 0 and below 1, or a file"
-        problem = Problem("bad_option", "--held-out is out of range", found=found, expected=expected)
-    elif not set(options.kinds) <= set(KINDS) or not options.kinds:
-        found, expected = ", ".join(options.kinds), ", ".join(KINDS)
-        problem = Problem("bad_option", "no such kind of parameters", found=found, expected=expected)
-    elif options.context < 2 or min(training.batch, training.checks, training.patience) < 1 or not options.epochs > 0:
-        problem = Problem("bad_option", "--context is at least 2; --batch, --checks, --patience and --epochs are positive")
-    elif min(training.steps, training.warmup, training.seed) < 0:
-        problem = Problem("bad_option", "--steps, --warmup and --seed are not negative")
-    elif not (0 < (training.rate or 0) < math.inf and 0 <= options.kl < math.inf):
-        problem = Problem("bad_option", "--lr is positive, and --kl is not negative")
+        problem = Problem("bad_option", "`held_out` is out of range", found=found, expected=expected)
+    elif not set(options.train) <= set(_KINDS) or not options.train:
+        found, expected = ", ".join(options.train), ", ".join(_KINDS)
+        problem = Problem("bad_option", "`train` names kinds of parameters", found=found[:200], expected=expected)
     if problem:
         raise InvalidRequestError(problem)
-    for option in ("steps", "batch", "warmup", "checks", "patience"):
-        check_range(f"--{option}", getattr(training, option), 0, MOST)
-    check_range("--context", options.context, 2, MOST)
-    check_range("--epochs", options.epochs, 0, MOST)
-    check_range("--seed", training.seed, 0, MOST_SEED)
-    check_range("--lr", training.rate or 0, 0, MOST_RATE)
-    check_range("--kl", options.kl, 0, MOST)
+    for option in ("batch", "checks", "patience"):
+        check_range(option, getattr(options, option), 1, MOST)
+    if options.steps is not None:
+        check_range("steps", options.steps, 1, MOST)
+    if options.epochs is not None:
+        check_range("epochs", options.epochs, 0, MOST, above=True)
+    check_range("warmup", options.warmup, 0, MOST)
+    check_range("context", options.context, 2, MOST)
+    check_range("seed", options.seed, 0, MOST_SEED)
+    check_range("lr", options.lr, 0, MOST_RATE, above=True)
+    check_range("kl", options.kl, 0, MOST)
 
 
 def _check_ids(examples: Sequence[Example], vocab_size: int, path: Path) -> None:

@@ -89,7 +89,7 @@ def short_context(stories_folder: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("asked", [0, 1, 257])
 def test_windows_that_cannot_be_are_refused(asked: int, short_context: Path) -> None:
-    with pytest.raises(InvalidRequestError, match=r"--calibration-context(?s:.*)at most the model's 256"):
+    with pytest.raises(InvalidRequestError, match=r"`calibration_context`(?s:.*)at most the model's 256"):
         prepare(short_context, ConversionOptions(calibration_context=asked))
 
 

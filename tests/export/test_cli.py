@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluscomp_export.cli.main import main as cli
+from cluscomp_export.cli.main import main
 from cluscomp_export.cli.terminal import ProgressDisplay
 from cluscomp_formats.ir import Array, DenseTensor, Model, Tensor
 from cluscomp_formats.packed import write_packed
@@ -31,7 +31,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["cluscomp-export", *map(str, arguments)])
         with pytest.raises(SystemExit) as caught:
-            cli.main()
+            main()
         captured = capsys.readouterr()
         return int(caught.value.code or 0), captured.out, captured.err
 

@@ -14,7 +14,6 @@ from cluscomp_export.conversion.convert import ConversionOptions, prepare
 from cluscomp_export.conversion.effort import levels_of
 from cluscomp_export.ranges import MOST, MOST_RATE, MOST_SEED, check_range
 from cluscomp_export.threads import MOST_THREADS, check_threads, torch_threads
-from cluscomp_export.training import TrainingOptions
 from cluscomp_export.training.finetuning import TuneOptions, plan_tuning
 from cluscomp_formats.errors import InvalidRequestError
 from cluscomp_runtime.language_model import check_device
@@ -26,11 +25,11 @@ HUGE = 10**30
 @pytest.mark.parametrize("value", [-1, 11, HUGE, math.nan, math.inf, -math.inf])
 def test_what_lies_outside(value: float) -> None:
     for inside in (0, 10, 0.5):
-        check_range("--x", inside, 0, 10)
-    with pytest.raises(InvalidRequestError, match="--x is out of range"):
-        check_range("--x", value, 0, 10)
+        check_range("x", inside, 0, 10)
+    with pytest.raises(InvalidRequestError, match="`x` is out of range"):
+        check_range("x", value, 0, 10)
     with pytest.raises(InvalidRequestError, match="more than 0 to 10"):
-        check_range("--x", 0, 0, 10, above=True)
+        check_range("x", 0, 0, 10, above=True)
 
 
 @pytest.mark.parametrize(
@@ -79,14 +78,14 @@ def test_conversions(options: dict[str, Any], stories_folder: Path) -> None:
         {"epochs": 1e308},
         {"kl": math.nan, "reference": Path("original")},
         {"context": HUGE},
-        *({"training": TrainingOptions(**{name: HUGE})} for name in ("steps", "batch", "warmup", "checks", "patience", "seed")),
-        *({"training": TrainingOptions(rate=rate)} for rate in (0, -1, math.nan, math.inf, 1e308, 2 * MOST_RATE)),
+        *({name: HUGE} for name in ("steps", "batch", "warmup", "checks", "patience", "seed")),
+        *({"lr": rate} for rate in (0, -1, math.nan, math.inf, 1e308, 2 * MOST_RATE)),
     ],
     ids=str,
 )
 def test_tuning(options: dict[str, Any], tmp_path: Path, stories_text: Path) -> None:
     with pytest.raises(InvalidRequestError):
-        plan_tuning(tmp_path / "not looked at", TuneOptions(stories_text, **options))
+        plan_tuning(tmp_path / "not looked at", TuneOptions(text=stories_text, **options))
 
 
 def test_what_is_usual_is_in_range() -> None:
@@ -97,10 +96,10 @@ def test_threads_by_the_million() -> None:
     before = torch.get_num_threads()
     check_threads(None)
     check_threads(MOST_THREADS)
-    with pytest.raises(InvalidRequestError, match="--threads is out of range"), torch_threads(MOST_THREADS + 1):
+    with pytest.raises(InvalidRequestError, match="`threads` is out of range"), torch_threads(MOST_THREADS + 1):
         pytest.fail("so many threads were made")
     assert torch.get_num_threads() == before
-    with pytest.raises(InvalidRequestError, match="--workers is out of range"):
+    with pytest.raises(InvalidRequestError, match="`workers` is out of range"):
         parse_workers("9999")
 
 

@@ -269,5 +269,5 @@ def test_sizes_are_understood(text: str, expected: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "MB", "-1MB", "1e9", "16 M B", "16mbit", "1..5GB", "\u0661\u0666MB"])
 def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="is not a size"):
+    with pytest.raises(InvalidRequestError, match="is not a size"):
         parse_bytes(text)

@@ -33,7 +33,6 @@ TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
-HOW = TrainingOptions(steps=8, batch=4, rate=1e-2, checks=4)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +67,7 @@ def texts(stories_text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
 
 @pytest.fixture(scope="module")
 def options(texts: tuple[Path, Path]) -> TuneOptions:
-    return TuneOptions(texts[0], context=64, training=HOW)
+    return TuneOptions(text=texts[0], context=64, steps=8, batch=4, lr=1e-2, checks=4)
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +122,7 @@ def test_the_same_options_give_the_same_bytes(packed: Path, tuned: Path, options
     tune(packed, tmp_path / "again.delta", options)
     assert (tmp_path / "again.delta").read_bytes() == tuned.read_bytes()
     for seed in (1, 2):
-        tune(packed, tmp_path / f"{seed}.delta", replace(options, training=replace(HOW, seed=seed, steps=1)))
+        tune(packed, tmp_path / f"{seed}.delta", replace(options, seed=seed, steps=1))
     assert open_delta(tmp_path / "1.delta").result != open_delta(tmp_path / "2.delta").result
 
 
@@ -159,7 +158,7 @@ def test_the_work_of_another_training_is_not_taken_up(
     with monkeypatch.context() as patch:
         patch.setattr("cluscomp_export.training.finetuning.write_delta", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            tune(packed, output, replace(options, training=replace(HOW, seed=1, steps=2)))
+            tune(packed, output, replace(options, seed=1, steps=2))
     report = tune(packed, output, options)
     assert report.resumed_at == 0
     assert "discarded" in report.warnings[0]
@@ -171,13 +170,13 @@ def interrupt(*_: object, **__: object) -> None:
 
 
 def test_only_the_kinds_asked_for_are_trained(packed: Path, options: TuneOptions, tmp_path: Path) -> None:
-    report = tune(packed, tmp_path / "scales.delta", replace(options, kinds=("row_scale",), training=replace(HOW, steps=4)))
+    report = tune(packed, tmp_path / "scales.delta", replace(options, train=("scales",), steps=4))
     assert report.held_out[1] < report.held_out[0]
     assert {kind_of(name) for name in open_delta(tmp_path / "scales.delta").arrays} == {"row_scale"}
 
 
 def test_a_training_that_does_harm_gives_an_empty_delta(packed: Path, options: TuneOptions, tmp_path: Path) -> None:
-    report = tune(packed, tmp_path / "none.delta", replace(options, training=replace(HOW, rate=3.0, checks=8, patience=2)))
+    report = tune(packed, tmp_path / "none.delta", replace(options, lr=3.0, checks=8, patience=2))
     assert report.stopped is not None
     assert "no progress" in report.stopped
     assert "empty" in report.warnings[0]
@@ -200,7 +199,7 @@ def test_the_reference_keeps_the_model_near(
 
 
 def test_in_bfloat16_it_learns_too(packed: Path, options: TuneOptions, tmp_path: Path) -> None:
-    short = replace(options, training=replace(HOW, steps=4, batch=2, precision="bfloat16"))
+    short = replace(options, steps=4, batch=2, precision="bfloat16")
     report = tune(packed, tmp_path / "half.delta", short)
     assert report.held_out[1] < report.held_out[0]
 
@@ -210,13 +209,13 @@ def test_a_plan_says_what_training_takes(packed: Path, options: TuneOptions, tex
     part = plan_tuning(packed, options)
     assert whole.examples > part.examples
     trained = [array for name, array in parameters(open_source(packed)).items() if kind_of(name) in ("codebook", "row_scale")]
-    without_norms = plan_tuning(packed, replace(options, kinds=("codebook", "row_scale")))
+    without_norms = plan_tuning(packed, replace(options, train=("codebooks", "scales")))
     assert without_norms.delta_bytes == sum(array.nbytes for array in trained)
     assert sum(without_norms.parameters.values()) == sum(array.size for array in trained)
 
 
 def test_as_many_steps_as_epochs_take(packed: Path, options: TuneOptions) -> None:
-    plan = plan_tuning(packed, replace(options, epochs=2.5, training=replace(HOW, steps=0)))
+    plan = plan_tuning(packed, replace(options, epochs=2.5, steps=None))
     assert plan.steps == math.ceil(2.5 * plan.examples / 4)
 
 
@@ -229,13 +228,13 @@ def test_what_does_not_fit_is_refused_before_any_work(
     for wrong in (
         replace(options, held_out=1.5),
         replace(options, kl=1.0),
-        replace(options, kinds=("codes",)),
+        replace(options, train=("codes",)),
         replace(options, context=1),
         replace(options, context=100_000),
-        replace(options, epochs=0),
-        replace(options, data=short),
-        replace(options, training=replace(HOW, rate=-1.0)),
-        replace(options, training=replace(HOW, batch=0)),
+        replace(options, steps=None, epochs=0),
+        replace(options, text=short),
+        replace(options, lr=-1.0),
+        replace(options, batch=0),
     ):
         with pytest.raises(InvalidRequestError):
             tune(packed, output, wrong)
@@ -330,8 +329,8 @@ def test_lines_that_the_template_does_not_take_are_named(chat_file: Path, tokeni
 
 def test_a_chat_is_learnt(packed: Path, chat_file: Path, tmp_path: Path) -> None:
     output = tmp_path / "chat.delta"
-    how = TrainingOptions(steps=12, batch=4, rate=2e-2, checks=2)
-    report = tune(packed, output, TuneOptions(chat_file, chat=True, held_out=chat_file, training=how))
+    options = TuneOptions(chat=chat_file, held_out=chat_file, steps=12, batch=4, lr=2e-2, checks=2)
+    report = tune(packed, output, options)
     assert report.held_out[1] < report.held_out[0] / 2
     assert report.examples == 4
 
@@ -341,14 +340,14 @@ def test_chats_need_a_template(packed: Path, chat_file: Path, tmp_path: Path) ->
     files = {name: content for name, content in model.files.items() if name != "chat_template.jinja"}
     write_packed(replace(model, files=files), tmp_path / "plain.clus")
     with pytest.raises(InvalidRequestError, match="no chat template"):
-        tune(tmp_path / "plain.clus", tmp_path / "x.delta", TuneOptions(chat_file, chat=True))
+        tune(tmp_path / "plain.clus", tmp_path / "x.delta", TuneOptions(chat=chat_file))
 
 
 def test_long_chats_are_cut_and_said_so(packed: Path, chat_file: Path) -> None:
-    plan = plan_tuning(packed, TuneOptions(chat_file, chat=True, context=24))
+    plan = plan_tuning(packed, TuneOptions(chat=chat_file, context=24))
     assert any("were cut" in warning for warning in plan.warnings)
     with pytest.raises(InvalidRequestError, match="within the context"):
-        plan_tuning(packed, TuneOptions(chat_file, chat=True, context=4))
+        plan_tuning(packed, TuneOptions(chat=chat_file, context=4))
 
 
 # Examples.
@@ -426,7 +425,7 @@ def test_merging_for_stock_llama_cpp(packed: Path, tuned: Path, tmp_path: Path) 
 
 def test_merging_several(packed: Path, tuned: Path, options: TuneOptions, tmp_path: Path) -> None:
     other = tmp_path / "other.delta"
-    tune(packed, other, replace(options, training=replace(HOW, seed=3, steps=2), kinds=("norm",)))
+    tune(packed, other, replace(options, seed=3, steps=2, train=("norms",)))
     report = merge(packed, [tuned, other], tmp_path / "both.clus")
     assert report.weights == (0.5, 0.5)
     assert report.digest not in (open_delta(tuned).result, open_delta(other).result)

@@ -59,7 +59,7 @@ def test_what_can_be_asked_for(text: str, choice: WorkerChoice) -> None:
 
 @pytest.mark.parametrize("text", ["", "0", "-1", "2.5", "threads", "threads:", "ray://", "ray://head", "tcp://head:1", "4 "])
 def test_anything_else_is_refused_before_any_work(text: str, stories_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(InvalidRequestError, match="--workers is not understood"):
+    with pytest.raises(InvalidRequestError, match="`workers` is not understood"):
         convert(stories_folder, tmp_path / "out.clus", ConversionOptions(workers=text))
     assert list(tmp_path.iterdir()) == []
 

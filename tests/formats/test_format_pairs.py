@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,11 +92,9 @@ def test_verify_and_inspect_know_every_format(stories_folder: Path, artefacts: d
     assert verify(artefacts["packed"], artefacts[name]).verdict == "equal"
     assert verify(stories_folder, artefacts[name]).verdict == "derived"
     report, expected = (inspect_model(artefacts[one], reference=stories_folder) for one in (name, "packed"))
-    assert report["format"] == name
-    assert report["problems"] == []
-    for key in ("format", "file", "file_bytes"):
-        report[key] = expected[key]
-    assert report == expected
+    assert report.format == name
+    assert report.problems == []
+    assert replace(report, format=expected.format, file=expected.file, file_bytes=expected.file_bytes) == expected
 
 
 def test_inspect_and_verify_find_damage_that_no_checksum_covers(artefacts: dict[str, Path], tmp_path: Path) -> None:
@@ -107,7 +106,7 @@ def test_inspect_and_verify_find_damage_that_no_checksum_covers(artefacts: dict[
     content[-1] ^= 1
     weights.write_bytes(content)
     report = inspect_model(folder)
-    assert ([problem["kind"] for problem in report["problems"]], report["exit_code"]) == (["digest_mismatch"], 3)
+    assert ([problem["kind"] for problem in report.problems], report.exit_code) == (["digest_mismatch"], 3)
     result = verify(folder, artefacts["packed"])
     assert result.exit_code == 1
     assert f"{folder} is not what its own digest says: it is damaged" in result.reasons

@@ -73,7 +73,7 @@ def main() -> None:
         found = simple_evaluate(model, tasks=[dict(task) for task in tasks], task_manager=manager, bootstrap_iters=0)
         samples = {task: [sample["resps"] for sample in rows] for task, rows in found["samples"].items()}
         answer[name] = {"samples": samples, "results": found["results"]}
-    answer["codebook"] = evaluate_tasks(codebook, [str(files[0])], limit=2)
+    answer["codebook"] = vars(evaluate_tasks(codebook, [str(files[0])], limit=2))
     print(json.dumps(answer, default=str))
 
 

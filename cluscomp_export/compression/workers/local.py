@@ -60,7 +60,7 @@ Prepare = Callable[[str, Computing], Job]
 
 @dataclass(frozen=True)
 class WorkerChoice:
-    """What `--workers` asks for: `count` threads or processes of this machine, or Ray, at an `address` if one is given."""
+    """What `workers` asks for: `count` threads or processes of this machine, or Ray, at an `address` if one is given."""
 
     kind: Literal["threads", "processes", "ray"]
     count: int = 0
@@ -71,14 +71,14 @@ def parse_workers(text: str) -> WorkerChoice:
     """`N`, `threads:N`, `ray` or `ray://HOST:PORT`. Raises InvalidRequestError."""
     local = _LOCAL.fullmatch(text)
     if local is not None:
-        check_threads(int(local[2]), "--workers")
+        check_threads(int(local[2]), "workers")
         return WorkerChoice("threads" if local[1] else "processes", int(local[2]))
     if text == "ray":
         return WorkerChoice("ray")
     if _CLIENT.fullmatch(text):
         return WorkerChoice("ray", address=text)
     expected = "a number of processes, threads:NUMBER, ray or ray://HOST:PORT"
-    raise InvalidRequestError(Problem("bad_option", "--workers is not understood", found=text, expected=expected))
+    raise InvalidRequestError(Problem("bad_option", "`workers` is not understood", found=text, expected=expected))
 
 
 class Workers(abc.ABC):
@@ -192,7 +192,7 @@ def open_workers(choice: WorkerChoice, computing: Computing, on_progress: Progre
                 from cluscomp_export.compression.workers.ray import RayWorkers, connect
             except ImportError as error:
                 remedy = "pip install 'cluscomp-export[ray]'"
-                problem = Problem("not_installed", "--workers ray needs the package ray", found=str(error), remedy=remedy)
+                problem = Problem("not_installed", "`workers='ray'` needs the package ray", found=str(error), remedy=remedy)
                 raise InvalidRequestError(problem) from error
             stack.enter_context(connect(choice.address))
             workers: Workers = RayWorkers(computing, on_progress)

@@ -128,7 +128,7 @@ class RayWorkers(Workers):
             self._on_progress("waiting for room on the Ray cluster", attempt + 1, RESERVATION_ATTEMPTS)
         found = ", ".join(f"{amount:g} {kind}s" for kind, amount in ray.available_resources().items() if kind in place)
         expected = ", ".join(f"{amount:g} {kind}s" for kind, amount in place.items()) + " on one node for each worker"
-        remedy = "add nodes, wait for other work on the cluster to end, or use fewer --threads"
+        remedy = "add nodes, wait for other work on the cluster to end, or use fewer `threads`"
         raise InvalidRequestError(
             Problem("no_room", "the Ray cluster has no room for a worker", None, None, found, expected, remedy)
         )
