@@ -49,7 +49,8 @@ class Command(click.Command):
         headings: dict[str, list[tuple[str, str]]] = {"Options": []}
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx)
-            if record is not None:
+            # Arguments, which newer releases of click have records of, are explained in the text.
+            if record is not None and isinstance(param, click.Option):
                 headings.setdefault(getattr(param, "heading", "Options"), []).append(record)
         for heading, records in headings.items():
             with formatter.section(heading):

@@ -470,11 +470,11 @@ def test_what_is_finished_is_kept_and_the_command_says_so(
         patch.setattr("cluscomp_export.compression.fit_encode.assign", interrupt)
         code, _, err = run(*arguments)
     assert code == 130
-    assert f"{tmp_path / '.out.clus.work'}: run the same command again to go on" in err
+    assert f"{tmp_path / '.out.clus.work'}: run the same command again to resume" in err
     assert [path.name for path in tmp_path.iterdir()] == [".out.clus.work"]
     code, _, err = run(*arguments)
     assert code == 0
-    assert "went on from an interrupted conversion: 1 finished parts" in err
+    assert "resumed an interrupted conversion (reused 1 finished units)" in err
     assert [path.name for path in tmp_path.iterdir()] == ["out.clus"]
 
 

@@ -134,7 +134,7 @@ def test_every_payload_is_read_once_and_none_if_quick(inspect_lenient: Inspect) 
     assert (row["codes"], row["dead"], row["not_finite"]) == (8, None, None)
     assert report.worst_tensors["names"] == []
     assert not reads
-    assert inspect_lenient(model_of(first, second))["digest"]
+    assert inspect_lenient(model_of(first, second)).digest
     assert reads == {"book": 1, "a": 1, "b": 1}
 
 
