@@ -1,7 +1,9 @@
-"""Links, anchors, reachability and line lengths of the documentation."""
+"""Links, names and line lengths of the documentation."""
 
 from __future__ import annotations
 
+import ast
+import importlib
 import re
 from functools import cache
 from pathlib import Path
@@ -70,6 +72,23 @@ def test_the_index_and_the_site_list_every_page_in_the_same_order() -> None:
     pages = ["index.md", *(link for link in listed if not link.startswith("https:"))]
     assert sorted(pages) == sorted(page.name for page in DOCS.glob("*.md"))
     assert re.findall(r"^ +- (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE) == pages
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_named_in_prose_exist(page: Path) -> None:
+    roots = [ROOT, *(ROOT / package for package in ("formats", "kernels", "runtime"))]
+    text = page.read_text(encoding="utf-8")
+    paths = set(re.findall(r"(?<![\w./-])(?:benchmarks|tools|tests|docs|cluscomp_\w+)/[\w./-]*\w", text))
+    assert [path for path in sorted(paths) if not any((root / path).exists() for root in roots)] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_examples_import_what_exists(page: Path) -> None:
+    code = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    for node in (node for example in code for node in ast.walk(ast.parse(example)) if isinstance(node, ast.ImportFrom)):
+        if node.module and node.module.startswith("cluscomp_"):
+            module = importlib.import_module(node.module)
+            assert [name.name for name in node.names if not hasattr(module, name.name)] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
