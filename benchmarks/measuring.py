@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 __all__ = [
     "copy_and_sync",
     "forget_peak",
@@ -65,9 +67,8 @@ def peak_resident_bytes() -> int:
 
 
 def resident_bytes() -> int:
-    """Memory this process has resident now, mapped files included. Linux only."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(status.split("VmRSS:")[1].split()[0]) * 1024
+    """Memory this process has resident now, mapped files included."""
+    return int(psutil.Process().memory_info().rss)
 
 
 def forget_peak() -> None:

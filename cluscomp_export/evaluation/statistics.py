@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from cluscomp_formats.errors import ClusCompError, Problem
@@ -87,7 +88,7 @@ class TokenScores:
         ratio, ratio_error = _perplexity(loss - reference_loss, "the model")
         divergence, agreement = torch.cat(self._divergences), torch.cat(self._agreements)
         # Not torch.quantile, which refuses more than 2^24 values.
-        ordered = divergence.sort().values
+        median, p90, p99 = np.quantile(divergence.numpy(), (0.5, 0.9, 0.99)).tolist()
         return Scores(
             scored_tokens=loss.numel(),
             perplexity=perplexity,
@@ -98,10 +99,10 @@ class TokenScores:
             perplexity_ratio_error=ratio_error,
             kl=float(divergence.mean()),
             kl_error=_error_of_mean(divergence),
-            kl_median=_quantile(ordered, 0.5),
-            kl_p90=_quantile(ordered, 0.9),
-            kl_p99=_quantile(ordered, 0.99),
-            kl_max=float(ordered[-1]),
+            kl_median=median,
+            kl_p90=p90,
+            kl_p99=p99,
+            kl_max=float(divergence.max()),
             top1=float(agreement.mean()),
             top1_error=_error_of_mean(agreement),
         )
@@ -124,11 +125,3 @@ def _perplexity(losses: torch.Tensor, whose: str) -> tuple[float, float | None]:
 
 def _error_of_mean(values: torch.Tensor) -> float | None:
     return float(values.std()) / math.sqrt(values.numel()) if values.numel() > 1 else None
-
-
-def _quantile(ordered: torch.Tensor, fraction: float) -> float:
-    """Between the two nearest of the ordered values, linearly."""
-    place = fraction * (len(ordered) - 1)
-    below = math.floor(place)
-    above = min(below + 1, len(ordered) - 1)
-    return float(torch.lerp(ordered[below], ordered[above], place - below))

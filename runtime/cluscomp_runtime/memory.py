@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 import re
 import sys
 from collections.abc import Iterator
 
+import psutil
 import torch
 
 from cluscomp_formats.errors import Problem, UnsupportedError
@@ -43,9 +43,9 @@ def check_memory(model: Model, kernel: str, dtype: torch.dtype, device: torch.de
 
     The check runs before anything is read, because a system that overcommits memory would kill the process later.
     """
-    available = physical_bytes()
-    if device.type != "cpu" or available is None:
+    if device.type != "cpu":
         return
+    available = physical_bytes()
     decoded = kernel in ("dense", "reference") or dtype == torch.float64
     sizes = [_held_bytes(tensor, dtype.itemsize, decoded=decoded) for tensor in model.tensors.values()]
     needed = max(sizes, default=0) if kernel == "reference" else sum(sizes)
@@ -81,12 +81,9 @@ def trim_heap() -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
-def physical_bytes() -> int | None:
-    """Return the bytes of memory of the machine; None if the system does not report it (Windows)."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
+def physical_bytes() -> int:
+    """Return the bytes of memory of the machine."""
+    return int(psutil.virtual_memory().total)
 
 
 def device_bytes(device: str) -> int | None:

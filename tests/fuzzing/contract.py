@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from cluscomp_formats.errors import ClusCompError, InvalidFileError, StorageError, UnsupportedError
 
 BYTES_PER_BYTE = 96
@@ -66,7 +68,7 @@ def _outcome(consume: Callable[[Path], None], path: Path) -> str:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             # What the runtime announces is no fault.
-            warnings.filterwarnings("ignore", message=".*which no kernel handles|the native path takes no")
+            warnings.filterwarnings("ignore", message=".*which no kernel supports|the native path supports no")
             consume(path)
     except (InvalidFileError, UnsupportedError, StorageError) as error:
         check_printable(error)
@@ -144,11 +146,10 @@ def _watched(folder: Path) -> Iterator[list[str]]:
 @contextlib.contextmanager
 def _address_space(spare: int) -> Iterator[None]:
     """Let the process grow by `spare` bytes at most, where the system can (Linux)."""
-    statm = Path("/proc/self/statm")
-    if not statm.exists():
+    if not sys.platform.startswith("linux"):
         yield
         return
-    used = int(statm.read_text().split()[0]) * resource.getpagesize()
+    used = psutil.Process().memory_info().vms
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (used + spare, before[1]))
     try:
