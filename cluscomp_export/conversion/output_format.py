@@ -34,7 +34,7 @@ def output_format(to: str, gguf_type: str | None = None) -> Format:
         return dense_format(fmt, gguf_type)
     if not fmt.writable:
         expected = ", ".join(output_formats())
-        raise InvalidRequestError(Problem("not_writable", "this format is only read", found=to, expected=expected))
+        raise InvalidRequestError(Problem("not_writable", "this format can only be read", found=to, expected=expected))
     return fmt
 
 

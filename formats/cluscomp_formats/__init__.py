@@ -1,4 +1,4 @@
-"""The intermediate representation of a codebook model and the file formats that hold it. Needs numpy only."""
+"""The intermediate representation (IR) of a codebook model, and its file formats. Needs numpy only."""
 
 from cluscomp_formats.errors import (
     ClusCompError,

@@ -1,7 +1,7 @@
-"""What can go wrong with a file, a model or a request, as data.
+"""Errors of files, models and requests, as data.
 
-Every error carries one or more `Problem`s, so that a reader reports all it found at once, and an exit code, so that scripts
-can tell the cases apart. The command line prints the problems; libraries raise and never print.
+Every error has one or more `Problem`s, so that a reader can report all of them at once, and an exit code, so that scripts can
+distinguish the cases. Libraries raise errors and never print; the command line prints the problems.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ __all__ = [
 
 
 MAX_PROBLEMS = 1000
-"""An error lists no more; nobody reads them."""
+"""Largest number of problems that an error lists."""
 MAX_NAMES = 3
-"""Names that stand for a group of problems."""
+"""Names listed for a group of problems."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong: where it is, what was found, what was expected, what to do.
+    """One problem: its location, what was found, what was expected, and the remedy.
 
     `kind` is a stable identifier (`bad_magic`, `checksum_mismatch`, ...) for machines and tests.
     """
@@ -48,7 +48,7 @@ class Problem:
     remedy: str | None = None
 
     def __str__(self) -> str:
-        """For people. What no stream can encode or a terminal would obey is escaped: names come from files of any origin."""
+        """Return the problem as text. Characters that a terminal would interpret are escaped: names may be hostile."""
         where = " · ".join(printable(part) for part in (self.file, self.tensor) if part)
         message = "\n".join(map(printable, self.message.split("\n")))
         lines = [f"{where}: {message}" if where else message]
@@ -58,21 +58,22 @@ class Problem:
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, str]:
-        """The fields that are set, for `--json`."""
+        """Return the fields that are set, for `--json`."""
         return {key: value for key, value in vars(self).items() if value is not None}
 
 
 def printable(text: str) -> str:
-    """A text with everything escaped that no stream can encode or a terminal would obey, line ends included."""
+    """Return a text with everything escaped that a stream cannot encode or a terminal would interpret, including line ends."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def grouped(problems: Iterable[Problem]) -> list[Problem]:
-    """Problems for people: those that say the same of several tensors, or of several files, become one.
+    """Merge problems that are the same for several tensors or several files, for people.
 
-    It names the first `MAX_NAMES` of them and counts the others. A checkpoint with experts has thousands of tensors alike.
+    A merged problem names the first `MAX_NAMES` of them and counts the others. A checkpoint with experts has thousands of
+    similar tensors.
     """
     groups: dict[tuple[str | None, ...], list[Problem]] = {}
     for problem in problems:
@@ -93,28 +94,28 @@ def _listed(values: Iterable[str | None]) -> str | None:
     return ", ".join(distinct[:MAX_NAMES]) + (f" and {left} more" if left > 0 else "") if distinct else None
 
 
-# What reverses the order of the characters after it.
+# Characters that reverse the order of the following ones.
 _REORDERING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 def displayable(text: str) -> str:
-    """A text of any origin with the control characters escaped that a terminal would obey; line ends and tabs stay.
+    """Return a possibly hostile text with control characters escaped, except line ends and tabs.
 
-    So are those that reorder the text around them, and lone surrogates, which no stream can encode. All else is text.
+    Characters that reorder the surrounding text and lone surrogates, which no stream can encode, are escaped as well.
     """
     if text.isprintable():
         return text
-    return "".join(c.encode("unicode_escape").decode() if _steers(c) else c for c in text)
+    return "".join(c.encode("unicode_escape").decode() if _is_unsafe(c) else c for c in text)
 
 
-def _steers(character: str) -> bool:
+def _is_unsafe(character: str) -> bool:
     return character in _REORDERING or (character not in "\n\t" and unicodedata.category(character) in ("Cc", "Cs"))
 
 
 class ClusCompError(Exception):
-    """Base of all errors this project raises on purpose. `problems` is never empty; the text of the error groups them.
+    """Base class of the errors of this project. `problems` is never empty; the text of the error groups them.
 
-    Of more than `MAX_PROBLEMS` the first are kept and the others counted: a hostile file may have one in every few bytes.
+    If there are more than `MAX_PROBLEMS`, the first are kept and the others counted: a hostile file can have millions.
     """
 
     exit_code = 1
@@ -128,30 +129,30 @@ class ClusCompError(Exception):
         super().__init__("\n".join(map(str, grouped(self.problems))))
 
     def __reduce__(self) -> tuple[type[ClusCompError], tuple[tuple[Problem, ...]]]:
-        """Errors come back whole from worker processes."""
+        """Pickle all problems, so that errors of worker processes arrive complete."""
         return type(self), (self.problems,)
 
 
 class InvalidRequestError(ClusCompError):
-    """Options that contradict each other or cannot be met. Exit code 2, as for any usage error."""
+    """Options contradict each other or cannot be satisfied. Exit code 2, as for any usage error."""
 
     exit_code = 2
 
 
 class InvalidFileError(ClusCompError):
-    """A file that is missing, truncated, corrupt, of a future version or not what its name says. Exit code 3."""
+    """A file is missing, truncated, corrupt, of a future version, or not of the type its name suggests. Exit code 3."""
 
     exit_code = 3
 
 
 class UnsupportedError(ClusCompError):
-    """A valid input this version cannot handle, such as an architecture the decoder does not know. Exit code 4."""
+    """This version does not support a valid input, such as an unknown architecture. Exit code 4."""
 
     exit_code = 4
 
 
 class OutputExistsError(ClusCompError):
-    """The output is already there and `--force` was not given. Exit code 5."""
+    """The output exists and `--force` was not given. Exit code 5."""
 
     exit_code = 5
 
@@ -163,12 +164,12 @@ class StorageError(ClusCompError):
 
 
 class SelfTestError(ClusCompError):
-    """The model loaded, but does not compute what its self-test record says. Exit code 7."""
+    """The loaded model does not compute the logits of its self-test record. Exit code 7."""
 
     exit_code = 7
 
 
 class WorkersLostError(ClusCompError):
-    """Worker processes died, again and again. Exit code 8."""
+    """Worker processes died repeatedly. Exit code 8."""
 
     exit_code = 8

@@ -1,4 +1,4 @@
-"""What a format is: the one type that readers, writers and plug-ins are offered as; see `docs/plugins.md`."""
+"""`Format`: the type by which readers, writers and plug-ins are registered; see `docs/plugins.md`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["CheckOutput", "Format", "WriteModel", "Written", "read_only"]
 
 
 class Written(Protocol):
-    """What a writer says it made: its size in bytes, and the model's digest, None if it made no codebook model."""
+    """The result of a writer: the output's size in bytes and the model's digest, None if the output is no codebook model."""
 
     @property
     def file_bytes(self) -> int: ...
@@ -27,10 +27,12 @@ class Written(Protocol):
 class WriteModel(Protocol):
     """Writes a model to `path`, atomically and one payload at a time.
 
-    `self_test` gets the model as opened from the finished payloads and gives the record to store; `on_progress` is told the
-    phase ("writing"), the bytes done and the bytes in total. A model whose `claimed_digest` is not its digest must not become
-    an artefact: `check_claim` of `cluscomp_formats.sections.digest` raises InvalidFileError. Raises OutputExistsError,
-    StorageError, InvalidRequestError, UnsupportedError.
+    `self_test` is called with the model as opened from the finished payloads, and returns the record to store. `on_progress` is
+    called with the phase ("writing"), the bytes done and the total bytes. If the model's `claimed_digest` is not its digest, no
+    output must be made: `check_claim` of `cluscomp_formats.sections.digest` raises InvalidFileError.
+
+    Raises OutputExistsError if the output exists and `force` is False; StorageError if the system refuses to read or write;
+    InvalidRequestError or UnsupportedError if the format cannot store the model.
     """
 
     def __call__(
@@ -46,29 +48,30 @@ class WriteModel(Protocol):
 
 
 class CheckOutput(Protocol):
-    """Refuses an output before any work. Raises OutputExistsError, StorageError."""
+    """Checks the output before a long job. Raises OutputExistsError or StorageError if it cannot be written."""
 
     def __call__(self, path: Path, /, *, force: bool) -> None: ...
 
 
 def read_only(model: Model, path: Path, /, **_: Any) -> Written:
-    """`Format.write` of a format that is only read. Raises InvalidRequestError."""
-    raise InvalidRequestError(Problem("not_writable", "this format is only read", str(path)))
+    """Raise InvalidRequestError: the `Format.write` of a format without a writer."""
+    raise InvalidRequestError(Problem("not_writable", "this format can only be read", str(path)))
 
 
 @dataclass(frozen=True)
 class Format:
-    """A way to store a model: how to recognise it, open it and, if `write` is given, write it.
+    """A file format: functions to recognise a file, to open it and, optionally, to write it.
 
-    `matches(path)` looks at a file's first bytes or a folder's content and must not raise on any input. `open(path)`
-    validates and returns a lazy model; it raises InvalidFileError with every problem found. `check_output` is called before
-    the work of which `write` is the end; the default suits a single file, a folder has `check_output_folder` of
-    `cluscomp_formats.files.atomic_folder`. `size(model)` predicts the bytes of what `write` makes of a model with that
-    self-test record, at most, without reading its payloads; without it, `--budget` cannot be held in this format.
+    `matches(path)` inspects a file's first bytes or a folder's content and must not raise for any input. `open(path)` validates
+    the file and returns a lazy model; it raises InvalidFileError with every problem found.
 
-    `check_model(model)` refuses a model before the work, by its configuration and shapes; it raises UnsupportedError or
-    InvalidFileError. `notes(model)` says what `write` leaves out or stores otherwise than asked; it may raise what `write`
-    does before it writes.
+    `check_output` is called before the long job that ends with `write`. The default is for single files; folder formats use
+    `check_output_folder` of `cluscomp_formats.files.atomic_folder`. `size(model)` returns an upper bound of the bytes that
+    `write` makes of a model with its self-test record, without reading payloads; `--budget` requires it.
+
+    `check_model(model)` checks the configuration and shapes of a model before the job; it raises UnsupportedError or
+    InvalidFileError. `notes(model)` lists what `write` omits or stores differently than requested; it may raise the errors of
+    `write`.
     """
 
     name: str
@@ -83,5 +86,5 @@ class Format:
 
     @property
     def writable(self) -> bool:
-        """Whether models can be written in this format."""
+        """Whether the format has a writer."""
         return self.write is not read_only

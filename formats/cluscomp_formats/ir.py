@@ -1,10 +1,10 @@
-"""The intermediate representation: what every reader yields and every writer takes.
+"""The intermediate representation (IR), which every reader returns and every writer accepts.
 
-A `Model` is a configuration and named tensors, each *clustered* (`ClusteredWeight`) or *dense* (`DenseTensor`); an
-uncompressed source is simply a model whose tensors are all dense. Everything is frozen and lazy: shapes, dtypes and sizes
-cost no IO, payloads are read when asked for, one tensor at a time, so any reader can feed any writer.
+A `Model` consists of a configuration and named tensors, each *clustered* (`ClusteredWeight`) or *dense* (`DenseTensor`). An
+uncompressed source is a model whose tensors are all dense. Everything is frozen and lazy: shapes, dtypes and sizes need no IO,
+and payloads are read on demand, one tensor at a time, so any reader can feed any writer.
 
-`ClusteredWeight.decode()` in plain numpy is the meaning of every kernel and every file format.
+`ClusteredWeight.decode()`, in plain numpy, defines the result of every kernel and every file format.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "uint8": np.dtype("u1"),
     "bool": np.dtype("?"),
 }
-"""Names of the storage types and the numpy type that holds each; bfloat16, which numpy lacks, is held as its 16 bits."""
+"""The numpy type of each storage type, by name. numpy has no bfloat16, so its 16 bits are stored as uint16."""
 
 FLOAT_DTYPES = ("float64", "float32", "float16", "bfloat16")
 POSITION_DTYPES = ("uint32", "uint64")
@@ -63,12 +63,12 @@ CODEBOOK_DTYPES = ("float32", "float16", "bfloat16", "int8")
 
 
 def bfloat16_to_float32(bits: AnyArray) -> npt.NDArray[np.float32]:
-    """Widen bfloat16 bit patterns (uint16) to float32, exactly."""
+    """Convert bfloat16 bit patterns (uint16) to float32, exactly."""
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def float32_to_bfloat16(values: AnyArray) -> npt.NDArray[np.uint16]:
-    """Round float32 to bfloat16 bit patterns, to nearest even; NaN stays NaN."""
+    """Round float32 to bfloat16 bit patterns (uint16), to nearest even; NaN stays NaN."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     rounded = ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
@@ -76,7 +76,7 @@ def float32_to_bfloat16(values: AnyArray) -> npt.NDArray[np.uint16]:
 
 @dataclass(frozen=True)
 class Array:
-    """A lazy, read-only array: its shape and dtype are known, its payload is produced by `read()`.
+    """A lazy, read-only array: its shape and dtype are known, and `read()` returns its payload.
 
     `dtype` is a key of `DTYPES`.
     """
@@ -89,25 +89,25 @@ class Array:
         if self.dtype not in DTYPES:
             raise ValueError(f"unknown dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
         if any(length < 0 for length in self.shape):
-            raise ValueError(f"a shape has no negative lengths, got {self.shape}")
+            raise ValueError(f"a shape must not have negative lengths, got {self.shape}")
 
     @classmethod
     def of(cls, values: AnyArray, dtype: str | None = None) -> Array:
-        """Wrap a numpy array that is already in memory. `dtype="bfloat16"` takes its uint16 bit patterns."""
+        """Wrap a numpy array in memory. With `dtype="bfloat16"`, `values` are its uint16 bit patterns."""
         name = dtype or values.dtype.name
         if name not in DTYPES:
             raise ValueError(f"unknown dtype {name!r}; known: {', '.join(DTYPES)}")
         if name == "bfloat16" and values.dtype != DTYPES[name]:
-            raise ValueError(f"bfloat16 is given as its bit patterns in uint16, got {values.dtype}; see float32_to_bfloat16")
+            raise ValueError(f"bfloat16 must be given as uint16 bit patterns, got {values.dtype}; see float32_to_bfloat16")
         stored = np.asarray(values, dtype=DTYPES[name], order="C")
         return cls(values.shape, name, lambda: stored)
 
     def __reduce__(self) -> tuple[Callable[[AnyArray, str], Array], tuple[AnyArray, str]]:
-        """Pickled with its payload, which may be a file's: the other process needs no file."""
+        """Pickle the payload too, even that of a file, so that the other process does not need the file."""
         return Array.of, (self.read(), self.dtype)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Array:
-        """Nobody writes to the payload, so a copy needs none of its own."""
+        """Return the same object: payloads are never modified."""
         return self
 
     @property
@@ -121,18 +121,18 @@ class Array:
         return self.size * DTYPES[self.dtype].itemsize
 
     def read(self) -> AnyArray:
-        """The payload as a C-contiguous little-endian numpy array of `shape` and the storage type of `dtype`.
+        """Return the payload as a C-contiguous little-endian numpy array of `shape` and the storage type of `dtype`.
 
-        The result may be a read-only memory map; do not write to it. Reading twice may do the work twice.
+        The result may be a read-only memory map, so do not write to it. A second call may repeat the work.
         """
         values = self.loader()
         if values.shape != self.shape or values.dtype != DTYPES[self.dtype]:
-            raise ValueError(f"loader gave {values.dtype} {values.shape}, declared {self.dtype} {self.shape}")
-        # Not ascontiguousarray, which would make a vector of a scalar.
+            raise ValueError(f"the loader returned {values.dtype} {values.shape}, declared were {self.dtype} {self.shape}")
+        # np.ascontiguousarray would convert a scalar to a vector.
         return np.asarray(values, order="C")
 
     def to_float32(self) -> npt.NDArray[np.float32]:
-        """The payload widened (float64: rounded, beyond its range to infinity) to float32."""
+        """Return the payload as float32. float64 is rounded, to infinity if it is out of range."""
         values = self.read()
         if self.dtype == "bfloat16":
             return bfloat16_to_float32(values)
@@ -141,15 +141,15 @@ class Array:
 
 
 def code_bits(num_clusters: int) -> int:
-    """Bits per code of a codebook of that many clusters, `max(1, ceil(log2 num_clusters))`."""
+    """Return the bits per code of a codebook with `num_clusters` clusters: `max(1, ceil(log2 num_clusters))`."""
     return max(1, (num_clusters - 1).bit_length())
 
 
 @dataclass(frozen=True)
 class Codebook:
-    """Centroids `[num_clusters, cluster_dim]` under a name. Several weights may refer to one codebook.
+    """Named centroids `[num_clusters, cluster_dim]`. Several weights may refer to one codebook.
 
-    Values of int8 are the whole numbers they are; what a step is worth, the row scales of the weights say.
+    int8 values are integers without a scale of their own; the row scales of the weights scale them.
     """
 
     name: str
@@ -178,7 +178,7 @@ class Codebook:
 
 @dataclass(frozen=True)
 class Stage:
-    """One codebook and one code per vector; the decoded stages of a weight add up.
+    """One codebook and one code per vector. A weight is the sum of its decoded stages.
 
     `codes` is uint16 `[in_features, ceil(out_features / cluster_dim)]` for vectors along the out axis (the reference
     layout), `[out_features, ceil(in_features / cluster_dim)]` for vectors along the in axis.
@@ -212,8 +212,9 @@ class ClusteredWeight:
     """A weight matrix as codes into codebooks.
 
     `weight = (sum over stages of codebook[codes]) * row_scale[:, None] * column_scale[None, :] + outliers`, computed in
-    float32, the products taken in that order. `shape` is `(out_features, in_features)`; `row_scale` float
-    `[out_features]`, `column_scale` float `[in_features]`. Vectors that reach past the padded axis are cut off.
+    float32, with the products in that order. `shape` is `(out_features, in_features)`; `row_scale` is float
+    `[out_features]`, `column_scale` float `[in_features]`. The last vectors are truncated if the axis is not a multiple of
+    cluster_dim.
     """
 
     name: str
@@ -226,9 +227,9 @@ class ClusteredWeight:
 
     def __post_init__(self) -> None:
         if len(self.shape) != 2 or min(self.shape) < 1:
-            raise ValueError(f"{self.name}: a clustered weight is [out_features, in_features], got shape {self.shape}")
+            raise ValueError(f"{self.name}: a clustered weight must be [out_features, in_features], got shape {self.shape}")
         if self.group_axis not in ("out", "in"):
-            raise ValueError(f"{self.name}: group_axis is 'out' or 'in', got {self.group_axis!r}")
+            raise ValueError(f"{self.name}: group_axis must be 'out' or 'in', got {self.group_axis!r}")
         if not self.stages:
             raise ValueError(f"{self.name}: a clustered weight needs at least one stage")
         for stage in self.stages:
@@ -244,7 +245,7 @@ class ClusteredWeight:
                 raise ValueError(f"{self.name}: {label} is {scale.dtype} {scale.shape}, expected float ({length},)")
 
     def codes_shape(self, cluster_dim: int) -> tuple[int, int]:
-        """Shape of the codes of a stage of that cluster_dim."""
+        """Return the shape of the codes of a stage with this cluster_dim."""
         along, across = self.shape if self.group_axis == "out" else self.shape[::-1]
         return across, -(-along // cluster_dim)
 
@@ -254,7 +255,7 @@ class ClusteredWeight:
 
     @property
     def extra_arrays(self) -> tuple[tuple[str, Array], ...]:
-        """The optional payloads that are present, in canonical order."""
+        """Return the name and array of each optional payload that is present, in canonical order."""
         outliers = self.outliers
         named = (
             ("row_scale", self.row_scale),
@@ -266,16 +267,16 @@ class ClusteredWeight:
 
     @property
     def own_bits(self) -> int:
-        """Size in bits of codes at their true width, scales and outliers; codebooks, which may be shared, not counted."""
+        """Size in bits of codes (at their packed width), scales and outliers, without codebooks, which may be shared."""
         codes = sum(stage.codes.size * stage.codebook.code_bits for stage in self.stages)
         return codes + sum(8 * array.nbytes for _, array in self.extra_arrays)
 
-    # Infinity and NaN come out as IEEE 754 has it, without warnings.
+    # Infinity and NaN propagate as in IEEE 754, without warnings.
     @np.errstate(all="ignore")
     def decode(self) -> npt.NDArray[np.float32]:
-        """The weight as float32 `[out_features, in_features]`: the reference for every kernel and format.
+        """Return the weight as float32 `[out_features, in_features]`: the reference for every kernel and format.
 
-        Raises IndexError if a code lies past its codebook.
+        Raises IndexError if a code or an outlier position is out of range.
         """
         out_features, in_features = self.shape
         along = out_features if self.group_axis == "out" else in_features
@@ -296,7 +297,7 @@ class ClusteredWeight:
 
 @dataclass(frozen=True)
 class DenseTensor:
-    """A tensor that is not clustered: norms, biases, often embeddings. Of any shape and dtype."""
+    """A tensor of any shape and dtype that is not clustered: norms, biases, often embeddings."""
 
     name: str
     values: Array
@@ -315,7 +316,7 @@ class DenseTensor:
         return 8 * self.values.nbytes
 
     def decode(self) -> npt.NDArray[np.float32]:
-        """The values as float32."""
+        """Return the values as float32."""
         return self.values.to_float32()
 
 
@@ -326,9 +327,9 @@ Tensor = ClusteredWeight | DenseTensor
 class Model:
     """A model: configuration, tensors by Hugging Face name, side files, provenance and self-test record.
 
-    `config` is the content of a Hugging Face `config.json`. `files` holds tokenizer and other side files by name, as uint8
-    `[bytes]`. `provenance` and `self_test` are JSON values; see `docs/packed-format.md`. `claimed_digest` is what a file says
-    the digest of the model in it is.
+    `config` is the content of a Hugging Face `config.json`. `files` has the tokenizer and other side files by name, as uint8
+    `[bytes]`. `provenance` and `self_test` are JSON values; see `docs/packed-format.md`. `claimed_digest` is the digest
+    recorded in the file that the model was read from.
     """
 
     config: Mapping[str, Any]
@@ -354,18 +355,18 @@ class Model:
 
     @property
     def codebooks(self) -> dict[str, Codebook]:
-        """All codebooks by name, each once."""
+        """Return all codebooks by name, each once."""
         return {codebook.name: codebook for codebook in self._codebook_uses()}
 
     @property
     def clustered(self) -> dict[str, ClusteredWeight]:
-        """The clustered tensors by name."""
+        """Return the clustered tensors by name."""
         return {name: tensor for name, tensor in self.tensors.items() if isinstance(tensor, ClusteredWeight)}
 
     def payloads(self) -> Iterator[tuple[dict[str, Any], Array]]:
-        """Every payload in canonical order with a JSON description of it: the order of the digest and of the packed file.
+        """Yield every payload with its JSON description, in canonical order, which is that of the digest and of packed files.
 
-        Tensors go by name (code points); a codebook comes just before the first tensor that uses it.
+        Tensors are sorted by name (by code points); a codebook comes just before the first tensor that uses it.
         """
         emitted: set[str] = set()
         for name in sorted(self.tensors):
@@ -384,10 +385,10 @@ class Model:
                 yield {"tensor": name, "part": part}, array
 
     def digest(self, visit: Callable[[dict[str, Any], Array, AnyArray], None] | None = None) -> str:
-        """`sha256:<hex>` over the configuration and every payload in canonical order; identical in every format.
+        """Return `sha256:<hex>` over the configuration and every payload in canonical order; it is the same in every format.
 
-        Reads the whole model, one payload at a time; `visit(description, array, values)` may look at each on the way. Side
-        files, provenance and self-test record do not enter.
+        Reads the whole model, one payload at a time, and calls `visit(description, array, values)` for each. Side files,
+        provenance and self-test record are not included.
         """
         builder = DigestBuilder(self.config)
         for description, array in self.payloads():
@@ -399,9 +400,9 @@ class Model:
 
 
 class DigestBuilder:
-    """Computes `Model.digest()` payload by payload, for writers that stream the payloads anyway.
+    """Computes `Model.digest()` payload by payload, for writers that stream the payloads.
 
-    SHA-256 over `cluscomp-digest-1\\n`, the canonical JSON of the configuration and a newline, then for each of
+    The digest is SHA-256 over `cluscomp-digest-1\\n`, the canonical JSON of the configuration and a newline, then for each of
     `Model.payloads()` the canonical JSON of its description with dtype and shape, a newline and the little-endian bytes.
     """
 
@@ -409,11 +410,11 @@ class DigestBuilder:
         self._hash = hashlib.sha256(f"cluscomp-digest-1\n{canonical_json(config)}\n".encode())
 
     def add(self, description: Mapping[str, Any], array: Array, values: AnyArray) -> None:
-        """Add one payload; `values` is what `array.read()` gave."""
+        """Add one payload; `values` are the result of `array.read()`."""
         head = {**description, "dtype": array.dtype, "shape": list(array.shape)}
         self._hash.update(f"{canonical_json(head)}\n".encode())
         self._hash.update(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
 
     def digest(self) -> str:
-        """`sha256:` and 64 hexadecimal digits."""
+        """Return `sha256:` and 64 hexadecimal digits."""
         return f"sha256:{self._hash.hexdigest()}"

@@ -1,7 +1,7 @@
-"""What of a clustered model can be changed while its codes stay: codebooks, row scales and norms, each under a name.
+"""Names of the parameters of a clustered model that can be trained while its codes stay fixed.
 
-`codebook.NAME` is a codebook, `row_scale.TENSOR` the row scale of a clustered weight, `norm.TENSOR` a dense float vector called
-`TENSOR`, which ends in `.weight` (a bias does not). Training, deltas and the runtime go by these names.
+`codebook.NAME` is a codebook, `row_scale.TENSOR` the row scale of a clustered weight, and `norm.TENSOR` a dense float vector
+whose name ends in `.weight` (biases end in `.bias`). Training, deltas and the runtime use these names.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ KINDS = ("codebook", "row_scale", "norm")
 
 
 def codebook_name(codebook: str) -> str:
-    """The parameter that a codebook is."""
+    """Return the parameter name of a codebook."""
     return f"codebook.{codebook}"
 
 
 def row_scale_name(tensor: str) -> str:
-    """The parameter that a weight's row scale is."""
+    """Return the parameter name of a weight's row scale."""
     return f"row_scale.{tensor}"
 
 
 def norm_name(tensor: str) -> str:
-    """The parameter that a norm is."""
+    """Return the parameter name of a norm."""
     return f"norm.{tensor}"
 
 
 def kind_of(parameter: str) -> str:
-    """Its kind, one of `KINDS` if it is a parameter's name."""
+    """Return the kind of a parameter, one of `KINDS` if the name is valid."""
     return parameter.partition(".")[0]
 
 
 def parameters(model: Model) -> dict[str, Array]:
-    """All parameters of a model by name, as they are stored."""
+    """Return all parameters of a model by name, as stored."""
     found = {codebook_name(name): codebook.values for name, codebook in model.codebooks.items()}
     for name, tensor in model.tensors.items():
         if isinstance(tensor, DenseTensor):
@@ -49,9 +49,9 @@ def parameters(model: Model) -> dict[str, Array]:
 
 
 def with_parameters(model: Model, arrays: Mapping[str, Array]) -> Model:
-    """The model with other arrays, of the same dtypes and shapes, in place of the parameters of those names.
+    """Return the model with some parameters replaced by arrays of the same dtypes and shapes.
 
-    Self-test record and claimed digest, which are those of the model as it was, are left out.
+    The result has no self-test record and no claimed digest, since these belong to the original model.
     """
     codebooks = {
         name: Codebook(name, arrays.get(codebook_name(name), codebook.values)) for name, codebook in model.codebooks.items()

@@ -1,6 +1,6 @@
-"""Which formats there are: those of this package and those other packages bring; see `docs/plugins.md`.
+"""The registry of formats: those of this package and those of plug-ins; see `docs/plugins.md`.
 
-A file's format is found by its content, never by its suffix. Nothing is looked up before the first question.
+A file's format is recognised by its content, never by its suffix. Formats are imported and plug-ins searched on first use.
 """
 
 from __future__ import annotations
@@ -25,20 +25,19 @@ if TYPE_CHECKING:
 __all__ = ["BUILTIN", "ENTRY_POINTS", "describe_formats", "detect", "find_format", "formats", "open_model"]
 
 BUILTIN = ("packed", "hf", "gguf", "onnx")
-"""Packages of this one, each with a `FORMAT` of its name, in the order in which a file is held against them and people see
-them. Imported when they are asked for."""
+"""Subpackages with a `FORMAT` each, in the order in which files are tested and formats are listed."""
 
 ENTRY_POINTS = "cluscomp_formats"
-"""The group of entry points under which packages offer a `Format`."""
+"""The entry-point group in which packages register a `Format`."""
 
 
 @functools.cache
 def formats() -> tuple[Format, ...]:
-    """All formats: ours, then those of other packages by name of the entry point.
+    """Return all formats: the built-in ones, then those of plug-ins, sorted by the name of the entry point.
 
-    Looks for the latter once per process. One that cannot be used is left out with a warning that says whose it is.
+    Searches plug-ins once per process. A plug-in that cannot be used is omitted, with a warning that names its package.
     """
-    # Here: it takes a fifth of the time of importing this package.
+    # Imported here because it takes a fifth of this package's import time.
     from importlib.metadata import entry_points
 
     found: list[Format] = [import_module(f"cluscomp_formats.{name}").FORMAT for name in BUILTIN]
@@ -55,25 +54,25 @@ def formats() -> tuple[Format, ...]:
 
 
 def _plugin(entry: EntryPoint, taken: Mapping[str, Format]) -> Format | str:
-    """The format an entry point offers, or why it cannot be used."""
+    """Return the format of an entry point, or the reason why it cannot be used."""
     try:
         loaded = entry.load()
-    except Exception as error:  # noqa: BLE001 - other people's code must not take our own formats along
+    except Exception as error:  # noqa: BLE001 - a broken plug-in must not break the built-in formats
         return f"{entry.value} cannot be imported ({type(error).__name__}: {error})"
     if not isinstance(loaded, Format):
         return f"{entry.value} is a {type(loaded).__name__}, not a cluscomp_formats.Format"
     if loaded.name in taken:
-        return f"there is a format called {loaded.name!r} already, {taken[loaded.name].description}"
+        return f"there is already a format called {loaded.name!r}: {taken[loaded.name].description}"
     return loaded
 
 
 def describe_formats() -> str:
-    """All formats in a line, for messages."""
+    """Return the names and descriptions of all formats in one line, for messages."""
     return "; ".join(f"{fmt.name}: {fmt.description}" for fmt in formats())
 
 
 def find_format(name: str) -> Format:
-    """The format of that name. Raises InvalidRequestError, listing the names there are."""
+    """Return a format by name. Raises InvalidRequestError, listing the known names, if there is none."""
     for fmt in formats():
         if fmt.name == name:
             return fmt
@@ -82,31 +81,35 @@ def find_format(name: str) -> Format:
 
 
 def detect(path: Path) -> Format | None:
-    """The format `path` is in by its content, or None if no format recognises it."""
+    """Return the format of `path` by its content, None if no format recognises it."""
     return next((fmt for fmt in formats() if _recognises(fmt, path)), None)
 
 
 def _recognises(fmt: Format, path: Path) -> bool:
     try:
         return fmt.matches(path)
-    except Exception as error:  # noqa: BLE001 - as for its import
+    except Exception as error:  # noqa: BLE001 - a broken plug-in must not break the built-in formats
         warnings.warn(
-            f"the format {fmt.name!r} cannot tell whether {path} is its own ({type(error).__name__}: {error}); "
-            "taken for no; update or uninstall the package that brings it",
+            f"the format {fmt.name!r} failed to test whether {path} is its own ({type(error).__name__}: {error}), so it is "
+            "skipped; update or uninstall its package",
             stacklevel=4,
         )
         return False
 
 
 def open_model(path: Path) -> Model:
-    """Open a model in any format. Raises InvalidFileError, StorageError."""
+    """Open a model in any format.
+
+    Raises InvalidFileError if there is no such file, no format recognises it, or it is damaged; StorageError if the system
+    refuses to read it.
+    """
     check_there(path)
     fmt = detect(path)
     if fmt is None:
         if not path.is_dir():
-            # Those who look at the first bytes do not say why they cannot.
+            # Formats that cannot read the first bytes only return False; opening the file raises the cause.
             os.close(open_regular(path))
-        remedy = f"an uncompressed model is converted first: cluscomp-export convert {quote(str(path))} model.clus"
+        remedy = f"convert an uncompressed model first: cluscomp-export convert {quote(str(path))} model.clus"
         message = "not a codebook model in any known format"
         raise InvalidFileError(Problem("unknown_format", message, str(path), None, None, describe_formats(), remedy))
     return fmt.open(path)

@@ -1,4 +1,4 @@
-"""Strict JSON: one text per value, and nothing a JSON reader in another language would not take."""
+"""Strict JSON: a canonical text per value, and only values that JSON readers of all languages accept."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Any
 __all__ = ["MAX_DEPTH", "StrictJsonError", "canonical_json", "is_unicode", "json_faults", "parse_canonical", "parse_strict"]
 
 MAX_DEPTH = 64
-"""Objects and arrays may be nested this deep."""
+"""Largest nesting depth of objects and arrays."""
 
 _INTEGERS = range(-(2**63), 2**64)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _MAX_KEY = 80
-"""Characters of a key in a message."""
+"""Characters of a key that messages show."""
 
 _Path = tuple[Any, Any]
-"""The path of what a value is in, None at the top, and the key or index of the value there."""
+"""The path of a value's container (None at the top) and the value's key or index in it."""
 
 
 class StrictJsonError(ValueError):
-    """A JSON text that breaks a rule. `kind` is the problem's kind."""
+    """A JSON text violates a rule. `kind` is the problem's kind."""
 
     def __init__(self, kind: str, message: str) -> None:
         self.kind = kind
@@ -31,17 +31,17 @@ class StrictJsonError(ValueError):
 
 
 def canonical_json(value: Any) -> str:
-    """JSON with sorted keys, no whitespace, ASCII only and no NaN: the same value always gives the same bytes."""
+    """Return JSON with sorted keys, no whitespace, ASCII only and no NaN: equal values give equal bytes."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
 def json_faults(value: Any, where: str) -> Iterator[tuple[str, str]]:
-    """Everything in `value` that JSON cannot hold, as (path, what is wrong); `where` is the path of `value` itself.
+    """Yield `(path, fault)` for everything in `value` that strict JSON cannot represent; `where` is the path of `value`.
 
-    Integers must fit 64 bits, floats be finite, keys be strings and strings be valid Unicode.
+    Integers must fit 64 bits, floats must be finite, keys must be strings, and strings must be valid Unicode.
     """
-    # A stack of our own: the value may be nested deeper than Python can recurse, or contain itself. Paths are spelt out for
-    # faults alone: those of all members of a list would repeat the names above it as often.
+    # An explicit stack, because the value may be nested deeper than Python can recurse, or contain itself. Paths are built
+    # only for faults: the paths of all members of a long list would repeat its own path as often.
     stack: list[tuple[Any, _Path, int]] = [(value, (None, where), 1)]
     while stack:
         item, path, depth = stack.pop()
@@ -73,7 +73,7 @@ def json_faults(value: Any, where: str) -> Iterator[tuple[str, str]]:
 
 
 def _spelt(path: _Path) -> str:
-    """`where.key[index]`, long keys cut."""
+    """Return a path as `where.key[index]`, with long keys cut."""
     parts: list[str] = []
     above, step = path
     while above is not None:
@@ -83,7 +83,7 @@ def _spelt(path: _Path) -> str:
 
 
 def parse_strict(data: bytes, encoding: str = "utf-8") -> Any:
-    """The value of a JSON text, in any formatting, that `json_faults` has nothing against.
+    """Return the value of a JSON text in any formatting, if `json_faults` finds no fault in it.
 
     Raises StrictJsonError of kind `bad_json` or `duplicate_key`.
     """
@@ -103,7 +103,7 @@ def parse_strict(data: bytes, encoding: str = "utf-8") -> Any:
 
 
 def parse_canonical(data: bytes) -> Any:
-    """The value of a canonical JSON text: see `canonical_json`.
+    """Return the value of a canonical JSON text; see `canonical_json`.
 
     Raises StrictJsonError of kind `bad_json`, `duplicate_key` or `not_canonical`.
     """
@@ -114,7 +114,7 @@ def parse_canonical(data: bytes) -> Any:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text can be encoded: it holds no lone surrogate."""
+    """Return whether a text can be encoded, that is, has no lone surrogate."""
     return text.isascii() or _SURROGATE.search(text) is None
 
 

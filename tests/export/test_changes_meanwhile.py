@@ -59,7 +59,7 @@ def remove(source: Path) -> None:
 
 @pytest.mark.parametrize("change", [touch_weights, shorter_weights, weights_to_pipe, remove])
 def test_weights(change: Callable[[Path], None], source: Path, tmp_path: Path) -> None:
-    with pytest.raises(InvalidFileError, match="changed or went away") as caught:
+    with pytest.raises(InvalidFileError, match="changed or deleted") as caught:
         convert_while(source, tmp_path / "out", lambda: change(source))
     assert caught.value.problems[0].file == str(source / "model.safetensors")
     assert not (tmp_path / "out").exists()

@@ -134,7 +134,7 @@ def test_a_file_that_changes_after_it_was_opened(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "model.gguf", tiny_model("llama"), "llama", "Q8_0")
     model = open_source(path)
     os.utime(path, ns=(0, 0))
-    with pytest.raises(InvalidFileError, match="changed or went away"):
+    with pytest.raises(InvalidFileError, match="changed or deleted"):
         model.tensors["model.layers.0.mlp.up_proj.weight"].decode()
 
 

@@ -130,7 +130,7 @@ def test_a_link_or_pipe_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
 def test_the_root_of_a_file_system_is_not_replaced(force: bool) -> None:
     with pytest.raises(OutputExistsError):
         check_output(Path("/"), force=force)
-    with pytest.raises(OutputExistsError, match="where a file system begins"):
+    with pytest.raises(OutputExistsError, match="the root of a file system"):
         check_output_folder(Path("/"), force=force, replaceable=lambda _: True)
 
 

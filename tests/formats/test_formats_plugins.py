@@ -124,7 +124,7 @@ def test_a_plug_in_that_does_not_work_leaves_the_others_alone(tmp_path: Path, bo
     for line, name, reason in zip(
         warnings,
         "abcd",
-        ("there is a format called 'packed' already", "is a int, not a", "AttributeError", "ModuleNotFoundError"),
+        ("there is already a format called 'packed'", "is a int, not a", "AttributeError", "ModuleNotFoundError"),
         strict=True,
     ):
         assert f"warning: the format plug-in '{name}' of broken-formats is not used" in line
@@ -137,7 +137,7 @@ def test_a_plug_in_that_does_not_work_leaves_the_others_alone(tmp_path: Path, bo
     assert done.returncode == 0
     assert "the format 'unsure' cannot tell" in done.stderr
     code = "from cluscomp_export.conversion.output_format import output_format; output_format('sound')"
-    assert "this format is only read" in python(tmp_path, "-c", code).stderr
+    assert "this format can only be read" in python(tmp_path, "-c", code).stderr
 
 
 def test_nothing_is_looked_for_before_it_is_needed(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from cluscomp_formats.errors import InvalidRequestError, OutputExistsError, StorageError
-from cluscomp_formats.files.leftovers import held, unfinished_name
+from cluscomp_formats.files.leftovers import locked, unfinished_name
 from cluscomp_formats.hf import open_hf, write_hf
 from cluscomp_formats.hf import writer as writer_module
 from cluscomp_formats.hf.reader import holds_only_model
@@ -256,7 +256,7 @@ def test_what_another_writer_is_making_is_left_alone(tmp_path: Path) -> None:
     part = unfinished_name(tmp_path / "m")
     part.mkdir()
     (part / "x").write_bytes(b"1")
-    with held(part), pytest.raises(StorageError):
+    with locked(part), pytest.raises(StorageError):
         write_hf(models_of(dense("a", unread)), tmp_path / "m")
     assert (part / "x").read_bytes() == b"1"
 

@@ -12,7 +12,7 @@ import pytest
 from cluscomp_formats.errors import OutputExistsError, StorageError
 from cluscomp_formats.files.atomic import atomic_write, check_output
 from cluscomp_formats.files.atomic_folder import atomic_folder, check_output_folder
-from cluscomp_formats.files.leftovers import SHOWN_BYTES, clear_leftovers, held, old_name, put_back, unfinished_name
+from cluscomp_formats.files.leftovers import SHOWN_BYTES, clear_leftovers, locked, old_name, restore_old_folder, unfinished_name
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs locks that end with their process")
 
@@ -59,7 +59,7 @@ def test_what_a_living_writer_makes_stays(of_process: OfProcess, tmp_path: Path)
     make_folder(tmp_path / "m")
     for made in (unfinished_name, old_name):
         left = make_folder(of_process(made, tmp_path / "m", 5))
-        with held(left):
+        with locked(left):
             clear_leftovers(tmp_path / "m", folder=True)
             assert (left / "file").exists()
     with pytest.raises(StorageError), atomic_write(tmp_path / "n"), atomic_write(tmp_path / "n"):
@@ -82,7 +82,7 @@ def test_what_does_not_carry_our_mark_stays(tmp_path: Path) -> None:
     for make in (lambda path: path.write_text("mine"), make_folder):
         for name in names:
             make(tmp_path / name)
-        put_back(tmp_path / "m")
+        restore_old_folder(tmp_path / "m")
         for folder in (False, True):
             clear_leftovers(tmp_path / "m", folder=folder)
         assert {path.name for path in tmp_path.iterdir()} == {"m", *names}

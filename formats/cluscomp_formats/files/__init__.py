@@ -1,1 +1,1 @@
-"""Reading and writing files and folders safely."""
+"""Safe reading of untrusted files, and atomic writing of files and folders."""

@@ -1,4 +1,4 @@
-"""Write a file so that it is either complete or not there."""
+"""Write files atomically: an output is either complete or absent."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from pathlib import Path
 from typing import BinaryIO
 
 from cluscomp_formats.errors import OutputExistsError, Problem, StorageError
-from cluscomp_formats.files.leftovers import clear_leftovers, held, unfinished_name
+from cluscomp_formats.files.leftovers import clear_leftovers, locked, unfinished_name
 
 __all__ = ["atomic_write", "check_output", "check_place", "fsync_folder", "storage_error"]
 
 
 def check_output(path: Path, *, force: bool) -> None:
-    """Refuse an output that exists (unless it is a file and `force`) or that cannot be made; call before any long work.
+    """Check an output file before a long job, and remove the leftovers of killed attempts to write it.
 
-    A folder, device, pipe or link is never replaced. Clears away what killed attempts at a file that may be written have left.
-    Raises OutputExistsError, StorageError.
+    Raises OutputExistsError if the output exists, unless it is a file and `force` is given: folders, devices, pipes and links
+    are never replaced. Raises StorageError if the file cannot be created.
     """
-    problem = _in_the_way(check_place(path), path, force=force)
+    problem = _conflict(check_place(path), path, force=force)
     if problem is not None:
         raise OutputExistsError(problem)
     clear_leftovers(path, folder=False)
     probe = unfinished_name(path)
     try:
-        # Permissions do not tell all: think of network file systems.
+        # Permissions do not show everything, for example on network file systems.
         with contextlib.suppress(FileExistsError):
             probe.open("xb").close()
             probe.unlink()
@@ -38,9 +38,9 @@ def check_output(path: Path, *, force: bool) -> None:
 
 
 def check_place(path: Path) -> os.stat_result | None:
-    """Refuse a place where nothing can be made. What is there now, links not followed, None if nothing is.
+    """Return the status of what exists at `path`, without following links, None if nothing does.
 
-    Raises StorageError.
+    Raises StorageError if nothing can be created there.
     """
     status = None
     try:
@@ -49,9 +49,9 @@ def check_place(path: Path) -> os.stat_result | None:
         is_folder = path.parent.is_dir()
         remedy = f"mkdir -p {path.parent}"
         if not is_folder and os.path.lexists(path.parent):
-            raise StorageError(Problem("not_a_folder", "what should be the output's folder is none", str(path.parent)))
+            raise StorageError(Problem("not_a_folder", "the parent of the output is not a folder", str(path.parent)))
     except ValueError as error:
-        raise StorageError(Problem("bad_name", f"a name no file can have: {error}", str(path))) from None
+        raise StorageError(Problem("bad_name", f"not a valid file name: {error}", str(path))) from None
     except OSError as error:
         raise storage_error(path, error) from error
     if not is_folder:
@@ -61,8 +61,8 @@ def check_place(path: Path) -> os.stat_result | None:
     return status
 
 
-def _in_the_way(status: os.stat_result | None, path: Path, *, force: bool) -> Problem | None:
-    """What is at the place of a file to be written and must not be replaced."""
+def _conflict(status: os.stat_result | None, path: Path, *, force: bool) -> Problem | None:
+    """Return a problem if an existing file must not be replaced, None otherwise."""
     if status is None:
         return None
     if stat.S_ISDIR(status.st_mode):
@@ -83,8 +83,9 @@ def _in_the_way(status: os.stat_result | None, path: Path, *, force: bool) -> Pr
 def atomic_write(path: Path, *, force: bool = False) -> Iterator[BinaryIO]:
     """Open a sibling temporary file for writing and reading; fsync and rename it to `path` when the block succeeds.
 
-    When the block fails, for whatever reason, Ctrl-C included, the temporary file is removed and `path` is untouched.
-    The stream's `.name` is the temporary file's path. Raises OutputExistsError, StorageError.
+    If the block fails for any reason, including Ctrl-C, the temporary file is removed and `path` is untouched. The stream's
+    `.name` is the path of the temporary file. Raises OutputExistsError or StorageError as `check_output` does; StorageError if
+    the system refuses to write.
     """
     check_output(path, force=force)
     temporary = unfinished_name(path)
@@ -93,14 +94,14 @@ def atomic_write(path: Path, *, force: bool = False) -> Iterator[BinaryIO]:
     except OSError as error:
         raise storage_error(path, error) from error
     try:
-        with held(temporary):
+        with locked(temporary):
             with stream:
                 yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
-            problem = _in_the_way(check_place(path), path, force=force)
+            problem = _conflict(check_place(path), path, force=force)
             if problem is not None:
-                message = f"{problem.message}: it appeared while the output was being made"
+                message = f"{problem.message}: it was created while the output was written"
                 raise OutputExistsError(replace(problem, message=message))
             temporary.replace(path)
             fsync_folder(path.parent)
@@ -113,7 +114,7 @@ def atomic_write(path: Path, *, force: bool = False) -> Iterator[BinaryIO]:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make what was made, renamed or removed in a folder durable, where the platform can (Windows cannot open a folder)."""
+    """Make creations, renames and removals in a folder durable, if the platform supports it (Windows does not)."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -123,7 +124,7 @@ def fsync_folder(folder: Path) -> None:
 
 
 def storage_error(path: Path | None, error: OSError) -> StorageError:
-    """The operating system's refusal, about that file if it is known, as a problem with a remedy."""
+    """Convert an OSError, about the file `path` if known, to a StorageError with a remedy."""
     remedy = {
         errno.ENOSPC: "free some space, or write to another disk",
         errno.EDQUOT: "free some of your quota, or write to another disk",

@@ -1,12 +1,12 @@
-"""What killed writers leave beside their output: told from the work of living ones, and cleared away.
+"""Find and remove the temporary files and folders of killed writers.
 
-While a writer lives, it holds a lock on its temporary file or folder, which the system gives up with the process, however that
-ends. A temporary that can be locked is therefore nobody's any more. Process ids would not tell: they are used again, and in
-containers they are all alike.
+A running writer holds a lock on its temporary file or folder, and the system releases the lock when the process ends for any
+reason. A temporary that can be locked is therefore abandoned. Process ids would not be reliable: they are reused, and processes
+in containers often have the same ids.
 
-Nothing else is ever touched. A temporary is called `.OUTPUT.cluscomp-PID-MARK.part`; the mark is a hash of the output's name
-and the process, which no file of somebody else has by chance, and is there from the moment the temporary is. Of the output's
-name `SHOWN_BYTES` are kept, so that the temporary's fits wherever that does.
+Nothing else is touched. A temporary is named `.OUTPUT.cluscomp-PID-MARK.part`. MARK is a hash of the output's name and the
+process, which no other file has by chance. OUTPUT is cut to `SHOWN_BYTES`, so that the temporary's name fits the file system if
+the output's name does.
 """
 
 from __future__ import annotations
@@ -25,45 +25,45 @@ __all__ = [
     "SHOWN_BYTES",
     "clear_leftovers",
     "discard_folder",
-    "held",
+    "locked",
     "old_name",
-    "put_back",
+    "restore_old_folder",
     "shown_name",
     "try_lock",
     "unfinished_name",
 ]
 
 SHOWN_BYTES = 80
-"""Of an output's name in those made from it. File systems take 255, encrypted ones 143."""
+"""Bytes of an output's name in names derived from it. File systems allow 255 bytes, encrypted ones 143."""
 
 _OURS = re.compile(r"\.(.*)\.cluscomp-([0-9]+)-([0-9a-f]{16})\.(part|old)", re.DOTALL | re.ASCII)
 
 
 def unfinished_name(output: Path) -> Path:
-    """Where this process makes `output`: in the same folder, since only a rename within one file system is atomic."""
+    """Return the temporary path for `output`, in the same folder, because renames are atomic only within a file system."""
     return output.with_name(f".{shown_name(output)}.cluscomp-{os.getpid()}-{_mark(output, str(os.getpid()))}.part")
 
 
 def old_name(output: Path) -> Path:
-    """Where this process moves the folder that `output` replaces. It is complete as long as it has this name."""
+    """Return the path to which the folder that `output` replaces is moved. A folder with this name is complete."""
     return unfinished_name(output).with_suffix(".old")
 
 
 def shown_name(output: Path) -> str:
-    """The output's name, cut to `SHOWN_BYTES`."""
+    """Return the output's name, cut to `SHOWN_BYTES`."""
     name = os.fsencode(output.name)
     return output.name if len(name) <= SHOWN_BYTES else name[:SHOWN_BYTES].decode("utf-8", "ignore")
 
 
 def _mark(output: Path, process: str) -> str:
-    """What only a writer of ours calls its temporaries by, 16 hexadecimal digits."""
+    """Return the mark of a writer's temporaries, 16 hexadecimal digits."""
     return hashlib.sha256(b"\0".join((b"cluscomp-export", os.fsencode(output.name), process.encode()))).hexdigest()[:16]
 
 
 def try_lock(path: Path) -> int | None:
-    """Lock a file or folder; a handle, to be closed with `os.close`, or None where the system has no such locks.
+    """Lock a file or folder. Return a handle, to be closed with `os.close`, or None if the system has no such locks.
 
-    Raises BlockingIOError if somebody else has the lock; other OSErrors if `path` cannot be opened or is a symbolic link.
+    Raises BlockingIOError if another process has the lock; other OSErrors if `path` cannot be opened or is a symbolic link.
     """
     if sys.platform == "win32":
         return None
@@ -73,22 +73,22 @@ def try_lock(path: Path) -> int | None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not os.path.samestat(os.fstat(handle), path.lstat()):
-            raise BlockingIOError(f"{path} was replaced meanwhile")
+            raise BlockingIOError(f"{path} was replaced while it was locked")
     except BlockingIOError:
         os.close(handle)
         raise
     except OSError:
-        # A file system without locks, as some network file systems are.
+        # Some network file systems do not support locks.
         os.close(handle)
         return None
     return handle
 
 
 @contextlib.contextmanager
-def held(path: Path) -> Iterator[None]:
-    """Mark a file or folder as being worked on until the block ends, under whatever name it is then.
+def locked(path: Path) -> Iterator[None]:
+    """Lock a file or folder during the block, even if it is renamed.
 
-    Raises BlockingIOError if somebody else works on it.
+    Raises BlockingIOError if another process has the lock.
     """
     handle = try_lock(path)
     try:
@@ -98,8 +98,8 @@ def held(path: Path) -> Iterator[None]:
             os.close(handle)
 
 
-def put_back(folder: Path) -> None:
-    """Give a folder its name back that a killed writer had moved aside to replace it. Never raises."""
+def restore_old_folder(folder: Path) -> None:
+    """Give a folder its name back if a killed writer had moved it aside. Never raises."""
     for path, kind in _leftovers(folder):
         if kind == "old" and not os.path.lexists(folder):
             with contextlib.suppress(OSError), _abandoned(path, stat.S_ISDIR):
@@ -107,12 +107,12 @@ def put_back(folder: Path) -> None:
 
 
 def clear_leftovers(output: Path, *, folder: bool) -> None:
-    """Remove unfinished attempts at `output`, a file or a `folder`, whose writers are gone.
+    """Remove the temporaries of killed writers of `output`, a file or a `folder`.
 
-    Touches nothing else, and nothing at all that cannot be locked. Never raises: what cannot be cleared stays.
+    Touches nothing else, and nothing that cannot be locked. Never raises; what cannot be removed stays.
     """
     for path, kind in _leftovers(output):
-        # A folder moved aside is the only copy until another has its name.
+        # A folder that was moved aside is the only copy until another folder has its name.
         if kind == "part" or (folder and os.path.lexists(output)):
             with contextlib.suppress(OSError), _abandoned(path, stat.S_ISDIR if folder else stat.S_ISREG):
                 if folder:
@@ -122,9 +122,9 @@ def clear_leftovers(output: Path, *, folder: bool) -> None:
 
 
 def _leftovers(output: Path) -> Iterator[tuple[Path, str]]:
-    """What bears the mark of a writer of `output`, and whether it is a `part` or `old`."""
+    """Yield the temporaries of writers of `output`, and whether each is a `part` or `old`."""
     with contextlib.suppress(OSError, ValueError):
-        # `.part` before `.old`, which may need its name.
+        # `.part` comes before `.old`, which may be renamed to it.
         for path in sorted(output.parent.iterdir(), reverse=True):
             match = _OURS.fullmatch(path.name)
             if match is not None and (match[1], match[3]) == (shown_name(output), _mark(output, match[2])):
@@ -133,9 +133,9 @@ def _leftovers(output: Path) -> Iterator[tuple[Path, str]]:
 
 @contextlib.contextmanager
 def _abandoned(path: Path, kind: Callable[[int], bool]) -> Iterator[None]:
-    """Hold a lock on something of that kind which nobody holds. Raises OSError."""
+    """Lock a temporary of this kind during the block. Raises OSError if another process has the lock."""
     if not kind(path.lstat().st_mode):
-        raise FileNotFoundError(f"{path} is something else")
+        raise FileNotFoundError(f"{path} is of another kind")
     handle = try_lock(path)
     if handle is None:
         raise BlockingIOError(f"{path} cannot be locked")
@@ -146,7 +146,7 @@ def _abandoned(path: Path, kind: Callable[[int], bool]) -> Iterator[None]:
 
 
 def discard_folder(path: Path, unfinished: Path) -> None:
-    """Delete a folder that may be whole, under a name that says that it no longer is."""
+    """Delete a folder, after renaming it to `unfinished`, since a name ending in `.old` means that it is complete."""
     if path != unfinished:
         path.rename(unfinished)
     shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""Files of unknown origin: looked at before they are opened, and read no further than asked.
+"""Open and read untrusted files safely: check their type first, and limit how much is read.
 
-Opening a named pipe waits for a writer, reading a device may never end, and a sparse file of a terabyte takes no space on the
-disk but all memory when it is read.
+Opening a named pipe waits for a writer, reading a device may never end, and a sparse file of a terabyte needs no disk space but
+fills the memory when it is read.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from cluscomp_formats.files.atomic import storage_error
 __all__ = ["MAX_JSON_BYTES", "check_there", "first_bytes", "open_regular", "read_whole"]
 
 MAX_JSON_BYTES = 1 << 26
-"""Limit of a configuration, an index, a record: 64 MB. An index of a million tensors takes that."""
+"""Largest configuration, index or record: 64 MB, the size of an index of a million tensors."""
 
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 _FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
 
 
 def check_there(path: Path) -> None:
-    """Raise InvalidFileError if there is neither file nor folder of this name, StorageError if the system does not say."""
+    """Raise InvalidFileError if there is no file or folder of this name, StorageError if the system cannot determine it."""
     try:
         path.stat()
     except (OSError, ValueError) as error:
@@ -35,23 +35,23 @@ def check_there(path: Path) -> None:
 
 
 def open_regular(path: Path, remedy: str | None = None) -> int:
-    """Open a regular file for reading: its handle, to be closed with `os.close`. Links are followed.
+    """Open a regular file for reading and return its handle, to be closed with `os.close`. Links are followed.
 
-    Raises InvalidFileError for a folder, pipe, socket or device, and, with the `remedy`, if there is no such file; StorageError
-    if the system refuses.
+    Raises InvalidFileError if it is a folder, pipe, socket or device or, with the `remedy`, if there is no such file;
+    StorageError if the system refuses.
     """
     try:
         _check(path, path.stat())
         handle = os.open(path, _FLAGS)
     except ValueError:
-        # A name with a zero byte.
+        # The name has a zero byte.
         raise InvalidFileError(_missing(path, remedy)) from None
     except OSError as error:
         if error.errno in _NOT_THERE:
             raise InvalidFileError(_missing(path, remedy)) from None
         raise storage_error(path, error) from error
     try:
-        # It may have been replaced since; a pipe was then opened without waiting.
+        # The file may have been replaced since the first check; opening a pipe did not wait then.
         _check(path, os.fstat(handle))
     except BaseException:
         os.close(handle)
@@ -60,9 +60,9 @@ def open_regular(path: Path, remedy: str | None = None) -> int:
 
 
 def read_whole(path: Path, most: int = MAX_JSON_BYTES, remedy: str | None = None) -> bytes:
-    """The content of a regular file of at most `most` bytes.
+    """Return the content of a regular file of at most `most` bytes.
 
-    Raises what `open_regular` does, and InvalidFileError if the file is longer or changes meanwhile.
+    Raises InvalidFileError if the file is longer or changes while it is read; otherwise as `open_regular`.
     """
     handle = open_regular(path, remedy)
     try:
@@ -70,20 +70,20 @@ def read_whole(path: Path, most: int = MAX_JSON_BYTES, remedy: str | None = None
             length = os.fstat(handle).st_size
             if length > most:
                 found, expected = f"{length} bytes", f"at most {most}"
-                message, advice = "the file is too long", "it is damaged, or not what its name says: get it again"
+                message, advice = "the file is too long", "it is damaged or of another type: copy or download it again"
                 raise InvalidFileError(Problem("file_too_long", message, str(path), None, found, expected, advice))
             content = stream.read(length + 1)
     except OSError as error:
         raise storage_error(path, error) from error
     if len(content) != length:
-        message, again = "the file changed while it was read", "leave it alone until the work is done"
+        message, again = "the file changed while it was read", "do not change it while it is in use"
         found, expected = f"{len(content)} bytes or more", f"{length} bytes"
         raise InvalidFileError(Problem("file_changed", message, str(path), None, found, expected, again))
     return content
 
 
 def first_bytes(path: Path, count: int) -> bytes:
-    """The first `count` bytes of a regular file; fewer of a shorter one, none of anything else. Never raises."""
+    """Return the first `count` bytes of a regular file; fewer if it is shorter, none if it cannot be read. Never raises."""
     try:
         handle = open_regular(path)
     except (InvalidFileError, StorageError):

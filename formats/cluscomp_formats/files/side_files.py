@@ -1,4 +1,4 @@
-"""Side files of the formats that are folders: tokenizer and the like lie beside the weights, as they are."""
+"""Side files of folder formats: the tokenizer and similar files are stored next to the weights, unchanged."""
 
 from __future__ import annotations
 
@@ -28,39 +28,39 @@ __all__ = [
 ]
 
 MAX_SIDE_FILE_BYTES = 1 << 28
-"""256 MB; the longest tokenizers have some 40."""
+"""256 MB; the largest tokenizers have about 40 MB."""
 MAX_SIDE_FILES_BYTES = 1 << 31
-"""2 GB, of all side files together: they are held in memory."""
+"""2 GB, for all side files together, which are kept in memory."""
 
 _MAX_FILE_NAME_BYTES = 255
-_GET_ALL = "get this part of the model too"
+_GET_ALL = "download this file of the model as well"
 
 
 def side_file_problems(model: Model, taken: Collection[str], file: str) -> Iterator[Problem]:
-    """Side files that cannot lie beside the format's own files, which are called `taken`."""
+    """Yield a problem for each side file that conflicts with the format's own files, whose names are `taken`."""
     folders = {name.partition("/")[0].casefold() for name in model.files if "/" in name}
     for name in model.files:
         if _is_taken(name, taken) or name.casefold() in folders:
-            message = "the name of a side file is that of a file of the format"
-            yield Problem("bad_name", message, file, name, remedy="leave the side file out")
+            message = "a side file has the name of a file of the format"
+            yield Problem("bad_name", message, file, name, remedy="omit the side file")
         elif len(name.encode(errors="replace")) > _MAX_FILE_NAME_BYTES:
             message = f"the name of a side file is longer than {_MAX_FILE_NAME_BYTES} bytes"
             yield Problem("bad_name", message, file, name[:200])
 
 
 def json_bytes(value: Mapping[str, Any]) -> bytes:
-    """JSON for people to read, with sorted keys."""
+    """Return indented JSON with sorted keys, for people."""
     text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False)
     return f"{text}\n".encode()
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write `json_bytes`, synced."""
+    """Write `json_bytes(value)` and fsync."""
     write_synced(path, json_bytes(value))
 
 
 def write_synced(path: Path, content: bytes) -> None:
-    """Write a file and have it on the disk."""
+    """Write a file and fsync it."""
     with path.open("wb") as stream:
         stream.write(content)
         stream.flush()
@@ -68,17 +68,17 @@ def write_synced(path: Path, content: bytes) -> None:
 
 
 def read_side_file(folder: Path, name: str, others: Mapping[str, Array]) -> Array:
-    """A side file of a model's folder as its bytes, uint8 `[bytes]`, read now: what is packed later is what was there.
+    """Read a side file of a model's folder into memory, as uint8 `[bytes]`; later changes of the file have no effect.
 
-    Raises InvalidFileError for what is not a file, longer than `MAX_SIDE_FILE_BYTES`, with the `others` read before longer than
-    `MAX_SIDE_FILES_BYTES`, or a link that leads out of the model (see `read_inside`); StorageError.
+    Raises InvalidFileError if it is not a file, is longer than `MAX_SIDE_FILE_BYTES`, exceeds `MAX_SIDE_FILES_BYTES` together
+    with the `others`, or is a link out of the folder (see `read_inside`); StorageError if the system refuses to read it.
     """
     most = min(MAX_SIDE_FILE_BYTES, MAX_SIDE_FILES_BYTES - sum(array.nbytes for array in others.values()))
     return Array.of(np.frombuffer(read_inside(folder, name, most, _GET_ALL), dtype=np.uint8))
 
 
 def open_side_files(folder: Path, names: Any, taken: Collection[str], file: str) -> tuple[dict[str, Array], list[Problem]]:
-    """The side files that a record in `file` lists, and what is wrong with the list or with them."""
+    """Return the side files that a record in `file` lists, and the problems of the list and of the files."""
     problems: list[Problem] = []
     files: dict[str, Array] = {}
     for name in names if isinstance(names, list) else [None]:
@@ -97,15 +97,16 @@ def open_side_files(folder: Path, names: Any, taken: Collection[str], file: str)
 
 
 def _is_taken(name: str, taken: Collection[str]) -> bool:
-    """Whether a name is one of the format's own, or one in a folder of its own, in any case: file systems may not tell."""
+    """Return whether a name is that of a file or folder of the format, ignoring case, as some file systems do."""
     first, slash, _ = name.casefold().partition("/")
     return first in {own.casefold() for own in taken} or (not slash and first.endswith(".safetensors"))
 
 
 def names_in(folder: Path) -> Iterator[str]:
-    """Names of all that a model's folder holds, as those of side files are written; a folder deeper than that ends in a slash.
+    """Yield the names of everything in a model's folder, as names of side files; a folder that is nested deeper ends in a
+    slash.
 
-    Raises OSError.
+    Raises OSError if a folder cannot be read.
     """
     for path in folder.iterdir():
         if path.is_dir() and SIDE_FOLDER.fullmatch(path.name) and not path.is_symlink():

@@ -1,7 +1,8 @@
-"""A file kept open and mapped piece by piece, each piece when it is asked for.
+"""An open file whose parts are memory-mapped on demand.
 
-Not as a whole: address space is bounded too (`ulimit -v`), and a model several times larger is still to be read tensor by
-tensor. Nor each array for itself: Python holds a file handle for every mapping, and a process may have about a thousand.
+The file is not mapped as a whole, because address space may be limited (`ulimit -v`) and a much larger model must still be
+readable tensor by tensor. Nor is each array mapped by itself, because Python keeps a file handle for every mapping and a
+process may have only about a thousand.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ from cluscomp_formats.files.regular_file import open_regular
 __all__ = ["Stamp", "StoredFile", "read_again"]
 
 Stamp = tuple[int, int]
-"""Of a file: its length in bytes, and when it was last changed, in nanoseconds."""
+"""Length of a file in bytes, and time of its last change in nanoseconds."""
 
 WINDOW_BYTES = 1 << 26
-"""Pieces that lie within one such window share its mapping; others get one of their own. A multiple of all page sizes."""
+"""Reads within one such window share its mapping; others get their own mapping. A multiple of all page sizes."""
 
 _FETCH_AGAIN = "copy, download or convert it again"
 
 
 class StoredFile:
-    """An open regular file, `length` bytes long when it was opened; closed when nobody refers to it any more.
+    """An open regular file, which had `length` bytes when it was opened. It is closed with the last reference to it.
 
-    It may be replaced or deleted meanwhile: what was opened is what is read. Raises InvalidFileError if there is no such file
-    (with the `remedy`) or it is a folder, pipe or device; StorageError if the system refuses to open it.
+    If the path is replaced or deleted, reads still use the opened file. Raises InvalidFileError if there is no such file (with
+    the `remedy`) or it is a folder, pipe or device; StorageError if the system refuses to open it.
     """
 
     def __init__(self, path: Path, remedy: str | None = None) -> None:
@@ -44,15 +45,15 @@ class StoredFile:
         status = os.fstat(self._handle)
         self.length = status.st_size
         self.stamp: Stamp = (status.st_size, status.st_mtime_ns)
-        """For those who open it again."""
+        """Identifies the file's content for `read_again`."""
         self._windows: weakref.WeakValueDictionary[int, mmap.mmap] = weakref.WeakValueDictionary()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StoredFile:
-        """What is stored never changes, and cannot be copied: a copy of a model reads the same file."""
+        """Return the same object: copies of a model read the same file."""
         return self
 
     def copy(self, offset: int, length: int) -> bytes:
-        """At most `length` bytes from byte `offset`, fewer only at the end of the file. Raises StorageError."""
+        """Return `length` bytes from byte `offset`, fewer only at the end of the file. Raises StorageError if this fails."""
         try:
             with os.fdopen(self._handle, "rb", closefd=False) as stream:
                 stream.seek(offset)
@@ -61,16 +62,16 @@ class StoredFile:
             raise storage_error(Path(self.name), error) from error
 
     def read(self, offset: int, length: int, owner: str | None = None) -> npt.NDArray[np.uint8]:
-        """`length` bytes from byte `offset` as a read-only view of the file, uint8 `[length]`.
+        """Return `length` bytes from byte `offset` as a read-only view of the file, uint8 `[length]`.
 
-        Raises InvalidFileError, about the tensor `owner`, if the file was cut meanwhile; StorageError if it cannot be mapped.
+        Raises InvalidFileError, about the tensor `owner`, if the file has been truncated; StorageError if it cannot be mapped.
         """
-        # Touching a page that is no longer there kills the process (SIGBUS), so look before every read. A file cut between
-        # this look and the use of the array cannot be caught.
+        # Access to a page that no longer exists kills the process (SIGBUS), so check the length before every read. A
+        # truncation between this check and the use of the array cannot be detected.
         size = os.fstat(self._handle).st_size
         if size < max(self.length, offset + length):
             found, expected = f"{size} bytes", f"{max(self.length, offset + length)} bytes"
-            message = "the file was cut while open"
+            message = "the file was truncated while open"
             raise InvalidFileError(Problem("file_changed", message, self.name, owner, found, expected, _FETCH_AGAIN))
         if length == 0:
             return np.empty(0, dtype=np.uint8)
@@ -87,24 +88,25 @@ class StoredFile:
         try:
             return mmap.mmap(self._handle, length, access=mmap.ACCESS_READ, offset=offset)
         except ValueError as error:
-            # mmap's answer to a file that has just become shorter.
-            raise InvalidFileError(Problem("file_changed", f"the file was cut while open: {error}", self.name)) from None
+            # mmap raises ValueError if the file has just become shorter.
+            raise InvalidFileError(Problem("file_changed", f"the file was truncated while open: {error}", self.name)) from None
         except OSError as error:
             raise storage_error(Path(self.name), error) from error
 
 
 def read_again(path: Path, stamp: Stamp, offset: int, length: int, owner: str) -> npt.NDArray[np.uint8]:
-    """`length` bytes of a file that had this `stamp` when its header was read, as `StoredFile.read` gives them.
+    """Return `length` bytes of a file that had this `stamp` when its header was read, as `StoredFile.read` does.
 
-    The file is closed again at once: a model may have more files than a process may have open. The mapping lives as long as the
-    array. Raises InvalidFileError, about the tensor `owner`, if the file is another now or gone; StorageError.
+    The file is closed immediately, since a model may have more files than a process may open; the mapping exists as long as the
+    array. Raises InvalidFileError, about the tensor `owner`, if the file was changed or deleted; StorageError if it cannot be
+    read.
     """
     try:
         file = StoredFile(path)
         if file.stamp == stamp:
             return file.read(offset, length, owner)
-        found = "it is another now"
+        found = "another length or time of change"
     except InvalidFileError as error:
         found = error.problems[0].message
-    message, remedy = "the file changed or went away", "leave the source alone until the work is done"
+    message, remedy = "the file was changed or deleted", "do not change the source while it is in use"
     raise InvalidFileError(Problem("file_changed", message, str(path), owner, found, remedy=remedy))
