@@ -127,7 +127,7 @@ class Array:
         """
         values = self.loader()
         if values.shape != self.shape or values.dtype != DTYPES[self.dtype]:
-            raise ValueError(f"the loader returned {values.dtype} {values.shape}, declared were {self.dtype} {self.shape}")
+            raise ValueError(f"the loader returned {values.dtype} {values.shape}, but is declared {self.dtype} {self.shape}")
         # np.ascontiguousarray would convert a scalar to a vector.
         return np.asarray(values, order="C")
 

@@ -135,7 +135,7 @@ def test_a_plug_in_that_does_not_work_leaves_the_others_alone(tmp_path: Path, bo
     assert f"is not one of {', '.join(OURS)}." in done.stderr
     done = command(tmp_path, "inspect", stories_folder, "--quick")
     assert done.returncode == 0
-    assert "the format 'unsure' cannot tell" in done.stderr
+    assert "the format 'unsure' failed to test" in done.stderr
     code = "from cluscomp_export.conversion.output_format import output_format; output_format('sound')"
     assert "this format can only be read" in python(tmp_path, "-c", code).stderr
 

@@ -51,7 +51,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: ClusteredWeight("w", (6, 4), (Stage(CODEBOOK, Array.of(np.zeros((4, 3), dtype=np.int32))),)),
         "codes are int32",
     ),
-    "unknown axis": (lambda: ClusteredWeight("w", (6, 4), (STAGE,), "across"), "group_axis is 'out' or 'in'"),  # type: ignore[arg-type]
+    "unknown axis": (lambda: ClusteredWeight("w", (6, 4), (STAGE,), "across"), "group_axis must be 'out' or 'in'"),  # type: ignore[arg-type]
     "empty weight": (lambda: ClusteredWeight("w", (0, 4), (STAGE,)), "out_features"),
     "row scale of another length": (lambda: ClusteredWeight("w", (6, 4), (STAGE,), row_scale=floats(4)), "row_scale"),
     "column scale of another length": (lambda: ClusteredWeight("w", (6, 4), (STAGE,), column_scale=floats(6)), "column_scale"),
