@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from hostile_paths import place
 
-from cluscomp_export.cli.main import main as cli
+from cluscomp_export.cli.main import main
 from cluscomp_export.conversion.convert import ConversionOptions, convert
 from cluscomp_export.training.finetuning import TuneOptions, tune
 
@@ -88,7 +88,7 @@ def run(known: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         monkeypatch.setattr(sys, "argv", ["cluscomp-export", *words, *more])
         # Anything else than this is a traceback.
         with pytest.raises(SystemExit) as caught:
-            cli.main()
+            main()
         captured = capsys.readouterr()
         return int(caught.value.code or 0), captured.out + captured.err
 
