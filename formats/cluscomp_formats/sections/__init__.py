@@ -1,1 +1,1 @@
-"""The parts of which packed files and deltas consist: sections, headers, payloads."""
+"""What the formats share: payloads in their order, codes as bits, sections and the header that describes them, the digest."""
