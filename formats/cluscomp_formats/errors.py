@@ -58,7 +58,7 @@ class Problem:
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, str]:
-        """Return the fields that are set, for `--json`."""
+        """The fields that are set, as a JSON object."""
         return {key: value for key, value in vars(self).items() if value is not None}
 
 
@@ -152,7 +152,7 @@ class UnsupportedError(ClusCompError):
 
 
 class OutputExistsError(ClusCompError):
-    """The output exists and `--force` was not given. Exit code 5."""
+    """The output already exists and `force` was not given. Exit code 5."""
 
     exit_code = 5
 

@@ -67,7 +67,7 @@ class Format:
 
     `check_output` is called before the long job that ends with `write`. The default is for single files; folder formats use
     `check_output_folder` of `cluscomp_formats.files.atomic_folder`. `size(model)` returns an upper bound of the bytes that
-    `write` makes of a model with its self-test record, without reading payloads; `--budget` requires it.
+    `write` makes of a model with its self-test record, without reading payloads; the option `budget` requires it.
 
     `check_model(model)` checks the configuration and shapes of a model before the job; it raises UnsupportedError or
     InvalidFileError. `notes(model)` lists what `write` omits or stores differently than requested; it may raise the errors of

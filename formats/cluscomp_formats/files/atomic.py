@@ -72,9 +72,9 @@ def _conflict(status: os.stat_result | None, path: Path, *, force: bool) -> Prob
         return Problem("output_is_link", message, str(path), found=f"a link to {os.path.realpath(path)}", remedy=remedy)
     if not stat.S_ISREG(status.st_mode):
         message = "the output is a device, pipe or socket, which is never replaced"
-        return Problem("output_is_device", message, str(path), remedy="name a file; results as JSON go to a pipe with --json")
+        return Problem("output_is_device", message, str(path), remedy="name a file")
     if not force:
-        remedy = "choose another output, or pass --force to replace it"
+        remedy = "choose another output, or replace it with `force=True`"
         return Problem("output_exists", "the output already exists", str(path), remedy=remedy)
     return None
 

@@ -63,7 +63,7 @@ def _conflict(status: os.stat_result, folder: Path, *, force: bool, replaceable:
     except OSError as error:
         raise storage_error(folder, error) from error
     if not force:
-        remedy = "choose another output, or pass --force to replace it"
+        remedy = "choose another output, or replace it with `force=True`"
         return Problem("output_exists", "the output already exists", str(folder), remedy=remedy)
     if not replaceable(folder):
         message = "the folder has files that do not belong to a model of this format, so it is not replaced"

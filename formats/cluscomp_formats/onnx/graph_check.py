@@ -16,7 +16,7 @@ from cluscomp_formats.sections.stored_arrays import codebook_key, part_key
 __all__ = ["graph_problems"]
 
 _MAX_DEPTH = 16
-_REWRITTEN = "name the file as `convert --to onnx` wrote it, before any optimiser or other tool rewrote it"
+_REWRITTEN = "name the file as it was converted, before any optimiser or other tool rewrote it"
 _IMPORTS = [("", OPSET), (DOMAIN, DOMAIN_VERSION)]
 
 

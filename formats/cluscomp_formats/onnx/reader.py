@@ -181,7 +181,7 @@ def _metadata(proto: onnx.ModelProto, file: str) -> dict[str, Any]:
     unknown = keys - {*METADATA_KEYS, *OPTIONAL_METADATA_KEYS}
     if not values or (missing and not problems):
         message = "not a codebook model: its metadata is not there"
-        remedy = "name a folder that `convert --to onnx` made; tools that rewrite a graph may drop its metadata"
+        remedy = "name a folder that was converted with `to='onnx'`; tools that rewrite a graph may drop its metadata"
         problems.append(Problem("bad_metadata", message, file, None, f"no {', '.join(missing)}", None, remedy))
     elif unknown:
         found, expected = ", ".join(sorted(unknown))[:200], ", ".join(METADATA_KEYS)
