@@ -1,7 +1,7 @@
-"""How well a model predicts a text, by a named protocol, and how far it is from a reference; `docs/evaluation.md` defines both.
+"""Measure how well a model predicts a text and how far it is from a reference; `docs/evaluation.md` defines both.
 
-Both models run side by side, a few windows at a time: besides them, memory holds the logits of 1024 tokens, or of one window
-if that is longer, of each.
+Both models run together, a few windows at a time. In addition to the models, memory holds the logits of 1024 tokens of each, or
+of one window if that is longer.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ LIBRARIES = ("torch", "numpy", "tokenizers", "transformers", "lm_eval")
 
 
 class Scorer(Protocol):
-    """What is scored: gives logits `[batch, tokens, vocab_size]` for ids `[batch, tokens]`."""
+    """A model to score: gives logits `[batch, tokens, vocab_size]` for ids `[batch, tokens]`."""
 
     def forward(self, input_ids: torch.Tensor, /) -> torch.Tensor: ...
 
@@ -67,7 +67,7 @@ Runner: TypeAlias = "LanguageModel | TransformersModel"
 
 @dataclass(frozen=True)
 class Evaluation(Scores):
-    """Statistics over all scored tokens, and with `evaluate_files` a `record` of everything needed to repeat them, for JSON."""
+    """Statistics over all scored tokens; of `evaluate_files` also a JSON `record` of what is needed to repeat them."""
 
     windows: int = 0
     context: int = 0
@@ -92,7 +92,7 @@ def evaluate(
     reference: Scorer | None = None,
     on_progress: Progress = silent,
 ) -> Evaluation:
-    """Score the windows of `protocol`, by default llama.cpp's of their length. `reference` is what is compared with."""
+    """Score the windows of `protocol`, by default llama.cpp's with windows of their length; compare with `reference`."""
     context = len(windows[0])
     protocol = protocol or choose_protocol(context=context)
     scores = TokenScores()
@@ -130,13 +130,13 @@ def evaluate_files(
     dtype: str | None = None,
     on_progress: Progress = silent,
 ) -> Evaluation:
-    """`evaluate` on files: any artefact or source, perhaps with a delta, a UTF-8 text, and the original to compare with.
+    """`evaluate` for files: an artefact or source, a delta to apply, a UTF-8 text, and the original to compare with.
 
-    `windows` is the most windows to use, the other options are those of `choose_protocol` and `LanguageModel.from_model`. Both
+    `windows` is the most windows to use; the other options are those of `choose_protocol` and `LanguageModel.from_model`. Both
     models must have the same tokenizer. Raises InvalidFileError, InvalidRequestError, UnsupportedError.
     """
     started = time.perf_counter()
-    # At once: the text may be changed while the models run.
+    # Now, because the text may change while the models run.
     words = read_text(text)
     text_digest = hashlib.sha256(words.encode()).hexdigest()
     stored = {"model": (model_path, open_source(model_path, delta))}
@@ -151,7 +151,7 @@ def evaluate_files(
     chosen = choose_protocol(protocol, context=context, stride=stride, join=join, limit=limit)
     token_ids, bos_id = tokenize(tokenizer_of(loaded["model"], model_path), words, chosen)
     if reference is not None and tokenize(tokenizer_of(loaded["reference"], reference), words, chosen)[0] != token_ids:
-        problem = Problem("other_tokenizer", "the reference cuts the text into other tokens", str(reference))
+        problem = Problem("other_tokenizer", "the reference tokenizes the text differently", str(reference))
         raise InvalidRequestError(problem)
     cut = chosen.windows(token_ids, count=windows, bos_id=bos_id)
     result = evaluate(loaded["model"], cut, protocol=chosen, reference=loaded.get("reference"), on_progress=on_progress)
@@ -166,7 +166,7 @@ def evaluate_files(
 
 
 def load_runner(model: Model, *, device: str, dtype: str | None, kernel: str = "auto") -> Runner:
-    """The model in our runtime, or where that does not know the architecture and transformers is installed, in transformers.
+    """The model in our runtime; in transformers, if only that knows the architecture and it is installed.
 
     Raises UnsupportedError, InvalidFileError, InvalidRequestError.
     """
@@ -182,20 +182,20 @@ def load_runner(model: Model, *, device: str, dtype: str | None, kernel: str = "
 
 
 def max_tokens(runner: Runner) -> int:
-    """The most tokens the model was made for."""
+    """The most tokens that the model was made for."""
     return runner.description.max_position_embeddings if isinstance(runner, LanguageModel) else runner.max_positions
 
 
 def run_record(stored: Mapping[str, tuple[Path, Model]], runner: Runner, on_progress: Progress = silent) -> dict[str, Any]:
-    """What ran, by role: paths and digests of the models, the tokenizer's files, versions, device, dtype, threads.
+    """What ran: paths, digests and tokenizer files of the models by role, versions, device, dtype, threads.
 
-    Reads every model once for its digest. Raises InvalidFileError if a file claims another.
+    Reads every model once for its digest. Raises InvalidFileError if a file claims another one.
     """
     models: dict[str, Any] = {}
     for role, (path, model) in stored.items():
         on_progress("computing digests", len(models), len(stored))
         digest = model.digest()
-        # Figures that carry a digest are those of the model that has it.
+        # Figures must belong to the model that has the digest.
         check_claim(model, digest, str(path))
         models[role] = {"path": str(path), "digest": digest}
         files = {name: model.files[name].read().tobytes() for name in TOKENIZER_FILES if name in model.files}
@@ -227,7 +227,7 @@ def tokenizer_of(runner: Runner, path: Path) -> Tokenizer:
 
 
 def tokenize(tokenizer: Tokenizer, text: str, protocol: ScoringProtocol) -> tuple[list[int], int | None]:
-    """The text's tokens by a protocol, and the id of the token that begins every text, None if there is none."""
+    """The text's tokens by a protocol, and the id of the token that the tokenizer adds at the beginning, if any."""
     token_ids = tokenizer.encode(protocol.prepare(text), parse_special=protocol.parse_special)
     begins = tokenizer.bos_id is not None and token_ids[:1] == [tokenizer.bos_id]
     return token_ids, tokenizer.bos_id if begins else None

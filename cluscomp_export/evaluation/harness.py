@@ -1,11 +1,11 @@
-"""Tasks of EleutherAI's lm-evaluation-harness on any model the runtime runs; needs the extra `lm-eval`.
+"""Run tasks of EleutherAI's lm-evaluation-harness on any model that the runtime runs; needs the extra `lm-eval`.
 
-Importing this module registers the model class `cluscomp` with the harness, which has no entry points for models. Its own
-command line with that class is
+Importing this module registers the model class `cluscomp` with the harness, which has no entry points for models. The
+harness's own command line, with that class, is
 
     python -m cluscomp_export.evaluation.harness run --model cluscomp --model_args path=model.clus --tasks hellaswag
 
-Requests are scored as the harness's own `hf` class does it with the same tokens, so figures are comparable.
+Requests are scored as by the harness's `hf` class with the same tokens, so that figures are comparable.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from cluscomp_runtime.tokenizer import end_tokens
 __all__ = ["ClusCompLM", "evaluate_tasks", "main"]
 
 MAX_NEW_TOKENS = 256
-"""Of a task that does not say how much to generate; the harness's own number."""
+"""For tasks that do not say how much to generate; the harness's own default."""
 
 
 @register_model("cluscomp")
@@ -118,7 +118,7 @@ class ClusCompLM(TemplateLM):  # type: ignore[misc]
         return self._generating.chat(chat_history, add_generation_prompt=add_generation_prompt)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        # A text that brings its first token, as chat templates do, gets none.
+        # A text that already has its first token, as chat templates write it, gets none.
         begun = self._tokenizer.bos_token is not None and string.startswith(self._tokenizer.bos_token)
         wanted = not begun if add_special_tokens is None else add_special_tokens
         return self._tokenizer.encode(string, add_special_tokens=wanted)
@@ -132,7 +132,7 @@ class ClusCompLM(TemplateLM):  # type: ignore[misc]
             for batch in self._batches([len(before) + len(after) for _, before, after in requests]):
                 rows = [(requests[index][1] + requests[index][2])[-(self.max_length + 1) :] for index in batch]
                 width = max(map(len, rows)) - 1
-                # What fills up follows the tokens, so no logits that count depend on it.
+                # Padding follows the tokens, so it does not affect the logits that are scored.
                 logits = self.model.forward(torch.tensor([[*row[:-1], *[0] * (width - len(row) + 1)] for row in rows]))
                 for index, row, scores in zip(batch, rows, logits, strict=True):
                     asked, _, after = requests[index]
@@ -184,7 +184,7 @@ class ClusCompLM(TemplateLM):  # type: ignore[misc]
         room = min(self.max_length, model.context) - new_tokens
         if room < 1:
             found, expected = f"max_gen_toks {new_tokens}", f"less than the context of {room + new_tokens} tokens"
-            raise InvalidRequestError(Problem("bad_option", "there is no room for a prompt", None, None, found, expected))
+            raise InvalidRequestError(Problem("bad_option", "there is no space for a prompt", None, None, found, expected))
         temperature = float(settings.get("temperature") or 0) if settings.get("do_sample") else 0.0
         tokens: list[int] = []
         stream = model.stream(
@@ -200,7 +200,7 @@ class ClusCompLM(TemplateLM):  # type: ignore[misc]
             written += piece
             if any(stop in written for stop in stops):
                 break
-        # As the harness does, the tokens by themselves: some tokenizers drop a space at the beginning.
+        # As in the harness, the new tokens are decoded alone; some tokenizers drop a leading space.
         text = self._tokenizer.decode(tokens)
         return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))]
 
@@ -216,13 +216,13 @@ def evaluate_tasks(
 ) -> TaskEvaluation:
     """Run tasks, which are names or YAML files.
 
-    Raises InvalidRequestError for a task that cannot be had, InvalidFileError for a YAML file that is none, and what
+    Raises InvalidRequestError for an unknown task, InvalidFileError for a file that is not valid YAML, and what
     `LanguageModel.from_model` raises.
     """
     started = time.perf_counter()
     for task in tasks:
         if Path(task).suffix in (".yaml", ".yml"):
-            # The harness reads whatever lies there.
+            # The harness would read any file.
             read_whole(Path(task), remedy="name a YAML file of a task")
     config = EvaluatorConfig(tasks=list(tasks))
     try:
@@ -251,7 +251,7 @@ def evaluate_tasks(
 
 
 def main() -> None:
-    """The harness's command line, to which the model class `cluscomp` is known."""
+    """The harness's command line, with the model class `cluscomp` registered."""
     from lm_eval.__main__ import cli_evaluate
 
     cli_evaluate()

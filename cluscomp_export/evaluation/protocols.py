@@ -1,15 +1,15 @@
-"""How a text becomes windows of tokens, and which tokens of a window are scored: the protocols of perplexity.
+"""The protocols of perplexity: how a text becomes windows of tokens, and which tokens of a window are scored.
 
-`llama.cpp` is that of its `perplexity` tool: the text as it is but for one line end at its end, special tokens in it taken for
-plain characters; windows of 512 tokens, of which the second half is scored; where the tokenizer begins a text with a token of
-its own, that token replaces the first of every window.
+`llama.cpp` is the protocol of its `perplexity` tool. The text is used unchanged, except that one line end at its end is
+removed; special tokens in it are plain characters. Windows have 512 tokens, and the second half of each is scored. If the
+tokenizer adds a token at the beginning of a text, that token replaces the first token of every window.
 
-`gptq` is that of the quantisation literature since GPTQ (AWQ, AQLM, QuIP#, ClusComp): the lines of the text joined as the data
-set's rows are, special tokens in it found, as transformers' tokenizers do; windows of 2048 tokens (or what the paper says), all
-of which but the first are scored, cut as they come.
+`gptq` is the protocol of the quantisation literature since GPTQ (AWQ, AQLM, QuIP#, ClusComp). The lines of the text are joined
+as the rows of the data set are; special tokens in it are recognised, as by the tokenizers of transformers. Windows have 2048
+tokens (or what the paper says), and all tokens except the first are scored.
 
-Windows do not overlap unless a stride shorter than the context is asked for; what is left at the end is dropped.
-`docs/evaluation.md` tells how the two differ in figures.
+Windows do not overlap unless the stride is shorter than the context; the rest at the end is dropped. `docs/evaluation.md` has
+figures of both.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ __all__ = ["PROTOCOLS", "Join", "Protocol", "choose_protocol", "join_rows"]
 Join = Literal["rows", "none"]
 
 PROTOCOLS: dict[str, tuple[int, Join]] = {"llama.cpp": (512, "none"), "gptq": (2048, "rows")}
-"""The context and the way to join a text that each has by default."""
+"""The default context of each, and its default way to join a text."""
 
 
 @dataclass(frozen=True)
 class Protocol:
     """A protocol with all its parameters.
 
-    `context` is the tokens of a window, `stride` those from the beginning of one to that of the next, `join` what is done to
-    the text beforehand: `rows` is `join_rows`.
+    `context` is the tokens of a window, `stride` the tokens from the beginning of one window to the beginning of the next. With
+    `join="rows"`, the text first goes through `join_rows`.
     """
 
     name: str
@@ -42,9 +42,9 @@ class Protocol:
     join: Join
 
     def first_scored(self, index: int) -> int:
-        """Position in window number `index` of the first token that is scored; all after it are, too.
+        """Position of the first scored token in window number `index`; all tokens after it are scored, too.
 
-        Where windows overlap, each but the first scores only its last `stride` tokens, which no window before it had.
+        If windows overlap, each except the first scores only its last `stride` tokens, which no earlier window has.
         """
         if index > 0 and self.stride < self.context:
             return self.context - self.stride
@@ -52,19 +52,19 @@ class Protocol:
 
     @property
     def parse_special(self) -> bool:
-        """Whether the text of a special token is that token, or the characters it is written with."""
+        """Whether the text of a special token is that token (True) or plain characters."""
         return self.name != "llama.cpp"
 
     def prepare(self, text: str) -> str:
         """The text as it is tokenized."""
         joined = join_rows(text) if self.join == "rows" else text
-        # llama.cpp takes a file for a prompt, which may end like a file.
+        # llama.cpp reads a file as a prompt, without the line end at its end.
         return joined.removesuffix("\n") if self.name == "llama.cpp" else joined
 
     def windows(self, token_ids: Sequence[int], *, count: int | None, bos_id: int | None) -> list[list[int]]:
-        """The first `count` (None: all) full windows. `bos_id` is the token that the tokenizer begins every text with, if any.
+        """The first `count` full windows, all if None. `bos_id` is the token that the tokenizer adds at the beginning, if any.
 
-        Raises InvalidRequestError if there is not even one.
+        Raises InvalidRequestError if there is none.
         """
         available = (len(token_ids) - self.context) // self.stride + 1
         if available < 1:
@@ -86,12 +86,12 @@ def choose_protocol(
     join: Join | None = None,
     limit: int | None = None,
 ) -> Protocol:
-    """The protocol of that name with its defaults, which never exceed `limit`, the most tokens the model takes.
+    """The protocol of that name. Its default context is at most `limit`, the most tokens that the model takes.
 
-    Raises InvalidRequestError for an unknown name and for parameters out of range.
+    Raises InvalidRequestError for an unknown name and for parameters that are out of range.
     """
     if name not in PROTOCOLS:
-        raise InvalidRequestError(Problem("bad_option", "no such protocol", found=name, expected=" or ".join(PROTOCOLS)))
+        raise InvalidRequestError(Problem("bad_option", "`protocol` is unknown", found=name, expected=" or ".join(PROTOCOLS)))
     default_context, default_join = PROTOCOLS[name]
     if context is None:
         context = default_context if limit is None else min(default_context, limit)
@@ -114,8 +114,8 @@ def choose_protocol(
 def join_rows(text: str) -> str:
     r"""A text file as the scripts of GPTQ and its successors see it: `"\n\n".join(dataset["text"])`.
 
-    The data set on the Hugging Face hub has a row per line of the file, line end included, and an empty row for a line of
-    nothing but white space. It was read by Python as a text file: a line ends with `\n`, `\r\n` or `\r`, and all become `\n`.
+    The data set on the Hugging Face hub has a row per line of the file, line end included, and an empty row for each line of
+    white space. Python read it as a text file: a line ends with `\n`, `\r\n` or `\r`, and all become `\n`.
     """
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     rows = [f"{line}\n" for line in lines[:-1]] + ([lines[-1]] if lines[-1] else [])

@@ -1,7 +1,7 @@
 """Perplexity and divergence from the scores of tokens, as llama.cpp's `perplexity --kl-divergence` reports them.
 
-Scores are gathered token by token: four numbers each, never logits. Standard errors take tokens as independent, so they are
-those of the sample of tokens, not of the choice of text.
+Four numbers per token are kept, never logits. Standard errors treat tokens as independent: they are errors of the sample of
+tokens, not of the choice of text.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from cluscomp_formats.errors import ClusCompError, Problem
 __all__ = ["Scores", "TokenScores"]
 
 MAX_ELEMENTS = 1 << 24
-"""Logits that are worked on at a time."""
+"""Logits processed at a time."""
 
 LARGEST_EXPONENT = 700.0
-"""Above it a perplexity is no floating-point number."""
+"""The largest mean loss whose perplexity is a finite float."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Scores:
     """Statistics over all scored tokens; divergences are in nats per token, `_error` is a standard error (None for one token).
 
     `kl` is the mean Kullback-Leibler divergence of the model from the reference, `kl_median`, `kl_p90`, `kl_p99` and `kl_max`
-    its quantiles over tokens. `top1` is the share of tokens whose likeliest next token agrees, 0 to 1. `perplexity_ratio` is
-    the model's over the reference's; its error takes into account that both score the same tokens. Without a reference all but
-    `perplexity` are None.
+    its quantiles over tokens. `top1` is the share of tokens, 0 to 1, where both predict the same most likely token.
+    `perplexity_ratio` is the model's over the reference's; its error considers that both score the same tokens. Without a
+    reference, everything except `perplexity` is None.
     """
 
     scored_tokens: int
@@ -52,7 +52,7 @@ class Scores:
 
 @dataclass
 class TokenScores:
-    """Gathers the scores of tokens, float64 on the CPU."""
+    """Collects the scores of tokens as float64 on the CPU."""
 
     _losses: list[torch.Tensor] = field(default_factory=list)
     _reference_losses: list[torch.Tensor] = field(default_factory=list)
@@ -77,14 +77,14 @@ class TokenScores:
             self._divergences.append(_gathered((expected.exp() * (expected - scores)).sum(1)))
 
     def statistics(self) -> Scores:
-        """Over all tokens so far, at least one. Raises ClusCompError if the model's outputs are no numbers."""
+        """Statistics over all tokens so far, at least one. Raises ClusCompError if the model's outputs are not finite."""
         loss = torch.cat(self._losses)
         perplexity, error = _perplexity(loss, "the model")
         if not self._divergences:
             return Scores(loss.numel(), perplexity, error)
         reference_loss = torch.cat(self._reference_losses)
         reference_perplexity, reference_error = _perplexity(reference_loss, "the reference")
-        # The error of a difference of means over the same tokens: that of the mean of the differences.
+        # Both means are over the same tokens, so the error is that of the mean of the differences.
         ratio, ratio_error = _perplexity(loss - reference_loss, "the model")
         divergence, agreement = torch.cat(self._divergences), torch.cat(self._agreements)
         # Not torch.quantile, which refuses more than 2^24 values.
@@ -116,8 +116,8 @@ def _perplexity(losses: torch.Tensor, whose: str) -> tuple[float, float | None]:
     """`exp` of the mean loss, and its standard error to first order."""
     mean = float(losses.mean())
     if not mean < LARGEST_EXPONENT:
-        message = f"{whose} gives logits that are no numbers, or a perplexity that is none"
-        remedy = "compute in float32; inspect and verify tell whether the file is sound"
+        message = f"{whose} produced non-finite logits, or its perplexity overflowed"
+        remedy = "compute in float32; inspect and verify check whether the file is valid"
         raise ClusCompError(Problem("not_finite", message, found=f"mean loss {mean}", remedy=remedy))
     error = _error_of_mean(losses)
     return math.exp(mean), None if error is None else math.exp(mean) * error

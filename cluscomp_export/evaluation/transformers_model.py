@@ -1,7 +1,7 @@
-"""Models of architectures the runtime's decoder does not know, run by transformers on our kernels; for evaluation.
+"""For evaluation: architectures that the runtime's decoder does not know, run by transformers with our kernels.
 
-Built from the IR, so that every format and source will do: transformers gives the modules for the configuration, clustered
-weights take the place of its linears and embeddings, and dense tensors are read one at a time.
+Models are built from the IR, so that any format and source works. transformers makes the modules for the configuration,
+clustered weights replace its linear layers and embeddings, and dense tensors are read one at a time.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ __all__ = ["TransformersModel", "opening_fault"]
 
 
 class TransformersModel:
-    """A decoder that transformers runs: what scoring needs of a `LanguageModel`, under the same names.
+    """A decoder that transformers runs, with the members of `LanguageModel` that scoring needs.
 
-    Raises UnsupportedError if transformers does not know the architecture, if it is no causal language model or has no use for
-    a tensor, InvalidFileError for missing tensors and wrong shapes.
+    Raises UnsupportedError if transformers does not know the architecture, if it is not a causal language model or does not use
+    a tensor; InvalidFileError for missing tensors and wrong shapes.
     """
 
     def __init__(self, model: Model, *, device: str = "cpu", dtype: str | None = None) -> None:
@@ -62,7 +62,7 @@ class TransformersModel:
         state: dict[str, Any] = self._module.state_dict(keep_vars=True)
         missing = [key for key, value in state.items() if value.is_meta]
         if missing:
-            message = "the model lacks a tensor its configuration calls for"
+            message = "the model lacks a tensor that its configuration requires"
             raise InvalidFileError([Problem("missing_tensor", message, None, key) for key in missing])
         for value in state.values():
             value._is_hf_initialized = True
@@ -81,7 +81,7 @@ class TransformersModel:
 
     @property
     def max_positions(self) -> int:
-        """The most tokens the model takes."""
+        """The most tokens that the model takes."""
         return int(getattr(self._module.config, "max_position_embeddings", None) or 2048)
 
     @property
@@ -98,16 +98,16 @@ class TransformersModel:
 
 
 def opening_fault(model: Model) -> str | None:
-    """Why `from_pretrained` will not open a folder of this model; None if it will, or if only its own code can tell.
+    """Why `from_pretrained` will not open a folder of this model; None if it will, or if only the model's own code can tell.
 
-    Builds the class that the configuration names without weights, and looks for a place for each clustered one.
+    Builds the class that the configuration names, without weights, and looks for a place for each clustered weight.
     """
     if "auto_map" in model.config:
         return None
     try:
         model_class = named_class(model.config)
     except UnsupportedError as error:
-        # With a remedy: what transformers knows by its model_type alone, it may open by that.
+        # A problem with a remedy: transformers may still open the model by its model_type.
         return error.problems[0].message if error.problems[0].remedy is None else None
     try:
         with refusing(f"{model_class.__name__} cannot be built from this configuration"), torch.device("meta"):

@@ -1,1 +1,1 @@
-"""What an artefact is, and whether it is what it claims to be."""
+"""What an artefact contains, and whether it is what it claims to be."""

@@ -1,16 +1,16 @@
-"""Whether an artefact's content can be what it says: made from that source. Nothing here believes its provenance or its record.
+"""Can an artefact have been made from a source? Decided by its content alone, not by its provenance or its record.
 
-Structure and configuration are the source's, dense tensors are its bytes, and every clustered weight is nearer to its original
-than chance. For a weight `w`, centred, and its decoded codes `q`, what is left of `w` is their squared correlation
+Structure and configuration must be those of the source, dense tensors its bytes, and every clustered weight closer to its
+original than chance. For a weight `w` and its decoded codes `q`, both with their means subtracted, the squared correlation
 
     kept = <w, q>^2 / (<w, w> <q, q>)
 
-the share of the energy of `w` that `q`, best scaled, explains. Codes of `b` bits per weight can keep `1 - 2^(-2 b)` of a
-Gaussian (its distortion-rate function); k-means keeps more than half of that at any width, and error feedback, which moves the
-weights of small models far from the original's when bits are few, was seen to keep a seventh at 1 bit. `LEAST_KEPT` of it is
-asked for. What has nothing to do with the source (codes permuted, matrices swapped) keeps one over the number `m` of its
-vectors or less, zeros and constants keep nothing. Between the two an artefact is said to be degraded. The scale is bounded by
-the relative error, which for an unrelated matrix of the same energy is the square root of 2.
+is the share of the variance of `w` that the best multiple of `q` explains. Codes of `b` bits per weight can keep
+`1 - 2^(-2 b)` of a Gaussian (its distortion-rate function). K-means keeps more than half of that at any width. Error feedback
+with few bits moves the weights of small models far from the original; the least seen was a seventh, at 1 bit. `LEAST_KEPT` is
+the share of it that is required. Weights unrelated to the source (permuted codes, swapped matrices) keep at most one over the
+number `m` of their vectors; zeros and constants keep nothing. An artefact between the two bounds is called degraded. `kept`
+ignores scale, which the relative error bounds: it is the square root of 2 for an unrelated matrix of equal magnitude.
 """
 
 from __future__ import annotations
@@ -28,18 +28,17 @@ from cluscomp_export.progress import Progress
 from cluscomp_formats.ir import Array, ClusteredWeight, DenseTensor, Model
 from cluscomp_formats.parameters import norm_name, parameters
 
-__all__ = ["Objections", "TensorError", "compare_tensors", "hold_against_source", "is_trained"]
+__all__ = ["Objections", "TensorError", "compare_tensors", "compare_with_source", "is_trained"]
 
 LEAST_KEPT = 1 / 16
 CHANCE = 16.0
 """In units of `1 / m`: four standard deviations of the correlation of unrelated vectors."""
 MOST_RELATIVE = math.sqrt(2)
 MOST_TRAINED = 0.5
-"""The most that training may have moved a norm, in units of it. Recovery moves norms by hundredths, a long finetuning by a
-fifth."""
+"""Largest relative change of a norm by training. Recovery changes norms by hundredths, a long finetuning by a fifth."""
 
 FREE_SETTINGS = ("dtype", "quantization_config", "torch_dtype", "transformers_version")
-"""Members of a configuration that say how weights are stored and by what, not what is computed."""
+"""Members of a configuration that describe how weights are stored, not what is computed."""
 
 _TIED_HEAD = "lm_head.weight"
 
@@ -48,7 +47,7 @@ _TIED_HEAD = "lm_head.weight"
 class TensorError:
     """How far one tensor of B is from A: `relative` is the root mean square of the difference over that of A.
 
-    `kept` is the squared correlation of the two, both centred; None where one of them is constant.
+    `kept` is the squared correlation of the two, with their means subtracted; None if one of them is constant.
     """
 
     name: str
@@ -58,7 +57,7 @@ class TensorError:
 
 
 def compare_tensors(model_a: Model, model_b: Model, on_progress: Progress) -> tuple[list[TensorError], list[str]]:
-    """Errors of the tensors both have, and in words what only one has or what differs in shape."""
+    """Errors of the tensors that both have, and in words: tensors that only one has, and shapes that differ."""
     structure = []
     for label, one, other in (("first", model_a, model_b), ("second", model_b, model_a)):
         missing = sorted(set(one.tensors) - set(other.tensors))
@@ -79,7 +78,7 @@ def compare_tensors(model_a: Model, model_b: Model, on_progress: Progress) -> tu
     return errors, structure
 
 
-# What is not finite comes out as NaN, which no bound lets pass.
+# Values that are not finite give NaN, which fails every comparison with a bound.
 @np.errstate(all="ignore")
 def _tensor_error(name: str, values: npt.NDArray[np.float32], others: npt.NDArray[np.float32]) -> TensorError:
     kept = _kept(values, others)
@@ -91,14 +90,14 @@ def _tensor_error(name: str, values: npt.NDArray[np.float32], others: npt.NDArra
 
 
 def _kept(values: npt.NDArray[np.float32], others: npt.NDArray[np.float32]) -> float | None:
-    """The squared correlation. Sums are taken of products as they are and corrected for the means: no copy is made."""
+    """The squared correlation, from sums of products corrected for the means, so that no copy is made."""
     if values.size < 2:
         return None
     count, first, second = values.size, values.reshape(-1), others.reshape(-1)
     mean_a, mean_b = float(first.mean(dtype=np.float64)), float(second.mean(dtype=np.float64))
     together = _product(first, second) - count * mean_a * mean_b
     energy_a, energy_b = (_product(x, x) - count * mean**2 for x, mean in ((first, mean_a), (second, mean_b)))
-    # Of constants, what is left is rounding.
+    # For constants, the rest is rounding.
     least = count * np.finfo(np.float32).eps
     if energy_a <= least * mean_a**2 or energy_b <= least * mean_b**2:
         return None
@@ -109,13 +108,13 @@ _PIECE = 1 << 16
 
 
 def _product(x: npt.NDArray[np.float32], y: npt.NDArray[np.float32]) -> float:
-    """The sum of the products, added up in float64, a piece at a time."""
+    """The sum of the products in float64, computed in pieces."""
     pieces = range(0, x.size, _PIECE)
     return sum(float(np.dot(x[at : at + _PIECE].astype(np.float64), y[at : at + _PIECE].astype(np.float64))) for at in pieces)
 
 
 def is_trained(provenance: Mapping[str, Any]) -> bool:
-    """Whether a provenance says that norms were trained: block by block, end to end, or by a delta that was merged in."""
+    """Whether a provenance says that norms were trained: block by block, end to end, or by a merged delta."""
     options = provenance.get("options")
     levels = options.keys() & {"blockwise", "recovery"} if isinstance(options, Mapping) else ()
     return bool(levels or provenance.get("merges"))
@@ -123,16 +122,16 @@ def is_trained(provenance: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class Objections:
-    """What speaks against an artefact's having been made from a source, and what says that little of it is left, in words."""
+    """Reasons, in words: why an artefact cannot have been made from a source, and why too little of the source is left."""
 
     against: tuple[str, ...]
     degraded: tuple[str, ...]
 
 
-def hold_against_source(source: Model, artefact: Model, errors: Sequence[TensorError], *, trained: bool) -> Objections:
-    """Hold all of an artefact but its outputs against the dense source it is said to be made from.
+def compare_with_source(source: Model, artefact: Model, errors: Sequence[TensorError], *, trained: bool) -> Objections:
+    """Compare an artefact, except for its outputs, with the dense source it claims to be made from.
 
-    `errors` are those of `compare_tensors(source, artefact)`; `trained` says that norms may have moved a little.
+    `errors` are those of `compare_tensors(source, artefact)`; `trained` says that norms may have changed a little.
     """
     against = [*_structure(source, artefact), *_configuration(source.config, artefact.config)]
     degraded: list[str] = []
@@ -147,14 +146,14 @@ def hold_against_source(source: Model, artefact: Model, errors: Sequence[TensorE
             degraded += _little_kept(tensor, error)
         elif norm_name(name) in norms and tensor.values.dtype == original.values.dtype:
             if not error.relative <= MOST_TRAINED:
-                against.append(f"{name}: no training moves a norm by {error.relative:.3g} of its size")
+                against.append(f"{name}: training does not change a norm by {error.relative:.3g} of its size")
         elif not _same(dense_as_stored(original).values, tensor.values):
-            against.append(f"{name}: not the source's values, from which it differs by {error.relative:.3g} relative")
+            against.append(f"{name}: differs from the source's values by {error.relative:.3g} relative")
     return Objections(tuple(against), tuple(degraded))
 
 
 def _structure(source: Model, artefact: Model) -> list[str]:
-    """The same tensors of the same shapes; only a head that is the embedding may be missing."""
+    """Differences in names and shapes of tensors. A head that is tied to the embedding may be missing."""
     optional = {_TIED_HEAD} if source.config.get("tie_word_embeddings") else set()
     missing = sorted(source.tensors.keys() - artefact.tensors.keys() - optional)
     added = sorted(artefact.tensors.keys() - source.tensors.keys())
@@ -184,17 +183,17 @@ def _shown(config: Mapping[str, Any], name: str) -> str:
 
 def _unrelated(tensor: ClusteredWeight, original: DenseTensor, error: TensorError) -> list[str]:
     if not error.relative < MOST_RELATIVE:
-        return [f"{tensor.name}: as far from the source as any matrix (relative error {error.relative:.3g})"]
+        return [f"{tensor.name}: as far from the source as an unrelated matrix (relative error {error.relative:.3g})"]
     if error.kept is None:
         values = original.values.to_float32()
         if error.max_absolute == 0 or np.all(values == values.reshape(-1)[0]):
-            # A constant has nothing to correlate with.
+            # There is no correlation with a constant.
             return []
         return [f"{tensor.name}: all weights are the same"]
     chance = CHANCE / max(stage.codes.size for stage in tensor.stages)
     if not error.kept >= min(chance, _least_kept(tensor)):
-        what = f"{error.kept:.2g} of the source's energy is left, by chance up to {chance:.2g}"
-        return [f"{tensor.name}: no more of the source than chance would give ({what})"]
+        what = f"it explains {error.kept:.2g} of the source's variance, chance up to {chance:.2g}"
+        return [f"{tensor.name}: no closer to the source than chance ({what})"]
     return []
 
 
@@ -202,7 +201,7 @@ def _little_kept(tensor: ClusteredWeight, error: TensorError) -> list[str]:
     least = _least_kept(tensor)
     if error.kept is None or error.kept >= least:
         return []
-    return [f"{tensor.name}: {error.kept:.2g} of the source's energy is left, at least {least:.2g} is asked for"]
+    return [f"{tensor.name}: explains {error.kept:.2g} of the source's variance, at least {least:.2g} is required"]
 
 
 def _least_kept(tensor: ClusteredWeight) -> float:

@@ -1,4 +1,4 @@
-"""Read a model once, whatever its format: what is wrong with it, how its codebooks are used, and its digest."""
+"""Read a model of any format once: its problems, the use of its codebooks, its digest."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ Counts = npt.NDArray[np.intp]
 class CodebookHealth:
     """A codebook and its use by all weights that refer to it.
 
-    `dead` clusters have no code; `duplicates` are centroids equal, bit for bit, to an earlier one; `entropy_bits` is the
-    entropy of the codes in bits per code, at most the bits a code takes; `largest_share` that of the most used cluster among
-    the codes. What cannot be told, because the centroids or some of the codes are faulty, is None. `out_of_range` counts
-    the arrays of codes that reach past the codebook.
+    `dead` counts clusters without a code, `duplicates` centroids that equal an earlier one bit for bit. `entropy_bits` is the
+    entropy of the codes in bits per code, at most the bits of a code. `largest_share` is the share of the most used cluster
+    among the codes. These are None where the centroids or some of the codes are invalid. `out_of_range` counts the arrays with
+    codes beyond the codebook.
     """
 
     dead: int | None = None
@@ -42,22 +42,22 @@ class CodebookHealth:
 class Health:
     """What one pass over a model found.
 
-    `digest` is None if a payload could not be read. `unused_bits` has for every clustered weight of sound codes how many
-    bits these take beyond their entropy. `faulty` names the tensors that do not decode to what they should.
+    `digest` is None if a payload could not be read. `unused_bits` has, for every clustered weight with valid codes, the bits of
+    its codes beyond their entropy. `invalid` names the tensors that cannot be decoded correctly.
     """
 
     codebooks: dict[str, CodebookHealth]
     digest: str | None = None
     problems: list[Problem] = field(default_factory=list)
     unused_bits: dict[str, float] = field(default_factory=dict)
-    faulty: set[str] = field(default_factory=set)
+    invalid: set[str] = field(default_factory=set)
 
 
 def check_health(model: Model, path: Path, on_progress: Progress = silent) -> Health:
-    """Read every payload, one at a time; a faulty one is reported and does not keep the rest from being read.
+    """Read every payload, one at a time. An invalid one is reported; the others are still read.
 
-    Values are held against the rules of `docs/packed-format.md` whether the reader of the format does so or not; dense
-    values that are not finite, which `convert` refuses in a source, are reported too. Raises StorageError.
+    Checks values against the rules of `docs/packed-format.md`, whether or not the reader of the format does. Also reports
+    dense values that are not finite, which `convert` refuses in a source. Raises StorageError.
     """
     payloads = list(stored_payloads(model))
     health = Health({name: CodebookHealth() for name in model.codebooks})
@@ -73,17 +73,17 @@ def check_health(model: Model, path: Path, on_progress: Progress = silent) -> He
             all_read = False
         else:
             hash_payload(builder, payload, array, values)
-        sound = None if problems else values
+        valid = None if problems else values
         if payload.part == "centroids":
             book = health.codebooks[payload.owner]
             book.not_finite = any(problem.kind == "not_finite" for problem in problems)
-            book.duplicates = None if sound is None else _duplicates(sound)
-            health.faulty.update(weight.name for weight in users[payload.owner] if problems)
+            book.duplicates = None if valid is None else _duplicates(valid)
+            health.invalid.update(weight.name for weight in users[payload.owner] if problems)
             continue
         if payload.part == "codes":
-            counter.add(payload, sound, out_of_range=any(problem.kind == "code_out_of_range" for problem in problems))
+            counter.add(payload, valid, out_of_range=any(problem.kind == "code_out_of_range" for problem in problems))
         if problems and payload.description is not None:
-            health.faulty.add(payload.owner)
+            health.invalid.add(payload.owner)
     on_progress("reading", len(payloads), len(payloads))
     health.digest = builder.digest() if all_read else None
     if not health.problems and model.claimed_digest not in (None, health.digest):
@@ -106,7 +106,7 @@ class _Counter:
         self._incomplete: set[str] = set()
 
     def add(self, payload: Payload, codes: AnyArray | None, *, out_of_range: bool) -> None:
-        """Count an array of codes, None if it is faulty."""
+        """Count an array of codes, None if it is invalid."""
         name = _codebook(payload)
         book = self._health.codebooks[name]
         book.out_of_range += out_of_range
@@ -142,7 +142,7 @@ def codebook_users(model: Model) -> dict[str, list[ClusteredWeight]]:
 
 
 def _read(payload: Payload, array: Array, path: Path) -> tuple[AnyArray | None, list[Problem]]:
-    """The values, None if the reader refuses them, and what is wrong with them."""
+    """The values, None if the reader refuses them, and their problems."""
     try:
         values = array.read()
     except InvalidFileError as error:
@@ -154,7 +154,7 @@ def _read(payload: Payload, array: Array, path: Path) -> tuple[AnyArray | None, 
         bad = values.size - int(np.count_nonzero(is_finite(values, payload.dtype)))
         if bad:
             found = f"{bad} of {values.size} values"
-            message = "the tensor holds NaN or infinity"
+            message = "the tensor contains NaN or infinity"
             return values, [Problem("not_finite", message, str(path), payload.owner, found, "finite values")]
     return values, []
 
@@ -165,8 +165,8 @@ def _duplicates(centroids: AnyArray) -> int:
 
 
 def _entropy(counts: Counts) -> float:
-    """Entropy in bits of a choice made this often each way; 0 if none was made."""
+    """Entropy in bits of a distribution given by counts; 0 without any counts."""
     used = counts[counts > 0]
     shares = used / max(used.sum(), 1)
-    # Not minus 0 where there is one way only.
+    # Not minus 0 for a single outcome.
     return abs(float(-(shares * np.log2(shares)).sum()))

@@ -1,4 +1,4 @@
-"""Describe a model of any format, for people and for machines; `docs/inspect.md` says what every member means."""
+"""Describe a model of any format. `docs/inspect.md` describes every member of the report."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def inspect_model(
     for row in rows:
         unused = health.unused_bits.get(row["name"])
         row["unused_bits_per_weight"] = None if unused is None else unused / model.tensors[row["name"]].num_weights
-    differences = [] if original is None else _compare(original, model, health.faulty, rows, on_progress)
+    differences = [] if original is None else _compare(original, model, health.invalid, rows, on_progress)
     measure = "unused_bits_per_weight" if original is None else "relative_error"
     sizes = model_sizes(model)
     fmt = detect(path)
@@ -121,8 +121,9 @@ def inspect_model(
 def inspect_delta(path: Path, *, reference: Path | None = None) -> DeltaInspection:
     """Describe a delta: its model, what it changes, its record.
 
-    With `reference`, the model it belongs to, also how far the new values are from the old ones: per kind of parameter, the
-    root mean square of the differences over that of the old values. Raises InvalidFileError, also if the model is another one.
+    With `reference`, the model it belongs to, the report has how far the new values are from the old ones: per kind of
+    parameter, the root mean square of the differences over that of the old values. Raises InvalidFileError, also for a delta of
+    another model.
     """
     delta = open_delta(path)
     old = None
@@ -181,17 +182,17 @@ def _codebook_rows(model: Model, health: Health) -> list[dict[str, Any]]:
     ]
 
 
-def _compare(original: Model, model: Model, faulty: set[str], rows: list[dict[str, Any]], on_progress: Progress) -> list[str]:
-    """Add the errors against the original to the rows; the result is in words what else differs. Faulty tensors have none."""
-    sound = [
-        replace(one, tensors={name: tensor for name, tensor in one.tensors.items() if name not in faulty})
+def _compare(original: Model, model: Model, invalid: set[str], rows: list[dict[str, Any]], on_progress: Progress) -> list[str]:
+    """Add the errors relative to the original to the rows, None for invalid tensors; return what else differs, in words."""
+    valid = [
+        replace(one, tensors={name: tensor for name, tensor in one.tensors.items() if name not in invalid})
         for one in (original, model)
     ]
-    errors, differences = compare_tensors(sound[0], sound[1], on_progress)
+    errors, differences = compare_tensors(valid[0], valid[1], on_progress)
     by_name = {error.name: error for error in errors}
     for row in rows:
         error = by_name.get(row["name"])
-        # Relative to a tensor of zeros there is no error, and JSON has no infinity.
+        # There is no error relative to a tensor of zeros, and JSON has no infinity.
         row["relative_error"] = error.relative if error and math.isfinite(error.relative) else None
         row["largest_difference"] = error.max_absolute if error and math.isfinite(error.max_absolute) else None
     return differences

@@ -1,8 +1,8 @@
-"""Are an artefact's outputs nearer to its source's than chance? Asked on sequences of our own, which no artefact chooses.
+"""Are an artefact's outputs closer to its source's than chance? Judged on sequences that this module chooses.
 
-Chance is the best that any model can do which ignores its input: of all fixed predictions the mean of the source's own, over
-the same positions, has the least divergence from them. (That of the uniform distribution is larger.) An artefact whose
-divergence is not below that may be honest, of too few bits, but computes too little of its source to be called sound.
+Chance is the best divergence of a model that ignores its input. Of all fixed predictions, the mean of the source's own
+predictions over the same positions has the least divergence from them; the uniform distribution has more. An artefact that is
+not below that bound may be honest and have too few bits, but it computes too little of its source to be called correct.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ TOKENS = 32
 SEED = 20250313
 
 LEAST_CHANCE = 0.01
-"""Nats per token. A source whose predictions vary by less hardly depends on its input: its outputs tell nothing."""
+"""Nats per token. A source whose predictions vary by less hardly depends on its input: its outputs show nothing."""
 
 
 @dataclass(frozen=True)
 class OutputComparison:
-    """B against A: mean divergence in nats per token, what it is by `chance` and for `uniform` predictions, share of positions
-    with the same likeliest token, largest difference of a logit, number of positions."""
+    """B compared with A: the mean divergence in nats per token, and that of `chance` and of `uniform` predictions; the share of
+    positions with the same most likely token; the largest difference of a logit; the number of positions."""
 
     kl: float
     chance: float
@@ -45,17 +45,17 @@ class OutputComparison:
 
     @property
     def tells(self) -> bool:
-        """Whether the source depends on its input enough for its outputs to tell anything."""
+        """Whether the source depends on its input enough for its outputs to show anything."""
         return self.chance >= LEAST_CHANCE
 
     @property
     def beats_chance(self) -> bool:
-        """Whether B is nearer to A than any model that ignores its input. NaN is not."""
+        """Whether B is closer to A than any model that ignores its input. NaN is not."""
         return self.kl < self.chance
 
 
 def chosen_sequences(model: LanguageModel) -> list[list[int]]:
-    """Token ids: sentences, where there is a tokenizer, and random ones; the same at every call."""
+    """Token ids of sentences, if the model has a tokenizer, and random ids; the same at every call."""
     longest, vocab_size = min(TOKENS, model.description.max_position_embeddings), model.description.vocab_size
     texts = [] if model.tokenizer is None else [model.tokenizer.encode(text)[:longest] for text in SENTENCES]
     sequences = [ids for ids in texts if ids and max(ids) < vocab_size]
@@ -68,7 +68,7 @@ def chosen_sequences(model: LanguageModel) -> list[list[int]]:
 def compare_outputs(model_a: LanguageModel, model_b: LanguageModel, sequences: Sequence[Sequence[int]]) -> OutputComparison:
     """Both models' predictions on `sequences`. Each is called once: a call may read the whole model."""
     longest = max(len(sequence) for sequence in sequences)
-    # What follows a sequence does not reach its logits.
+    # Padding after a sequence does not affect its logits.
     ids = [[*sequence, *[0] * (longest - len(sequence))] for sequence in sequences]
     logits_a, logits_b = (model.forward(ids).cpu() for model in (model_a, model_b))
     positions = sum(len(sequence) for sequence in sequences)

@@ -1,4 +1,4 @@
-"""Run an ONNX folder in onnxruntime, as a user would: to prove that it computes the same there, and to measure."""
+"""Run an ONNX folder in onnxruntime, as a user would: to verify that it computes the same there, and to measure."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ Cache = list[npt.NDArray[np.float32]]
 class OnnxSession:
     """A decoder with key-value cache in onnxruntime, on the CPU. Keeps no state between calls.
 
-    By default onnxruntime decodes all weights when it loads the file; `compact` keeps them as codes and decodes them at every
-    call. `threads` is onnxruntime's own choice if None. Raises UnsupportedError if onnxruntime is not installed, or if the
+    By default onnxruntime decodes all weights when it loads the file. `compact` keeps them as codes and decodes them at every
+    call. With `threads=None`, onnxruntime chooses. Raises UnsupportedError if onnxruntime is not installed, or if the
     graph is not a decoder of token ids.
     """
 
@@ -37,7 +37,7 @@ class OnnxSession:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        # What it says of constants left unfolded is what was asked for.
+        # Otherwise it warns of constants that are not folded, which is intended.
         options.log_severity_level = 3
         if compact:
             options.add_session_config_entry(*COMPACT)
@@ -52,7 +52,7 @@ class OnnxSession:
         self._outputs = ["logits", *(name.replace("past_key_values.", "present.") for name in self._cache_shapes)]
         if not self._others <= {"input_ids", "attention_mask", "position_ids"} or not set(self._outputs) <= set(outputs):
             found, expected = ", ".join(sorted(inputs)), "input_ids and a key-value cache"
-            raise UnsupportedError(Problem("no_decoder", "not a decoder", str(path), None, found, expected))
+            raise UnsupportedError(Problem("no_decoder", "not a graph of a decoder", str(path), None, found, expected))
 
     def step(self, input_ids: npt.NDArray[np.int64], cache: Cache | None = None) -> tuple[npt.NDArray[np.float32], Cache]:
         """Logits `[batch, tokens, vocab_size]` of `input_ids [batch, tokens]`, which continue the cache, and the new cache."""
@@ -73,7 +73,7 @@ class OnnxSession:
         return torch.from_numpy(self.step(input_ids.numpy())[0])
 
     def forward_cached(self, ids: Sequence[int], first: int) -> torch.Tensor:
-        """Logits `[tokens, vocab_size]`: of the first `first` tokens at once, then one token after the other."""
+        """Logits `[tokens, vocab_size]`: of the first `first` tokens together, then token by token."""
         row = np.array([list(ids)], np.int64)
         logits, cache = self.step(row[:, :first])
         parts = [logits]
@@ -83,7 +83,7 @@ class OnnxSession:
         return torch.from_numpy(np.concatenate(parts, axis=1)[0])
 
     def greedy(self, prompt: Sequence[int], new_tokens: int) -> list[int]:
-        """The likeliest continuation of `prompt`, token ids."""
+        """The greedy continuation of `prompt`, token ids."""
         step, cache, tokens = np.array([list(prompt)], np.int64), None, []
         for _ in range(new_tokens):
             logits, cache = self.step(step, cache)

@@ -1,9 +1,9 @@
-"""Does an artefact compute the same thing as another, or come from the source it claims?
+"""Does an artefact compute the same as another, or come from the source it claims?
 
-Two artefacts are compared by digest, tensor by tensor, and by their outputs. An artefact says in its provenance which dense
-source it was made from, and everything that can be computed is held against that: structure, configuration and tensors
-(`derivation`), outputs (`judging_outputs`), the self-test record, computed anew, and what runtimes make of it. What is only
-claimed is said to be.
+Two artefacts are compared by digest, by tensors and by outputs. An artefact names its dense source in its provenance.
+Everything that can be computed is checked against that source: structure, configuration and tensors (`derivation`), outputs
+(`judging_outputs`), and the self-test record, which is computed again and run in the runtimes. The report says what is proven
+and what is only claimed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from cluscomp_export.inspection.derivation import TensorError, compare_tensors, hold_against_source, is_trained
+from cluscomp_export.inspection.derivation import TensorError, compare_tensors, compare_with_source, is_trained
 from cluscomp_export.inspection.judging_outputs import OutputComparison, chosen_sequences, compare_outputs
 from cluscomp_export.inspection.onnxruntime import OnnxSession
 from cluscomp_export.progress import Progress, silent
@@ -54,17 +54,17 @@ TEXT_FILES = (
     "chat_template.json",
     "generation_config.json",
 )
-"""The side files that say what text becomes of tokens, and tokens of text. The digest does not cover them."""
+"""The side files that turn text into tokens and tokens into text. The digest does not cover them."""
 
 
 @dataclass(frozen=True)
 class Verification:
     """The verdict, the reasons for it, and what was measured.
 
-    `equal`: the same model. `derived`: made from that source, and sound. `degraded`: too little of that source is
-    left, in a tensor or in the outputs, to tell or to be of use. `different`: none of these. `unknown`: could not tell.
-    `proven` and `claimed` say in words what was computed here and what the artefact only says. `self_tests` are those of
-    runtimes, and of the records themselves. `logits` are the figures of `OutputComparison`, of B against A, where both run.
+    `equal`: the same model. `derived`: made from that source, and correct. `degraded`: a tensor or the outputs keep too little
+    of that source to tell, or to be useful. `different`: none of these. `unknown`: could not tell. `proven` and `claimed` say
+    in words what was computed here and what the artefact only claims. `self_tests` has those of the runtimes and of the records
+    themselves. `logits` has the figures of `OutputComparison`, of B compared with A, if both run.
     """
 
     verdict: Verdict
@@ -84,7 +84,7 @@ class Verification:
 
 @dataclass(frozen=True)
 class _Pair:
-    """The two models, which of them is dense and which made from it, if so, and what was computed of them."""
+    """The two models and what was computed from them."""
 
     paths: tuple[Path, Path]
     models: tuple[Model, Model]
@@ -103,9 +103,9 @@ class _Pair:
 def verify(
     path_a: Path, path_b: Path, *, delta: Path | None = None, device: str = "cpu", on_progress: Progress = silent
 ) -> Verification:
-    """Compare two models of any kind, the second perhaps with a delta.
+    """Compare two models of any kind; `delta` is applied to the second.
 
-    Raises ClusCompError if one of them cannot be read: then nothing can be told.
+    Raises ClusCompError if one of them cannot be read.
     """
     models = (open_source(path_a), open_source(path_b, delta))
     digests: list[str] = []
@@ -128,7 +128,7 @@ def verify(
         verdict, reasons = "different", [*reasons, *faults]
     elif verdict == "derived" and not any(result.get("passed") for result in self_tests.values()):
         verdict = "unknown"
-        reasons.append("no self-test could be run, so whether it computes the right thing is not known")
+        reasons.append("no self-test could be run, so it is unknown whether it computes the right thing")
     return Verification(
         verdict=verdict,
         reasons=(*reasons, *_file_notes(pair), *notes),
@@ -154,7 +154,7 @@ def _judge(pair: _Pair, outputs: OutputComparison | None, *, trained: bool) -> t
         return "different", [
             f"{len(differing)} of {len(pair.tensors)} tensors differ; most: {worst.name} by {worst.relative:.3g} relative"
         ]
-    return "different", ["every decoded tensor is equal, but the configuration or the way the weights are stored is not"]
+    return "different", ["every decoded tensor is equal, but the configuration or the storage of the weights differs"]
 
 
 def _judge_derivation(pair: _Pair, index: int, outputs: OutputComparison | None, *, trained: bool) -> tuple[Verdict, list[str]]:
@@ -164,22 +164,22 @@ def _judge_derivation(pair: _Pair, index: int, outputs: OutputComparison | None,
     claimed = recorded.get("digest") if isinstance(recorded, Mapping) else None
     if claimed is not None and claimed != pair.digests[index]:
         return "different", [f"{artefact} was made from another source: {claimed}; {source} is {pair.digests[index]}"]
-    found = hold_against_source(original, made, pair.tensors, trained=trained or is_trained(made.provenance))
+    found = compare_with_source(original, made, pair.tensors, trained=trained or is_trained(made.provenance))
     if found.against:
         return "different", [f"{artefact} cannot have been made from {source}:", *_first(found.against)]
     if claimed is None:
         return "unknown", [f"{artefact} does not say which source it was made from"]
-    derived = f"{artefact} was made from {source}: its provenance holds the source's digest, and its content agrees"
+    derived = f"{artefact} was made from {source}: its provenance has the source's digest, and its content agrees"
     if found.degraded:
-        told = f"{artefact} holds the digest, the structure and the dense tensors of {source}, and too little of its matrices:"
+        told = f"{artefact} has the digest, structure and dense tensors of {source}, but its matrices keep too little of it:"
         return "degraded", [told, *_first(found.degraded), MORE]
     if outputs is None:
-        return "unknown", [derived, "outputs could not be compared, so whether it computes the right thing is not known"]
+        return "unknown", [derived, "outputs could not be compared, so it is unknown whether it computes the right thing"]
     if not outputs.tells:
-        return "derived", [derived, "the source's predictions hardly depend on its input: outputs tell nothing"]
+        return "derived", [derived, "the source's predictions hardly depend on its input: outputs show nothing"]
     if not outputs.beats_chance:
         what = f"a divergence of {outputs.kl:.3g} nats per token, by chance {outputs.chance:.3g}"
-        return "degraded", [derived, f"it computes too little of the source: {what}", MORE]
+        return "degraded", [derived, f"its outputs are no closer to the source than chance: {what}", MORE]
     return "derived", [derived]
 
 
@@ -189,7 +189,7 @@ def _first(reasons: Sequence[str]) -> list[str]:
 
 
 def _faults(pair: _Pair, self_tests: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What makes a model something else than it says, whatever it is compared with."""
+    """Reasons why a model is not what it says, whatever it is compared with."""
     reasons = [
         f"{path} is not what its own digest says: it is damaged"
         for path, model, digest in zip(pair.paths, pair.models, pair.digests, strict=True)
@@ -211,7 +211,7 @@ def _content(model: Model, name: str) -> bytes | None:
 
 
 def _file_notes(pair: _Pair) -> list[str]:
-    """Side files that only one has, or that are not alike and say nothing about text."""
+    """Side files that only one has, and differing ones that do not affect text."""
     notes = []
     for label, one, other in (("first", 0, 1), ("second", 1, 0)):
         names = sorted(pair.models[one].files.keys() - pair.models[other].files.keys())
@@ -227,7 +227,7 @@ def _file_notes(pair: _Pair) -> list[str]:
 def _proven(
     pair: _Pair, verdict: Verdict, self_tests: Mapping[str, Mapping[str, Any]], outputs: OutputComparison | None
 ) -> Iterator[str]:
-    """What was computed here, and holds."""
+    """What was computed here and is proven."""
     if verdict not in ("equal", "derived", "degraded"):
         return
     if any(model.claimed_digest is not None for model in pair.models):
@@ -237,8 +237,8 @@ def _proven(
     else:
         clustered = len(pair.models[1 - (pair.source or 0)].clustered)
         yield (
-            f"the source's structure and configuration, {len(pair.tensors) - clustered} dense tensors of its values or trained "
-            f"ones near them, {clustered} clustered ones nearer to it than chance"
+            f"the source's structure and configuration; {len(pair.tensors) - clustered} dense tensors with its values, or with "
+            f"trained values close to them; {clustered} clustered tensors closer to it than chance"
         )
     if outputs is not None and outputs.tells and outputs.beats_chance:
         yield (
@@ -253,7 +253,7 @@ def _proven(
 
 
 def _claimed(pair: _Pair) -> Iterator[str]:
-    """What an artefact says about itself that nothing here can show."""
+    """What an artefact says about itself that cannot be checked here."""
     for path, model in zip(pair.paths, pair.models, strict=True):
         if not model.clustered:
             continue
@@ -263,14 +263,14 @@ def _claimed(pair: _Pair) -> Iterator[str]:
 
 
 def _load(paths: dict[str, Model], device: str) -> tuple[dict[str, LanguageModel], list[str]]:
-    """The models the runtime can run, and what is to be said about the others and about how they run."""
+    """The models that the runtime can run, and notes about the others and about how they run."""
     runnable: dict[str, LanguageModel] = {}
     notes: list[str] = []
     for name, model in paths.items():
-        # A dense source may be larger than the memory: its matrices are read one at a time, at every call.
+        # A dense source may be larger than memory: its matrices are read one at a time, at every call.
         loaded = _try_load(model, device, "auto" if model.clustered else "reference")
         if loaded is None:
-            notes.append(f"{name} does not fit the memory as a whole: it was run matrix by matrix, not by its kernels")
+            notes.append(f"{name} does not fit into memory as a whole: it was run matrix by matrix, not by its kernels")
             loaded = _try_load(model, device, "reference")
         if isinstance(loaded, LanguageModel):
             runnable[name] = loaded
@@ -280,7 +280,7 @@ def _load(paths: dict[str, Model], device: str) -> tuple[dict[str, LanguageModel
 
 
 def _try_load(model: Model, device: str, kernel: str) -> LanguageModel | str | None:
-    """The model ready to run, why it cannot be, or None if it does not fit the memory."""
+    """The model ready to run, the reason why it cannot run, or None if it does not fit into memory."""
     try:
         return LanguageModel.from_model(model, device=device, kernel=kernel)
     except ClusCompError as error:
@@ -294,15 +294,15 @@ def _try_load(model: Model, device: str, kernel: str) -> LanguageModel | str | N
 def _self_tests(
     pair: _Pair, runnable: Mapping[str, LanguageModel], notes: list[str], on_progress: Progress
 ) -> dict[str, dict[str, Any]]:
-    """Of every record: whether it is one of these weights, and what the runtimes that are here make of it."""
+    """For every record: whether these weights produce it, and whether the runtimes installed here pass it."""
     found: dict[str, dict[str, Any]] = {}
     for path, model in zip(pair.paths, pair.models, strict=True):
         name, record = str(path), model.self_test
         if record is None:
             continue
-        on_progress(f"computing the self-test of {name} anew", 0, 1)
-        anew = functools.partial(check_against_weights, model, record)
-        found[f"{name}, its record"] = _tested(anew, "the self-test record is not what these weights compute in float64")
+        on_progress(f"computing the self-test of {name}", 0, 1)
+        again = functools.partial(check_against_weights, model, record)
+        found[f"{name}, its record"] = _tested(again, "the self-test record is not what these weights compute in float64")
         loaded = runnable.get(name)
         found[name] = {"passed": None} if loaded is None else _tested(functools.partial(run_self_test, loaded, record))
         if looks_onnx(path):
@@ -327,8 +327,8 @@ def _tested(run: Callable[[], SelfTestReport], failure: str = "the self-test fai
 def _self_test_in_onnxruntime(path: Path, model: Model, notes: list[str]) -> dict[str, Any]:
     """The same with the graph of an ONNX folder, in the mode that keeps the weights as codes.
 
-    The graph is the file's own and not run by the runtime: it is also held against what the weights compute on sequences that
-    the file does not choose.
+    The runtime does not run the graph in the file. The graph is therefore also compared with what the weights compute on
+    sequences that the file does not choose.
     """
     record = model.self_test or {}
 
@@ -340,7 +340,7 @@ def _self_test_in_onnxruntime(path: Path, model: Model, notes: list[str]) -> dic
             session = OnnxSession(path, compact=True)
             reports = [compare_with_record(each, "float32", session.forward, session.forward_cached) for each in (record, ours)]
         except Exception as error:
-            # Whatever onnxruntime has to say of a graph of unknown origin; its errors have no type in common.
+            # onnxruntime may raise anything for an untrusted graph; its errors have no common type.
             if isinstance(error, ClusCompError) or is_memory_fault(error):
                 raise
             found = (str(error).strip().splitlines() or [type(error).__name__])[0]
