@@ -120,7 +120,7 @@ def test_an_artefact_that_does_not_fit_the_memory_is_run_matrix_by_matrix(
     assert kernels[:3] == ["reference", "auto", "reference"]
     assert set(kernels[3:]) == {"reference"}
     assert result.verdict == "derived"
-    assert any("does not fit the memory" in reason for reason in result.reasons)
+    assert any("does not fit into memory" in reason for reason in result.reasons)
 
 
 def test_a_model_that_does_not_fit_at_all_is_not_run(
