@@ -1,7 +1,7 @@
 """A Hugging Face checkpoint folder on disk: `config.json`, safetensors files with or without an index, side files.
 
-Tensors are lazy: opening reads the headers of the files, one file at a time, and keeps no file open; a payload is mapped
-when it is asked for, and nothing of its file but that. Side files are small and read at once. Nothing is ever unpickled.
+Tensors are lazy. Opening reads the headers of the files one by one and keeps no file open; a payload is mapped, alone, when it
+is needed. Side files are small and read immediately. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
 
 _CONVERT_PICKLED = (
-    "on a machine that may trust the file, run in Python: "
+    "on a machine where the file may be trusted, run in Python: "
     "from transformers import AutoModelForCausalLM; "
     "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER, safe_serialization=True)"
 )
@@ -66,7 +66,7 @@ class Checkpoint:
 
 @dataclass
 class _Headers:
-    """What the headers of the weight files declare, and what is wrong with them."""
+    """What the headers of the weight files declare, and their problems."""
 
     tensors: dict[str, Array] = field(default_factory=dict)
     owner: dict[str, str] = field(default_factory=dict)
@@ -75,9 +75,9 @@ class _Headers:
 
 
 def open_checkpoint(folder: Path, weights: Path | None = None) -> Checkpoint:
-    """Open the checkpoint in `folder`; `weights` names its one safetensors file where that is not called as usual.
+    """Open the checkpoint in `folder`; `weights` is its only safetensors file, if that has an unusual name.
 
-    Raises InvalidFileError with every problem found, UnsupportedError for tensors of a dtype the IR does not hold.
+    Raises InvalidFileError with every problem found, UnsupportedError for tensors with a dtype that the IR does not have.
     """
     problems: list[Problem] = []
     config = _or_problems(read_config, folder, problems)
@@ -87,7 +87,7 @@ def open_checkpoint(folder: Path, weights: Path | None = None) -> Checkpoint:
         shards = [weights]
         if os.path.lexists(folder / INDEX) and _is_one_of_several(weights, _or_problems(_read_index, folder, problems)):
             remedy = f"name the folder instead: {folder}"
-            problems.append(Problem("one_of_several", "only a part of a checkpoint", str(weights), remedy=remedy))
+            problems.append(Problem("one_of_several", "the file is only a part of a checkpoint", str(weights), remedy=remedy))
     elif os.path.lexists(folder / SINGLE):
         # The same order of preference as transformers.
         shards = [folder / SINGLE]
@@ -113,7 +113,7 @@ def open_checkpoint(folder: Path, weights: Path | None = None) -> Checkpoint:
 
 
 def _or_problems(read: Callable[[Path], _T], path: Path, problems: list[Problem]) -> _T | None:
-    """`read(path)`, or None after its problems were added to `problems`: to go on and report the rest as well."""
+    """`read(path)`, or None after adding its problems to `problems`, so that other problems are reported as well."""
     try:
         return read(path)
     except InvalidFileError as error:
@@ -122,11 +122,11 @@ def _or_problems(read: Callable[[Path], _T], path: Path, problems: list[Problem]
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The content of the folder's `config.json`, numbers that are not finite in transformers' form.
+    """The content of the folder's `config.json`, with numbers that are not finite in the form of transformers.
 
-    Raises InvalidFileError: missing, no file, not JSON, not an object.
+    Raises InvalidFileError if it is missing, not a file, not JSON or not an object.
     """
-    return _read_json_object(folder, CONFIG, "copy the model's config.json beside its weights", load_config)
+    return _read_json_object(folder, CONFIG, "copy the model's config.json next to its weights", load_config)
 
 
 def _read_json_object(folder: Path, name: str, remedy: str, loads: Callable[[bytes], Any] = json.loads) -> dict[str, Any]:
@@ -142,13 +142,13 @@ def _read_json_object(folder: Path, name: str, remedy: str, loads: Callable[[byt
         raise InvalidFileError(Problem("bad_json", "not a JSON object", str(path), found=found, expected="an object"))
     fault = next(json_faults(content, "the value"), None)
     if fault is not None:
-        message, expected = "holds what none of our formats can", "64-bit integers, finite numbers, valid Unicode"
+        message, expected = "contains a value that no format can store", "64-bit integers, finite numbers, valid Unicode"
         raise InvalidFileError(Problem("bad_json", message, str(path), None, f"{fault[0]} is {fault[1]}", expected, remedy))
     return content
 
 
 def _read_index(folder: Path) -> dict[str, str]:
-    """The index's `weight_map`: file name by tensor name, every file name checked to stay inside the folder."""
+    """The index's `weight_map`: file name by tensor name. Every file name is checked to stay inside the folder."""
     path, remedy = folder / INDEX, "download the checkpoint again"
     weight_map = _read_json_object(folder, INDEX, remedy).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -159,7 +159,7 @@ def _read_index(folder: Path) -> dict[str, str]:
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or not _is_plain_name(name):
             expected = "the name of a .safetensors file in the same folder"
-            message = "the index names a file outside the folder or of another kind"
+            message = "the index names a file outside the folder, or of another type"
             problems.append(Problem("bad_shard_name", message, str(path), tensor, repr(name), expected, remedy))
     if problems:
         raise InvalidFileError(problems)
@@ -187,7 +187,7 @@ def _no_weights(folder: Path) -> Problem:
     if not others:
         remedy = "download the weights; only plans can do without"
     elif _SHARD.search(others[0]):
-        remedy = f"download {INDEX} as well, which says what belongs together"
+        remedy = f"download {INDEX} as well, which lists the files of the model"
     else:
         remedy = f"name the file itself instead of its folder: {others[0]}"
     found = ", ".join(others[:4]) or "no weights"
@@ -195,7 +195,7 @@ def _no_weights(folder: Path) -> Problem:
 
 
 def pickled_problem(path: Path, names: Sequence[str]) -> Problem:
-    """The refusal of pickled weights, and the way to convert them."""
+    """The problem of pickled weights, with the way to convert them."""
     message = "the weights are pickled; reading a pickle runs the code in it, so this tool never does"
     return Problem("pickled_checkpoint", message, str(path), None, ", ".join(names[:4]), SINGLE, _CONVERT_PICKLED)
 
@@ -209,7 +209,7 @@ def _read_header(path: Path, headers: _Headers) -> None:
     for name, entry in shard.entries.items():
         if name in headers.owner:
             found = f"{headers.owner[name]} and {path.name}"
-            message = "two files hold a tensor of this name"
+            message = "two files contain a tensor of this name"
             headers.problems.append(Problem("duplicate_tensor", message, str(path), name, found, "one file"))
             continue
         headers.owner[name] = path.name
@@ -218,10 +218,10 @@ def _read_header(path: Path, headers: _Headers) -> None:
 
 
 def _sort_problems(error: InvalidFileError, headers: _Headers) -> None:
-    """A dtype we do not know may well be one that others do, as float8 is; everything else is damage."""
+    """Unknown dtypes may be valid elsewhere, such as float8; every other problem is damage."""
     for problem in error.problems:
         if problem.kind == "unknown_dtype":
-            message, remedy = "a dtype this tool does not read", "start from the unquantised checkpoint"
+            message, remedy = "this dtype is not supported", "start from the unquantised checkpoint"
             headers.unsupported.append(replace(problem, kind="unsupported_dtype", message=message, remedy=remedy))
         else:
             headers.problems.append(problem)
@@ -235,14 +235,14 @@ def _read_tensor(path: Path, stamp: Stamp, name: str, entry: Entry, begin: int) 
 
 
 def _check_index(path: Path, index: dict[str, str], headers: _Headers) -> None:
-    """Hold the index against what the files declare. A tensor that only its file lists is read, as transformers does."""
+    """Check the index against what the files declare. A tensor that only its file lists is read, as in transformers."""
     unreadable = {problem.file for problem in (*headers.problems, *headers.unsupported)}
     for name, shard in index.items():
         owner = headers.owner.get(name)
         if owner is None and str(path.with_name(shard)) not in unreadable:
-            message = "the index lists a tensor its file does not hold"
+            message = "the index lists a tensor that its file does not contain"
             remedy = "download the checkpoint again"
             headers.problems.append(Problem("missing_tensor", message, str(path), name, expected=shard, remedy=remedy))
         elif owner is not None and owner != shard:
-            message = "the index lists the tensor in another file than the one that holds it"
+            message = "the index lists the tensor in another file than the one that contains it"
             headers.problems.append(Problem("misplaced_tensor", message, str(path), name, owner, shard))

@@ -1,4 +1,4 @@
-"""A model of which only the configuration is here: what its tensors are called and how large they are, to plan with."""
+"""A model of which only the configuration exists here: names and shapes of its tensors, for planning."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ FORMAT = "config"
 """`provenance["format"]` of such a model."""
 
 DEFAULT_DTYPE = "bfloat16"
-"""Where the configuration does not say: what nearly all models are published in."""
+"""For configurations without a dtype: nearly all models are published in this one."""
 
 
 def open_config(folder: Path) -> Model:
-    """The model that the folder's `config.json` describes, of a family the runtime knows, as a dense model without payloads.
+    """The model that the folder's `config.json` describes, as a dense model without payloads; for families of the runtime.
 
     Names and shapes follow from the architecture, the dtype from `torch_dtype` (or `dtype`, as transformers 5 writes it).
-    Reading a payload raises InvalidFileError. Raises InvalidFileError for a configuration that is missing, broken or names no
-    dtype there is, UnsupportedError for one the runtime does not know or that says it is quantised.
+    Reading a payload raises InvalidFileError. Raises InvalidFileError for a configuration that is missing, invalid or has an
+    unknown dtype, UnsupportedError for one that the runtime does not know or that is quantised.
     """
     config = read_config(folder)
     dtype = _dtype(config, folder)
@@ -45,5 +45,5 @@ def _dtype(config: Mapping[str, Any], folder: Path) -> str:
     name = str(found).removeprefix("torch.")
     if name not in FLOAT_DTYPES:
         expected = ", ".join(FLOAT_DTYPES)
-        raise InvalidFileError(Problem("invalid_config", "torch_dtype names no float", str(folder), None, name, expected))
+        raise InvalidFileError(Problem("invalid_config", "torch_dtype is not a float type", str(folder), None, name, expected))
     return name

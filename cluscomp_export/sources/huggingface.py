@@ -1,9 +1,9 @@
 """Hugging Face model folders and single safetensors files, as dense models.
 
-Tensors keep their names and dtypes, with two exceptions. An output head that the configuration ties to the embedding and
-that repeats it byte for byte is dropped; where it differs, the tensors win over the configuration, as in transformers, and
-`tie_word_embeddings` becomes false. And a checkpoint saved from the base class, as those of embedding models are, has no
-`model.` before its names. It gets that, for the families the runtime knows: transformers reads either into either class.
+Tensors keep their names and dtypes, with two exceptions. First, an output head that the configuration ties to the embedding is
+dropped if it repeats the embedding byte for byte. If it differs, the tensors win, as in transformers, and `tie_word_embeddings`
+becomes false. Second, a checkpoint saved from the base class, such as one of an embedding model, has names without `model.`.
+For the families of the runtime the prefix is added; transformers reads both kinds into either class.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _IN_BASE_CLASS = re.compile(r"(?:embed_tokens|layers\.\d+|norm)\..*")
 def open_huggingface(folder: Path, weights: Path | None = None) -> Model:
     """Open a Hugging Face folder, or its one file `weights`, as a dense model.
 
-    Raises InvalidFileError with every problem found; UnsupportedError if the checkpoint is already quantised, an adapter, or of
+    Raises InvalidFileError with every problem found; UnsupportedError if the checkpoint is already quantised, an adapter, or in
     Mistral's own format.
     """
     try:
         checkpoint = open_checkpoint(folder, weights)
     except UnsupportedError:
-        # The configuration may say why a dtype is one that no model has.
+        # The configuration may explain an unusual dtype.
         refuse_quantized_config(folder, read_config(folder))
         raise
     refuse_quantized_config(folder, checkpoint.config)
@@ -52,13 +52,13 @@ def open_huggingface(folder: Path, weights: Path | None = None) -> Model:
 
 
 def provenance(source: str, checkpoint: Checkpoint) -> dict[str, Any]:
-    """The record of a safetensors source: nothing of it depends on where or when the files were read."""
+    """The provenance of a safetensors source. It does not depend on where or when the files were read."""
     num_bytes = sum(path.stat().st_size for path in checkpoint.weight_files)
     return {"format": source, "weight_files": len(checkpoint.weight_files), "weight_bytes": num_bytes, "stored_bits": {}}
 
 
 def untie(model: Model) -> Model:
-    """The model without a tied head that repeats the embedding; or, where the two differ, declared as not tied."""
+    """The model without a tied head that repeats the embedding; if the two differ, the model declared as not tied."""
     embedding, head = embedding_tensor(model), head_tensor(model)
     if not model.config.get("tie_word_embeddings") or embedding is None or head is None:
         return model
@@ -73,7 +73,7 @@ def untie(model: Model) -> Model:
 
 
 def _same_bytes(first: Array, second: Array) -> bool:
-    """Whether two arrays are identical bit for bit, compared piece by piece: both are memory maps, often large."""
+    """Whether two arrays are identical bit for bit, compared in pieces: both are memory maps, often large."""
     if (first.shape, first.dtype) != (second.shape, second.dtype):
         return False
     left, right = (array.read().reshape(-1).view(np.uint8) for array in (first, second))

@@ -1,11 +1,10 @@
-"""Which tensors of a model are the weights of decoder linears, and which are the embedding and the head.
+"""Which tensors of a model are weights of the linear layers in its decoder blocks, which are the embedding and the head.
 
-Known families go by exact names, so that nothing is clustered by accident. An architecture this module does not know is
-read by documented heuristics (`docs/sources.md`); what they pick can be narrowed by name in a plan. All of it looks at
-names, shapes and dtypes only: no payload is read.
+Known families use exact names, so that nothing is clustered by accident. Other architectures use documented heuristics
+(`docs/sources.md`); a plan can narrow their choice by name. Only names, shapes and dtypes are read, never a payload.
 
-GPT-2 stores its linears as `Conv1D`, `[in_features, out_features]`. They are listed as they are stored: clustering a
-stored matrix and decoding it gives the same stored matrix back, whichever way its owner multiplies with it.
+GPT-2 stores its linear layers as `Conv1D`, `[in_features, out_features]`. They are listed as stored: clustering and decoding a
+stored matrix gives the same orientation, however the model multiplies with it.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ _EMBEDDING = re.compile(
 _HEAD = re.compile(r"(?:.*\.)?(?:lm_head|embed_out|output_projection)\.weight|output\.weight")
 
 _NOT_LINEAR = re.compile(r"embed|wte|wpe|norm|(?:^|\.)ln_|lm_head|score|classifier|pooler|router|relative_attention_bias")
-"""Parts of names that the heuristics take for embeddings, norms, heads or routers, by customary naming."""
+"""Parts of names that the heuristics treat as embeddings, norms, heads or routers, by common naming."""
 
 _NOT_LINEAR_ENDINGS = (".mlp.gate.weight", ".block_sparse_moe.gate.weight", ".gate.wg.weight", ".indexer.weights_proj.weight")
-"""Routers of mixtures of experts, and what picks the tokens of sparse attention: tiny, and every token's path hangs on them."""
+"""Routers of mixtures of experts, and token selection of sparse attention: tiny, and every token depends on them."""
 
 _LAYER = re.compile(r"\.\d+\.")
 _EXPERTS = ".experts."
@@ -41,11 +40,11 @@ _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 def linear_tensors(model: Model) -> list[str]:
-    """Names of the weights of the linears inside the decoder blocks, in the order of the model.
+    """Names of the weights of the linear layers in the decoder blocks, in the order of the model.
 
     Llama, Mistral, Qwen2, Qwen3, SmolLM3: q, k, v, o, gate, up, down. OPT: q, k, v, out, fc1, fc2. Any other
-    `config["model_type"]`: every 2-D float tensor of a numbered layer that is called `.weight`, has more than one row and
-    column, and is not an embedding, norm, head or router by name; what is called `gate` beside `experts` is a router.
+    `config["model_type"]`: every 2-D float tensor of a numbered layer whose name ends with `.weight`, which has more than one
+    row and column, and whose name is not that of an embedding, norm, head or router. `gate` next to `experts` is a router.
     """
     pattern = _LINEARS_BY_MODEL_TYPE.get(str(model.config.get("model_type", "")))
     if pattern is not None:
@@ -75,19 +74,19 @@ def kind(name: str) -> str:
 
 
 def embedding_tensor(model: Model) -> str | None:
-    """Name of the token embedding, `[vocabulary, hidden_size]`, or None if no tensor is called like one."""
+    """Name of the token embedding, `[vocabulary, hidden_size]`, or None if no tensor has such a name."""
     return next((name for name in model.tensors if _EMBEDDING.fullmatch(name)), None)
 
 
 def head_tensor(model: Model) -> str | None:
-    """Name of the output projection, `[vocabulary, hidden_size]`, or None: the head is tied or there is none.
+    """Name of the output projection, `[vocabulary, hidden_size]`, or None if the head is tied or missing.
 
-    A head that classifies is none: it is tiny, and stays dense.
+    A classification head does not count: it is tiny and stays dense.
     """
     return next((name for name in model.tensors if _HEAD.fullmatch(name)), None)
 
 
 def logits_tensor(model: Model) -> str | None:
-    """Name of the matrix that gives the logits: the head or, where that is tied, the embedding. None: the model gives none."""
+    """Name of the matrix that gives the logits: the head or, if that is tied, the embedding. None if there are no logits."""
     head = head_tensor(model)
     return embedding_tensor(model) if head is None and model.config.get("tie_word_embeddings") else head

@@ -1,4 +1,4 @@
-"""Open whatever a user has: the kind of source is told by its content, never by its suffix."""
+"""Open any source. Its kind is recognised by its content, never by its suffix."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cluscomp_formats.ir import Model
 __all__ = ["CONFIG_ONLY", "files_left_behind", "open_source", "source_bytes", "source_files"]
 
 _MAX_HEADER_BYTES = 100_000_000
-"""The limit the safetensors library sets to itself."""
+"""The limit of the safetensors library."""
 
 
 def open_source(path: Path, delta: Path | None = None, *, to_plan: bool = False) -> Model:
@@ -32,8 +32,8 @@ def open_source(path: Path, delta: Path | None = None, *, to_plan: bool = False)
     Reads Hugging Face folders, single safetensors files with `config.json` beside them, GGUF files, folders of the authors'
     ClusComp implementation, and every format of `cluscomp_formats.registry`. `provenance["format"]` of
     the first four is `huggingface`, `huggingface`, `gguf` and `cluscomp-reference`; `provenance["stored_bits"]` maps names of
-    tensors the source stores in less than 16 bits per weight to those bits. With `delta`, the model has that applied.
-    `to_plan` also takes a folder that holds no weights but a `config.json` (`config_only`); the format is then `CONFIG_ONLY`.
+    tensors that the source stores in less than 16 bits per weight to those bits. `delta` is applied to the model. `to_plan`
+    also accepts a folder with a `config.json` and no weights (`config_only`); the format is then `CONFIG_ONLY`.
 
     Raises InvalidFileError with every problem found, also for a delta of another model, UnsupportedError for valid files this
     version does not read, StorageError if the operating system refuses to read them.
@@ -53,12 +53,12 @@ def _open_by_content(path: Path) -> Model:
         if os.path.lexists(path / CONFIG) or _has_weights(path):
             return _open_checkpoint(path)
         raise InvalidFileError(_unrecognised(path))
-    # Those who look at the first bytes do not say why they cannot.
+    # The functions that look at the first bytes do not say why they fail.
     os.close(open_regular(path))
     if is_gguf(path):
         return model_of(path, read_gguf(path))
     if is_delta(path):
-        message, remedy = "a delta, not a model", "name the model it belongs to, and give this as `delta`, or merge them"
+        message, remedy = "a delta, not a model", "give the model it belongs to, and this file as `delta`; or merge them"
         raise InvalidFileError(Problem("is_delta", message, str(path), remedy=remedy))
     if _is_safetensors(path):
         return _open_checkpoint(path.parent, path)
@@ -76,7 +76,7 @@ def _unrecognised(path: Path) -> Problem:
     expected = "; ".join(
         (
             "a Hugging Face folder",
-            "a .safetensors file with config.json beside it",
+            "a .safetensors file with config.json next to it",
             "a GGUF file",
             registry.describe_formats(),
         )
@@ -87,7 +87,7 @@ def _unrecognised(path: Path) -> Problem:
 
 
 def _config_or_none(folder: Path) -> dict[str, Any] | None:
-    """The folder's configuration, or None if it cannot be read: opening will report that along with the rest."""
+    """The folder's configuration, or None if it cannot be read; opening then reports that with other problems."""
     try:
         return read_config(folder)
     except InvalidFileError:
@@ -104,22 +104,22 @@ def _is_config_only(path: Path) -> bool:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """Whether a file begins as a safetensors file does: a plausible length of the header, then its opening brace."""
+    """Whether a file begins like a safetensors file: a plausible header length, then an opening brace."""
     head = first_bytes(path, 9)
     return len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") <= _MAX_HEADER_BYTES
 
 
 def source_files(path: Path) -> list[Path]:
-    """Files that a model is read from if `path` is one of them: parts of a split GGUF file, a safetensors file's neighbours.
+    """Files that may be read with `path`: the parts of a split GGUF file, the files next to a safetensors file.
 
-    Some of them may not be there, and not all of a folder's files need be the model's.
+    Some may not exist, and some may not belong to the model.
     """
     beside = _is_safetensors(path) and not is_delta(path)
     return sorted(path.parent.iterdir()) if beside else gguf_parts(path)
 
 
 def files_left_behind(source: Model, path: Path) -> list[str]:
-    """Names of what a checkpoint's folder holds and the model opened from there does not: neither weights nor hidden files."""
+    """Names in a checkpoint's folder that the model opened from there does not contain; no weights, no hidden files."""
     if source.provenance.get("format") not in ("huggingface", "cluscomp-reference"):
         return []
     try:

@@ -7,7 +7,7 @@ Such a folder's `config.json` has `num_clusters` and `cluster_dim`; a clustered 
   along its output channels to a multiple of `cluster_dim`, cut row by row into vectors.
 
 The weight's own shape is not stored. It follows from the configuration for the linears of Llama, Mistral and OPT, the
-architectures the authors support, and is held against the lengths of the index and of the bias.
+architectures that the authors support, and is checked against the lengths of the index and of the bias.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ _CLUSTER, _INDEX = ".cluster", ".index"
 
 
 def is_reference_config(config: Mapping[str, Any]) -> bool:
-    """Whether a `config.json` is that of an authors' checkpoint."""
+    """Whether this is the `config.json` of an authors' checkpoint."""
     return "num_clusters" in config and "cluster_dim" in config
 
 
 def open_reference(folder: Path, weights: Path | None = None) -> Model:
-    """Open an authors' checkpoint, or its one file `weights`.
+    """Open an authors' checkpoint, or its only file `weights`.
 
-    Each clustered module becomes `<module>.weight` with a codebook called `<module>`. Shapes and partners are checked here;
-    the range of the index and the finiteness of the codebook when they are read, one module at a time. Raises
-    InvalidFileError, in both places.
+    Each clustered module becomes `<module>.weight` with a codebook named `<module>`. Shapes and missing parts are checked here.
+    The range of the index and the finiteness of the codebook are checked when they are read, one module at a time. Both raise
+    InvalidFileError.
     """
     checkpoint = open_checkpoint(folder, weights)
     arrays = checkpoint.tensors
@@ -69,7 +69,7 @@ def open_reference(folder: Path, weights: Path | None = None) -> Model:
             problems.append(found)
     if not modules:
         expected = f"<module>{_CLUSTER} and <module>{_INDEX}"
-        problems.append(Problem("not_clustered", "the checkpoint holds no clustered module", str(folder), expected=expected))
+        problems.append(Problem("not_clustered", "the checkpoint has no clustered module", str(folder), expected=expected))
     if problems:
         raise InvalidFileError(problems)
 
@@ -82,12 +82,12 @@ def open_reference(folder: Path, weights: Path | None = None) -> Model:
 
 
 def _clustered(folder: Path, module: str, arrays: Mapping[str, Array], config: Mapping[str, Any]) -> ClusteredWeight | Problem:
-    """The module's weight, or what is wrong with its parts."""
+    """The module's weight, or the problem with its parts."""
     where = str(folder)
     cluster, index, bias = (arrays.get(f"{module}{part}") for part in (_CLUSTER, _INDEX, ".bias"))
     if cluster is None or index is None:
         missing = f"{module}{_CLUSTER if cluster is None else _INDEX}"
-        return Problem("missing_tensor", "a codebook or index lacks its partner", where, missing, "nothing", "the tensor")
+        return Problem("missing_tensor", "codebook or index of a module is missing", where, missing, "nothing", "the tensor")
     if f"{module}.weight" in arrays:
         return Problem("duplicate_tensor", "the module has both a codebook and a weight", where, f"{module}.weight")
     # The authors' code stores floats.
@@ -95,25 +95,25 @@ def _clustered(folder: Path, module: str, arrays: Mapping[str, Array], config: M
     if len(cluster.shape) != 2 or not fit or not 1 <= cluster.shape[0] <= MAX_CLUSTERS:
         found = f"{cluster.dtype} {list(cluster.shape)}"
         expected = f"float [1 to {MAX_CLUSTERS}, cluster_dim]"
-        return Problem("bad_codebook", "not a codebook", where, f"{module}{_CLUSTER}", found, expected)
+        return Problem("bad_codebook", "not a valid codebook", where, f"{module}{_CLUSTER}", found, expected)
     if cluster.shape[1] < 1:
-        return Problem("bad_codebook", "not a codebook", where, f"{module}{_CLUSTER}", "cluster_dim 0", "1 or more")
+        return Problem("bad_codebook", "not a valid codebook", where, f"{module}{_CLUSTER}", "cluster_dim 0", "1 or more")
     if len(index.shape) != 1 or index.dtype in (*FLOAT_DTYPES, "bool"):
         found = f"{index.dtype} {list(index.shape)}"
-        return Problem("bad_index", "not an index", where, f"{module}{_INDEX}", found, "integer [num_vectors]")
+        return Problem("bad_index", "not a valid index", where, f"{module}{_INDEX}", found, "integer [num_vectors]")
     shape = _weight_shape(module, config)
     if shape is None:
-        message = "the shape of the weight cannot be told: neither file nor configuration says it"
+        message = "the shape of the weight is unknown: neither file nor configuration has it"
         expected = "a linear of Llama, Mistral or OPT, and its sizes in config.json"
         return Problem("unknown_shape", message, where, f"{module}{_INDEX}", module.rsplit(".", 1)[-1], expected)
     out_features, in_features = shape
     if bias is not None and bias.shape != (out_features,):
-        message = "the bias does not have one element for each output of the configuration"
+        message = "the bias does not have one element per output of the configuration"
         return Problem("wrong_shape", message, where, f"{module}.bias", str(list(bias.shape)), str([out_features]))
     groups = -(-out_features // cluster.shape[1])
     if index.size != in_features * groups:
         expected = f"{in_features * groups} = {in_features} inputs x {groups} vectors of {cluster.shape[1]} outputs"
-        return Problem("wrong_length", "the index is of another length", where, f"{module}{_INDEX}", str(index.size), expected)
+        return Problem("wrong_length", "the index has the wrong length", where, f"{module}{_INDEX}", str(index.size), expected)
     codebook = Codebook(module, Array(cluster.shape, cluster.dtype, lambda: _finite(where, module, cluster)))
     num_clusters = cluster.shape[0]
     codes = Array((in_features, groups), "uint16", lambda: _codes(where, module, index, num_clusters, (in_features, groups)))
@@ -164,12 +164,12 @@ def _finite(where: str, module: str, cluster: Array) -> AnyArray:
 
 
 def _codes(where: str, module: str, index: Array, num_clusters: int, shape: tuple[int, int]) -> AnyArray:
-    """The index as uint16 codes of `shape`. Raises InvalidFileError if an entry is no cluster."""
+    """The index as uint16 codes of `shape`. Raises InvalidFileError if an entry is out of range."""
     values = index.read()
     low, high = int(values.min()), int(values.max())
     if low < 0 or high >= num_clusters:
         found = f"{low} to {high}"
-        message = "the index names clusters the codebook does not have"
+        message = "the index refers to clusters that the codebook does not have"
         problem = Problem("code_out_of_range", message, where, f"{module}{_INDEX}", found, f"0 to {num_clusters - 1}")
         raise InvalidFileError(problem)
     return values.astype(np.uint16).reshape(shape)

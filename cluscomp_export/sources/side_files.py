@@ -1,7 +1,8 @@
-"""Which files of a model's folder travel with its weights, and which stay behind.
+"""Which files of a model's folder are kept with its weights, and which are left out.
 
-What transformers and sentence-transformers open beside the weights does: tokenizers, processors, templates, the modules of an
-embedding model. So do licences, and the model's own code where a configuration names it: as data, which nothing here runs.
+Kept are the files that transformers and sentence-transformers open in addition to the weights: tokenizers, processors,
+templates, the modules of an embedding model. Licences are kept, too, and the model's own code if a configuration refers to it:
+as data, which is never run here.
 """
 
 from __future__ import annotations
@@ -53,10 +54,10 @@ _ELSEWHERE = {"config.json", "adapter_config.json", "quantize_config.json"}
 
 
 def read_side_files(folder: Path, config: Mapping[str, Any] | None) -> dict[str, Array]:
-    """The files of the folder that travel with the model of that configuration, by name, as uint8 `[bytes]`.
+    """The files of the folder that are kept with the model of that configuration, by name, as uint8 `[bytes]`.
 
-    Raises InvalidFileError with the problems of all: what has such a name and is no file, too long or a link that leads out of
-    the folder (see `cluscomp_formats.files.model_folder`); StorageError.
+    Raises InvalidFileError with all problems: a name that is not a file, a file that is too long, a link out of the folder (see
+    `cluscomp_formats.files.model_folder`). Raises StorageError.
     """
     files: dict[str, Array] = {}
     problems: list[Problem] = []
@@ -85,12 +86,12 @@ def _configurations(files: Mapping[str, Array]) -> Iterator[Array]:
 
 
 def _names(folder: Path) -> list[str]:
-    """Names in a folder, none if it is no folder. Raises OSError."""
+    """Names in a folder; none if it is not a folder. Raises OSError."""
     return [path.name for path in folder.iterdir()] if folder.is_dir() else []
 
 
 def left_behind(folder: Path, files: Collection[str]) -> list[str]:
-    """Names in the folder of what is neither among the `files` that travel, nor weights, nor hidden. Raises OSError."""
+    """Names in the folder that are not among `files`, not weights and not hidden. Raises OSError."""
     taken = {*files, *_ELSEWHERE}
     return sorted(
         name for name in names_in(folder) if name not in taken and not _OF_WEIGHTS.fullmatch(name) and not name.startswith(".")

@@ -1,7 +1,7 @@
-"""Infinity and NaN in configurations, which JSON does not have.
+"""Infinity and NaN in configurations. JSON does not have them.
 
-Python reads and writes them bare, and so does transformers, which since version 5 writes `{"__float__": "Infinity"}` instead.
-That is JSON, so it is what a configuration holds here: it has a digest, and every format can store it.
+Python reads and writes them as bare words. So did transformers; since version 5 it writes `{"__float__": "Infinity"}`. That is
+valid JSON, so configurations have this form here: it has a digest, and every format can store it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _tagged(name: str) -> dict[str, str]:
 
 
 def _finite(digits: str) -> float | dict[str, str]:
-    """1e999 is a number in JSON, and infinite to everyone who reads it."""
+    """1e999 is a number in JSON, but every reader makes infinity of it."""
     number = float(digits)
     return number if math.isfinite(number) else _tagged(_NAMES[number])
 

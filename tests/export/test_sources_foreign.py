@@ -54,7 +54,7 @@ def test_a_quantised_checkpoint_by_its_configuration(folder: Path, config: dict[
     edit(folder, config)
     problem = refusal(folder)
     assert (problem.kind, problem.found) == ("already_quantized", "awq")
-    assert problem.remedy == "start from the checkpoint that it was made from"
+    assert problem.remedy == "start from the checkpoint from which it was made"
 
 
 def test_what_transformers_can_decode_has_the_command_for_it(folder: Path, tmp_path: Path) -> None:

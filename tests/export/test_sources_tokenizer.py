@@ -343,7 +343,7 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
     "types short": ({"tokenizer.ggml.token_type": [1]}, "1 items for"),
     "no merges": ({"tokenizer.ggml.merges": None}, "merges is missing"),
     "merge of one": ({"tokenizer.ggml.merges": ["a"]}, "the merge 'a'"),
-    "merge unknown": ({"tokenizer.ggml.merges": ["\u2581 \u2581"]}, "not of two tokens"),
+    "merge unknown": ({"tokenizer.ggml.merges": ["\u2581 \u2581"]}, "does not combine two tokens"),
     "special past the end": ({"tokenizer.ggml.bos_token_id": 10**6}, "bos_token_id is 1000000"),
     "special of another type": ({"tokenizer.ggml.eos_token_id": "x"}, "eos_token_id is 'x'"),
     "no scores": ({"tokenizer.ggml.model": "llama"}, "scores is missing"),

@@ -18,13 +18,13 @@ __all__ = ["build_config", "find_architecture"]
 
 
 def find_architecture(file: str, metadata: Mapping[str, Any]) -> Architecture:
-    """The file's architecture. Raises UnsupportedError naming it and those there are, InvalidFileError if it has none."""
+    """The file's architecture. Raises UnsupportedError for an unknown one, InvalidFileError if the file names none."""
     name = metadata.get("general.architecture")
     if not isinstance(name, str):
         raise InvalidFileError(Problem("missing_key", "the file names no architecture", file, expected="general.architecture"))
     if name not in ARCHITECTURES:
         remedy = "use the Hugging Face checkpoint of this model"
-        message = "an architecture this tool cannot map to Hugging Face names"
+        message = "this architecture cannot be mapped to Hugging Face names"
         raise UnsupportedError(Problem("unknown_architecture", message, file, None, name, ", ".join(ARCHITECTURES), remedy))
     return ARCHITECTURES[name]
 
@@ -37,13 +37,13 @@ class _Keys:
         self.problems: list[Problem] = []
 
     def number(self, key: str, types: tuple[type, ...], default: float | None = None) -> Any:
-        """A positive number, a float within the range of float32, or 1 after its problem was noted."""
+        """A positive number, in the range of float32 if it is a float; 1 after recording a problem."""
         full = f"{self.arch}.{key}"
         value = self.metadata.get(full, default)
         if type(value) in types and (is_positive_float32(value) if type(value) is float else value > 0):
             return value
         found = "nothing" if value is None else ascii(value)[:80]
-        problem = Problem("bad_key", f"the metadata key {full} is missing or no positive number", self.file, found=found)
+        problem = Problem("bad_key", f"the metadata key {full} is missing or not a positive number", self.file, found=found)
         self.problems.append(problem)
         return 1
 
@@ -61,7 +61,7 @@ def build_config(
     """The `config.json` of the model. `rope_divisors` is the content of `rope_freqs.weight`, if the file has one.
 
     Raises InvalidFileError for hyperparameters that are missing or contradict each other; UnsupportedError for mixtures of
-    experts, partial rotation and scalings Hugging Face has no parameters for.
+    experts, partial rotation, and rotary scalings for which Hugging Face has no parameters.
     """
     keys = _Keys(file, architecture.name, metadata)
     hidden, heads = keys.integer("embedding_length"), keys.integer("attention.head_count")
@@ -74,7 +74,7 @@ def build_config(
     epsilon = keys.number("attention.layer_norm_rms_epsilon", (float,))
     if heads % key_value_heads or head_dim % 2:
         found = f"{heads} heads, {key_value_heads} key heads, head_dim {head_dim}"
-        keys.problems.append(Problem("bad_key", "the attention's sizes contradict each other", file, found=found))
+        keys.problems.append(Problem("bad_key", "the sizes of the attention contradict each other", file, found=found))
     if layers > len(tensors):
         found, expected = f"{layers} blocks", f"no more than its {len(tensors)} tensors"
         keys.problems.append(Problem("bad_key", "more blocks than tensors", file, None, found, expected))

@@ -1,8 +1,8 @@
-"""Payloads of GGUF tensors as lazy arrays: plain types as they are, quantised types decoded to float32 by gguf-py.
+"""Payloads of GGUF tensors as lazy arrays: plain types unchanged, quantised types decoded to float32 by gguf-py.
 
 llama.cpp's converter stores the rows of the query and key projections of Llama models in another order: within each head,
 the two halves that rotary embedding pairs up are interleaved, `stored[2 i + j] = original[j * head_dim / 2 + i]`. Given the
-number of heads, the rows are put back as Hugging Face has them.
+number of heads, the rows are restored to the order of Hugging Face.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PLAIN_DTYPES = {
     "I32": "int32",
     "I64": "int64",
 }
-"""ggml types that are stored value by value, and the IR dtype of each."""
+"""ggml types that are not quantised, and the IR dtype of each."""
 
 
 def check_decodable(tensors: list[StoredTensor]) -> None:
@@ -53,7 +53,7 @@ def check_decodable(tensors: list[StoredTensor]) -> None:
 
 
 def lazy_array(tensor: StoredTensor, permuted_heads: int | None = None) -> Array:
-    """The tensor as an Array; `permuted_heads` is the number of heads whose rows are to be put back in order."""
+    """The tensor as an Array; `permuted_heads` is the number of heads whose rows must be restored to order."""
 
     def load() -> AnyArray:
         values = _load(tensor)
@@ -69,7 +69,7 @@ def _load(tensor: StoredTensor) -> AnyArray:
     gguf = gguf_package()
     rows = tensor.shape[:-1]
     blocks = _mapped(tensor, np.dtype(np.uint8), (*rows, tensor.nbytes // math.prod(rows)))
-    # Scales of a damaged or hostile file may be infinite; what to do about such weights is for the caller to say.
+    # Scales of a damaged or untrusted file may be infinite; the caller decides about such weights.
     with np.errstate(all="ignore"):
         values: AnyArray = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType(tensor.type_number))
     return values.reshape(tensor.shape)

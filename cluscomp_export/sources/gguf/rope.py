@@ -1,8 +1,8 @@
 """Rotary embedding of a GGUF file as the `rope_theta` and `rope_scaling` of a Hugging Face configuration.
 
-Llama 3.1 and later scale each frequency by itself. The converter stores the result, the divisors of the frequencies, as the
-tensor `rope_freqs.weight` `[head_dim / 2]`; Hugging Face wants the parameters of the formula. They are found by trying
-the ones in use and recomputing the divisors.
+Llama 3.1 and later scale each frequency separately. The converter stores the divisors of the frequencies as the tensor
+`rope_freqs.weight` `[head_dim / 2]`; Hugging Face needs the parameters of the formula. They are found by trying the values in
+use and computing the divisors again.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def shortest_float(value: float) -> float:
 def rope_config(
     file: str, arch: str, metadata: Mapping[str, Any], head_dim: int, divisors: npt.NDArray[np.float32] | None
 ) -> dict[str, Any]:
-    """`rope_theta` and, where the file scales, `rope_scaling`. `divisors` is the content of `rope_freqs.weight`, if any.
+    """`rope_theta` and, if the file has a scaling, `rope_scaling`. `divisors` is the content of `rope_freqs.weight`, if any.
 
     Raises UnsupportedError if the scaling cannot be expressed.
     """
@@ -48,17 +48,19 @@ def rope_config(
     if divisors is not None and not np.all(divisors == 1.0):
         if scaling is not None:
             found = f"{scaling['rope_type']} and rope_freqs.weight"
-            raise UnsupportedError(Problem("rope_scaling", "two kinds of rotary scaling at once", file, found=found))
+            raise UnsupportedError(Problem("rope_scaling", "the file has two rotary scalings", file, found=found))
         scaling = _llama3_scaling(file, theta, head_dim, divisors)
     return {"rope_theta": theta} if scaling is None else {"rope_theta": theta, "rope_scaling": scaling}
 
 
 def _positive(file: str, metadata: Mapping[str, Any], key: str, default: float) -> float:
-    """A positive finite number of the metadata. Raises InvalidFileError if it is something else."""
+    """A positive finite number of the metadata. Raises InvalidFileError for anything else."""
     value = metadata.get(key, default)
     if isinstance(value, float) and is_positive_float32(value):
         return shortest_float(value)
-    raise InvalidFileError(Problem("bad_key", f"the metadata key {key} is no positive number", file, found=ascii(value)[:80]))
+    raise InvalidFileError(
+        Problem("bad_key", f"the metadata key {key} is not a positive number", file, found=ascii(value)[:80])
+    )
 
 
 def _declared_scaling(file: str, arch: str, metadata: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -77,11 +79,11 @@ def _declared_scaling(file: str, arch: str, metadata: Mapping[str, Any]) -> dict
         return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": context}
     found = f"{rope_type!a}, attention factor {attention}, original context {context}"
     expected = "none, linear, or yarn with its original context length"
-    raise UnsupportedError(Problem("rope_scaling", "a rotary scaling this tool does not read", file, None, found, expected))
+    raise UnsupportedError(Problem("rope_scaling", "this rotary scaling is not supported", file, None, found, expected))
 
 
 def _llama3_scaling(file: str, theta: float, head_dim: int, divisors: npt.NDArray[np.float32]) -> dict[str, Any]:
-    # The long waves are divided by the factor itself, but for float32 noise.
+    # Long wavelengths are divided by the factor itself, up to float32 rounding.
     factor = float(f"{divisors.max():.4g}")
     usable = divisors.shape == (head_dim // 2,) and is_positive_float32(factor)
     for context in _ORIGINAL_CONTEXTS if usable else ():
@@ -95,7 +97,7 @@ def _llama3_scaling(file: str, theta: float, head_dim: int, divisors: npt.NDArra
                 "high_freq_factor": _HIGH_FREQ_FACTOR,
                 "original_max_position_embeddings": context,
             }
-    message = "the rotary divisors are not those of Llama 3.1's formula with its usual parameters"
+    message = "the rotary divisors do not follow Llama 3.1's formula with its usual parameters"
     remedy = "use the Hugging Face checkpoint of this model"
     found = f"{list(divisors.shape)}, from {divisors.min():g} to {divisors.max():g}"
     raise UnsupportedError(Problem("rope_scaling", message, file, "rope_freqs.weight", found, None, remedy))

@@ -26,19 +26,19 @@ _SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<count>\d{5})\.ggu
 
 _ROPE_DIVISORS = "rope_freqs.weight"
 _UNUSED = re.compile(r"blk\.\d+\.attn_rot_embd(?:\.weight)?")
-"""Rotary frequencies of old converters, which every reader computes itself."""
+"""Rotary frequencies written by old converters; every reader computes them."""
 
 _NAMED = 8
 """Tensors named in a message, at most."""
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether it is a file that begins as a GGUF file does. Never raises."""
+    """Whether it is a file that begins like a GGUF file. Never raises."""
     return first_bytes(path, len(MAGIC)) == MAGIC
 
 
 def gguf_parts(path: Path) -> list[Path]:
-    """All files of the model `path` is a part of, in order, whether they exist or not; `path` alone if it is not split."""
+    """All parts of the split model that `path` belongs to, in order, even if missing; only `path` if it is not split."""
     match = _SPLIT_NAME.fullmatch(path.name)
     count = int(match["count"]) if match else 0
     if match is None or not 1 <= int(match["part"]) <= count:
@@ -47,10 +47,10 @@ def gguf_parts(path: Path) -> list[Path]:
 
 
 def model_of(path: Path, container: Container) -> Model:
-    """The model in what `read_gguf(path)` gave.
+    """The model in the result of `read_gguf(path)`.
 
     Plain tensors keep their dtype, quantised ones are decoded to float32 when they are read. Raises InvalidFileError for
-    contradictory files; UnsupportedError for architectures and types that are not read.
+    contradictory files; UnsupportedError for architectures and types that are not supported.
     """
     file, metadata, stored = str(path), container.metadata, container.tensors
     architecture = find_architecture(file, metadata)
@@ -81,7 +81,7 @@ def model_of(path: Path, container: Container) -> Model:
 
 
 def _tokenizer(metadata: Mapping[str, Any]) -> tuple[dict[str, Array], str]:
-    """The tokenizer's files, and what it is, or why there is none."""
+    """The tokenizer's files, and a note that describes it or says why there is none."""
     built = build_generation_config(metadata)
     try:
         built |= build_tokenizer(metadata)
@@ -92,7 +92,7 @@ def _tokenizer(metadata: Mapping[str, Any]) -> tuple[dict[str, Array], str]:
 
 
 def _text(metadata: Mapping[str, Any], key: str) -> str:
-    """A text of the metadata, what is not UTF-8 replaced; empty if there is none."""
+    """A text of the metadata with invalid UTF-8 replaced; empty if it is missing."""
     value = metadata.get(key)
     return value.encode("utf-8", "surrogateescape").decode("utf-8", "replace") if isinstance(value, str) else ""
 
@@ -101,15 +101,15 @@ def read_gguf(path: Path) -> Container:
     """Parse a GGUF file, or all parts of the model if `path` is any part of a split one; no tensor is read.
 
     Metadata comes from the first part, as in llama.cpp. Raises InvalidFileError for truncated or damaged files and missing
-    parts; UnsupportedError for versions, byte orders and tensor types that are not read.
+    parts; UnsupportedError for versions, byte orders and tensor types that are not supported.
     """
     parts = gguf_parts(path)
     if len(parts) == 1:
         container = read_container(path)
         declared = container.metadata.get("split.count", 1) or 1
         if declared != 1:
-            remedy = "give the parts back their names: NAME-00001-of-0000N.gguf"
-            message = "a part of a split model, not named like one"
+            remedy = "rename the parts to NAME-00001-of-0000N.gguf"
+            message = "a part of a split model without the name of a part"
             raise UnsupportedError(Problem("split_name", message, str(path), None, path.name, f"{declared} parts", remedy))
         return container
     missing = [part for part in parts if not os.path.lexists(part)]
@@ -122,16 +122,16 @@ def read_gguf(path: Path) -> Container:
     for number, (part, container) in enumerate(zip(parts, containers, strict=True)):
         place = (container.metadata.get("split.no"), container.metadata.get("split.count"))
         if place != (number, len(parts)):
-            message = "the part does not say what its name says"
+            message = "the number in the part does not match its name"
             expected = f"part {number} of {len(parts)}"
             problems.append(Problem("bad_split", message, str(part), None, f"part {place[0]} of {place[1]}", expected))
-        message = "two parts hold a tensor of this name"
+        message = "two parts contain a tensor of this name"
         twice = sorted(tensors.keys() & container.tensors.keys())
         problems.extend(Problem("duplicate_tensor", message, str(part), name) for name in twice)
         tensors.update(container.tensors)
     total = containers[0].metadata.get("split.tensors.count", len(tensors))
     if total != len(tensors):
-        message = "the parts do not hold all tensors of the model"
+        message = "the parts do not contain all tensors of the model"
         problems.append(Problem("missing_tensor", message, str(path), None, str(len(tensors)), str(total)))
     if problems:
         raise InvalidFileError(problems)
@@ -139,7 +139,7 @@ def read_gguf(path: Path) -> Container:
 
 
 def _check_tensors(file: str, expected: Mapping[str, Placed], stored: Mapping[str, StoredTensor]) -> None:
-    """Hold the directory against the architecture's table. Raises InvalidFileError, UnsupportedError."""
+    """Check the stored tensors against those of the architecture. Raises InvalidFileError, UnsupportedError."""
     problems = []
     for name, place in expected.items():
         tensor = stored.get(name)

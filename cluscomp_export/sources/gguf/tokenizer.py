@@ -2,13 +2,13 @@
 
 Two of llama.cpp's tokenizer models are rebuilt:
 
-- `gpt2`: byte-level BPE with the merges of the file. How text is cut into words before merging is not stored, only the name
-  of a scheme (`tokenizer.ggml.pre`), see `cluscomp_formats.tokens.word_schemes`.
-- `llama`: SentencePiece BPE. It merges, over and over, the neighbours whose union has the best score; the
-  `tokenizers` library wants a ranked list of merges instead, which is recovered from the scores.
+- `gpt2`: byte-level BPE with the merges of the file. How text is cut into words before merging is not stored; only the name
+  of a scheme is (`tokenizer.ggml.pre`), see `cluscomp_formats.tokens.word_schemes`.
+- `llama`: SentencePiece BPE. It repeatedly merges the neighbours whose union has the best score. The `tokenizers` library needs
+  a ranked list of merges instead, which is recovered from the scores.
 
-For any other model, an unknown scheme or inconsistent data there is no tokenizer but a note that says why. Generations end at
-the tokens at which llama.cpp ends them, see `cluscomp_formats.gguf.end_of_generation`.
+For any other model, an unknown scheme or inconsistent data, there is no tokenizer, and a note says why. Generation ends at the
+same tokens as in llama.cpp, see `cluscomp_formats.gguf.end_of_generation`.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5
 """Values of `tokenizer.ggml.token_type`."""
 
 _NAMES = {"bos": "bos", "eos": "eos", "unknown": "unk", "seperator": "sep", "padding": "pad", "cls": "cls", "mask": "mask"}
-"""What the tokens of `tokenizer.ggml.<key>_token_id` are called in Hugging Face's files."""
+"""Names in Hugging Face's files of the tokens of `tokenizer.ggml.<key>_token_id`."""
 _END_KEYS = (*KEYS, "fim_pad", "fim_rep", "fim_sep")
 _DEFAULTS = {"llama": {"bos": 1, "eos": 2, "unknown": 0}, "gpt2": {"bos": 11, "eos": 11}}
-"""What llama.cpp assumes where a file does not name these tokens, if there are as many."""
+"""What llama.cpp assumes if a file does not name these tokens and has at least so many."""
 
 _SPACE = "\u2581"
 
@@ -119,7 +119,7 @@ def build_generation_config(metadata: Mapping[str, Any]) -> dict[str, bytes]:
 
 
 def _special_ids(metadata: Mapping[str, Any], keys: Sequence[str], count: int) -> dict[str, int]:
-    """The ids of `tokenizer.ggml.<key>_token_id`, llama.cpp's defaults where there is none or it is not one of the tokens."""
+    """The ids of `tokenizer.ggml.<key>_token_id`, llama.cpp's defaults if one is missing or out of range."""
     model = metadata.get("tokenizer.ggml.model")
     found = {key: number for key, number in _DEFAULTS.get(str(model), {}).items() if key in keys}
     for key in keys:
@@ -143,7 +143,7 @@ def _list(metadata: Mapping[str, Any], key: str, item: type, length: int | None 
 
 
 def _vocabulary(metadata: Mapping[str, Any]) -> _Vocabulary:
-    # llama.cpp too gives empty tokens a name, so that ids and texts stay one to one.
+    # llama.cpp also names empty tokens, so that each text has one id.
     texts = _list(metadata, "tokens", str)
     tokens = [text or f"[EMPTY_{number}]" for number, text in enumerate(texts)]
     if len(set(tokens)) != len(tokens):
@@ -162,7 +162,7 @@ def _vocabulary(metadata: Mapping[str, Any]) -> _Vocabulary:
 
 
 def _added_tokens(vocabulary: _Vocabulary) -> list[dict[str, Any]]:
-    """Tokens that are found in the text as they are, before anything else: control, unknown and user-defined ones."""
+    """Tokens that are matched in the text before anything else: control, unknown and user-defined ones."""
     kept_whole = (_UNKNOWN, _CONTROL, _USER_DEFINED)
     return [
         {
@@ -218,7 +218,7 @@ def _bpe(vocabulary: _Vocabulary, merges: Sequence[tuple[str, str]], **options: 
         "vocab": {
             token: number
             for number, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True))
-            # The name that converters give to an embedding without a token.
+            # Converters give this name to an embedding without a token.
             if kind != _UNUSED or token != f"[PAD{number}]"
         },
         "merges": [list(merge) for merge in merges],
@@ -229,11 +229,11 @@ def _byte_level(metadata: Mapping[str, Any], vocabulary: _Vocabulary, scheme: Sc
     known = set(vocabulary.tokens)
     merges = []
     for line in _list(metadata, "merges", str):
-        # A part may begin with a space, never contain another: llama.cpp too searches from the second character.
+        # A part may begin with a space but not contain another one: llama.cpp also searches from the second character.
         at = line.find(" ", 1)
         left, right = line[:at], line[at + 1 :]
         if at < 0 or not {left, right, left + right} <= known:
-            raise UnsupportedTokenizer(f"the merge {line!a} is not of two tokens that make a third")
+            raise UnsupportedTokenizer(f"the merge {line!a} does not combine two tokens into a third")
         merges.append((left, right))
     words = [
         {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False} for pattern in scheme.patterns
