@@ -87,7 +87,7 @@ def check_health(model: Model, path: Path, on_progress: Progress = silent) -> He
     on_progress("reading", len(payloads), len(payloads))
     health.digest = builder.digest() if all_read else None
     if not health.problems and model.claimed_digest not in (None, health.digest):
-        message, remedy = "the content is not what the digest says", "copy, download or convert it again"
+        message, remedy = "the content does not match the digest", "copy, download or convert it again"
         problem = Problem("digest_mismatch", message, str(path), None, health.digest, model.claimed_digest, remedy)
         health.problems.append(problem)
     return health

@@ -266,5 +266,5 @@ def test_figures_are_not_given_for_a_model_that_is_not_what_its_digest_says(
 ) -> None:
     model = replace(open_source(stories_folder), claimed_digest=NO_DIGEST)
     monkeypatch.setattr("cluscomp_export.evaluation.evaluate.open_source", lambda *_: model)
-    with pytest.raises(InvalidFileError, match="not what the digest says"):
+    with pytest.raises(InvalidFileError, match="does not match the digest"):
         evaluate_files(stories_folder, text=stories_text, context=64, windows=1)

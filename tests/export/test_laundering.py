@@ -57,7 +57,7 @@ def test_the_error_names_the_source(artefact: Path, tmp_path: Path, monkeypatch:
     """A file whose digest is another's, for whatever reason: it has no record that would tell first."""
     damaged = replace(with_other_codes(open_packed(artefact)), self_test=None)
     monkeypatch.setattr("cluscomp_export.conversion.prepare.open_source", lambda *_, **__: damaged)
-    with pytest.raises(InvalidFileError, match="not what the digest says") as caught:
+    with pytest.raises(InvalidFileError, match="does not match the digest") as caught:
         convert(artefact, tmp_path / "out.clus", ConversionOptions())
     assert caught.value.problems[0].file == str(artefact)
     assert list(tmp_path.iterdir()) == []

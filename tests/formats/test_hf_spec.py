@@ -53,8 +53,8 @@ def test_arrays() -> None:
     assert f"`{stored_arrays.part_key('<module>.weight', 'codes', 1)}`" in stated
     assert all(f"`{stored_arrays.part_key('<module>.weight', part)}`" in stated for part in quantization.EXTRA_ARRAYS)
     assert f"`{' '.join(safetensors.STORED_NAMES.values())}`" in PROSE
-    assert stored_arrays.codes_form(Payload("w", "codes", "uint16", (4, 6), code_bits=16)) == ("uint16", (4, 6))
-    assert stored_arrays.codes_form(Payload("w", "codes", "uint16", (4, 6), code_bits=15)) == ("uint8", (45,))
+    assert stored_arrays.codes_spec(Payload("w", "codes", "uint16", (4, 6), code_bits=16)) == ("uint16", (4, 6))
+    assert stored_arrays.codes_spec(Payload("w", "codes", "uint16", (4, 6), code_bits=15)) == ("uint8", (45,))
 
 
 def test_limits() -> None:

@@ -97,7 +97,7 @@ def test_functions_inlined(folder: Path) -> None:
     file.write_bytes(inlined.SerializeToString())
     (problem,) = problems_of(folder)
     assert problem.kind in ("inlined", "bad_imports")
-    assert "before any optimiser" in (problem.remedy or "")
+    assert "before an optimiser" in (problem.remedy or "")
 
 
 @pytest.mark.parametrize("change", ["codebook", "axis", "attribute", "extra", "other operator", "embedding"])

@@ -119,7 +119,7 @@ def test_trailing_bytes(path: Path, data: bytes) -> None:
         (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
         (b"<!DOCTYPE html>", "HTML"),
         (b'{"model_type"', "JSON"),
-        (bytes(100), "never finished"),
+        (bytes(100), "an incomplete write"),
         (b"\xc1CLUS\n\x1a\1\0", "transfer as text"),
         (b"\xc1CLUS\r\r\n\x1a", "transfer as text"),
         ("\xc1CLUS\r\n".encode(), "transfer as text"),

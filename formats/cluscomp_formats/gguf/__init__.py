@@ -1,4 +1,7 @@
-"""GGUF files: *native*, a codebook model under our own keys, and *dense*, for stock llama.cpp; see `docs/gguf-format.md`."""
+"""GGUF files: *native* ones store a codebook model with our own keys, *dense* ones are for stock llama.cpp.
+
+See `docs/gguf-format.md`.
+"""
 
 from cluscomp_formats.format import Format
 from cluscomp_formats.gguf.dense_writer import (

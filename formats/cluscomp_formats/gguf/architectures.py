@@ -1,8 +1,8 @@
-"""GGUF architectures as Hugging Face models: tensor names, shapes, and which rows are permuted.
+"""GGUF architectures as Hugging Face models: tensor names, shapes and permuted rows.
 
-One table says which tensors a file of a given architecture and configuration must hold, with their shapes. Files read are held
-against it, so a tensor that is missing, of another shape or unknown is reported instead of being guessed at; files written
-hold exactly these.
+One table has the tensors, with their shapes, that a file of a given architecture and configuration must have. Files are
+compared with it when they are read, so a tensor that is missing, unknown or of another shape is reported. Written files have
+exactly these tensors.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ __all__ = ["ARCHITECTURES", "Architecture", "Placed", "expected_tensors"]
 
 @dataclass(frozen=True)
 class Architecture:
-    """A supported value of `general.architecture` and what it is called in transformers.
+    """A supported value of `general.architecture` and its names in transformers.
 
-    `permuted`: query and key rows are stored interleaved. `qkv_bias`: None if the configuration says so per model.
+    `permuted`: query and key rows are stored interleaved. `qkv_bias`: None if it depends on the model's configuration.
     """
 
     name: str
@@ -42,7 +42,7 @@ ARCHITECTURES = {
 
 @dataclass(frozen=True)
 class Placed:
-    """Where a GGUF tensor belongs: its Hugging Face name and shape, and the heads whose rows are to be put back."""
+    """The Hugging Face name and shape of a GGUF tensor, and the number of heads whose rows must be reordered."""
 
     name: str
     shape: tuple[int, ...]
@@ -50,11 +50,11 @@ class Placed:
 
 
 def expected_tensors(architecture: Architecture, config: Mapping[str, Any]) -> dict[str, Placed]:
-    """Every tensor a file of that configuration holds, by GGUF name, in the order of the model."""
+    """Return every tensor of a file with this configuration, by GGUF name, in the order of the model."""
     hidden, inner, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     heads, key_heads, head_dim = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
     biased = config.get("attention_bias", architecture.qkv_bias)
-    # transformers gives the output projection a bias along with the others, except in Qwen2.
+    # In transformers the output projection has a bias if the others do, except in Qwen2.
     output_biased = config.get("attention_bias", False)
     mlp_biased = config.get("mlp_bias", False)
     linears = [

@@ -1,9 +1,9 @@
-"""The GGUF container: metadata and tensor directory, parsed defensively.
+"""Parse the GGUF container, metadata and tensor directory, defensively.
 
 Follows the GGUF specification, versions 2 and 3, little-endian (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
-gguf-py's own reader trusts every length and offset in the file; here each is held against the file's size before it is
-used, so that no file, however damaged, makes the reader crash, allocate without bound or return a neighbour's bytes. From
-gguf-py come the numbers and block sizes of the quantised types.
+gguf-py's own reader trusts every length and offset in the file. This parser checks each against the file's size before it is
+used, so that no damaged file can crash the reader, make it allocate unlimited memory, or return bytes of another tensor. The
+numbers and block sizes of quantised types are gguf-py's.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ _PLAIN_TYPES = {
     28: ("F64", 1, 8),
     30: ("BF16", 1, 2),
 }
-"""ggml types stored value by value, by number: name, weights per block, bytes per block. All that native files hold, so that
-reading those needs no gguf-py."""
+"""ggml types without blocks, by number: name, weights per block, bytes per block. Native files use only these, so that reading
+them does not need gguf-py."""
 
 MAX_METADATA_BYTES = 1 << 28
-"""256 MB; of the largest vocabularies they take some 30."""
+"""256 MB; the metadata of the largest vocabularies has about 30 MB."""
 _STRING, _ARRAY = 8, 9
 _MAX_DIMS = 4
 _MIN_PAIR_BYTES = 8 + 1 + 4 + 1
@@ -52,7 +52,7 @@ _DAMAGED = "download the file again, and compare its checksum"
 class StoredTensor:
     """One entry of the tensor directory.
 
-    `shape` is row-major, `offset` counts from the start of the file, in bytes; `stamp` is that of the file.
+    `shape` is row-major; `offset` is in bytes from the start of the file; `stamp` is that of the file.
     """
 
     name: str
@@ -68,14 +68,14 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Container:
-    """What a GGUF file declares."""
+    """The content of a GGUF file: metadata and tensor directory."""
 
     metadata: dict[str, Any]
     tensors: dict[str, StoredTensor]
 
 
 def gguf_package() -> Any:
-    """The `gguf` package. Raises UnsupportedError if it is not installed."""
+    """Return the package gguf. Raises UnsupportedError if it is not installed."""
     try:
         import gguf
     except ImportError as error:
@@ -85,10 +85,10 @@ def gguf_package() -> Any:
 
 
 def read_container(path: Path) -> Container:
-    """Parse a file's metadata and tensor directory; no tensor is read.
+    """Parse a file's metadata and tensor directory, without reading tensors.
 
-    Raises InvalidFileError for a file that is not GGUF, truncated or damaged; UnsupportedError for one of another version
-    or byte order, or with tensor types gguf-py does not know.
+    Raises InvalidFileError if the file is not GGUF, truncated or damaged; UnsupportedError if it has another version or byte
+    order, or tensor types that gguf-py does not know.
     """
     with os.fdopen(open_regular(path), "rb") as stream:
         cursor = _Cursor(path, stream)
@@ -113,9 +113,9 @@ def read_container(path: Path) -> Container:
 
 
 def architecture_of(path: Path) -> str | None:
-    """`general.architecture` of a GGUF file, None if `path` is none or does not say. Reads no further than that key.
+    """Return `general.architecture` of a GGUF file, None if `path` is not a GGUF file or has no such key.
 
-    Never raises: what is wrong with the file is for the one who opens it to report.
+    Reads the file only up to that key. Never raises: opening the file reports its errors.
     """
     try:
         with os.fdopen(open_regular(path), "rb") as stream:
@@ -135,7 +135,7 @@ def architecture_of(path: Path) -> str | None:
 
 
 class _Cursor:
-    """Reads forward through untrusted bytes; every read is checked against the end of the file first."""
+    """Reads untrusted bytes sequentially; every read is first checked against the end of the file."""
 
     def __init__(self, path: Path, stream: BinaryIO) -> None:
         self.path, self.stream, self.at = path, stream, 0
@@ -147,12 +147,12 @@ class _Cursor:
         raise InvalidFileError(Problem(kind, message, str(self.path), None, found, expected, _DAMAGED))
 
     def need(self, size: int, what: str) -> None:
-        """Check that `size` more bytes are there, before anything of that size is read or allocated."""
+        """Raise unless the file has `size` more bytes; called before anything of that size is read or allocated."""
         left = self.size - self.at
         if size > left:
             self.fail("truncated", f"the file ends within {what}", f"{left} bytes left", f"at least {size}")
         if self.at + size > MAX_METADATA_BYTES:
-            # A sparse file is as long as it likes.
+            # A sparse file can have any length, so the file's length does not limit memory.
             message = "metadata and tensor directory are too long"
             self.fail("metadata_too_long", message, f"{self.at + size} bytes", f"at most {MAX_METADATA_BYTES}")
 
@@ -160,7 +160,7 @@ class _Cursor:
         self.need(size, what)
         piece = self.stream.read(size)
         if len(piece) < size:
-            self.fail("file_changed", f"the file was cut while {what} was read")
+            self.fail("file_changed", f"the file was truncated while {what} was read")
         self.at += size
         return piece
 
@@ -168,18 +168,18 @@ class _Cursor:
         return struct.unpack(layout, self.take(struct.calcsize(layout), what))[0]
 
     def string(self, what: str) -> str:
-        """A string of the metadata; bytes that are not UTF-8 survive as surrogates, tokens may be such."""
+        """Read a string of the metadata. Invalid UTF-8, which tokens may have, is preserved as surrogates."""
         return self.take(self.number("<Q", what), what).decode("utf-8", "surrogateescape")
 
     def name(self, what: str) -> str:
-        """A key or tensor name: not empty, valid UTF-8, printable."""
+        """Read a key or tensor name, which must be non-empty, valid UTF-8 and printable."""
         text = self.string(what)
         if not text or not text.isprintable():
             self.fail("bad_name", f"{what} is empty or not printable text", ascii(text[:80]))
         return text
 
     def value(self, type_number: int, key: str) -> Any:
-        """A metadata value; arrays become lists. Nested arrays are refused, as ggml does."""
+        """Read a metadata value; arrays become lists. Nested arrays are rejected, as in ggml."""
         if type_number == _STRING:
             return self.string(key)
         if type_number in _SCALARS:
@@ -204,20 +204,20 @@ def _check_version(path: Path, version: int) -> None:
         message, remedy = "a big-endian GGUF file", "convert it with gguf-convert-endian, which comes with gguf-py"
         raise UnsupportedError(Problem("big_endian", message, str(path), expected="little-endian", remedy=remedy))
     remedy = "convert the model again with a current llama.cpp"
-    problem = Problem("bad_version", "a GGUF version this tool does not read", str(path), None, str(version), "2 or 3", remedy)
+    problem = Problem("bad_version", "this GGUF version is not supported", str(path), None, str(version), "2 or 3", remedy)
     raise UnsupportedError(problem)
 
 
 def _alignment(cursor: _Cursor, metadata: dict[str, Any]) -> int:
     alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
     if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
-        cursor.fail("bad_alignment", "general.alignment is no power of two", ascii(alignment))
+        cursor.fail("bad_alignment", "general.alignment is not a power of two", ascii(alignment))
     return alignment
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """A directory entry as it stands in the file: `offset` counts from the start of the data section."""
+    """A directory entry as stored: `offset` is relative to the start of the data section."""
 
     name: str
     shape: tuple[int, ...]
@@ -230,13 +230,13 @@ def _read_entry(cursor: _Cursor) -> _Entry:
     num_dims = cursor.number("<I", f"the shape of {name}")
     if not 1 <= num_dims <= _MAX_DIMS:
         cursor.fail("bad_shape", f"the tensor {name} has a bad number of dimensions", str(num_dims), f"1 to {_MAX_DIMS}")
-    # ggml names the fastest dimension first.
+    # ggml stores the fastest-varying dimension first.
     shape = tuple(cursor.number("<Q", f"the shape of {name}") for _ in range(num_dims))[::-1]
     return _Entry(name, shape, cursor.number("<I", f"the type of {name}"), cursor.number("<Q", f"the offset of {name}"))
 
 
 def _place(path: Path, entries: list[_Entry], header_end: int, stamp: Stamp, alignment: int) -> dict[str, StoredTensor]:
-    """Resolve the entries to extents of the file, checking all of them: inside the file, aligned, not overlapping."""
+    """Return the tensors of the entries, after checking that each is inside the file, aligned and not overlapping others."""
     size = stamp[0]
     start = -(-header_end // alignment) * alignment
     problems: list[Problem] = []
@@ -251,7 +251,7 @@ def _place(path: Path, entries: list[_Entry], header_end: int, stamp: Stamp, ali
         layout = _block_layout(entry.type_number)
         if layout is None:
             expected = "a type gguf-py knows"
-            message, found = "a tensor type this tool does not read", str(entry.type_number)
+            message, found = "this tensor type is not supported", str(entry.type_number)
             unsupported.append(Problem("unsupported_type", message, str(path), entry.name, found, expected))
             continue
         type_name, block_weights, block_bytes = layout
@@ -261,7 +261,7 @@ def _place(path: Path, entries: list[_Entry], header_end: int, stamp: Stamp, ali
         if entry.name in tensors:
             wrong("duplicate_tensor", "two tensors have this name", "2", "1")
         elif count == 0 or entry.shape[-1] % block_weights:
-            wrong("bad_shape", "the rows are empty or no whole blocks", list(entry.shape), f"rows of n x {block_weights}")
+            wrong("bad_shape", "the rows are empty or not whole blocks", list(entry.shape), f"rows of n x {block_weights}")
         else:
             nbytes, offset = count // block_weights * block_bytes, start + entry.offset
             if entry.offset % alignment:
@@ -284,7 +284,7 @@ def _place(path: Path, entries: list[_Entry], header_end: int, stamp: Stamp, ali
 
 
 def _block_layout(type_number: int) -> tuple[str, int, int] | None:
-    """Name, weights per block and bytes per block of a ggml type, or None if gguf-py does not know the number.
+    """Return the name, weights per block and bytes per block of a ggml type, None if gguf-py does not know the number.
 
     Raises UnsupportedError for a quantised type if gguf-py is not installed.
     """

@@ -1,4 +1,4 @@
-"""The GGUF container as bytes: metadata and tensor directory, version 3, little-endian.
+"""Encode the GGUF container: metadata and tensor directory, version 3, little-endian.
 
 Source: the GGUF specification (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
 """
@@ -15,7 +15,7 @@ from cluscomp_formats.gguf.container import MAGIC
 __all__ = ["MAX_TENSOR_NAME_BYTES", "DirectoryEntry", "Value", "aligned", "encode_header"]
 
 MAX_TENSOR_NAME_BYTES = 63
-"""ggml keeps names in 64 bytes with a terminating zero."""
+"""ggml stores names in 64 bytes, including a terminating zero."""
 
 _VERSION = 3
 _ARRAY = 9
@@ -36,7 +36,7 @@ _TENSOR_TYPES = {
     "F64": 28,
     "BF16": 30,
 }
-"""Numbers of the ggml types that are written."""
+"""Numbers of the ggml types in written files."""
 
 Scalar = bool | int | float | str
 
@@ -51,7 +51,7 @@ class Value:
 
 @dataclass(frozen=True)
 class DirectoryEntry:
-    """A tensor of the directory: row-major shape, name of the ggml type, offset within the data section, in bytes."""
+    """An entry of the tensor directory: row-major shape, name of the ggml type, offset in the data section in bytes."""
 
     name: str
     shape: tuple[int, ...]
@@ -60,17 +60,17 @@ class DirectoryEntry:
 
 
 def aligned(offset: int, alignment: int) -> int:
-    """`offset` rounded up to a multiple of `alignment`, both in bytes."""
+    """Return `offset` rounded up to a multiple of `alignment`, both in bytes."""
     return -(-offset // alignment) * alignment
 
 
 def encode_header(metadata: Mapping[str, Value], entries: Sequence[DirectoryEntry]) -> bytes:
-    """Everything before the data section, without the padding after it."""
+    """Return the bytes before the data section, without the padding between them."""
     parts = [MAGIC, struct.pack("<IQQ", _VERSION, len(entries), len(metadata))]
     for key, value in metadata.items():
         parts += [_string(key), _value(value)]
     for entry in entries:
-        # ggml names the fastest dimension first.
+        # ggml stores the fastest-varying dimension first.
         dimensions = struct.pack(f"<I{len(entry.shape)}Q", len(entry.shape), *entry.shape[::-1])
         parts += [_string(entry.name), dimensions, struct.pack("<IQ", _TENSOR_TYPES[entry.type_name], entry.offset)]
     return b"".join(parts)

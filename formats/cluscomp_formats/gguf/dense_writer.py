@@ -1,6 +1,6 @@
-"""Write dense GGUF files: the model decoded and requantised as its stock architecture, for stock llama.cpp.
+"""Write dense GGUF files for stock llama.cpp: the model is decoded and requantised.
 
-Each tensor is decoded to float32 and stored in one of ggml's types by gguf-py's quantisers, one tensor at a time.
+Each tensor is decoded to float32 and stored in one of ggml's types with gguf-py's quantisers, one tensor at a time.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = ["DENSE_TYPES", "DenseReport", "dense_format", "dense_gguf_notes", "de
 
 @dataclass(frozen=True)
 class _DenseType:
-    """A ggml type: weights and bytes per block, and the `general.file_type` of a file of it (llama.cpp's `llama_ftype`)."""
+    """A ggml type: weights and bytes per block, and its value of `general.file_type` (llama.cpp's `llama_ftype`)."""
 
     name: str
     block_weights: int
@@ -59,18 +59,18 @@ DENSE_TYPES = {
         _DenseType("Q5_1", 32, 24, 9),
     )
 }
-"""The types that can be asked for, by name."""
+"""The available types, by name."""
 
 _ALIGNMENT = 32
 _FURTHER_LAYERS = re.compile(r"(?:model\.)?mtp\..*")
 _NAMED = 3
-"""Tensors named in a note, at most."""
+"""Largest number of tensors named in a note."""
 _QUANTIZATION_VERSION = 2
 
 
 @dataclass(frozen=True)
 class DenseReport:
-    """What was written. `kept_at_f16` names the tensors whose rows are no whole blocks of the type asked for.
+    """The result of writing. `kept_at_f16` names the tensors whose rows are not a multiple of the type's block size.
 
     A file without codebooks has no digest.
     """
@@ -84,7 +84,7 @@ class DenseReport:
 
 @dataclass(frozen=True)
 class _Planned:
-    """A tensor to write: its name in the file and the model, the heads whose rows are interleaved, its type."""
+    """A tensor to write: its names in the file and the model, the number of heads whose rows are interleaved, its type."""
 
     stored_name: str
     place: Placed
@@ -96,10 +96,10 @@ class _Planned:
 
 
 def dense_format(native: Format, gguf_type: str) -> Format:
-    """The `native` GGUF format with `write_dense_gguf` as its writer. Raises InvalidRequestError for an unknown type."""
+    """Return the `native` format with `write_dense_gguf` as its writer. Raises InvalidRequestError if the type is unknown."""
     if gguf_type not in DENSE_TYPES:
         found, expected = repr(gguf_type)[:200], ", ".join(DENSE_TYPES)
-        raise InvalidRequestError(Problem("bad_option", "no such GGUF type", found=found, expected=expected))
+        raise InvalidRequestError(Problem("bad_option", "unknown GGUF type", found=found, expected=expected))
 
     def write(model: Model, path: Path, *, force: bool, self_test: SelfTest | None, on_progress: Progress) -> DenseReport:
         return write_dense_gguf(model, path, gguf_type=gguf_type, force=force, on_progress=on_progress)
@@ -113,17 +113,17 @@ def write_dense_gguf(
 ) -> DenseReport:
     """Write `model`, clustered or not, as a dense GGUF file that stock llama.cpp runs, atomically.
 
-    Matrices are stored as `gguf_type`, a key of `DENSE_TYPES`, or as F16 where their rows are no whole blocks; vectors as
-    F32. `on_progress` gets bytes done and in total. Holds one decoded tensor in memory.
+    Matrices are stored as `gguf_type`, a key of `DENSE_TYPES`, or as F16 if their rows are not a multiple of its block size;
+    vectors are stored as F32. `on_progress` is called with bytes done and in total. One decoded tensor is in memory at a time.
 
-    Raises OutputExistsError, StorageError; InvalidRequestError for an unknown type, a model that lacks tensors, or weights
-    that are not finite in the type asked for; UnsupportedError for architectures, configurations and tokenizers llama.cpp
-    cannot express, and without the package gguf; InvalidFileError for a model that is not what its digest claims, for which all
-    of it is read once more.
+    Raises OutputExistsError if the output exists and `force` is False; StorageError if the system refuses to read or write;
+    InvalidRequestError if the type is unknown, a tensor is missing, or weights are not finite in the type; UnsupportedError if
+    llama.cpp does not support the architecture, configuration or tokenizer, or without the package gguf; InvalidFileError if
+    the model's digest does not match its recorded one, which requires reading the model once more.
     """
     if gguf_type not in DENSE_TYPES:
         expected = ", ".join(DENSE_TYPES)
-        raise InvalidRequestError(Problem("unknown_type", "no such GGUF type", None, None, repr(gguf_type), expected))
+        raise InvalidRequestError(Problem("unknown_type", "unknown GGUF type", None, None, repr(gguf_type), expected))
     check_output(path, force=force)
     gguf_package()
     hyperparameters = read_hyperparameters(model.config)
@@ -131,7 +131,7 @@ def write_dense_gguf(
     planned = _plan(model, hyperparameters, DENSE_TYPES[gguf_type], str(path))
     header, entries, total = _layout(model, hyperparameters, planned, DENSE_TYPES[gguf_type], str(path))
     if model.claimed_digest is not None:
-        # What is written has no digest that would be computed on the way.
+        # Writing dense tensors does not compute the model's digest.
         check_claim(model, model.digest())
     with atomic_write(path, force=force) as stream:
         stream.write(header.ljust(aligned(len(header), _ALIGNMENT), b"\0"))
@@ -149,7 +149,7 @@ def _kept_at_f16(planned: list[_Planned], asked: _DenseType) -> tuple[str, ...]:
 
 
 def dense_gguf_size(model: Model, gguf_type: str) -> int:
-    """Bytes of the file `write_dense_gguf` makes; reads nothing but the tokenizer. Raises what that does before it writes."""
+    """Return the bytes of the file of `write_dense_gguf`; reads only the tokenizer. Raises that function's early errors."""
     gguf_package()
     hyperparameters = read_hyperparameters(model.config)
     planned = _plan(model, hyperparameters, DENSE_TYPES[gguf_type], "")
@@ -158,26 +158,26 @@ def dense_gguf_size(model: Model, gguf_type: str) -> int:
 
 
 def dense_gguf_notes(model: Model, gguf_type: str) -> tuple[str, ...]:
-    """What the file `write_dense_gguf` makes cannot say of the tokenizer, or holds otherwise than asked.
+    """Return notes on what the file of `write_dense_gguf` omits or stores differently than requested.
 
-    Raises what that does before it writes.
+    Raises the errors of `write_dense_gguf` that occur before it writes.
     """
     hyperparameters = read_hyperparameters(model.config)
     notes = [*_tokenizer(model, hyperparameters, "").notes]
     kept = _kept_at_f16(_plan(model, hyperparameters, DENSE_TYPES[gguf_type], ""), DENSE_TYPES[gguf_type])
     if kept:
         named = ", ".join(kept[:_NAMED]) + (f" and {len(kept) - _NAMED} more" if len(kept) > _NAMED else "")
-        notes.append(f"{len(kept)} tensors are stored as f16: their rows are no whole blocks of {gguf_type}: {named}")
+        notes.append(f"{len(kept)} tensors are stored as f16: their rows are not whole blocks of {gguf_type}: {named}")
     further = [name for name in model.tensors if _FURTHER_LAYERS.fullmatch(name)]
     if further:
-        notes.append(f"{len(further)} tensors of layers that predict further tokens are left out: {further[0]}, ...")
+        notes.append(f"{len(further)} tensors of layers for multi-token prediction are omitted: {further[0]}, ...")
     return tuple(notes)
 
 
 def _layout(
     model: Model, hyperparameters: Hyperparameters, planned: list[_Planned], asked: _DenseType, file: str
 ) -> tuple[bytes, list[DirectoryEntry], int]:
-    """The header, what it lists, and the bytes of the data after it."""
+    """Return the header, its tensors, and the bytes of the data after it."""
     divisors = hyperparameters.rope_divisors
     sizes = [("rope_freqs.weight", divisors.shape, "F32", divisors.nbytes)] if divisors is not None else []
     sizes += [(item.stored_name, item.place.shape, item.dense_type.name, item.nbytes) for item in planned]
@@ -189,22 +189,22 @@ def _layout(
 
 
 def _plan(model: Model, hyperparameters: Hyperparameters, asked: _DenseType, file: str) -> list[_Planned]:
-    """What to write, in order. Raises InvalidRequestError, UnsupportedError with every tensor that does not fit."""
-    # A head of its own wins over a tied one, in our runtime as in llama.cpp.
+    """Return the tensors to write, in order. Raises InvalidRequestError or UnsupportedError with all unsuitable tensors."""
+    # If the model has a head tensor, it is used even if the head is tied, in our runtime as in llama.cpp.
     tied = hyperparameters.settings["tie_word_embeddings"] and "lm_head.weight" not in model.tensors
     blocks = hyperparameters.settings["num_hidden_layers"]
     if blocks > len(model.tensors):
         found, wanted = f"{blocks} layers", f"no more than its {len(model.tensors)} tensors"
-        raise UnsupportedError(Problem("missing_tensor", "the model lacks most of its layers", file, None, found, wanted))
+        raise UnsupportedError(Problem("missing_tensor", "most layers of the model are missing", file, None, found, wanted))
     expected = expected_tensors(hyperparameters.architecture, {**hyperparameters.settings, "tie_word_embeddings": tied})
     problems = []
     planned = []
     for stored_name, place in expected.items():
         tensor = model.tensors.get(place.name)
         if tensor is None:
-            message, remedy = "the model lacks a tensor its configuration calls for", None
+            message, remedy = "a tensor that the configuration requires is missing", None
             if place.name == "lm_head.weight":
-                message = "the model has no head and none is tied; llama.cpp would take the embedding for it"
+                message = "the model has no head, not even a tied one; llama.cpp would use the embedding as its head"
                 remedy = "write another format, such as packed"
             problems.append(Problem("missing_tensor", message, file, place.name, remedy=remedy))
         elif tensor.shape != place.shape:
@@ -218,7 +218,7 @@ def _plan(model: Model, hyperparameters: Hyperparameters, asked: _DenseType, fil
             planned.append(_Planned(stored_name, place, _type_for(place.shape, asked)))
     if problems:
         raise InvalidRequestError(problems)
-    # Old checkpoints store the rotary frequencies, which follow from the configuration.
+    # Old checkpoints store the rotary frequencies, which can be computed from the configuration.
     placed = {place.name for place in expected.values()}
     others = [name for name in sorted(model.tensors) if name not in placed and not name.endswith("rotary_emb.inv_freq")]
     unknown = [name for name in others if not _FURTHER_LAYERS.fullmatch(name)]
@@ -257,7 +257,7 @@ def _tokenizer(model: Model, hyperparameters: Hyperparameters, file: str) -> Tok
 
 
 def _contents(model: Model, hyperparameters: Hyperparameters, planned: list[_Planned], file: str) -> Iterator[AnyArray]:
-    """The stored form of each tensor, in order."""
+    """Yield the stored bytes of each tensor, in order."""
     if hyperparameters.rope_divisors is not None:
         yield hyperparameters.rope_divisors
     for item in planned:
@@ -272,7 +272,7 @@ def _contents(model: Model, hyperparameters: Hyperparameters, planned: list[_Pla
 
 
 def _stored(weight: AnyArray, item: _Planned, file: str) -> AnyArray:
-    """float32 as the item's type. Raises InvalidRequestError for values that are not finite there."""
+    """Convert float32 to the item's type. Raises InvalidRequestError if a value is not finite in that type."""
     type_name = item.dense_type.name
     stored: Any = weight
     with np.errstate(over="ignore"):
@@ -281,7 +281,7 @@ def _stored(weight: AnyArray, item: _Planned, file: str) -> AnyArray:
     if not np.isfinite(stored).all():
         largest = f"largest magnitude {float(np.abs(weight).max()):g}"
         remedy = "choose bf16 or f32" if np.isfinite(weight).all() else "the model is faulty"
-        message = f"the weight holds values that are not finite as {type_name}"
+        message = f"the weight has values that are not finite as {type_name}"
         raise InvalidRequestError(Problem("not_finite", message, file, item.place.name, largest, "finite values", remedy))
     if type_name == "BF16":
         return float32_to_bfloat16(weight)

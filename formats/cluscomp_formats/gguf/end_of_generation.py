@@ -1,7 +1,7 @@
-"""At which tokens of a GGUF file llama.cpp ends a generation, and what it takes for control tokens by their text.
+"""The tokens at which llama.cpp ends a generation, and those it treats as control tokens because of their text.
 
-A file names up to three end tokens (`tokenizer.ggml.eos_token_id`, `eot_token_id`, `eom_token_id`). llama.cpp ends at those
-and at every token whose text it knows, and at some of the tokens for filling in the middle. The texts are those of its
+A file can name up to three end tokens (`tokenizer.ggml.eos_token_id`, `eot_token_id`, `eom_token_id`). llama.cpp ends a
+generation at these, at every token whose text it knows, and at some of the fill-in-the-middle tokens. The texts are from its
 `llama-vocab.cpp`.
 """
 
@@ -47,7 +47,7 @@ _FILLING_ENDS = {
     "fim_rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
     "fim_sep": ("<|file_sep|>",),
 }
-"""Tokens for filling in the middle that also end a generation: by the key that names them, else by these texts."""
+"""Fill-in-the-middle tokens that also end a generation: by key or, if the file does not have the key, by these texts."""
 
 _FILLING_OTHERS = (
     *(
@@ -81,24 +81,24 @@ _FILLING_OTHERS = (
 )
 _CONTROL_TEXTS = frozenset((*END_TEXTS, *itertools.chain(*_FILLING_ENDS.values()), *_FILLING_OTHERS))
 _TURN_PARTS = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
-"""Never control tokens: they are shown."""
+"""Tokens that are never control tokens, so that llama.cpp prints them."""
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 """Values of `tokenizer.ggml.token_type`."""
 
 
 def ends_generation(tokens: Sequence[str], special_ids: Mapping[str, int]) -> set[int]:
-    """Ids at which llama.cpp ends a generation. `special_ids`: those the file names, by the key without `_token_id`."""
+    """Return the ids at which llama.cpp ends a generation. `special_ids` are those in the file, by key without `_token_id`."""
     numbers = {text: number for number, text in enumerate(tokens)}
     ends = {numbers[text] for text in END_TEXTS if text in numbers}
     ends |= {special_ids[key] for key in KEYS if key in special_ids}
     for key, texts in _FILLING_ENDS.items():
-        # Of several known texts llama.cpp takes any one.
+        # If a file has several of the known texts, llama.cpp uses an arbitrary one.
         found = special_ids.get(key, min((numbers[text] for text in texts if text in numbers), default=None))
         if found is not None:
             ends.add(found)
     there = {tokens[number] for number in ends}
-    # Where these others are in use, <|end|> ends a part of the answer only, and </s> is an ordinary token.
+    # If a file has these other tokens, <|end|> ends only a part of the answer, and </s> is an ordinary token.
     if "<|end|>" in there and there & {"<|call|>", "<|calls|>"} and there & {"<|return|>", "<|flush|>"}:
         ends.discard(numbers["<|end|>"])
     if "</s>" in there and there & {"<|tool_response>", "<|plamo:eos|>"}:
@@ -107,7 +107,7 @@ def ends_generation(tokens: Sequence[str], special_ids: Mapping[str, int]) -> se
 
 
 def types_in_use(tokens: Sequence[str], types: Sequence[int], ends: set[int]) -> list[int]:
-    """The types that tokens have in llama.cpp, which overrules those of the file for texts it knows."""
+    """Return the types of tokens in llama.cpp, which overrides those of the file for texts it knows."""
     overruled = dict.fromkeys(_CONTROL_TEXTS, _CONTROL) | dict.fromkeys(_TURN_PARTS, _USER_DEFINED)
     for text, kind in (("<|end|>", _USER_DEFINED), ("</s>", _NORMAL)):
         if text in tokens and tokens.index(text) not in ends:
@@ -116,13 +116,13 @@ def types_in_use(tokens: Sequence[str], types: Sequence[int], ends: set[int]) ->
 
 
 def end_keys(tokens: Sequence[str], wanted: Sequence[int], eos_id: int | None) -> tuple[dict[str, int], list[int]]:
-    """The keys that make llama.cpp end at the ids `wanted`, and those it will not end at: a file has three keys.
+    """Return the keys that make llama.cpp end at the ids `wanted`, and the ids for which no key is left: there are three keys.
 
-    `eos_id` is what `eos_token_id` should be, if anything in particular.
+    `eos_id` is the preferred value of `eos_token_id`, None if there is no preference.
     """
     eos = eos_id if eos_id is not None else wanted[0] if wanted else None
     found = {} if eos is None else {"eos": eos}
-    # It ends at tokens whose text it knows without a key.
+    # llama.cpp needs no key for tokens whose text it knows.
     known = ends_generation(tokens, found)
     found |= dict(zip(("eot", "eom"), (number for number in wanted if number not in known), strict=False))
     return found, [number for number in wanted if number not in ends_generation(tokens, found)]

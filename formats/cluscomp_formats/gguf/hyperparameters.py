@@ -1,4 +1,4 @@
-"""The `config.json` of a model of the Llama family as the hyperparameters of a GGUF file."""
+"""Convert the `config.json` of a model of the Llama family to the hyperparameters of a GGUF file."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _REMEDY = "write another format, such as packed"
 
 
 def base_architecture(config: Mapping[str, Any]) -> str | None:
-    """What llama.cpp calls the model's architecture, by its `model_type`; None if there is none."""
+    """Return llama.cpp's name of the model's architecture, by its `model_type`; None if there is none."""
     model_type = config.get("model_type")
     return _ALIASES.get(model_type, model_type) if isinstance(model_type, str) else None
 
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """A checked configuration. `settings` has the fields `architectures.expected_tensors` reads, defaults filled in.
+    """A checked configuration. `settings` has the fields that `architectures.expected_tensors` reads, including defaults.
 
-    `rope_divisors` float32 `[head_dim / 2]`: by what each rotary frequency is divided, None if by nothing or all by one factor.
+    `rope_divisors` float32 `[head_dim / 2]` divide the rotary frequencies; None if they are unchanged or have a common factor.
     """
 
     architecture: Architecture
@@ -41,10 +41,10 @@ class Hyperparameters:
 
 
 def read_hyperparameters(config: Mapping[str, Any]) -> Hyperparameters:
-    """Check a configuration and read it, with the defaults transformers gives its fields.
+    """Check a configuration and read it, with transformers' defaults for missing fields.
 
-    Raises UnsupportedError for what llama.cpp's Llama, Qwen2 and Qwen3 cannot express, InvalidRequestError naming each field
-    that is missing or nonsensical.
+    Raises UnsupportedError if llama.cpp's Llama, Qwen2 and Qwen3 do not support a setting; InvalidRequestError, naming each
+    field that is missing or out of range.
     """
     architecture = ARCHITECTURES.get(base_architecture(config) or "")
     if architecture is None:
@@ -82,16 +82,16 @@ class _Reader:
             "tie_word_embeddings": bool(self.config.get("tie_word_embeddings", False)),
             "mlp_bias": architecture.name == "llama" and bool(self.config.get("mlp_bias", False)),
         }
-        # Qwen2 has its biases whatever the configuration says.
+        # Qwen2 always has biases; its configuration has no setting for them.
         if architecture.qkv_bias is None:
             settings["attention_bias"] = bool(self.config.get("attention_bias", False))
         if architecture.query_key_norms:
-            # llama.cpp's Qwen3 has no bias of the output projection; no published model has one either.
+            # llama.cpp's Qwen3 has no bias of the output projection, and no published model has one.
             self.refuse_unless("attention_bias", (None, False))
         if heads % key_heads or head_dim % 2:
             found = f"{heads} heads, {key_heads} key heads, head_dim {head_dim}"
             self.invalid.append(
-                Problem("bad_config", "the attention's sizes contradict each other", "config.json", None, found)
+                Problem("bad_config", "the sizes of the attention are inconsistent", "config.json", None, found)
             )
         self.refuse_unless("hidden_act", ("silu", "swish"), "silu")
         self.refuse_unless("partial_rotary_factor", (None, 1, 1.0))
@@ -138,13 +138,13 @@ class _Reader:
     def refuse_unless(self, name: str, allowed: tuple[object, ...], default: object = None) -> None:
         value = self.config.get(name, default)
         if value not in allowed:
-            message = f"GGUF cannot express this value of {name}"
+            message = f"GGUF does not support this value of {name}"
             expected = " or ".join(map(repr, allowed))
             found = repr(value)[:80]
             self.unsupported.append(Problem("unsupported_config", message, "config.json", None, found, expected, _REMEDY))
 
     def context(self, architecture: Architecture) -> int:
-        """The context; no more than a sliding window, up to which attention is the same without it."""
+        """Return the context length, at most that of a sliding window: up to there, the window does not change attention."""
         context = self.integer("max_position_embeddings", 2048)
         model_type = self.config["model_type"]
         sliding = model_type == "mistral" or (architecture.name != "llama" and self.config.get("use_sliding_window") is True)
@@ -153,7 +153,7 @@ class _Reader:
         return min(context, self.integer("sliding_window", 4096))
 
     def rope(self, head_dim: int) -> tuple[dict[str, Value], npt.NDArray[np.float32] | None]:
-        """transformers 4 writes `rope_theta` and `rope_scaling`, transformers 5 `rope_parameters`, which holds both."""
+        """Read the rotary settings: `rope_theta` and `rope_scaling` (transformers 4) or `rope_parameters` (transformers 5)."""
         parameters = self.config.get("rope_scaling") or self.config.get("rope_parameters") or {}
         if not isinstance(parameters, Mapping):
             self.bad("rope_scaling", parameters, "an object")
@@ -164,7 +164,7 @@ class _Reader:
         if kind == "default":
             return values, None
         if kind not in ("linear", "llama3"):
-            message = "GGUF cannot express this rotary scaling, or its meaning there is another"
+            message = "GGUF does not support this rotary scaling, or defines it differently"
             found, expected = repr(kind)[:80], "default, linear or llama3"
             self.unsupported.append(Problem("rope_scaling", message, "config.json", None, found, expected, _REMEDY))
             return values, None

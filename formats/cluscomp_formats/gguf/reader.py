@@ -1,4 +1,4 @@
-"""Open native GGUF files. Every file is taken for hostile until checked; see `docs/gguf-format.md`."""
+"""Open native GGUF files. Files are untrusted; `docs/gguf-format.md` says what is checked."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cluscomp_formats.errors import InvalidFileError, Problem
 from cluscomp_formats.files.atomic import storage_error
 from cluscomp_formats.files.stored_file import StoredFile
 from cluscomp_formats.gguf.container import Container, architecture_of, read_container
-from cluscomp_formats.gguf.spec import ALIGNMENT, ARCHITECTURE, ROW_ORDER, VERSION, stored_form
+from cluscomp_formats.gguf.spec import ALIGNMENT, ARCHITECTURE, ROW_ORDER, VERSION, stored_spec
 from cluscomp_formats.ir import Model
 from cluscomp_formats.sections.assembly import build_model, reference_problems
 from cluscomp_formats.sections.digest import content_problems
@@ -28,17 +28,19 @@ _FETCH_AGAIN = "copy, download or convert it again"
 
 
 def looks_gguf(path: Path) -> bool:
-    """Whether `path` is a native GGUF file, by its metadata. Never raises."""
+    """Return whether `path` is a native GGUF file, by its metadata. Never raises."""
     return architecture_of(path) == ARCHITECTURE
 
 
 def open_gguf(path: Path, *, check: bool = False) -> Model:
     """Open a native GGUF file as a lazy model.
 
-    The structure is checked at once; a payload's checksum and values when it is first read, which then may raise
-    InvalidFileError, or all of them and the digest now if `check`. The file stays open, as by `open_packed`.
+    The structure is checked immediately. A payload's checksum and values are checked when it is first read, which may raise
+    InvalidFileError; with `check`, all payloads and the digest are checked immediately. The file stays open, as with
+    `open_packed`.
 
-    Raises InvalidFileError, StorageError, UnsupportedError (a GGUF version or type that is not read).
+    Raises InvalidFileError if the file is not a valid native file; StorageError if it cannot be read; UnsupportedError if its
+    GGUF version or a tensor type is not supported.
     """
     try:
         container = read_container(path)
@@ -56,7 +58,7 @@ def open_gguf(path: Path, *, check: bool = False) -> Model:
     problems = list(reference_problems(header, model, str(path)))
     payloads = [payload for payload, _ in stored_payloads(model)]
     if not problems:
-        problems = list(_form_problems(payloads, names, container, str(path)))
+        problems = list(_spec_problems(payloads, names, container, str(path)))
     if problems:
         raise InvalidFileError(problems)
     file.payloads = payloads
@@ -80,13 +82,13 @@ def _check_version(path: Path, metadata: Mapping[str, Any]) -> None:
             message, remedy = "written by a newer version", "upgrade cluscomp-export"
             raise InvalidFileError(Problem("newer_version", message, str(path), key, str(value), str(expected), remedy))
         found = "nothing" if value is None else ascii(value)[:80]
-        raise InvalidFileError(Problem("bad_key", f"{key} has another value", str(path), key, found, str(expected)))
+        raise InvalidFileError(Problem("bad_key", f"{key} has an unexpected value", str(path), key, found, str(expected)))
 
 
 def _read_header(path: Path, container: Container) -> tuple[PackedHeader, list[str]]:
-    """The metadata as the header of a packed file, and the name of the tensor that holds each section.
+    """Return the metadata as the header of a packed file, and the tensor's name of each section.
 
-    Raises InvalidFileError.
+    Raises InvalidFileError if the metadata is malformed.
     """
     keys = _Keys(str(path), container.metadata)
     names, checksums = keys.array("cluscomp.sections", str), keys.array("cluscomp.crc32", int)
@@ -116,7 +118,7 @@ def _read_header(path: Path, container: Container) -> tuple[PackedHeader, list[s
 
 
 class _Keys:
-    """Reads our metadata keys, collecting what is missing or of the wrong type."""
+    """Reads our metadata keys, and collects the problems of those that are missing or of the wrong type."""
 
     def __init__(self, file: str, metadata: Mapping[str, Any]) -> None:
         self.file, self.metadata = file, metadata
@@ -126,14 +128,14 @@ class _Keys:
         value = self.metadata.get(key)
         if isinstance(value, list) and all(type(member) is item for member in value):
             return value
-        self.problems.append(Problem("bad_key", f"{key} is missing or no array of {item.__name__}", self.file, key))
+        self.problems.append(Problem("bad_key", f"{key} is missing or not an array of {item.__name__}", self.file, key))
         return []
 
     def json(self, key: str, members: tuple[str, ...] | None = None) -> dict[str, Any]:
-        """A JSON object, with exactly these members if given."""
+        """Return a JSON object, which must have exactly these members if they are given."""
         text = self.metadata.get(key)
         if not isinstance(text, str):
-            self.problems.append(Problem("bad_key", f"{key} is missing or no string", self.file, key))
+            self.problems.append(Problem("bad_key", f"{key} is missing or not a string", self.file, key))
             return {}
         try:
             value = parse_canonical(text.encode("utf-8", "surrogateescape"))
@@ -142,36 +144,36 @@ class _Keys:
             return {}
         if not isinstance(value, dict) or (members is not None and sorted(value) != sorted(members)):
             expected = "a JSON object" + (f" of {', '.join(members)}" if members else "")
-            self.problems.append(Problem("bad_key", f"{key} has another content", self.file, key, None, expected))
+            self.problems.append(Problem("bad_key", f"{key} is malformed", self.file, key, None, expected))
             return {}
         return value
 
 
 def _section_problems(names: Sequence[str], checksums: Sequence[int], container: Container, file: str) -> Iterator[Problem]:
-    """Names of sections that are not each the name of one tensor, and tensors that are no section."""
+    """Yield a problem for each section that does not have exactly one tensor, and for each tensor that is not a section."""
     if len(names) != len(checksums):
         found, expected = f"{len(checksums)} checksums", f"{len(names)}, one per section"
-        yield Problem("bad_key", "cluscomp.crc32 has another length", file, "cluscomp.crc32", found, expected)
+        yield Problem("bad_key", "cluscomp.crc32 has the wrong length", file, "cluscomp.crc32", found, expected)
     for name, count in Counter(name for name in names if name).items():
         if count > 1:
-            yield Problem("section_shared", "the tensor holds more than one section", file, name, f"{count} sections", "1")
+            yield Problem("section_shared", "the tensor belongs to more than one section", file, name, f"{count} sections", "1")
         if name not in container.tensors:
             shown = name if name.isprintable() else ascii(name)
             yield Problem("missing_tensor", "a section's tensor is missing", file, shown[:80])
     known = set(names)
     for name in container.tensors:
         if name not in known:
-            yield Problem("unknown_tensor", "the tensor holds no section", file, name)
+            yield Problem("unknown_tensor", "the tensor belongs to no section", file, name)
 
 
-def _form_problems(payloads: Sequence[Payload], names: Sequence[str], container: Container, file: str) -> Iterator[Problem]:
-    """Tensors whose type or shape is not what their payload needs."""
+def _spec_problems(payloads: Sequence[Payload], names: Sequence[str], container: Container, file: str) -> Iterator[Problem]:
+    """Yield a problem for each tensor whose type or shape does not match its payload."""
     for payload, name in zip(payloads, names, strict=True):
         if not name:
             continue
         tensor = container.tensors[name]
-        expected = stored_form(payload)
+        expected = stored_spec(payload)
         if (tensor.type_name, tensor.shape) != expected:
             found = f"{tensor.type_name} {list(tensor.shape)}"
-            message = f"the tensor of {payload.part} has another type or shape"
+            message = f"the tensor of {payload.part} has the wrong type or shape"
             yield Problem("wrong_form", message, file, name, found, f"{expected[0]} {list(expected[1])}")

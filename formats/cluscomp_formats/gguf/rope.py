@@ -1,4 +1,4 @@
-"""What llama.cpp does to a model's rotary embedding: the order of query and key rows, and scaled frequencies."""
+"""llama.cpp's conventions for rotary embeddings: the order of query and key rows, and scaled frequencies."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ __all__ = ["interleave_halves", "llama3_divisors"]
 
 
 def interleave_halves(rows: AnyArray, num_heads: int) -> AnyArray:
-    """Rows `[num_heads * head_dim, ...]` in the order of GGUF Llama files: within each head, the two halves that rotary
-    embedding pairs up become neighbours, `stored[2 i + j] = original[j * head_dim / 2 + i]`.
+    """Return rows `[num_heads * head_dim, ...]` in the order of GGUF Llama files.
 
+    Within each head, rows that rotary embedding pairs up become neighbours: `stored[2 i + j] = original[j * head_dim / 2 + i]`.
     Source: `LlamaModel.permute` in llama.cpp's converter.
     """
     halves = rows.reshape(num_heads, 2, rows.shape[0] // num_heads // 2, *rows.shape[1:])
@@ -25,10 +25,10 @@ def interleave_halves(rows: AnyArray, num_heads: int) -> AnyArray:
 def llama3_divisors(
     theta: float, head_dim: int, *, factor: float, low: float, high: float, original_context: int
 ) -> npt.NDArray[np.float64]:
-    """Divisors of the rotary frequencies, `[head_dim / 2]`, by the formula of Llama 3.1.
+    """Return the divisors of the rotary frequencies, `[head_dim / 2]`, by the formula of Llama 3.1.
 
-    Wavelengths under `original_context / high` are kept, those over `original_context / low` are multiplied by `factor`, and
-    between the two the frequencies are interpolated. Source: `_compute_llama3_parameters` in transformers.
+    Wavelengths below `original_context / high` are unchanged, those above `original_context / low` are multiplied by `factor`,
+    and frequencies in between are interpolated. Source: `_compute_llama3_parameters` in transformers.
     """
     wavelengths = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
     smooth = np.clip((original_context / wavelengths - low) / (high - low), 0.0, 1.0)

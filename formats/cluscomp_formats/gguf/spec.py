@@ -1,5 +1,4 @@
-"""The constants of the native GGUF flavour, version 1, and how a payload is stored. The specification is
-`docs/gguf-format.md`."""
+"""The constants of native GGUF files, version 1, and the storage of payloads. The specification is `docs/gguf-format.md`."""
 
 from __future__ import annotations
 
@@ -7,17 +6,17 @@ import math
 
 from cluscomp_formats.sections.payloads import Payload
 
-__all__ = ["ALIGNMENT", "ARCHITECTURE", "ROW_ORDER", "VERSION", "stored_form"]
+__all__ = ["ALIGNMENT", "ARCHITECTURE", "ROW_ORDER", "VERSION", "stored_spec"]
 
 ARCHITECTURE = "cluscomp"
-"""`general.architecture`. Under a name llama.cpp knows it would load the file and fail in ways that confuse."""
+"""`general.architecture`. With a name that llama.cpp knows, it would load the file and fail with confusing errors."""
 
 VERSION = 1
 ROW_ORDER = "huggingface"
 """Query and key rows are not permuted, unlike in stock Llama files."""
 
 ALIGNMENT = 64
-"""As in the packed format, whose sections the tensors are."""
+"""As in the packed format: each section is stored as a tensor."""
 
 MAX_GGML_RANK = 4
 
@@ -36,13 +35,13 @@ GGML_TYPES = {
     "uint8": "I8",
     "bool": "I8",
 }
-"""The ggml type that carries the bits of each dtype; ggml has no unsigned types."""
+"""The ggml type that stores the bits of each dtype; ggml has no unsigned types."""
 
 
-def stored_form(payload: Payload) -> tuple[str, tuple[int, ...]]:
-    """ggml type and row-major shape of the tensor that holds a payload that is not empty.
+def stored_spec(payload: Payload) -> tuple[str, tuple[int, ...]]:
+    """Return the ggml type and row-major shape of the tensor of a non-empty payload.
 
-    Codes narrower than 16 bits are a stream of bytes; scalars and arrays of more than four dimensions are vectors.
+    Codes of fewer than 16 bits are a stream of bytes; scalars and arrays of more than four dimensions are vectors.
     """
     if payload.code_bits is not None and payload.code_bits < 16:
         return "I8", (payload.stored_bytes,)

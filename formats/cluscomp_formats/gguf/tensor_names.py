@@ -1,6 +1,6 @@
-"""Names of the tensors in a native file: those llama.cpp would give, so that people and tools find their way.
+"""Names of the tensors in a native file: those of llama.cpp, so that people and tools recognise them.
 
-Names carry no meaning: what a tensor is stands in `cluscomp.layout`. Readers only need them to be unique.
+Names have no meaning for readers, which only require them to be unique: `cluscomp.layout` describes the tensors.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _RESERVED = "cluscomp."
 
 
 def tensor_names(model: Model, payloads: Sequence[Payload], architecture: str | None) -> list[str]:
-    """A name per payload, in order; an empty one for an empty payload, which needs no tensor.
+    """Return a name per payload, in order; an empty payload needs no tensor and gets an empty name.
 
-    `architecture` is what gguf-py calls the base architecture, None if it has no name for it. A name that is longer than 63
-    bytes, not printable, taken, or in the space of our own names gives way to `cluscomp.<number of the payload>.<part>`.
+    `architecture` is gguf-py's name of the base architecture, None if it has none. A name that is longer than 63 bytes, not
+    printable, already used or reserved is replaced by `cluscomp.<number of the payload>.<part>`.
     """
     stem_of = _stems(model.config, architecture)
     readable = _Readable(model, stem_of)
@@ -44,7 +44,7 @@ def tensor_names(model: Model, payloads: Sequence[Payload], architecture: str | 
 
 
 class _Readable:
-    """The name a payload should have, to be called once for each in order: stages are counted."""
+    """Makes readable names. `name` must be called once per payload, in order, because it counts stages."""
 
     def __init__(self, model: Model, stem_of: Callable[[str], str]) -> None:
         self._stem_of = stem_of
@@ -81,7 +81,7 @@ class _Readable:
 
 
 def _stems(config: Mapping[str, Any], architecture: str | None) -> Callable[[str], str]:
-    """A tensor's name in llama.cpp by its Hugging Face name; that itself where gguf-py knows no other."""
+    """Return a function from Hugging Face names of tensors to llama.cpp's; names that gguf-py does not know are unchanged."""
     blocks = config.get("num_hidden_layers")
     if architecture is None or type(blocks) is not int or not 0 < blocks <= _MAX_BLOCKS:
         return str

@@ -1,9 +1,9 @@
-"""A `tokenizer.json` as the `tokenizer.ggml.*` keys llama.cpp reads.
+"""Convert a `tokenizer.json` to the `tokenizer.ggml.*` keys that llama.cpp reads.
 
-Two of llama.cpp's tokenizer models can be written: `gpt2` (byte-level BPE whose way to cut text into words is one of
-`word_schemes`) and `llama` (SentencePiece BPE, whose ranked merges become scores). Unicode normalisation (NFC, Qwen) is left
-to whoever calls llama.cpp, as everywhere. Any other tokenizer is refused with the reason: a tokenizer that is nearly
-right gives wrong answers that nobody notices.
+Two of llama.cpp's tokenizer models can be written: `gpt2` (byte-level BPE that splits text by one of `word_schemes`) and
+`llama` (SentencePiece BPE, whose ranked merges are converted to scores). Unicode normalisation (NFC, in Qwen) is left to
+llama.cpp's caller, as usual. Other tokenizers are rejected with the reason: a tokenizer that is almost right gives wrong
+answers that nobody notices.
 """
 
 from __future__ import annotations
@@ -38,24 +38,24 @@ _SPECIAL = {
     "sep": "seperator",
     "pad": "padding",
 }
-"""Keys by our names; one is misspelt in the specification."""
+"""Keys by our names; the specification misspells one."""
 _NAMED = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _DEFAULT_EOS = {"gpt2": 11, "llama": 2}
-"""What llama.cpp takes for the end token where a file names none."""
+"""llama.cpp's default end token if a file names none."""
 _SHOWN = 5
-"""Tokens named in a note, at most."""
+"""Largest number of tokens named in a note."""
 
 _SCHEME_NAMES = ("gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2", "tekken", "default")
-"""One name for each way to cut words, among those llama.cpp treats alike."""
+"""One name per scheme, among the names that llama.cpp treats alike."""
 
 
 class InexpressibleTokenizer(Exception):  # noqa: N818 - not an error of the model: whether it matters is for the writer to say
-    """Why the tokenizer cannot be expressed."""
+    """The tokenizer cannot be expressed in GGUF; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class TokenizerMetadata:
-    """The keys, and notes on what of the tokenizer they do not say."""
+    """The keys, and notes on properties of the tokenizer that they cannot express."""
 
     values: dict[str, Value]
     notes: tuple[str, ...] = ()
@@ -70,9 +70,9 @@ class _Vocabulary:
 
 
 def with_tokenizer_read(model: Model, path: Path) -> Model:
-    """`model` with the files the keys are made of in memory: a writer needs them again, and reads each once.
+    """Return `model` with the files of the tokenizer in memory, because a writer needs them twice but reads each once.
 
-    Raises StorageError, InvalidRequestError, naming the output `path`.
+    Raises StorageError if a file cannot be read, InvalidRequestError if it is invalid; messages name the output `path`.
     """
     files = dict(model.files)
     for name in [name for name in files if name in TOKEN_FILES or is_template_file(name)]:
@@ -82,9 +82,9 @@ def with_tokenizer_read(model: Model, path: Path) -> Model:
 
 
 def tokenizer_metadata(model: Model, vocab_size: int) -> TokenizerMetadata:
-    """The `tokenizer.*` keys of a model with `vocab_size` embeddings; `tokenizer.ggml.model` is `none` if it has no tokenizer.
+    """Return the `tokenizer.*` keys of a model with `vocab_size` embeddings.
 
-    Raises InexpressibleTokenizer.
+    `tokenizer.ggml.model` is `none` if the model has no tokenizer. Raises InexpressibleTokenizer if GGUF cannot express it.
     """
     try:
         stored = read_tokenizer(model.files)
@@ -95,7 +95,7 @@ def tokenizer_metadata(model: Model, vocab_size: int) -> TokenizerMetadata:
         problem = error.problems[0]
         raise InexpressibleTokenizer(f"{problem.file}: {problem.message}") from error
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
-        raise InexpressibleTokenizer(f"its files are not laid out as usual ({type(error).__name__}: {error})") from error
+        raise InexpressibleTokenizer(f"its files have an unusual structure ({type(error).__name__}: {error})") from error
 
 
 def _metadata(model: Model, stored: TokenizerFiles, vocab_size: int) -> TokenizerMetadata:
@@ -109,8 +109,8 @@ def _metadata(model: Model, stored: TokenizerFiles, vocab_size: int) -> Tokenize
     known = len(bpe["vocab"]) + len(tokenizer.get("added_tokens") or ())
     rows = max((tensor.shape[0] for tensor in model.tensors.values() if tensor.shape), default=0)
     if vocab_size > max(known, rows):
-        # A list of tokens of that length is made.
-        raise InexpressibleTokenizer(f"the configuration claims {vocab_size} embeddings, more than any tensor has rows")
+        # Checked because a list of this many tokens is created.
+        raise InexpressibleTokenizer(f"the configuration has vocab_size {vocab_size}, but no tensor has as many rows")
     byte_fallback = bool(bpe.get("byte_fallback"))
     vocabulary = _vocabulary(stored, model.config, vocab_size, sentencepiece=byte_fallback)
     merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in bpe["merges"]]
@@ -133,7 +133,7 @@ def _metadata(model: Model, stored: TokenizerFiles, vocab_size: int) -> Tokenize
 def _vocabulary(
     stored: TokenizerFiles, model_config: Mapping[str, Any], vocab_size: int, *, sentencepiece: bool
 ) -> _Vocabulary:
-    """Tokens by id; ids without one get a name, as llama.cpp's converter does, and tokens without an embedding are left out."""
+    """Return tokens by id. Ids without a token get a name as in llama.cpp's converter; tokens without embedding are omitted."""
     bpe = stored.tokenizer["model"]
     by_id = {number: token for token, number in bpe["vocab"].items()}
     types = dict.fromkeys(by_id, _NORMAL)
@@ -141,7 +141,7 @@ def _vocabulary(
         if sentencepiece and _BYTE_TOKEN.fullmatch(token):
             types[number] = _BYTE
     if not all(type(number) is int and 0 <= number < vocab_size for number in by_id):
-        raise InexpressibleTokenizer(f"it has ids past the {vocab_size} embeddings")
+        raise InexpressibleTokenizer(f"it has ids beyond the {vocab_size} embeddings")
     left_out, stripping = [], []
     for added in stored.tokenizer.get("added_tokens") or ():
         if added["lstrip"] or added["rstrip"] or added["single_word"]:
@@ -170,16 +170,16 @@ def _vocabulary(
             special_ids.setdefault("unk", unknown)
     notes = []
     if left_out:
-        notes.append(f"added tokens past the {vocab_size} embeddings are left out: {_listed(left_out)}")
+        notes.append(f"added tokens beyond the {vocab_size} embeddings are omitted: {_listed(left_out)}")
     if stripping:
         notes.append(
-            f"llama.cpp keeps the spaces around added tokens that swallow them, or that are whole words: {_listed(stripping)}"
+            f"llama.cpp ignores that added tokens strip spaces around them, or match whole words only: {_listed(stripping)}"
         )
     return _Vocabulary(tokens, [types.get(number, _UNUSED) for number in range(vocab_size)], special_ids, notes)
 
 
 def _with_end_tokens(model: Model, vocabulary: _Vocabulary, kind: Any, *, add_eos: bool) -> tuple[dict[str, int], list[str]]:
-    """The special ids with all end tokens of the model among them, and notes on those there is no key for."""
+    """Return the special ids including the model's end tokens, and notes on end tokens for which there is no key."""
     special_ids = dict(vocabulary.special_ids)
     size = len(vocabulary.tokens)
     wanted = [number for number in end_tokens(model.config, model.files, special_ids.get("eos")) if 0 <= number < size]
@@ -216,11 +216,11 @@ def _byte_level(tokenizer: Mapping[str, Any], merges: Sequence[tuple[str, ...]])
                 "pre": Value("string", name),
                 "merges": Value("string", [" ".join(merge) for merge in merges]),
             }
-    raise InexpressibleTokenizer(f"llama.cpp knows no scheme that cuts words by {patterns} with ignore_merges {ignore_merges}")
+    raise InexpressibleTokenizer(f"llama.cpp has no scheme that splits words by {patterns} with ignore_merges {ignore_merges}")
 
 
 def _word_patterns(pre_tokenizer: Mapping[str, Any]) -> tuple[str, ...]:
-    """The regular expressions by which text is cut, in order."""
+    """Return the regular expressions that split the text, in order."""
     *steps, last = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
     if last["type"] != "ByteLevel" or last["add_prefix_space"]:
         raise InexpressibleTokenizer("its pre-tokenizer does not end with ByteLevel, or prefixes a space")
@@ -231,14 +231,14 @@ def _word_patterns(pre_tokenizer: Mapping[str, Any]) -> tuple[str, ...]:
         elif step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
             patterns.append(step["pattern"]["Regex"])
         else:
-            raise InexpressibleTokenizer(f"its pre-tokenizer has a step {step['type']} that llama.cpp lacks")
+            raise InexpressibleTokenizer(f"its pre-tokenizer has a step {step['type']} that llama.cpp does not support")
     return (*patterns, GPT2_WORDS) if last.get("use_regex", True) else tuple(patterns)
 
 
 def _sentencepiece(
     tokenizer: Mapping[str, Any], vocabulary: _Vocabulary, merges: Sequence[tuple[str, ...]]
 ) -> dict[str, Value]:
-    """Scores that make llama.cpp, which merges the neighbours whose union scores best, merge in the same order."""
+    """Convert ranked merges to scores. llama.cpp merges the neighbours whose union has the best score, so the order is kept."""
     normal = {token for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True) if kind == _NORMAL}
     ranked = [result for result, _ in itertools.groupby("".join(merge) for merge in merges)]
     rank = {result: number for number, result in enumerate(ranked)}
@@ -264,7 +264,7 @@ def _sentencepiece(
 
 
 def _prefixes_space(tokenizer: Mapping[str, Any]) -> bool:
-    """Whether a space goes before the text; that spaces become U+2581 is checked on the way."""
+    """Return whether a space is inserted before the text, after checking that spaces become U+2581."""
     normalizer, pre_tokenizer = tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer")
     if normalizer is None and pre_tokenizer is not None:
         if pre_tokenizer["type"] == "Metaspace" and pre_tokenizer["replacement"] == _SPACE and not pre_tokenizer["split"]:
@@ -278,7 +278,7 @@ def _prefixes_space(tokenizer: Mapping[str, Any]) -> bool:
 
 
 def _framing(post_processor: Mapping[str, Any] | None, vocabulary: _Vocabulary) -> tuple[bool, bool]:
-    """Whether the begin and end tokens go around a text."""
+    """Return whether the begin and end tokens are added around a text."""
     steps: Sequence[Any] = ()
     if post_processor is not None:
         steps = post_processor["processors"] if post_processor["type"] == "Sequence" else [post_processor]
@@ -300,7 +300,7 @@ def _framing(post_processor: Mapping[str, Any] | None, vocabulary: _Vocabulary) 
 
 
 def _chat_templates(model: Model) -> dict[str, Value]:
-    """The keys of the chat templates, as gguf-py writes them: what is not a letter or digit in a name becomes `_`."""
+    """Return the keys of the chat templates as gguf-py writes them: characters other than letters and digits become `_`."""
     templates = find_chat_templates(model.files)
     named = {re.sub("[^A-Za-z0-9]", "_", name): text for name, text in templates.items() if name not in ("", DEFAULT)}
     values = {f"tokenizer.chat_template.{name}": Value("string", text) for name, text in named.items()}

@@ -1,4 +1,4 @@
-"""Write native GGUF files: the sections of the packed format as GGUF tensors, what they are in the metadata."""
+"""Write native GGUF files: the sections of the packed format as GGUF tensors, their description in the metadata."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cluscomp_formats.files.atomic import atomic_write, check_output
 from cluscomp_formats.gguf.container_encoding import DirectoryEntry, Value, aligned, encode_header
 from cluscomp_formats.gguf.hyperparameters import base_architecture, read_hyperparameters
 from cluscomp_formats.gguf.reader import open_gguf
-from cluscomp_formats.gguf.spec import ALIGNMENT, ARCHITECTURE, ROW_ORDER, VERSION, stored_form
+from cluscomp_formats.gguf.spec import ALIGNMENT, ARCHITECTURE, ROW_ORDER, VERSION, stored_spec
 from cluscomp_formats.gguf.tensor_names import tensor_names
 from cluscomp_formats.gguf.tokenizer_metadata import InexpressibleTokenizer, tokenizer_metadata, with_tokenizer_read
 from cluscomp_formats.ir import Model
@@ -37,13 +37,14 @@ def write_gguf(
     self_test: SelfTest | None = None,
     on_progress: Progress = silent,
 ) -> WriteReport:
-    """Write `model` as a native GGUF file, atomically, with no more than about one payload in memory.
+    """Write `model` as a native GGUF file, atomically, with about one payload in memory at a time.
 
-    With `self_test`, the callback gets the model as opened from the finished payloads, valid only while it runs, and returns
-    the self-test record to store; without, `model.self_test` is kept. `on_progress` gets payload bytes done and in total.
+    If `self_test` is given, it is called with the model as opened from the finished payloads, which is valid only during the
+    call, and its result is stored as the self-test record; otherwise `model.self_test` is stored. `on_progress` is called with
+    payload bytes done and in total. Each payload's loader is called once.
 
-    Raises OutputExistsError, StorageError, InvalidRequestError, InvalidFileError as `write_packed` does; UnsupportedError
-    without the package gguf. Each payload's loader is called once.
+    Raises OutputExistsError, StorageError, InvalidRequestError and InvalidFileError as `write_packed`; UnsupportedError without
+    the package gguf.
     """
     check_output(path, force=force)
     problems = list(request_problems(model, list(stored_payloads(model)), str(path)))
@@ -57,7 +58,7 @@ def write_gguf(
     # Every part of the header but the record has its final length from the start.
     start = len(header_bytes([Section(0, 0, 0)] * len(payloads), NO_DIGEST, record))
     with atomic_write(path, force=force) as stream:
-        # Zeros stand for the header until the end: an unfinished file is never taken for a model.
+        # The header stays zero until the end, so that an incomplete file is not a valid model.
         sections, digest = write_sections(stream, start, model, arrays, path, on_progress)
         file_bytes = stream.tell()
         _overwrite_start(stream, header_bytes(sections, digest, record))
@@ -75,9 +76,9 @@ def write_gguf(
 
 
 def gguf_size(model: Model) -> int:
-    """Bytes of the file of `model`, its self-test record included; reads nothing but the tokenizer.
+    """Return the bytes of the file of `model`, including its self-test record; reads only the tokenizer.
 
-    Raises InvalidRequestError, UnsupportedError as `write_gguf` does.
+    Raises InvalidRequestError and UnsupportedError as `write_gguf`.
     """
     payloads = [payload for payload, _ in stored_payloads(model)]
     sections = [Section(0, 0, 0)] * len(payloads)
@@ -88,7 +89,7 @@ def gguf_size(model: Model) -> int:
 def _header_builder(
     model: Model, payloads: Sequence[Payload]
 ) -> Callable[[Sequence[Section], str, Mapping[str, Any] | None], bytes]:
-    """A function from what is known only after the payloads were written to the padded header."""
+    """Return a function that makes the padded header from the values that are known after the payloads have been written."""
     architecture = base_architecture(model.config)
     names = tensor_names(model, payloads, architecture)
     described = _described(model)
@@ -96,7 +97,7 @@ def _header_builder(
     offset = 0
     for name, payload in zip(names, payloads, strict=True):
         if name:
-            type_name, shape = stored_form(payload)
+            type_name, shape = stored_spec(payload)
             entries.append(DirectoryEntry(name, shape, type_name, offset))
             offset += aligned(payload.stored_bytes, ALIGNMENT)
 
@@ -124,7 +125,7 @@ def _header_builder(
 
 
 def _described(model: Model) -> dict[str, Value]:
-    """Keys for other readers of GGUF: names, hyperparameters, tokenizer. Ours does not need them."""
+    """Return keys for other GGUF readers: names, hyperparameters, tokenizer. Our reader does not need them."""
     values = {
         "general.architecture": Value("string", ARCHITECTURE),
         "general.alignment": Value("uint32", ALIGNMENT),
@@ -136,7 +137,7 @@ def _described(model: Model) -> dict[str, Value]:
     try:
         hyperparameters = read_hyperparameters(model.config)
     except ClusCompError:
-        # A model llama.cpp has no keys for; its configuration is there as JSON.
+        # llama.cpp has no keys for this model, but the file has its configuration as JSON.
         return values
     values |= hyperparameters.metadata
     try:
@@ -153,7 +154,7 @@ def _overwrite_start(stream: BinaryIO, header: bytes) -> None:
 
 
 def _move_up(stream: BinaryIO, start: int, end: int, distance: int) -> None:
-    """Move bytes `start` to `end` up by `distance`, the last first: where they go may be where others still are."""
+    """Move bytes `start` to `end` up by `distance`, the last ones first, because the ranges may overlap."""
     while distance and end > start:
         begin = max(start, end - _COPY_BYTES)
         stream.seek(begin)

@@ -176,7 +176,7 @@ def _check_content(model: Model, quantization: Quantization, file: str) -> None:
         raise InvalidFileError(problems)
     digest = model.digest()
     if digest != quantization.digest:
-        message, remedy = "the content is not what the digest says", "copy, download or convert it again"
+        message, remedy = "the content does not match the digest", "copy, download or convert it again"
         raise InvalidFileError(Problem("digest_mismatch", message, file, MEMBER, digest, quantization.digest, remedy))
 
 

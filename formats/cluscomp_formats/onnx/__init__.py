@@ -1,7 +1,7 @@
-"""The ONNX format: a folder that stock ONNX runtimes run; specified in `docs/onnx-format.md`.
+"""The ONNX format: a folder that stock ONNX runtimes can run; specified in `docs/onnx-format.md`.
 
-Importing this package does not need the package onnx; reading and writing do. The writer is `onnx.writer.write_onnx`, which
-takes the graph too: what a model computes is not for this package to know.
+Importing this package does not require the package onnx; reading and writing do. The writer is `onnx.writer.write_onnx`. It
+needs the graph as an argument, because this package does not know what a model computes.
 """
 
 import functools

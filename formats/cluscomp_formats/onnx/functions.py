@@ -1,11 +1,11 @@
 """The operators of the domain `ai.cluscomp`, version 1, as functions of standard operators.
 
-Every file carries these functions, so that a runtime which has never heard of the operators runs them; one that knows them
-binds kernels of its own to the names instead. The texts below are ONNX's own notation and stand in `docs/onnx-format.md` too.
+Every file contains these functions, so that any runtime can run the operators; a runtime that knows the operators can bind its
+own kernels to their names instead. The texts below are in ONNX's notation and are also in `docs/onnx-format.md`.
 
-`ClusLinear` takes the zero in the shape of `weight` from the leading length of `X`, which varies: a runtime that folds
-constants decodes `vectors` once, but leaves the `Reshape` alone, which is free at run time and would copy all weights, as
-would the packing of a constant operand.
+`ClusLinear` computes the zero in the shape of `weight` from the leading length of `X`, which varies. A runtime that folds
+constants then decodes `vectors` once, but does not fold the `Reshape`: that would copy all weights, as would packing a constant
+operand, while the `Reshape` is free at run time.
 """
 
 from __future__ import annotations
@@ -173,6 +173,6 @@ OutlierEmbedding <in_features> (indices, positions, values) => (Y)
 
 @cache
 def functions() -> dict[str, onnx.FunctionProto]:
-    """The operators by name, as functions over ONNX's own operators."""
+    """Return the operators by name, as functions of standard operators."""
     head = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>'
     return {name: onnx.parser.parse_function(head + text) for name, text in FUNCTION_TEXTS.items()}

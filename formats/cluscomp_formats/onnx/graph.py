@@ -1,4 +1,4 @@
-"""Building a graph: nodes in order, with names made on the way."""
+"""Build a graph: nodes in order, with generated names."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from onnx import TensorProto, helper
 __all__ = ["FLOAT", "Graph", "GraphBuilder", "value"]
 
 FLOAT = TensorProto.FLOAT
-"""What a graph computes in, whatever its arrays are stored in."""
+"""The element type that graphs compute in, for arrays of all dtypes."""
 
 Shape = Sequence[int | str]
 
 
 @dataclass(frozen=True)
 class Graph:
-    """What a model computes: nodes, and its inputs and outputs in order. Arrays are referred to by their initialiser's name."""
+    """The computation of a model: nodes, inputs and outputs, in order. Nodes refer to arrays by their initialisers' names."""
 
     nodes: Sequence[onnx.NodeProto]
     inputs: Sequence[onnx.ValueInfoProto]
@@ -28,13 +28,13 @@ class Graph:
 
 
 def value(name: str, element_type: int, shape: Shape) -> onnx.ValueInfoProto:
-    """An input or output; a string in the shape names a length that varies."""
+    """Return an input or output; a string in the shape names a variable length."""
     return helper.make_tensor_value_info(name, element_type, list(shape))
 
 
 @dataclass
 class GraphBuilder:
-    """Collects nodes. Names of nodes and values tell where in the model they are: `scope/OpType`, numbered from the second."""
+    """Collects nodes. Nodes and values are named by their place in the model: `scope/OpType`, numbered from the second on."""
 
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     scope: str = ""
@@ -44,22 +44,22 @@ class GraphBuilder:
     def node(
         self, op: str, inputs: Sequence[str], *, outputs: int = 1, name: str | None = None, domain: str = "", **attributes: Any
     ) -> Any:
-        """Add a node and return the name of its output, or the list of names of several. `name` names a single output."""
+        """Add a node. Return the name of its output, or the list of names of several outputs. `name` names a single output."""
         label = self._unique(f"{self.scope}/{op}")
         results = [name] if name else [label] if outputs == 1 else [f"{label}:{number}" for number in range(outputs)]
         self.nodes.append(helper.make_node(op, list(inputs), results, name=label, domain=domain, **attributes))
         return results[0] if outputs == 1 else results
 
     def ints(self, *values: int) -> str:
-        """A constant vector of int64."""
+        """Return the name of a constant int64 vector."""
         return self._constant("ints", values, value_ints=list(values))
 
     def int(self, number: int) -> str:
-        """A constant scalar of int64."""
+        """Return the name of a constant int64 scalar."""
         return self._constant("int", number, value_int=number)
 
     def float(self, number: float) -> str:
-        """A constant scalar of float32."""
+        """Return the name of a constant float32 scalar."""
         return self._constant("float", number, value_float=number)
 
     def _constant(self, kind: str, key: Any, **attributes: Any) -> str:

@@ -1,4 +1,4 @@
-"""Does a graph use the weights as the model says? Without this a digest would prove nothing of what a runtime computes."""
+"""Check that a graph uses the weights as the model describes; otherwise the digest would not cover what a runtime computes."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from cluscomp_formats.sections.stored_arrays import codebook_key, part_key
 __all__ = ["graph_problems"]
 
 _MAX_DEPTH = 16
-_REWRITTEN = "name the file as it was converted, before any optimiser or other tool rewrote it"
+_REWRITTEN = "use the file as it was converted, before an optimiser or another tool changed it"
 _IMPORTS = [("", OPSET), (DOMAIN, DOMAIN_VERSION)]
 
 
 def graph_problems(proto: onnx.ModelProto, model: Model, file: str) -> Iterator[Problem]:
-    """Versions and functions that are not ours, and nodes that use codes or codebooks in any other way than the model says.
+    """Yield a problem for each unexpected version or function, and for each node that uses codes or codebooks wrongly.
 
-    A hostile file may hold millions of anything: nodes are walked through, not listed, and problems only up to a number.
+    A hostile file may have millions of nodes: they are iterated, not collected, and the number of problems is limited.
     """
     if proto.ir_version != IR_VERSION:
-        message = "the file's container is of another version"
+        message = "the file has another IR version"
         yield Problem("bad_ir_version", message, file, None, str(proto.ir_version), str(IR_VERSION), _REWRITTEN)
         return
     imports = [(entry.domain, entry.version) for entry in proto.opset_import[: len(_IMPORTS) + 1]]
@@ -47,7 +47,7 @@ def graph_problems(proto: onnx.ModelProto, model: Model, file: str) -> Iterator[
         if size <= MAX_ENTRIES:
             size += sum(len(node.attribute) for node in graph.node)
         if size > MAX_ENTRIES:
-            message, expected = "there are too many nodes, attributes and subgraphs", f"at most {MAX_ENTRIES}"
+            message, expected = "the file has too many nodes, attributes and subgraphs", f"at most {MAX_ENTRIES}"
             yield Problem("too_many_entries", message, file, expected=expected)
             return
         if len(problems) < MAX_PROBLEMS:
@@ -57,7 +57,7 @@ def graph_problems(proto: onnx.ModelProto, model: Model, file: str) -> Iterator[
             if len(problems) < MAX_PROBLEMS:
                 problems += check.node_problems(node)
     if model.clustered and not own:
-        message = "the graph has none of the operators of a codebook model: it has been optimised or inlined"
+        message = "the graph has no operators of a codebook model: it has been optimised or inlined"
         yield Problem("inlined", message, file, None, None, f"nodes of {DOMAIN}", _REWRITTEN)
         return
     yield from problems
@@ -68,14 +68,14 @@ def _function_problems(proto: onnx.ModelProto, file: str) -> Iterator[Problem]:
     for function in proto.functions:
         label = f"{function.domain}::{function.name}"[:200]
         if function.domain != DOMAIN or function.name not in ours:
-            yield Problem("unknown_function", "the file brings a function of its own", file, label)
+            yield Problem("unknown_function", "the file defines an unknown function", file, label)
         elif function != ours[function.name]:
-            message = "the operator's function is not the one of the specification"
+            message = "the operator's function differs from the specification"
             yield Problem("other_function", message, file, label, remedy=_REWRITTEN)
 
 
 def _graphs(graph: onnx.GraphProto, depth: int = 0) -> Iterator[tuple[onnx.GraphProto, int]]:
-    """The graph and those in its nodes, with their depth; nothing below the first that is too deep."""
+    """Yield the graph and the graphs in its nodes, with their depths, but nothing below a graph that is too deep."""
     yield graph, depth
     if depth <= _MAX_DEPTH:
         for node in graph.node:
@@ -87,7 +87,7 @@ def _graphs(graph: onnx.GraphProto, depth: int = 0) -> Iterator[tuple[onnx.Graph
 
 
 class _NodeCheck:
-    """How the arrays of a model may be used."""
+    """Checks the use of a model's arrays in nodes."""
 
     def __init__(self, proto: onnx.ModelProto, model: Model, file: str) -> None:
         self.file = file
@@ -101,7 +101,7 @@ class _NodeCheck:
         self.guarded = {*self.uses, *(codebook for codebook, _ in self.uses.values())}
 
     def graph_problems(self, graph: onnx.GraphProto, *, outermost: bool) -> Iterator[Problem]:
-        """Inputs of a graph, and initialisers of one inside another, that would stand for an array."""
+        """Yield a problem for each input of a graph, or initialiser of a subgraph, that has the name of an array."""
         inner = () if outermost else graph.initializer
         if not self.arrays.isdisjoint(entry.name for entries in (graph.input, inner) for entry in entries):
             yield self._collision(graph.name)
@@ -111,7 +111,7 @@ class _NodeCheck:
             yield self._collision(node.name)
         if node.domain == DOMAIN and (node.op_type not in self.functions or node.overload):
             found = f"{node.op_type}{node.overload}"[:200]
-            message = "the file does not say what an operator computes"
+            message = "the file does not define an operator"
             yield Problem("missing_function", message, self.file, _label(node.name), found, None, _REWRITTEN)
         if not self.guarded.isdisjoint(node.input):
             fault = self._use_fault(node)
@@ -121,12 +121,12 @@ class _NodeCheck:
 
     def _use_fault(self, node: onnx.NodeProto) -> str | None:
         if node.domain != DOMAIN or node.op_type not in (CLUS_LINEAR, CLUS_EMBEDDING) or len(node.input) != 3:
-            return "codes and codebooks go only into the operators made for them"
+            return "codes and codebooks may only be inputs of the operators for them"
         _, codebook, codes = node.input
         if codes not in self.uses or self.uses[codes][0] != codebook:
             return "codebook and codes do not belong together"
         axis = self.uses[codes][1]
-        # A linear may use the weight transposed: then its groups run along the other axis.
+        # A linear may use the transposed weight, whose groups run along the other axis.
         axes = (0, 1) if node.op_type == CLUS_LINEAR else (axis,)
         found = node.attribute[:2]
         if found not in [[onnx.AttributeProto(name="group_axis", type=onnx.AttributeProto.INT, i=allowed)] for allowed in axes]:
@@ -139,5 +139,5 @@ class _NodeCheck:
 
 
 def _label(name: str) -> str:
-    """A name for a message. protobuf hands out one that is not UTF-8 as bytes."""
+    """Return a name for a message; protobuf returns names that are not UTF-8 as bytes."""
     return f"{name}"[:200]

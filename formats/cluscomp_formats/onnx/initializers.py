@@ -1,10 +1,10 @@
-"""The initialisers of a file: each is one array of the model, in the data file."""
+"""The initialisers of a file; each refers to one array of the model in the data file."""
 
 from __future__ import annotations
 
 import onnx
 
-from cluscomp_formats.onnx.spec import DATA_FILE, ELEMENT_TYPES, stored_form
+from cluscomp_formats.onnx.spec import DATA_FILE, ELEMENT_TYPES, stored_spec
 from cluscomp_formats.sections.header import Section
 from cluscomp_formats.sections.stored_arrays import StoredArray
 
@@ -12,8 +12,8 @@ __all__ = ["initializer", "place"]
 
 
 def initializer(array: StoredArray, section: Section) -> onnx.TensorProto:
-    """The initialiser for an array that lies in `section` of the data file."""
-    _, dtype, shape = stored_form(array.payload)
+    """Return the initialiser of an array that is stored in `section` of the data file."""
+    _, dtype, shape = stored_spec(array.payload)
     tensor = onnx.TensorProto(
         name=array.key,
         data_type=ELEMENT_TYPES[dtype],
@@ -26,7 +26,7 @@ def initializer(array: StoredArray, section: Section) -> onnx.TensorProto:
 
 
 def place(tensor: onnx.TensorProto) -> tuple[int, int] | None:
-    """Offset and length in the data file, in bytes; None if the array is stored anywhere else."""
+    """Return the offset and length of an array in the data file, in bytes; None if it is stored elsewhere."""
     values = {entry.key: entry.value for entry in tensor.external_data[:4]}
     numbers = [values.get(key, "") for key in ("offset", "length")]
     sound = (

@@ -1,4 +1,4 @@
-"""The package onnx, which is needed to write and to read ONNX files and nothing else."""
+"""The optional package onnx, which is needed only to read and write ONNX files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Open ONNX folders. Every folder is taken for hostile until checked; see `docs/onnx-format.md`."""
+"""Open ONNX folders. Folders are untrusted; `docs/onnx-format.md` says what is checked."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from cluscomp_formats.onnx.spec import (
     SUBFOLDER,
     VERSION,
     data_offset,
-    stored_form,
+    stored_spec,
 )
 from cluscomp_formats.sections.assembly import build_model, reference_problems
 from cluscomp_formats.sections.digest import content_problems
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 __all__ = ["holds_only_onnx", "looks_onnx", "open_onnx"]
 
 _BEGIN = b"\x08"
-"""The first field of every ModelProto, the version of its container."""
+"""First byte of a ModelProto: the tag of the field `ir_version`."""
 _MARK = (METADATA_PREFIX + "layout").encode()
 _LAYOUT_MEMBERS = ("codebooks", "tensors")
 _TAKEN = (CONFIG, SUBFOLDER)
@@ -52,7 +52,7 @@ _CONVERT_AGAIN = "copy, download or convert it again"
 
 
 def looks_onnx(path: Path) -> bool:
-    """Whether `path` is an ONNX folder of ours or its `model.onnx`, by a key of its metadata. Never raises."""
+    """Return whether `path` is an ONNX folder of a codebook model, or its `model.onnx`, by its metadata. Never raises."""
     try:
         file = _model_file(path)
         return first_bytes(file, len(_BEGIN)) == _BEGIN and _MARK in read_whole(file, MAX_MODEL_BYTES)
@@ -61,7 +61,7 @@ def looks_onnx(path: Path) -> bool:
 
 
 def holds_only_onnx(folder: Path) -> bool:
-    """Whether a folder is of this format and holds nothing else, so that deleting it loses only the model. Never raises."""
+    """Return whether a folder is of this format without other files, so that deleting it loses only the model. Never raises."""
     try:
         known = {CONFIG, f"{SUBFOLDER}/", *open_onnx(folder).files}
         others = {*names_in(folder)} - known
@@ -74,11 +74,12 @@ def holds_only_onnx(folder: Path) -> bool:
 def open_onnx(path: Path, *, check: bool = False) -> Model:
     """Open an ONNX folder, or the `model.onnx` in it, as a lazy model.
 
-    The structure is checked at once, and that the graph uses the weights the way the model says; a payload's checksum and
-    values when it is first read, which then may raise InvalidFileError, or all of them and the digest now if `check`. The
-    data file stays open, as by `open_packed`. What the graph computes around the weights is not compared with anything.
+    The structure, and the use of the weights in the graph, are checked immediately. A payload's checksum and values are checked
+    when it is first read, which may raise InvalidFileError; with `check`, all payloads and the digest are checked immediately.
+    The data file stays open, as with `open_packed`. The other computations of the graph are not checked.
 
-    Raises InvalidFileError, StorageError, UnsupportedError (without the package onnx).
+    Raises InvalidFileError if the folder is not valid; StorageError if it cannot be read; UnsupportedError without the package
+    onnx.
     """
     require_onnx()
     file = _model_file(path)
@@ -88,14 +89,14 @@ def open_onnx(path: Path, *, check: bool = False) -> Model:
     header, keys = _read_header(proto, metadata, name)
     data = _open_data(file.with_name(DATA_FILE), header.sections)
     model = build_model(header, data)
-    problems = list(reference_problems(header, model, name, lambda payload: stored_form(payload)[0]))
+    problems = list(reference_problems(header, model, name, lambda payload: stored_spec(payload)[0]))
     if not problems:
         problems = list(islice(_model_problems(proto, header, model, keys, name), MAX_PROBLEMS))
     files, faults = open_side_files(_folder_of(file), metadata["files"], _TAKEN, name)
     problems += faults
     if problems:
         raise InvalidFileError(problems)
-    data.payloads = [stored_form(payload)[0] for payload, _ in stored_payloads(model)]
+    data.payloads = [stored_spec(payload)[0] for payload, _ in stored_payloads(model)]
     model = replace(model, files=files)
     if check:
         problems = list(content_problems(header, replace(model, files={}), data))
@@ -105,20 +106,20 @@ def open_onnx(path: Path, *, check: bool = False) -> Model:
 
 
 def _model_file(path: Path) -> Path:
-    # Path.is_dir() raises for a name too long or a folder that is locked.
+    # Path.is_dir() raises for a long name or a folder without permission.
     return path / SUBFOLDER / MODEL_FILE if os.path.isdir(path) else path  # noqa: PTH112
 
 
 def _folder_of(file: Path) -> Path:
-    """The folder that a `model.onnx` belongs to. `file` may be a bare name in the current folder."""
+    """Return the folder of a `model.onnx`. `file` may be a plain name in the current folder."""
     inner = Path(os.path.abspath(file)).parent  # noqa: PTH100 - resolve() would follow links
     return inner.parent if inner.name == SUBFOLDER else inner
 
 
 def _read_proto(file: Path) -> onnx.ModelProto:
-    """Parse `model.onnx`; no weight is read. All of its texts but those of nodes and functions are UTF-8.
+    """Parse `model.onnx` without reading weights. All its texts are valid UTF-8, except possibly those of nodes and functions.
 
-    Raises InvalidFileError, StorageError.
+    Raises InvalidFileError if the file is damaged or too long; StorageError if it cannot be read.
     """
     import onnx
     from google.protobuf.message import DecodeError
@@ -130,14 +131,14 @@ def _read_proto(file: Path) -> onnx.ModelProto:
         found = str(error)[:200]
         raise InvalidFileError(Problem("bad_protobuf", "not an ONNX file, or damaged", str(file), found=found)) from None
     if not content.startswith(_BEGIN):
-        message, expected = "not an ONNX file, or damaged", "the version of its container first"
+        message, expected = "not an ONNX file, or damaged", "the field ir_version first"
         raise InvalidFileError(Problem("bad_protobuf", message, str(file), None, None, expected))
     graph = proto.graph
     longest = max(map(len, (proto.metadata_props, proto.functions, graph.node, graph.initializer, graph.input)))
     if longest > MAX_ENTRIES:
         message, found = "a list in the file is too long", f"{longest} entries"
         raise InvalidFileError(Problem("too_many_entries", message, str(file), None, found, f"at most {MAX_ENTRIES}"))
-    # What is not UTF-8 comes as bytes.
+    # protobuf returns texts that are not UTF-8 as bytes.
     fault = next((text for text in _texts(proto) if not isinstance(text, str)), None)
     if fault is not None:
         raise InvalidFileError(Problem("bad_text", "a text that is not UTF-8", str(file), found=repr(fault)[:200]))
@@ -156,7 +157,7 @@ def _texts(proto: onnx.ModelProto) -> Iterator[object]:
 
 
 def _metadata(proto: onnx.ModelProto, file: str) -> dict[str, Any]:
-    """Our metadata, parsed: value by key, without the prefix. Raises InvalidFileError with every problem found."""
+    """Return our parsed metadata, by key without the prefix. Raises InvalidFileError with every problem found."""
     problems: list[Problem] = []
     keys: set[str] = set()
     values: dict[str, Any] = {}
@@ -165,7 +166,7 @@ def _metadata(proto: onnx.ModelProto, file: str) -> dict[str, Any]:
         if key == entry.key:
             continue
         if key in keys:
-            raise InvalidFileError(Problem("duplicate_key", "a key of the metadata is there twice", file, entry.key[:200]))
+            raise InvalidFileError(Problem("duplicate_key", "a key of the metadata occurs twice", file, entry.key[:200]))
         keys.add(key)
         if key not in (*METADATA_KEYS, *OPTIONAL_METADATA_KEYS):
             continue
@@ -180,8 +181,8 @@ def _metadata(proto: onnx.ModelProto, file: str) -> dict[str, Any]:
     missing = [key for key in METADATA_KEYS if key not in values]
     unknown = keys - {*METADATA_KEYS, *OPTIONAL_METADATA_KEYS}
     if not values or (missing and not problems):
-        message = "not a codebook model: its metadata is not there"
-        remedy = "name a folder that was converted with `to='onnx'`; tools that rewrite a graph may drop its metadata"
+        message = "not a codebook model: its metadata is missing"
+        remedy = "use a folder that was converted with `to='onnx'`; tools that change a graph may drop its metadata"
         problems.append(Problem("bad_metadata", message, file, None, f"no {', '.join(missing)}", None, remedy))
     elif unknown:
         found, expected = ", ".join(sorted(unknown))[:200], ", ".join(METADATA_KEYS)
@@ -194,21 +195,21 @@ def _metadata(proto: onnx.ModelProto, file: str) -> dict[str, Any]:
 
 
 def _read_header(proto: onnx.ModelProto, metadata: Mapping[str, Any], file: str) -> tuple[PackedHeader, list[str]]:
-    """The metadata as the header of a packed file, and the name of the initialiser that holds each section.
+    """Return the metadata as the header of a packed file, and the initialiser's name of each section.
 
-    Raises InvalidFileError.
+    Raises InvalidFileError if the metadata is malformed.
     """
     from cluscomp_formats.onnx.initializers import place
 
     keys, checksums, layout = metadata["sections"], metadata["crc32"], metadata["layout"]
     problems = []
     if not (isinstance(keys, list) and all(isinstance(key, str) for key in keys) and len(set(keys)) == len(keys)):
-        problems.append(Problem("bad_metadata", "sections is not a list of names that differ", file))
+        problems.append(Problem("bad_metadata", "sections is not a list of distinct names", file))
     elif not isinstance(checksums, list) or len(checksums) != len(keys):
         problems.append(Problem("bad_metadata", "crc32 is not a list of one checksum per section", file))
     if not isinstance(layout, dict) or sorted(layout) != sorted(_LAYOUT_MEMBERS):
         expected = f"an object of {', '.join(_LAYOUT_MEMBERS)}"
-        problems.append(Problem("bad_metadata", "layout has another content", file, expected=expected))
+        problems.append(Problem("bad_metadata", "layout is malformed", file, expected=expected))
     if not problems:
         problems = list(islice(_initializer_problems(proto, keys, file), MAX_PROBLEMS))
     if problems:
@@ -231,12 +232,12 @@ def _read_header(proto: onnx.ModelProto, metadata: Mapping[str, Any], file: str)
 
 
 def _initializer_problems(proto: onnx.ModelProto, keys: Sequence[str], file: str) -> Iterator[Problem]:
-    """Initialisers that are not exactly the sections, each in the data file."""
+    """Yield a problem for each difference between the initialisers and the sections, and for arrays outside the data file."""
     from cluscomp_formats.onnx.initializers import place
 
     found = [tensor.name for tensor in proto.graph.initializer]
     for name in sorted(set(keys) - set(found)):
-        yield Problem("missing_tensor", "an array of the model is not there", file, name[:200], remedy=_CONVERT_AGAIN)
+        yield Problem("missing_tensor", "an array of the model is missing", file, name[:200], remedy=_CONVERT_AGAIN)
     for name in sorted(set(found) - set(keys)):
         yield Problem("unknown_tensor", "the graph has an array that the model does not", file, name[:200])
     if len(set(found)) != len(found) or proto.graph.sparse_initializer:
@@ -250,14 +251,17 @@ def _initializer_problems(proto: onnx.ModelProto, keys: Sequence[str], file: str
 
 
 def _open_data(path: Path, sections: Sequence[Section]) -> MappedFile:
-    """The data file, after its sections were found to fill it. Raises InvalidFileError, StorageError."""
+    """Open the data file, after checking that its sections fill it.
+
+    Raises InvalidFileError if they do not; StorageError if the file cannot be read.
+    """
     stored = StoredFile(path)
     problems = []
     end = 0
     for number, section in enumerate(sections):
         expected = data_offset(end, section.length)
         if section.offset != expected:
-            message = "the array does not begin where the one before it ends"
+            message = "the array does not begin at the end of the previous one"
             found = str(section.offset)
             problems.append(Problem("section_misplaced", message, str(path), f"sections[{number}]", found, str(expected)))
         end = section.offset + section.length
@@ -275,7 +279,7 @@ def _open_data(path: Path, sections: Sequence[Section]) -> MappedFile:
 def _model_problems(
     proto: onnx.ModelProto, header: PackedHeader, model: Model, keys: Sequence[str], file: str
 ) -> Iterator[Problem]:
-    """Initialisers of another form than their payload, and a graph that does not use the weights as the model says."""
+    """Yield a problem for each initialiser that does not match its payload, and for wrong uses of weights in the graph."""
     from cluscomp_formats.onnx.graph_check import graph_problems
     from cluscomp_formats.onnx.initializers import initializer
 
@@ -283,7 +287,7 @@ def _model_problems(
     for key, array, section in zip(keys, stored_arrays(model), header.sections, strict=True):
         expected, found = initializer(array, section), initializers[key]
         if found != expected:
-            message = f"{array.payload.part} are stored under another name or in another form"
+            message = f"{array.payload.part} are stored with another name, dtype or shape"
             forms = [f"{form.name[:200]}, element type {form.data_type} {list(form.dims)}" for form in (found, expected)]
             yield Problem("wrong_form", message, file, array.payload.owner, *forms)
     yield from graph_problems(proto, model, file)

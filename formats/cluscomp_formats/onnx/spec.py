@@ -1,4 +1,4 @@
-"""The constants of the ONNX format, version 1, and how a payload is stored. The specification is `docs/onnx-format.md`."""
+"""The constants of the ONNX format, version 1, and the storage of payloads. The specification is `docs/onnx-format.md`."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ __all__ = [
     "SUBFOLDER",
     "VERSION",
     "data_offset",
-    "stored_form",
+    "stored_spec",
 ]
 
 VERSION = 1
 DOMAIN = "ai.cluscomp"
 DOMAIN_VERSION = 1
 OPSET = 21
-"""The version of ONNX's own operators."""
+"""Version of the standard operators."""
 
 IR_VERSION = 10
-"""The version of ONNX's container that came with it."""
+"""IR version that was released with this opset."""
 
 # The layout Optimum and transformers.js expect.
 SUBFOLDER = "onnx"
@@ -43,10 +43,10 @@ DATA_FILE = "model.onnx_data"
 CONFIG = "config.json"
 
 MAX_MODEL_BYTES = 1 << 24
-"""Limit on `model.onnx`, which holds no weights; parsed, it takes up to a hundred times as much memory."""
+"""Limit of `model.onnx`, which has no weights; parsing can take a hundred times as much memory."""
 
 MAX_ENTRIES = MAX_MODEL_BYTES // 32
-"""Limit on the entries of each of its lists, and on nodes and attributes together: what is longer has no names in it."""
+"""Limit of the entries of each list, and of nodes and attributes together; entries with names are longer than 32 bytes."""
 
 PAGE = 4096
 """Arrays of this many bytes or more begin on a page, so that a runtime can map them."""
@@ -54,7 +54,7 @@ PAGE = 4096
 METADATA_PREFIX = "cluscomp."
 METADATA_KEYS = ("config", "crc32", "digest", "files", "layout", "provenance", "sections", "version")
 OPTIONAL_METADATA_KEYS = ("self_test",)
-"""The keys of `metadata_props`, without their prefix; the specification's table says the same."""
+"""The keys of `metadata_props`, without their prefix, as in the specification's table."""
 
 ELEMENT_TYPES = {
     "float64": 11,
@@ -71,14 +71,14 @@ ELEMENT_TYPES = {
     "uint8": 2,
     "bool": 9,
 }
-"""Numbers of ONNX's element types, by dtype."""
+"""ONNX element types, by dtype."""
 
 
-def stored_form(payload: Payload) -> tuple[Payload, str, tuple[int, ...]]:
-    """The payload as this format stores it, and its dtype and shape there.
+def stored_spec(payload: Payload) -> tuple[Payload, str, tuple[int, ...]]:
+    """Return the payload as this format stores it, and its stored dtype and shape.
 
-    Codes are planes of bytes, `[width, across, groups]`: the low bytes and, for more than 256 clusters, the high bytes.
-    Runtimes in browsers can do nothing with uint16, and none joins neighbouring bytes as fast as planes.
+    Codes are stored as planes of bytes, `[width, across, groups]`: the low bytes and, for more than 256 clusters, the high
+    bytes. Runtimes in browsers do not support uint16, and all runtimes combine planes faster than neighbouring bytes.
     """
     if payload.code_bits is None:
         return payload, payload.dtype, payload.shape
@@ -87,6 +87,6 @@ def stored_form(payload: Payload) -> tuple[Payload, str, tuple[int, ...]]:
 
 
 def data_offset(end: int, length: int) -> int:
-    """Where in the data file an array of `length` bytes begins, if the one before ends at `end`."""
+    """Return the offset of an array of `length` bytes in the data file, if the previous array ends at `end`."""
     alignment = PAGE if length >= PAGE else ALIGNMENT
     return -(-end // alignment) * alignment

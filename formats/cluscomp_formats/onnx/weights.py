@@ -1,7 +1,7 @@
-"""The nodes that multiply by a weight or look rows of it up, for every form a weight of the IR has.
+"""The nodes that multiply by a weight or look up its rows, for every kind of weight in the IR.
 
-A clustered weight is one `ClusLinear` or `ClusEmbedding` per stage; scales, biases and the sum over stages are standard
-operators around them, and outliers an `OutlierLinear` or `OutlierEmbedding` on top, in the order in which the IR decodes them.
+A clustered weight is one `ClusLinear` or `ClusEmbedding` per stage. Scales, biases and the sum over stages are standard
+operators, and outliers are an `OutlierLinear` or `OutlierEmbedding`, in the order in which the IR decodes them.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from cluscomp_formats.sections.stored_arrays import codebook_key, part_key
 __all__ = ["add_bias", "as_float", "embedding", "linear"]
 
 GROUP_AXES = {"out": 0, "in": 1}
-"""The attribute `group_axis`: an axis of the weight as `[out_features, in_features]`."""
+"""Values of the attribute `group_axis`: an axis of the weight `[out_features, in_features]`."""
 
 
 def as_float(builder: GraphBuilder, name: str, dtype: str) -> str:
-    """The array of an initialiser in float32."""
+    """Return the name of an initialiser's values in float32."""
     return name if dtype == "float32" else str(builder.node("Cast", [name], to=FLOAT))
 
 
 def linear(builder: GraphBuilder, weight: Tensor, x: str, *, transposed: bool = False) -> str:
-    """`x [..., in_features] -> x @ weight.T [..., out_features]`, float32.
+    """Add nodes for `x [..., in_features] -> x @ weight.T [..., out_features]`, in float32.
 
-    With `transposed` it is `x @ weight`, for models that keep their weights as `[in_features, out_features]`.
+    With `transposed` they compute `x @ weight`, for models that store their weights as `[in_features, out_features]`.
     """
     if isinstance(weight, DenseTensor):
         matrix = as_float(builder, weight.name, weight.values.dtype)
@@ -55,7 +55,7 @@ def linear(builder: GraphBuilder, weight: Tensor, x: str, *, transposed: bool = 
 
 
 def embedding(builder: GraphBuilder, weight: Tensor, indices: str) -> str:
-    """Rows of the weight, `indices [...] -> [..., in_features]`, float32."""
+    """Add nodes for rows of the weight, `indices [...] -> [..., in_features]`, in float32."""
     if isinstance(weight, DenseTensor):
         return as_float(builder, builder.node("Gather", [weight.name, indices]), weight.values.dtype)
     axis = GROUP_AXES[weight.group_axis]
@@ -78,16 +78,16 @@ def embedding(builder: GraphBuilder, weight: Tensor, indices: str) -> str:
 
 
 def add_bias(builder: GraphBuilder, y: str, bias: Tensor | None) -> str:
-    """`y + bias`, the bias `[out_features]` dense; `y` itself if there is none."""
+    """Add nodes for `y + bias`, with a dense bias `[out_features]`; return `y` if there is none."""
     if bias is None:
         return y
     if not isinstance(bias, DenseTensor):
-        raise TypeError(f"{bias.name}: a bias is a vector, and vectors are not clustered")
+        raise TypeError(f"{bias.name}: a bias must not be clustered")
     return str(builder.node("Add", [y, as_float(builder, bias.name, bias.values.dtype)]))
 
 
 def _term(builder: GraphBuilder, weight: ClusteredWeight, number: int, x: str, axis: int) -> str:
-    """What one stage adds to the product. Groups that reach past the end take zeros from `x`, or give what is cut off."""
+    """Add nodes for the term of one stage. If the last group is incomplete, `x` is padded with zeros or the result is cut."""
     stage = weight.stages[number]
     if axis == 0:
         return _cut(builder, _stage(builder, CLUS_LINEAR, x, weight, number, axis), weight, stage)
@@ -98,7 +98,7 @@ def _term(builder: GraphBuilder, weight: ClusteredWeight, number: int, x: str, a
 
 
 def _cut(builder: GraphBuilder, values: str, weight: ClusteredWeight, stage: Stage) -> str:
-    """The last axis without what the last group has too much."""
+    """Cut the last axis to the weight's length."""
     if not _excess(weight, stage):
         return values
     length = weight.shape[GROUP_AXES[weight.group_axis]]

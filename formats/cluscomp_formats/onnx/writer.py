@@ -32,7 +32,7 @@ from cluscomp_formats.onnx.spec import (
     SUBFOLDER,
     VERSION,
     data_offset,
-    stored_form,
+    stored_spec,
 )
 from cluscomp_formats.progress import Progress, silent
 from cluscomp_formats.sections.digest import NO_DIGEST
@@ -56,17 +56,18 @@ def write_onnx(
     self_test: SelfTest | None = None,
     on_progress: Progress = silent,
 ) -> WriteReport:
-    """Write `model` as an ONNX folder that computes `graph`, atomically, with no more than about one payload in memory.
+    """Write `model` as an ONNX folder that computes `graph`, atomically, with about one payload in memory at a time.
 
-    `graph` refers to the model's arrays by the names of `stored_arrays` and was built for it. With `self_test`, the callback
-    gets the model as opened from the finished payloads and returns the self-test record to store; without, `model.self_test`
-    is kept. `on_progress` gets payload bytes done and in total. An empty folder may be filled; with `force` a folder of this
-    format that holds nothing else is replaced, and never any other.
+    `graph` must have been built for this model; it refers to arrays by the names of `stored_arrays`. If `self_test` is given,
+    it is called with the model as opened from the finished payloads, and its result is stored as the self-test record;
+    otherwise `model.self_test` is stored. `on_progress` is called with payload bytes done and in total. An empty folder can be
+    filled; with `force`, a folder of this format without other files is replaced.
 
-    Raises OutputExistsError and StorageError; InvalidRequestError for a model the format cannot hold: before anything is
-    written for names, configuration, shapes and graph, and before the folder appears for values. Each payload's loader is
-    called once; what it raises passes through, but an OSError comes as a StorageError that names the tensor.
-    InvalidFileError, and no output, for a model that is not what its digest claims.
+    Raises OutputExistsError if the output exists and must not be replaced; StorageError if the system refuses to read or write;
+    InvalidFileError if the model's digest does not match its recorded one; InvalidRequestError if the format cannot store the
+    model. Names, configuration, shapes and graph are checked before anything is written; values are checked before the output
+    appears. Each payload's loader is called once; its exceptions are passed on, except OSError, which becomes a StorageError
+    that names the tensor.
     """
     check_output_folder(folder, force=force, replaceable=holds_only_onnx)
     arrays = list(stored_arrays(model))
@@ -74,7 +75,7 @@ def write_onnx(
     if problems:
         raise InvalidRequestError(problems)
     side_bytes = sum(array.nbytes for array in model.files.values())
-    total = side_bytes + sum(stored_form(array.payload)[0].stored_bytes for array in arrays)
+    total = side_bytes + sum(stored_spec(array.payload)[0].stored_bytes for array in arrays)
     done = 0
 
     def advance(count: int) -> None:
@@ -100,19 +101,19 @@ def write_onnx(
 
 
 def onnx_size(model: Model, graph: Graph) -> int:
-    """Bytes of all files of the folder of `model`, its self-test record included, at most; reads no payload.
+    """Return an upper bound of the bytes of the folder of `model`, including its self-test record; reads no payload.
 
-    The text of a checksum is counted with ten digits and may have fewer; all else is exact.
+    A checksum is counted with ten digits and may have fewer; everything else is exact.
     """
     arrays = list(stored_arrays(model))
-    sections, data_bytes = place_sections([stored_form(array.payload)[0] for array in arrays], 0, data_offset)
+    sections, data_bytes = place_sections([stored_spec(array.payload)[0] for array in arrays], 0, data_offset)
     proto = _model_proto(model, arrays, graph, sections, NO_DIGEST, model.self_test)
     side_bytes = sum(array.nbytes for array in model.files.values())
     return side_bytes + len(json_bytes(_config_for_others(model))) + data_bytes + int(proto.ByteSize())
 
 
 def _config_for_others(model: Model) -> dict[str, Any]:
-    """`config.json` as transformers.js wants it, which else would look for 8-bit weights; ours is in the metadata."""
+    """Return a `config.json` for transformers.js, which would look for 8-bit weights otherwise; ours is in the metadata."""
     return {**model.config, "transformers.js_config": {"dtype": "fp32", "use_external_data_format": True}}
 
 
@@ -125,8 +126,8 @@ def _write_data(
     total: int,
     on_progress: Progress,
 ) -> tuple[list[Section], str]:
-    """Write the data file. Returns where each array lies and the model's digest."""
-    payloads = [(stored_form(array.payload)[0], array.array) for array in arrays]
+    """Write the data file. Return the section of each array and the model's digest."""
+    payloads = [(stored_spec(array.payload)[0], array.array) for array in arrays]
 
     def progress(phase: str, count: int, _: int) -> None:
         on_progress(phase, done + count, total)
@@ -149,7 +150,7 @@ def _model_proto(
     digest: str,
     record: Mapping[str, Any] | None,
 ) -> onnx.ModelProto:
-    """The content of `model.onnx`."""
+    """Return the content of `model.onnx`."""
     initializers = [initializer(array, section) for array, section in zip(arrays, sections, strict=True)]
     name = model.provenance.get("name")
     proto = helper.make_model(
@@ -199,7 +200,7 @@ def _write_model(folder: Path, proto: onnx.ModelProto, output: Path) -> None:
 
 
 def _request_problems(model: Model, arrays: Sequence[StoredArray], graph: Graph, file: str) -> Iterator[Problem]:
-    """What can be found wrong without reading a payload."""
+    """Yield the problems of the model and graph that can be found without reading payloads."""
     yield from model_problems(model, [(array.payload, array.array) for array in arrays], file)
     yield from side_file_problems(model, (CONFIG, SUBFOLDER), file)
     values = {output for node in graph.nodes for output in node.output} | {value.name for value in graph.inputs}
@@ -207,7 +208,7 @@ def _request_problems(model: Model, arrays: Sequence[StoredArray], graph: Graph,
     for array in arrays:
         if owners.setdefault(array.key, array.payload.owner) != array.payload.owner:
             found, expected = f"{array.key}, also of {owners[array.key]}", "names that differ"
-            message = "two values of the graph would have the same name"
+            message = "two arrays would have the same name in the graph"
             yield Problem("name_collision", message, file, array.payload.owner, found, expected)
     known = owners.keys()
     for node in graph.nodes:

@@ -1,4 +1,4 @@
-"""The packed format (`.clus`): one file with everything, checksummed, mappable; specified in `docs/packed-format.md`."""
+"""The packed format (`.clus`): a single checksummed, mappable file; specified in `docs/packed-format.md`."""
 
 from cluscomp_formats.format import Format
 from cluscomp_formats.packed.reader import looks_packed, open_packed, read_header

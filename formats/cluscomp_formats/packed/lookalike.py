@@ -1,4 +1,4 @@
-"""What a file that is not a packed model seems to be, so that the error can say what to do with it."""
+"""Guess the type of a file that is not a packed model, so that the error can name a remedy."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ _SIGNATURES: tuple[tuple[bytes, str, str | None], ...] = (
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "run git lfs pull"),
     (b"<", "an HTML or XML page, perhaps an error page saved by a download", "download the file again"),
     (b"{", "a JSON file", None),
-    (bytes(8), "zeros: a file whose writing or download was never finished", "write or download it again"),
+    (bytes(8), "zeros: an incomplete write or download", "write or download it again"),
 )
 _PICKLE = tuple(b"\x80" + bytes([protocol]) for protocol in range(2, 6))
 
 
 def is_mangled(start: bytes) -> bool:
-    """Whether `start`, the first bytes of a file, are the packed format's magic after a transfer as text."""
+    """Return whether `start`, the first bytes of a file, are the packed format's magic, damaged by a transfer as text."""
     return start[:5] == b"\xc1CLUS" or start[:6] == b"\xc3\x81CLUS" or start[:7] == b"\xef\xbf\xbdCLUS"
 
 
 def describe(start: bytes) -> tuple[str, str | None]:
-    """What a file looks like from its first bytes (24 are enough), and a remedy."""
+    """Return the type of a file by its first bytes (24 are enough), and a remedy."""
     if is_mangled(start):
         return "a packed model damaged by a transfer as text", "transfer it again in binary mode"
     for signature, description, remedy in _SIGNATURES:

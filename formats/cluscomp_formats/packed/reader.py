@@ -1,4 +1,4 @@
-"""Open packed files. Every file is taken for hostile until checked; see `docs/packed-format.md` for what is checked when."""
+"""Open packed files. Files are untrusted; `docs/packed-format.md` says what is checked when."""
 
 from __future__ import annotations
 
@@ -28,13 +28,15 @@ _FETCH_AGAIN = "copy, download or convert it again"
 def open_packed(path: Path, *, check: bool = False) -> Model:
     """Open a packed file as a lazy model.
 
-    The structure is checked at once and all its problems are reported together; a payload's checksum and values when it is
-    first read, which then may raise InvalidFileError, or all of them and the digest now if `check`. The file stays open and
-    its payloads are mapped: it may be replaced or deleted while the model is in use, but must not be changed in place (one cut
-    short is noticed when the next payload is read, but an array already handed out then ends the process with SIGBUS when
-    touched).
+    The structure is checked immediately, and all its problems are reported together. A payload's checksum and values are
+    checked when it is first read, which may raise InvalidFileError; with `check`, all payloads and the digest are checked
+    immediately.
 
-    Raises InvalidFileError, StorageError.
+    The file stays open and its payloads are mapped. It may be replaced or deleted while the model is in use, but must not be
+    changed in place: a truncation is detected when the next payload is read, but access to a returned array then kills the
+    process with SIGBUS.
+
+    Raises InvalidFileError if the file is not a valid packed file; StorageError if it cannot be read.
     """
     header, model, file = _open(path)
     if check:
@@ -45,15 +47,15 @@ def open_packed(path: Path, *, check: bool = False) -> Model:
 
 
 def read_header(path: Path) -> PackedHeader:
-    """The header of a packed file, checked for structure; reads no payload.
+    """Return the header of a packed file after checking the structure; reads no payload.
 
-    Raises InvalidFileError, StorageError.
+    Raises InvalidFileError if the file is not a valid packed file; StorageError if it cannot be read.
     """
     return _open(path)[0]
 
 
 def looks_packed(path: Path) -> bool:
-    """Whether `path` is a packed file, or was one, by its first bytes. Never raises."""
+    """Return whether `path` is a packed file, or a damaged one, by its first bytes. Never raises."""
     start = first_bytes(path, len(MAGIC))
     return start == MAGIC or is_mangled(start)
 
@@ -100,7 +102,7 @@ def _preamble_problems(preamble: Preamble, length: int, name: str) -> Iterator[P
         return Problem(kind, message, name, "preamble", str(found), str(expected), remedy)
 
     if preamble.version != VERSION:
-        yield problem("bad_version", "there is no such version", preamble.version, VERSION)
+        yield problem("bad_version", "unknown version", preamble.version, VERSION)
     if preamble.flags:
         yield problem("unknown_flags", "unknown flags are set", hex(preamble.flags), 0, "upgrade cluscomp-export")
     if any(preamble.reserved):
@@ -108,10 +110,10 @@ def _preamble_problems(preamble: Preamble, length: int, name: str) -> Iterator[P
     if length < preamble.file_length:
         yield problem("truncated", "the file ends early", f"{length} bytes", preamble.file_length, _FETCH_AGAIN)
     if length > preamble.file_length:
-        yield problem("trailing_bytes", "the file goes on after its end", f"{length} bytes", preamble.file_length, _FETCH_AGAIN)
+        yield problem("trailing_bytes", "the file has trailing bytes", f"{length} bytes", preamble.file_length, _FETCH_AGAIN)
     if preamble.header_offset < PREAMBLE_LENGTH or preamble.header_offset % ALIGNMENT:
         expected = f"a multiple of {ALIGNMENT} from {PREAMBLE_LENGTH}"
-        yield problem("bad_header_offset", "the header's offset is impossible", preamble.header_offset, expected)
+        yield problem("bad_header_offset", "the header's offset is invalid", preamble.header_offset, expected)
     if preamble.header_length > MAX_HEADER_LENGTH:
         yield problem("header_too_long", "the header is too long", preamble.header_length, f"at most {MAX_HEADER_LENGTH}")
     end = preamble.header_offset + preamble.header_length
@@ -124,7 +126,7 @@ def _read_header(file: StoredFile, preamble: Preamble) -> PackedHeader:
     crc = zlib.crc32(data)
     if crc != preamble.header_crc32:
         found, expected = f"{crc:08x}", f"{preamble.header_crc32:08x}"
-        message = "the checksum of the header is wrong"
+        message = "the checksum of the header does not match"
         raise InvalidFileError(Problem("checksum_mismatch", message, name, "header", found, expected, _FETCH_AGAIN))
     try:
         value = parse_canonical(data)

@@ -14,10 +14,10 @@ __all__ = [
 ]
 
 MAGIC = b"\xc1CLUS\r\n\x1a"
-"""No text in UTF-8 has the byte C1; CR LF and ^Z do not survive a transfer as text."""
+"""The byte C1 does not occur in UTF-8 text; CR LF and ^Z are changed by a transfer as text."""
 
 VERSION = 1
-# name, offset, struct code; the specification's table says the same.
+# Name, offset and struct code of each field, as in the specification's table.
 PREAMBLE_FIELDS = (
     ("magic", 0, "8s"),
     ("version", 8, "I"),
@@ -37,7 +37,7 @@ _RESERVED = bytes(16)
 
 @dataclass(frozen=True)
 class Preamble:
-    """The fixed start of a file. Offsets and lengths in bytes."""
+    """The first 64 bytes of a file. Offsets and lengths are in bytes."""
 
     version: int
     flags: int
@@ -48,14 +48,14 @@ class Preamble:
     reserved: bytes = _RESERVED
 
     def to_bytes(self) -> bytes:
-        """The preamble as stored, with its checksum."""
+        """Return the stored bytes, including the checksum."""
         fields = (self.file_length, self.header_offset, self.header_length, self.header_crc32, self.reserved)
         body = _LAYOUT.pack(MAGIC, self.version, self.flags, *fields, 0)[: -_CRC.size]
         return body + _CRC.pack(zlib.crc32(body))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Preamble | None:
-        """The fields of `data [64]`, or None if its checksum is wrong. Does not look at the magic."""
+        """Return the fields of `data [64]`, None if its checksum does not match. Does not check the magic."""
         _, version, flags, file_length, header_offset, header_length, header_crc32, reserved, crc = _LAYOUT.unpack(data)
         if crc != zlib.crc32(data[: -_CRC.size]):
             return None

@@ -1,4 +1,4 @@
-"""Write packed files in one pass: each payload is read once, checked, packed, summed, hashed and written before the next."""
+"""Write packed files in one pass: each payload is read once, checked, packed, hashed and written before the next."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ def write_packed(
     self_test: SelfTest | None = None,
     on_progress: Progress = silent,
 ) -> WriteReport:
-    """Write `model` as a packed file, atomically, with no more than about one payload in memory.
+    """Write `model` as a packed file, atomically, with about one payload in memory at a time.
 
-    With `self_test`, the callback gets the model as opened from the finished payloads and returns the self-test record to
-    store; without, `model.self_test` is kept. `on_progress` gets payload bytes done and in total.
+    If `self_test` is given, it is called with the model as opened from the finished payloads, and its result is stored as the
+    self-test record; otherwise `model.self_test` is stored. `on_progress` is called with payload bytes done and in total.
 
-    Raises OutputExistsError and StorageError; InvalidRequestError for a model the format cannot hold: before anything is
-    written for names, configuration and shapes, and before the file appears for values (a code past its codebook, NaN in a
-    codebook, unsorted outliers). Each payload's loader is called once; what it raises passes through, but an OSError comes
-    as a StorageError that names the tensor.
-    InvalidFileError, and no output, for a model that is not what its digest claims.
+    Raises OutputExistsError if the output exists and `force` is False; StorageError if the system refuses to read or write;
+    InvalidFileError if the model's digest does not match its recorded one; InvalidRequestError if the format cannot store the
+    model. Names, configuration and shapes are checked before anything is written; values (codes out of range, NaN in a
+    codebook, unsorted outliers) are checked before the output appears. Each payload's loader is called once; its exceptions are
+    passed on, except OSError, which becomes a StorageError that names the tensor.
     """
     check_output(path, force=force)
     payloads = list(stored_payloads(model))
@@ -48,7 +48,7 @@ def write_packed(
     if problems:
         raise InvalidRequestError(problems)
     with atomic_write(path, force=force) as stream:
-        # The preamble stays zero until the end: an unfinished file is never taken for a model.
+        # The preamble stays zero until the end, so that an incomplete file is not a valid model.
         sections, digest = write_sections(stream, PREAMBLE_LENGTH, model, payloads, path, on_progress)
         record = model.self_test if self_test is None else None
         header = header_of(model, [payload for payload, _ in payloads], sections, digest, record)
@@ -65,9 +65,9 @@ def write_packed(
 
 
 def packed_size(model: Model) -> int:
-    """Bytes of the file of `model`, its self-test record included, at most; reads no payload.
+    """Return an upper bound of the bytes of the file of `model`, including its self-test record; reads no payload.
 
-    The text of a checksum is counted with ten digits and may have fewer; all else is exact.
+    A checksum is counted with ten digits and may have fewer; everything else is exact.
     """
     payloads = [payload for payload, _ in stored_payloads(model)]
     sections, end = place_sections(payloads, PREAMBLE_LENGTH)
@@ -76,7 +76,7 @@ def packed_size(model: Model) -> int:
 
 
 def _write_header(stream: BinaryIO, header: PackedHeader) -> int:
-    """Write header and preamble after the sections; the file's length in bytes."""
+    """Write the header after the sections, and the preamble. Return the file's length in bytes."""
     data = canonical_json(header_value(header)).encode()
     offset = PREAMBLE_LENGTH
     if header.sections:

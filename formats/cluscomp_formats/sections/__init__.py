@@ -1,1 +1,1 @@
-"""What the formats share: payloads in their order, codes as bits, sections and the header that describes them, the digest."""
+"""Parts shared by the formats: payloads, bit streams of codes, sections, the header that describes them, and the digest."""

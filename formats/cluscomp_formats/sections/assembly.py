@@ -1,4 +1,4 @@
-"""From a parsed header to a model whose arrays read their sections, and whether header and sections fit each other."""
+"""Build a lazy model from a parsed header, and check that the header and its sections match."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["build_model", "reference_problems"]
 
 @dataclass(frozen=True)
 class _SectionLoader:
-    """Reads one section. Holds the file, which stays open as long as a loader is in use."""
+    """Reads one section. It keeps the file open as long as it exists."""
 
     file: MappedFile
     section: int
@@ -28,7 +28,7 @@ class _SectionLoader:
 
 
 def build_model(header: PackedHeader, file: MappedFile) -> Model:
-    """The model the header describes. Raises InvalidFileError for shapes and dtypes that do not fit each other."""
+    """Return the model that the header describes. Raises InvalidFileError if shapes or dtypes do not match."""
     problems: list[Problem] = []
     codebooks: dict[str, Codebook] = {}
     for name, entry in header.codebooks.items():
@@ -99,9 +99,9 @@ def _clustered(
 def reference_problems(
     header: PackedHeader, model: Model, name: str, stored: Callable[[Payload], Payload] = lambda payload: payload
 ) -> Iterator[Problem]:
-    """Sections that are referred to not exactly once, not in order, or whose length is not what their content needs.
+    """Yield a problem for each section that is not used exactly once and in order, or whose length does not fit its content.
 
-    `stored` tells how a format stores a payload, where it does so in a way of its own.
+    `stored` maps a payload to the form in which the format stores it.
     """
     for codebook in header.codebooks.keys() - model.codebooks.keys():
         yield Problem("unused_codebook", "no tensor uses the codebook", name, codebook)
@@ -114,13 +114,13 @@ def reference_problems(
             message = f"the section of {payload.part} is used twice"
             yield Problem("section_shared", message, name, payload.owner, f"section {section}")
         elif section != number:
-            message = f"{payload.part} is not where the order of the payloads puts it"
+            message = f"the section of {payload.part} is out of order"
             yield Problem("section_order", message, name, payload.owner, f"section {section}", f"section {number}")
         length = header.sections[section].length
         if length != payload.stored_bytes:
             bits = f" of {payload.code_bits} bits" if payload.code_bits else ""
             expected = f"{payload.stored_bytes} bytes for {payload.dtype} {list(payload.shape)}{bits}"
-            message = f"the section of {payload.part} has another length"
+            message = f"the section of {payload.part} has the wrong length"
             yield Problem("section_length", message, name, payload.owner, f"{length} bytes", expected)
     for number in range(len(header.sections)):
         if not uses[number]:

@@ -1,11 +1,11 @@
-"""Codes at their true width: a stream of `bits`-wide little-endian integers without gaps.
+"""Pack codes to a bit stream: little-endian integers of `bits` bits each, without gaps.
 
-Bit `i` of the stream is bit `i % 8` of byte `i // 8` (least significant first), and code `j` is bits `j * bits` to
-`(j + 1) * bits - 1`, its least significant bit first. Eight codes fill `bits` bytes exactly, so a stream may be packed and
+Bit `i` of the stream is bit `i % 8` of byte `i // 8` (least significant first). Code `j` has bits `j * bits` to
+`(j + 1) * bits - 1`, its least significant bit first. Eight codes fill `bits` bytes exactly, so a stream can be packed and
 unpacked in pieces of a multiple of eight codes. The unused high bits of the last byte are zero.
 
-Neighbouring codes are merged (or split) two by two within 32-bit and then 64-bit words, which keeps all arithmetic on
-contiguous arrays; a block at a time, so that the temporaries stay in the cache and small whatever the size of the stream.
+Pairs of neighbouring codes are merged (or split) within 32-bit and then 64-bit words, so that all arithmetic works on
+contiguous arrays. This is done in blocks, so that the temporaries fit the cache, for streams of any size.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ _LOW_HALF_OF_U8 = np.uint64(0xFFFFFFFF)
 
 
 def packed_bytes(count: int, bits: int) -> int:
-    """Length in bytes of a stream of `count` codes of `bits` bits."""
+    """Return the length in bytes of a stream of `count` codes of `bits` bits."""
     return (count * bits + 7) // 8
 
 
 def pack_bits(codes: npt.NDArray[Any], bits: int) -> Bytes:
     """Pack uint16 `codes` of any shape, in C order, into uint8 `[packed_bytes(codes.size, bits)]`.
 
-    The caller vouches that every code is below `2**bits`; a larger one would spill into its neighbours. Raises ValueError
-    for a width outside 1..16 and TypeError for codes that are not uint16.
+    The caller must ensure that every code is below `2**bits`; a larger one would overwrite its neighbours. Raises ValueError if
+    the width is not 1 to 16, TypeError if the codes are not uint16.
     """
     _check_bits(bits)
     if codes.dtype != _U2:
@@ -53,7 +53,7 @@ def pack_bits(codes: npt.NDArray[Any], bits: int) -> Bytes:
     for start in range(0, flat.size, _BLOCK):
         block = _pack_block(_padded(flat[start : start + _BLOCK], 8), bits)
         begin = start // 8 * bits
-        # Only the last block can be longer than what is left: by the codes that filled it up to a multiple of eight.
+        # Only the last block can be longer than the rest of the stream: it was padded to a multiple of eight codes.
         packed[begin : begin + block.size] = block[: packed.size - begin]
     return packed
 
@@ -61,7 +61,7 @@ def pack_bits(codes: npt.NDArray[Any], bits: int) -> Bytes:
 def unpack_bits(data: Bytes, count: int, bits: int) -> Codes:
     """Unpack uint8 `data [packed_bytes(count, bits)]` into uint16 `[count]`.
 
-    The result may be a view of `data` (at 16 bits). Raises ValueError if the width is outside 1..16 or `data` has another
+    The result may be a view of `data` (at 16 bits). Raises ValueError if the width is not 1 to 16, or if `data` has the wrong
     length.
     """
     _check_bits(bits)
@@ -76,7 +76,7 @@ def unpack_bits(data: Bytes, count: int, bits: int) -> Codes:
     for start in range(0, codes.size, _BLOCK):
         block = codes[start : start + _BLOCK]
         begin = start // 8 * bits
-        # Words are read 8 bytes at a time from where they start, so the block needs up to 8 bytes after its own.
+        # Words are read as 8 bytes from their first byte, so the block needs up to 8 bytes after its end.
         needed = block.size // 8 * bits + 8
         piece = flat[begin : begin + needed]
         if piece.size < needed:
@@ -103,7 +103,7 @@ def _pack_block(codes: Codes, bits: int) -> Bytes:
     quads = (quads & _LOW_HALF_OF_U8) | ((quads >> np.uint64(32)) << np.uint64(2 * bits))
     if bits % 2 == 0:
         return _first_bytes(quads, itemsize=8, kept=bits // 2)
-    # Four codes of an odd width end in the middle of a byte; eight do not, but may need more than 64 bits.
+    # Four codes of odd width end in the middle of a byte; eight codes do not, but may need more than 64 bits.
     halves = quads.reshape(-1, 2)
     octets = np.empty_like(halves)
     octets[:, 0] = halves[:, 0] | (halves[:, 1] << np.uint64(4 * bits))
@@ -112,21 +112,21 @@ def _pack_block(codes: Codes, bits: int) -> Bytes:
 
 
 def _first_bytes(words: npt.NDArray[Any], itemsize: int, kept: int) -> Bytes:
-    """The first `kept` of every `itemsize` bytes. As opaque items, because numpy copies short rows slowly."""
+    """Return the first `kept` of every `itemsize` bytes. Uses opaque items, because numpy copies short rows slowly."""
     item = np.dtype(f"V{kept}")
     rows = np.ndarray(words.nbytes // itemsize, item, words, strides=(itemsize,))
     return np.ascontiguousarray(rows).view(np.uint8)
 
 
 def _unpack_block(piece: Bytes, bits: int, codes: Codes) -> None:
-    """Unpack into `codes`, a multiple of eight of them. `piece` is 8 bytes longer than they take."""
+    """Unpack a multiple of eight codes into `codes`. `piece` is 8 bytes longer than the codes."""
     octets = codes.size // 8
     if bits % 2 == 0:
         quads = np.ndarray(2 * octets, _U8, piece, strides=(bits // 2,)).copy()
     else:
         halves = np.empty((octets, 2), dtype=_U8)
         halves[:, 0] = np.ndarray(octets, _U8, piece, strides=(bits,))
-        # The second four codes begin in the middle of a byte. 4 + 4 * 15 bits still fit a word.
+        # The second four codes begin in the middle of a byte, but 4 + 4 * 15 bits still fit a word.
         halves[:, 1] = np.ndarray(octets, _U8, piece, offset=bits // 2, strides=(bits,)) >> np.uint64(4)
         quads = halves.reshape(-1)
     pair_mask = np.uint64((1 << 2 * bits) - 1)

@@ -1,4 +1,4 @@
-"""The header of a packed file as data: which tensor is what, and which section holds each of its arrays."""
+"""The header of a packed file as data: a description of each tensor, and the section of each of its arrays."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ __all__ = [
 
 
 ALIGNMENT = 64
-"""Sections begin at multiples of this many bytes: a cache line, and enough for any vector load."""
+"""Sections begin at multiples of this many bytes: a cache line, which is enough for any vector load."""
 
 MAX_HEADER_LENGTH = 1 << 26
 
 
 def align(offset: int) -> int:
-    """`offset` rounded up to the next multiple of `ALIGNMENT`."""
+    """Return `offset` rounded up to the next multiple of `ALIGNMENT`."""
     return -(-offset // ALIGNMENT) * ALIGNMENT
 
 
 @dataclass(frozen=True)
 class Section:
-    """A run of bytes: where it starts and how long it is, in bytes, and its CRC-32."""
+    """A range of bytes of a file: offset and length in bytes, and CRC-32."""
 
     offset: int
     length: int
@@ -48,7 +48,7 @@ class Section:
 
 @dataclass(frozen=True)
 class ArrayEntry:
-    """An array: storage type (a key of `DTYPES`), shape, and number of the section that holds it."""
+    """An array: storage type (a key of `DTYPES`), shape, and number of its section."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -57,7 +57,7 @@ class ArrayEntry:
 
 @dataclass(frozen=True)
 class StageEntry:
-    """A stage: the codebook's name and the section of its codes."""
+    """A stage: the name of its codebook and the section of its codes."""
 
     codebook: str
     codes: int
@@ -92,7 +92,7 @@ class DenseEntry:
 
 @dataclass(frozen=True)
 class PackedHeader:
-    """Everything a packed file says about itself. `digest` is the file's claim; `Model.digest()` recomputes it."""
+    """The content of a header. `digest` is the recorded digest, which `Model.digest()` recomputes."""
 
     config: Mapping[str, Any]
     provenance: Mapping[str, Any]
@@ -107,7 +107,7 @@ class PackedHeader:
 def header_of(
     model: Model, payloads: Sequence[Payload], sections: Sequence[Section], digest: str, self_test: Mapping[str, Any] | None
 ) -> PackedHeader:
-    """The header of `model` whose `payloads`, in file order, lie in `sections`."""
+    """Return the header of `model`; its `payloads`, in file order, are stored in `sections`."""
     numbers: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
     for number, payload in enumerate(payloads):
         numbers[payload.owner, payload.part].append(number)
@@ -136,7 +136,7 @@ def header_of(
 
 
 def header_value(header: PackedHeader) -> dict[str, Any]:
-    """The header as the JSON value that is stored."""
+    """Return the header as a JSON value, as stored."""
     return {
         "codebooks": {name: vars(entry) for name, entry in header.codebooks.items()},
         "config": header.config,

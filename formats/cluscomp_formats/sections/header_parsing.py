@@ -1,4 +1,4 @@
-"""From the JSON value of a header to `PackedHeader`, collecting every problem on the way."""
+"""Parse the JSON value of a header to `PackedHeader`, collecting all problems."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from cluscomp_formats.sections.header import (
 
 __all__ = ["layout_problems", "parse_header"]
 
-# The members of each kind of object, required and optional; the specification's tables say the same.
+# The required and optional members of each kind of object, as in the specification's tables.
 HEADER_MEMBERS = ("codebooks", "config", "digest", "files", "provenance", "sections", "self_test", "tensors")
 SECTION_MEMBERS = ("crc32", "length", "offset")
 ARRAY_MEMBERS = ("dtype", "section", "shape")
@@ -42,7 +42,7 @@ _Entry = TypeVar("_Entry")
 
 
 class _FaultError(Exception):
-    """Ends the parsing of one entry; `_Parser.entry` makes a problem of it."""
+    """Ends the parsing of one entry; `_Parser.entry` converts it to a problem."""
 
     def __init__(self, kind: str, message: str, found: object = None, expected: str | None = None) -> None:
         super().__init__(message)
@@ -51,14 +51,14 @@ class _FaultError(Exception):
 
 
 def parse_header(value: Any, file: str) -> tuple[PackedHeader | None, list[Problem]]:
-    """The header in `value`, None if there are problems. At most one problem is reported per entry."""
+    """Return the header in `value`, None if there are problems, and the problems, at most one per entry."""
     parser = _Parser(file)
     header = parser.header(value)
     return (None if parser.problems else header), parser.problems
 
 
 def layout_problems(sections: tuple[Section, ...], begin: int, header_offset: int, file: str) -> Iterator[Problem]:
-    """Sections that do not follow each other from byte `begin` to the header without hole or overlap."""
+    """Yield a problem for each hole or overlap between byte `begin`, the sections and the header."""
     expected = begin
     for number, section in enumerate(sections):
         where = f"sections[{number}]"
@@ -75,8 +75,8 @@ def _misplaced(offset: int, expected: int) -> tuple[str, str]:
     if offset % ALIGNMENT:
         return "section_misaligned", f"the section does not begin at a multiple of {ALIGNMENT}"
     if offset < expected:
-        return "section_overlap", "the section overlaps what is before it"
-    return "section_hole", "there is a hole before the section"
+        return "section_overlap", "the section overlaps the previous one"
+    return "section_hole", "there is a gap before the section"
 
 
 class _Parser:
@@ -87,7 +87,7 @@ class _Parser:
 
     @contextlib.contextmanager
     def entry(self, where: str) -> Iterator[None]:
-        """Turns a fault inside the block into a problem of the entry called `where`."""
+        """Convert a fault inside the block to a problem of the entry `where`."""
         try:
             yield
         except _FaultError as fault:
@@ -142,13 +142,13 @@ class _Parser:
         if kind == "dense":
             return DenseEntry(self.array(_members(value, DENSE_MEMBERS)["values"], "values"))
         if kind != "clustered":
-            raise _FaultError("unknown_kind", "no such kind of tensor", kind, " or ".join(KINDS))
+            raise _FaultError("unknown_kind", "unknown kind of tensor", kind, " or ".join(KINDS))
         members = _members(value, CLUSTERED_MEMBERS, CLUSTERED_OPTIONAL_MEMBERS)
         shape = _shape(members["shape"])
         if len(shape) != 2:
-            raise _FaultError("bad_shape", "a clustered weight has two dimensions", members["shape"])
+            raise _FaultError("bad_shape", "a clustered weight must have two dimensions", members["shape"])
         if members["group_axis"] not in GROUP_AXES:
-            raise _FaultError("bad_group_axis", "no such group_axis", members["group_axis"], " or ".join(GROUP_AXES))
+            raise _FaultError("bad_group_axis", "unknown group_axis", members["group_axis"], " or ".join(GROUP_AXES))
         scales = {label: self.array(members[label], label) for label in ("row_scale", "column_scale") if label in members}
         return ClusteredEntry(
             shape=(shape[0], shape[1]),
@@ -173,7 +173,7 @@ class _Parser:
         members = _members(value, ARRAY_MEMBERS)
         dtype, shape = members["dtype"], _shape(members["shape"])
         if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise _FaultError("unknown_dtype", f"no such dtype in {label}", dtype, ", ".join(DTYPES))
+            raise _FaultError("unknown_dtype", f"unknown dtype in {label}", dtype, ", ".join(DTYPES))
         if not can_be_shape(shape, DTYPES[dtype].itemsize):
             raise _FaultError("bad_shape", f"the shape in {label} is impossible", shape, f"less than {_SIZE_LIMIT} bytes")
         return ArrayEntry(dtype, shape, self.section_number(members["section"], "section"))
@@ -206,7 +206,7 @@ def _members(value: Any, required: tuple[str, ...], optional: tuple[str, ...] = 
 
 
 def _integer(value: Any, label: str, limit: int, kind: str = "bad_integer") -> int:
-    # bool is a subclass of int, and 1.0 equals 1.
+    # isinstance would accept bool, and comparisons would accept 1.0.
     if type(value) is not int or not 0 <= value < limit:
         raise _FaultError(kind, f"{label} is not an integer in its range", value, f"an integer from 0 to {limit - 1}")
     return value

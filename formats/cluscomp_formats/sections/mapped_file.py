@@ -1,4 +1,4 @@
-"""The sections of an open packed file, mapped when asked for and checked when first read."""
+"""The sections of an open packed file, mapped on demand and checked when they are first read."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ _DAMAGED = "the file is damaged: copy, download or convert it again"
 
 
 class MappedFile:
-    """Reads payloads out of an open file.
+    """Reads payloads from an open file.
 
-    `name` is the file's path for messages. `payloads`, one per section, are set once the header has been understood. A
-    section's checksum, padding and values are checked when it is first read. The arrays handed out may be read-only views
-    of the file.
+    `name` is the file's path for messages. `payloads`, one per section, are set after the header has been parsed. A section's
+    checksum, padding and values are checked when it is first read. The returned arrays may be read-only views of the file.
     """
 
     def __init__(self, file: StoredFile, sections: Sequence[Section]) -> None:
@@ -35,7 +34,7 @@ class MappedFile:
         self._sound: set[int] = set()
 
     def read(self, number: int) -> AnyArray:
-        """The values of section `number`. Raises InvalidFileError, StorageError."""
+        """Return the values of section `number`. Raises InvalidFileError if it is damaged, StorageError if it is unreadable."""
         payload, section = self.payloads[number], self._sections[number]
         stored = self._file.read(section.offset, section.length, payload.owner)
         if number in self._sound:
@@ -51,7 +50,7 @@ class MappedFile:
     def _check_stored(self, payload: Payload, section: Section, stored: npt.NDArray[np.uint8]) -> None:
         crc = zlib.crc32(stored.data)
         if crc != section.crc32:
-            message = f"the checksum of {payload.part} is wrong"
+            message = f"the checksum of {payload.part} does not match"
             raise self._error(payload, "checksum_mismatch", message, f"{crc:08x}", f"{section.crc32:08x}")
         end = section.offset + section.length
         if self._file.read(end, align(end) - end, payload.owner).any():

@@ -1,4 +1,4 @@
-"""What in a model a format cannot hold, found before a payload is read."""
+"""Find the parts of a model that a format cannot store, without reading payloads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["json_problems", "model_problems", "request_problems"]
 
 
 def model_problems(model: Model, payloads: Sequence[tuple[Payload, Array]], file: str) -> Iterator[Problem]:
-    """What can be found wrong without reading a payload."""
+    """Yield the problems of names, side files and shapes."""
     for label, names, fault_of in (
         ("tensor", model.tensors, name_fault),
         ("codebook", model.codebooks, name_fault),
@@ -30,7 +30,7 @@ def model_problems(model: Model, payloads: Sequence[tuple[Payload, Array]], file
     for name, array in model.files.items():
         if array.dtype != "uint8" or len(array.shape) != 1:
             found = f"{array.dtype} {list(array.shape)}"
-            yield Problem("bad_side_file", "a side file is held as its bytes", file, name, found, "uint8 [bytes]")
+            yield Problem("bad_side_file", "a side file must be stored as its bytes", file, name, found, "uint8 [bytes]")
     for payload, _ in payloads:
         if len(payload.shape) > MAX_RANK:
             found, expected = f"{len(payload.shape)} dimensions", f"at most {MAX_RANK}"
@@ -40,22 +40,22 @@ def model_problems(model: Model, payloads: Sequence[tuple[Payload, Array]], file
 
 
 def json_problems(values: Mapping[str, Any], file: str) -> Iterator[Problem]:
-    """What in the values, labelled objects, JSON cannot hold; `self_test` may be None."""
+    """Yield a problem for each part of the labelled values that JSON cannot represent; `self_test` may be None."""
     for label, value in values.items():
         if not isinstance(value, dict) and not (value is None and label == "self_test"):
             found = f"a {type(value).__name__}"
             yield Problem("not_json", f"{label} is not a JSON object", file, found=found, expected="a dict")
             continue
         for where, fault in json_faults(value, label):
-            yield Problem("not_json", f"{where} is {fault}, which JSON cannot hold", file)
+            yield Problem("not_json", f"{where} is {fault}, which JSON cannot represent", file)
 
 
 def request_problems(model: Model, payloads: Sequence[tuple[Payload, Array]], file: str) -> Iterator[Problem]:
-    """What can be found wrong before a payload is read, the length of the header included; also the rules of GGUF files."""
+    """Yield the problems of a model, including the length of its header. Packed and GGUF files share these rules."""
     problems = list(model_problems(model, payloads, file))
     yield from problems
     if not any(problem.kind == "not_json" for problem in problems):
-        # Sections as long as their text can get.
+        # Sections whose numbers have the longest possible text.
         sections = [Section(1 << 62, 1 << 62, (1 << 32) - 1)] * len(payloads)
         header = header_of(model, [payload for payload, _ in payloads], sections, NO_DIGEST, model.self_test)
         length = len(canonical_json(header_value(header)))

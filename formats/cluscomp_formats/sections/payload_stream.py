@@ -1,4 +1,4 @@
-"""What all writers do with payloads: read one, check it, cut it into pieces as they are stored."""
+"""Read and check payloads, and convert them to their stored bytes, for all writers."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ __all__ = [
 SelfTest = Callable[[Model], Mapping[str, Any] | None]
 
 _PIECE = 1 << 19
-"""Elements handled at a time, a multiple of 8: few enough to be summed, packed and written while in the cache."""
+"""Elements per piece, a multiple of 8: few enough to be hashed, packed and written while they are in the cache."""
 
 _WRITEBACK = 1 << 23
-"""Bytes after which the system is asked to start writing to the disk."""
+"""Number of bytes after which the system is asked to start writing to the disk."""
 
 
 @dataclass(frozen=True)
 class WriteReport:
-    """What was written, to the file or folder `path`. Sizes in bytes.
+    """The result of writing the file or folder `path`. Sizes are in bytes.
 
-    `file_bytes` is the size of everything written; `payload_bytes` counts the payloads without padding, preamble and
-    headers, `num_sections` how many there are.
+    `file_bytes` is the total size; `payload_bytes` is the size of the payloads, without padding, preamble and headers;
+    `num_sections` is their number.
     """
 
     path: Path
@@ -52,9 +52,9 @@ class WriteReport:
 
 
 class Writeback:
-    """Has the disk work while the rest of the file is being made, instead of only at the final fsync.
+    """Starts writing to the disk while the rest of the file is being made, rather than at the final fsync.
 
-    Without it packing takes a third longer. Only a hint, given where the system has it (Linux).
+    Without it, packing takes a third longer. It is a hint to the system, given where supported (Linux).
     """
 
     def __init__(self, stream: BinaryIO) -> None:
@@ -62,7 +62,7 @@ class Writeback:
         self._started = 0
 
     def advance(self) -> None:
-        """Start writing out what was written since the last time, if it is worth it."""
+        """Start writing the bytes since the last call to the disk, if they are many enough."""
         position = self._stream.tell()
         if not hasattr(os, "posix_fadvise") or position - self._started < _WRITEBACK:
             return
@@ -74,9 +74,10 @@ class Writeback:
 
 
 def read_checked(payload: Payload, array: Array, path: Path) -> AnyArray:
-    """The values of a payload, held against the rules of its part.
+    """Read a payload and check its values against the rules of its part.
 
-    Raises InvalidRequestError if they break one, StorageError for an OSError of the loader; other errors pass through.
+    Raises InvalidRequestError if a value violates a rule; StorageError if the loader raises OSError. Other errors of the loader
+    are passed on.
     """
     try:
         values = array.read()
@@ -93,7 +94,7 @@ def read_checked(payload: Payload, array: Array, path: Path) -> AnyArray:
 
 
 def stored_pieces(payload: Payload, values: AnyArray) -> Iterator[memoryview]:
-    """The payload's bytes as stored, a piece at a time. Yields at least one, possibly empty."""
+    """Yield the stored bytes of a payload in pieces, at least one, possibly empty."""
     flat = values.reshape(-1)
     if payload.planar:
         for byte in (0, 1):
@@ -108,7 +109,7 @@ def stored_pieces(payload: Payload, values: AnyArray) -> Iterator[memoryview]:
 
 
 def write_side_files(model: Model, folder: Path, output: Path, advance: Callable[[int], None]) -> None:
-    """Write the model's side files into `folder`, synced; messages speak of `output`. `advance` gets bytes."""
+    """Write the model's side files to `folder` and fsync them. Messages name `output`; `advance` is called with bytes done."""
     for name in sorted(model.files):
         array = model.files[name]
         content = read_checked(Payload(name, "bytes", array.dtype, array.shape), array, output)

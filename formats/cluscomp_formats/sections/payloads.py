@@ -1,6 +1,6 @@
-"""The payloads of a model as the packed format stores them: order, stored size, and what their values must satisfy.
+"""The payloads of a model as the packed format stores them: their order, stored size, and rules for their values.
 
-Reader and writer both go by this list, so that neither takes what the other refuses.
+Reader and writer use the same list, so that neither accepts what the other rejects.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["ContentFault", "Payload", "is_finite", "stored_payloads"]
 
 @dataclass(frozen=True)
 class ContentFault:
-    """Values that break the format's rules; the fields are those of a `Problem`."""
+    """A violation of the format's rules for values; the fields are those of a `Problem`."""
 
     kind: str
     message: str
@@ -31,13 +31,13 @@ class ContentFault:
 
 @dataclass(frozen=True)
 class Payload:
-    """What one section holds, without the values themselves.
+    """The content of one section, without its values.
 
-    `owner` is the name of the tensor, codebook or side file, `part` says which of its arrays this is (`values`, `codes`,
-    `row_scale`, `column_scale`, `outlier_positions`, `outlier_values`, `centroids` or `bytes`). `description` is that of
-    `Model.payloads()`, None for a side file. `code_bits` is the stored width of codes, None for all else; `limit` the
-    number all values must be below: clusters for codes, weights for outlier positions. `planar` codes have 16 bits, and lie
-    as the low bytes of all followed by the high bytes of all.
+    `owner` is the name of the tensor, codebook or side file; `part` is the name of its array (`values`, `codes`, `row_scale`,
+    `column_scale`, `outlier_positions`, `outlier_values`, `centroids` or `bytes`). `description` is that of
+    `Model.payloads()`, None for a side file. `code_bits` is the stored width of codes, None for other parts. All values must be
+    below `limit`: the number of clusters for codes, the number of weights for outlier positions. `planar` codes have 16 bits
+    and are stored as the low bytes of all codes followed by the high bytes.
     """
 
     owner: str
@@ -51,12 +51,12 @@ class Payload:
 
     @property
     def stored_bytes(self) -> int:
-        """Length of the section, in bytes."""
+        """Length of the section in bytes."""
         size = math.prod(self.shape)
         return size * DTYPES[self.dtype].itemsize if self.code_bits is None else packed_bytes(size, self.code_bits)
 
     def unpack(self, stored: npt.NDArray[np.uint8]) -> AnyArray:
-        """The values in `stored [stored_bytes]`; a view of it but for codes that are packed or planar."""
+        """Return the values in `stored [stored_bytes]`: a view, except for packed or planar codes."""
         if self.code_bits is None:
             return stored.view(DTYPES[self.dtype]).reshape(self.shape)
         if self.planar:
@@ -64,7 +64,7 @@ class Payload:
         return unpack_bits(stored, math.prod(self.shape), self.code_bits).reshape(self.shape)
 
     def padding_fault(self, stored: npt.NDArray[np.uint8]) -> ContentFault | None:
-        """Whether the unused bits of the last byte of codes are not zero."""
+        """Return a fault if the unused bits of the last byte of codes are not zero."""
         used = math.prod(self.shape) * (self.code_bits or 0) % 8
         if used and stored[-1] >> used:
             message = "the unused bits of the last byte of codes are not zero"
@@ -72,7 +72,7 @@ class Payload:
         return None
 
     def content_fault(self, values: AnyArray) -> ContentFault | None:
-        """The first rule `values`, the array as read, breaks."""
+        """Return a fault if `values`, the array as read, violate a rule."""
         if values.size == 0:
             return None
         if self.part in ("codes", "outlier_positions"):
@@ -81,11 +81,11 @@ class Payload:
             bad = values.size - int(np.count_nonzero(is_finite(values, self.dtype)))
             if bad:
                 found = f"{bad} of {values.size} values"
-                return ContentFault("not_finite", f"{self.part} holds NaN or infinity", found, "finite values")
+                return ContentFault("not_finite", f"{self.part} has NaN or infinity", found, "finite values")
         if self.dtype == "bool":
             largest = int(values.view(np.uint8).max())
             if largest > 1:
-                return ContentFault("bad_bool", f"{self.part} holds a bool that is neither 0 nor 1", str(largest), "0 or 1")
+                return ContentFault("bad_bool", f"{self.part} has a bool that is neither 0 nor 1", str(largest), "0 or 1")
         return None
 
     def _range_fault(self, values: AnyArray) -> ContentFault | None:
@@ -93,7 +93,7 @@ class Payload:
         largest = int(values.max())
         if largest >= limit:
             kind = "code_out_of_range" if self.part == "codes" else "outlier_out_of_range"
-            return ContentFault(kind, f"{self.part} reach past their end", str(largest), f"at most {limit - 1}")
+            return ContentFault(kind, f"{self.part} are out of range", str(largest), f"at most {limit - 1}")
         if self.part == "outlier_positions" and not bool(np.all(values[1:] > values[:-1])):
             first = int(np.argmax(values[1:] <= values[:-1]))
             found = f"{values[first]}, then {values[first + 1]}"
@@ -102,7 +102,7 @@ class Payload:
 
 
 def stored_payloads(model: Model) -> Iterator[tuple[Payload, Array]]:
-    """Every payload of `model` in file order: `Model.payloads()`, then the side files by name."""
+    """Yield every payload of `model` in file order: `Model.payloads()`, then the side files by name."""
     codebooks = model.codebooks
     for description, array in model.payloads():
         if "part" not in description:
@@ -121,7 +121,7 @@ def stored_payloads(model: Model) -> Iterator[tuple[Payload, Array]]:
 
 
 def is_finite(values: AnyArray, dtype: str) -> AnyArray:
-    """Which values of an array of floats are finite, as bool of its shape; `dtype` is a key of `DTYPES`."""
+    """Return which values of a float array are finite, as bool of the same shape; `dtype` is a key of `DTYPES`."""
     if dtype == "bfloat16":
         return np.asarray((values & np.uint16(0x7F80)) != 0x7F80)
     return np.asarray(np.isfinite(values))

@@ -1,4 +1,4 @@
-"""Sections written in one pass: each payload is read once, checked, packed, summed, hashed and written before the next."""
+"""Write sections in one pass: each payload is read once, checked, packed, hashed and written before the next."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _next_offset(end: int, _length: int) -> int:
 def place_sections(
     payloads: Sequence[Payload], start: int, offset_of: Callable[[int, int], int] = _next_offset
 ) -> tuple[list[Section], int]:
-    """Where `write_sections` puts the sections, with checksums as long as their text can get, and where it then ends."""
+    """Return the sections as `write_sections` places them, and the end offset. Checksums have the longest possible text."""
     sections = []
     end = start
     for payload in payloads:
@@ -46,12 +46,13 @@ def write_sections(
     on_progress: Progress,
     offset_of: Callable[[int, int], int] = _next_offset,
 ) -> tuple[list[Section], str]:
-    """Write the sections from byte `start`, a multiple of the alignment, with zeros before; the sections and the digest.
+    """Write zeros up to byte `start`, a multiple of the alignment, then the sections. Return the sections and the digest.
 
-    `offset_of(end, length)` places a section of that length after one that ended there. Zeros fill up the last one's line.
+    `offset_of(end, length)` returns the offset of a section of this length, given the end of the previous one. Zeros pad the
+    last section to a multiple of the alignment.
 
-    Raises InvalidRequestError for values the formats cannot hold, InvalidFileError if the model is not what its digest claims,
-    StorageError if a payload cannot be read.
+    Raises InvalidRequestError if the formats cannot store a value; InvalidFileError if the digest does not match the model's
+    recorded one; StorageError if a payload cannot be read.
     """
     total = sum(payload.stored_bytes for payload, _ in payloads)
     done = 0
@@ -59,16 +60,16 @@ def write_sections(
     sections: list[Section] = []
     stream.write(bytes(start))
     writeback = Writeback(stream)
-    # hashlib and zlib let go of the interpreter lock: one thread hashes and sums what this one packs and writes.
-    with ThreadPoolExecutor(max_workers=1) as summing:
+    # hashlib and zlib release the interpreter lock, so another thread hashes while this one packs and writes.
+    with ThreadPoolExecutor(max_workers=1) as hashing:
         for payload, array in payloads:
             values = read_checked(payload, array, path)
             end, checksum = stream.tell(), _Checksum()
             offset = offset_of(end, payload.stored_bytes)
             stream.write(bytes(offset - end))
-            tasks = [summing.submit(hash_payload, builder, payload, array, values)]
+            tasks = [hashing.submit(hash_payload, builder, payload, array, values)]
             for piece in stored_pieces(payload, values):
-                tasks.append(summing.submit(checksum.add, piece))
+                tasks.append(hashing.submit(checksum.add, piece))
                 stream.write(piece)
                 writeback.advance()
                 done += piece.nbytes
@@ -84,7 +85,7 @@ def write_sections(
 
 
 class _Checksum:
-    """A CRC-32 that grows piece by piece."""
+    """An incremental CRC-32."""
 
     def __init__(self) -> None:
         self.value = 0

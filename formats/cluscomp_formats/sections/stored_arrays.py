@@ -1,4 +1,4 @@
-"""Payloads as named arrays: what safetensors files and ONNX graphs call each, and in which form they hold it."""
+"""Payloads as named arrays: their names, dtypes and shapes in safetensors files and ONNX graphs."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from cluscomp_formats.ir import Array, Model
 from cluscomp_formats.sections.payloads import Payload, stored_payloads
 
-__all__ = ["StoredArray", "codebook_key", "codes_form", "part_key", "stored_arrays"]
+__all__ = ["StoredArray", "codebook_key", "codes_spec", "part_key", "stored_arrays"]
 
 
 @dataclass(frozen=True)
 class StoredArray:
-    """One array of a safetensors file: its name there, its stored dtype (a key of `DTYPES`) and shape, what it holds."""
+    """One stored array: its name, stored dtype (a key of `DTYPES`) and shape, and its payload."""
 
     key: str
     dtype: str
@@ -24,27 +24,27 @@ class StoredArray:
 
 
 def codebook_key(name: str) -> str:
-    """Where the centroids of a codebook are stored."""
+    """Return the array name of a codebook's centroids."""
     return f"codebooks.{name}"
 
 
 def part_key(tensor: str, part: str, stage: int = 0) -> str:
-    """Where a part (`codes`, `row_scale`, ...) of the clustered weight `tensor` is stored.
+    """Return the array name of a part (`codes`, `row_scale`, ...) of the clustered weight `tensor`.
 
-    Under the name of the module, as is the custom: `<module>.codes` for `<module>.weight`. Codes of further stages are
-    numbered from 1: `<module>.codes_1`.
+    By convention it has the module's name: `<module>.codes` for `<module>.weight`. Codes of further stages are numbered from 1:
+    `<module>.codes_1`.
     """
     module = tensor.removesuffix(".weight") or tensor
     return f"{module}.{part}_{stage}" if stage else f"{module}.{part}"
 
 
-def codes_form(payload: Payload) -> tuple[str, tuple[int, ...]]:
-    """Stored dtype and shape of codes: as they are at 16 bits, else a bit stream."""
+def codes_spec(payload: Payload) -> tuple[str, tuple[int, ...]]:
+    """Return the stored dtype and shape of codes: unchanged at 16 bits, else a bit stream."""
     return ("uint16", payload.shape) if payload.code_bits == 16 else ("uint8", (payload.stored_bytes,))
 
 
 def stored_arrays(model: Model) -> Iterator[StoredArray]:
-    """Every payload of the model in canonical order, side files excepted."""
+    """Yield every payload of the model in canonical order, except side files."""
     stages: Counter[str] = Counter()
     for payload, array in stored_payloads(model):
         if payload.description is None:
@@ -55,7 +55,7 @@ def stored_arrays(model: Model) -> Iterator[StoredArray]:
         elif payload.part == "codes":
             key = part_key(payload.owner, "codes", stages[payload.owner])
             stages[payload.owner] += 1
-            dtype, shape = codes_form(payload)
+            dtype, shape = codes_spec(payload)
         elif payload.part != "values":
             key = part_key(payload.owner, payload.part)
         yield StoredArray(key, dtype, shape, payload, array)

@@ -1,4 +1,4 @@
-"""What a model's side files say about its tokens: one answer, whatever container the files came in; see `docs/tokens.md`."""
+"""The tokens of a model according to its side files, in the same way for every container format; see `docs/tokens.md`."""
 
 from cluscomp_formats.tokens.added_tokens import AddedToken, special_tokens
 from cluscomp_formats.tokens.end_tokens import end_tokens

@@ -1,14 +1,16 @@
-"""Added tokens of a model: those of `tokenizer.json` and those that only its other side files name.
+"""Added tokens of a model: those of `tokenizer.json` and those that only the other side files name.
 
-The rules are those by which transformers 5 loads a tokenizer, in its order:
+The rules are those of transformers 5 for loading a tokenizer, in its order:
 
-1. `tokenizer_config.json` names special tokens (`bos_token`, ...), further ones without a name (`extra_special_tokens`,
-   formerly `additional_special_tokens`) and, in `added_tokens_decoder`, added tokens by id.
-2. Without `added_tokens_decoder` only: `special_tokens_map.json` overrules those names, `added_tokens.json` has added tokens.
-3. Tokens that `tokenizer.json` lacks, or has with other flags, are added: first those by id, then the named ones, then others.
+1. `tokenizer_config.json` has special tokens by name (`bos_token`, ...), special tokens without a name
+   (`extra_special_tokens`, formerly `additional_special_tokens`) and, in `added_tokens_decoder`, added tokens by id.
+2. Only without `added_tokens_decoder`: `special_tokens_map.json` overrides those names, and `added_tokens.json` has added
+   tokens.
+3. Tokens that `tokenizer.json` does not have, or has with other flags, are added: first those by id, then the named ones, then
+   the others.
 
-The tokenizers library gives each its id: that of the same text in the vocabulary, else the next free one. The ids that files
-claim only order the tokens.
+The tokenizers library assigns the ids: that of the same text in the vocabulary, else the next free id. The ids in the files
+only determine the order.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from cluscomp_formats.strict_json import is_unicode
 __all__ = ["NAMES", "AddedToken", "TokenSettings", "assign_ids", "missing_tokens", "read_settings", "special_tokens"]
 
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-"""Names every tokenizer may have a token for, in the order in which transformers adds them."""
+"""Names of the special tokens that any tokenizer may have, in the order in which transformers adds them."""
 
 _CONFIG, _MAP, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 _EXTRA, _OLD_EXTRA, _BY_ID = "extra_special_tokens", "additional_special_tokens", "added_tokens_decoder"
@@ -31,7 +33,7 @@ _EXTRA, _OLD_EXTRA, _BY_ID = "extra_special_tokens", "additional_special_tokens"
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that is found in a text as it is, before the text is cut into others; fields as in `tokenizer.json`."""
+    """A token that is recognised in a text before the text is split; the fields are those of `tokenizer.json`."""
 
     content: str
     single_word: bool = False
@@ -41,13 +43,13 @@ class AddedToken:
     special: bool = True
 
     def entry(self, token_id: int) -> dict[str, Any]:
-        """The token as a member of `added_tokens` in `tokenizer.json`."""
+        """Return the token as a member of `added_tokens` in `tokenizer.json`."""
         return {"id": token_id, **vars(self)}
 
 
 @dataclass(frozen=True)
 class TokenSettings:
-    """What the files beside `tokenizer.json` say: special tokens by name, those without a name, added tokens by claimed id."""
+    """The content of the files besides `tokenizer.json`: named special tokens, unnamed ones, and added tokens by stored id."""
 
     named: Mapping[str, AddedToken] = field(default_factory=dict)
     extra: tuple[AddedToken, ...] = ()
@@ -57,10 +59,10 @@ class TokenSettings:
 def read_settings(
     config: Mapping[str, Any], special_map: Mapping[str, Any], added: Mapping[str, Any], stored: Mapping[int, AddedToken]
 ) -> TokenSettings:
-    """The settings in `tokenizer_config.json`, `special_tokens_map.json` and `added_tokens.json`, each empty if there is none.
+    """Read the settings in `tokenizer_config.json`, `special_tokens_map.json` and `added_tokens.json`; each file is optional.
 
-    `stored` are the added tokens of `tokenizer.json` by the ids they claim. Raises InvalidFileError for tokens that are
-    malformed; what is merely no token (`bos_token: false`) counts as absent.
+    `stored` are the added tokens of `tokenizer.json` by their stored ids. Raises InvalidFileError if a token is malformed; a
+    value that is not a token (`bos_token: false`) is ignored.
     """
     extra = config.get(_EXTRA) or config.get(_OLD_EXTRA) or []
     values = {name: (config[name], _CONFIG) for name in NAMES if name in config}
@@ -88,22 +90,22 @@ def read_settings(
         special = {token.content for token in (*named.values(), *others)}
         by_id = {**dict(_added_tokens(added, special)), **stored}
     flags = {token.content: token for token in by_id.values()}
-    # A name stands for the token of that text, with the flags that are told where the token is.
+    # A named token has the flags of the added token with the same text.
     named = {name: flags.get(token.content, token) for name, token in named.items()}
     return TokenSettings(named, tuple(others), by_id)
 
 
 def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """Texts by name of the special tokens that `tokenizer_config.json` names. Raises InvalidFileError for malformed ones."""
+    """Return the texts of the named special tokens in `tokenizer_config.json`. Raises InvalidFileError if one is malformed."""
     return {name: token.content for name, token in read_settings(config, {}, {}, {}).named.items()}
 
 
 def missing_tokens(settings: TokenSettings, stored: Iterable[AddedToken]) -> list[AddedToken]:
-    """The tokens that the settings add to those of `tokenizer.json`, in order; some may be there with other flags."""
+    """Return the tokens that the settings add to those of `tokenizer.json`, in order; some may exist with other flags."""
     known = set(stored)
     contents = {token.content for token in known}
     named = {token.content for token in settings.named.values()}
-    # A token with a name is special, whatever its flags say where it is listed.
+    # A named token is special, even if its flags say otherwise.
     listed = [replace(token, special=token.special or token.content in named) for _, token in sorted(settings.by_id.items())]
     found = [token for token in listed if token not in known]
     contents |= {token.content for token in found}
@@ -115,7 +117,7 @@ def missing_tokens(settings: TokenSettings, stored: Iterable[AddedToken]) -> lis
 
 
 def assign_ids(vocabulary: Mapping[str, int], tokens: Iterable[AddedToken]) -> dict[str, tuple[int, AddedToken]]:
-    """Tokens by text with the ids the tokenizers library gives them when they are added in this order to a vocabulary."""
+    """Return tokens by text, with the ids the tokenizers library assigns when they are added to a vocabulary in this order."""
     placed: dict[str, tuple[int, AddedToken]] = {}
     highest = -1
     for token in tokens:
@@ -124,7 +126,7 @@ def assign_ids(vocabulary: Mapping[str, int], tokens: Iterable[AddedToken]) -> d
         if token.content in placed:
             number = placed[token.content][0]
         else:
-            # Ids need not be free of gaps: the library counts the tokens, whatever their ids are.
+            # The library continues from the number of tokens, even if the ids have gaps.
             number = vocabulary.get(token.content, max(len(vocabulary), highest + 1))
             highest = max(highest, number)
         placed[token.content] = number, token
@@ -132,7 +134,7 @@ def assign_ids(vocabulary: Mapping[str, int], tokens: Iterable[AddedToken]) -> d
 
 
 def _is_own_name(name: str) -> bool:
-    """Whether a setting names a special token that only this model has, such as `image_token`."""
+    """Return whether a setting names a special token that is specific to the model, such as `image_token`."""
     return name.endswith("_token") and name not in NAMES
 
 
@@ -141,7 +143,7 @@ def _items(value: Any) -> list[Any]:
 
 
 def _token(value: Any, file: str) -> AddedToken | None:
-    """A special token as files have it: a text, or an object with `content`; anything else is none."""
+    """Return a special token in a file: a text, or an object with `content`; None for anything else."""
     if isinstance(value, Mapping) and isinstance(value.get("content"), str):
         flags = {name: value.get(name) is True for name in ("single_word", "lstrip", "rstrip", "normalized")}
         return AddedToken(_checked(value["content"], file), **flags)
@@ -157,7 +159,7 @@ def _checked(content: str, file: str) -> str:
 def _decoder_tokens(decoder: Any) -> Iterator[tuple[int, AddedToken]]:
     if not isinstance(decoder, dict):
         found = type(decoder).__name__
-        raise InvalidFileError(Problem("bad_token", f"{_BY_ID} is no object", _CONFIG, None, found, "tokens by id"))
+        raise InvalidFileError(Problem("bad_token", f"{_BY_ID} is not an object", _CONFIG, None, found, "tokens by id"))
     for key, value in decoder.items():
         if not key.isdecimal() or len(key) > 10 or not isinstance(value, dict) or not isinstance(value.get("content"), str):
             found = f"{key!a}: {value!a}"[:200]

@@ -1,8 +1,8 @@
-"""The chat templates that a model brings along in its side files, by name.
+"""The chat templates in a model's side files, by name.
 
-Where they are found is transformers' order: `chat_template.jinja` and `additional_chat_templates/NAME.jinja`; if there is
-neither, `chat_template` in `tokenizer_config.json`, a template or a list of named ones; if there is none, the
-`chat_template.json` of a processor.
+They are searched in transformers' order: `chat_template.jinja` and `additional_chat_templates/NAME.jinja`; if there is neither,
+`chat_template` in `tokenizer_config.json`, which is a template or a list of named ones; otherwise the `chat_template.json` of a
+processor.
 """
 
 from __future__ import annotations
@@ -18,19 +18,22 @@ __all__ = ["DEFAULT", "choose_chat_template", "find_chat_templates", "is_templat
 
 DEFAULT = "default"
 TOOL_USE = "tool_use"
-"""The template that is taken for a chat with tools, where there is one of this name."""
+"""Name of the template that is used for chats with tools, if it exists."""
 
 _FILE, _FOLDER, _SUFFIX = "chat_template.jinja", "additional_chat_templates/", ".jinja"
 _JSON_FILES = ("tokenizer_config.json", "chat_template.json")
 
 
 def is_template_file(name: str) -> bool:
-    """Whether the side file of that name may hold chat templates."""
+    """Return whether the side file of this name may have chat templates."""
     return name in (_FILE, *_JSON_FILES) or _is_additional(name)
 
 
 def find_chat_templates(files: Mapping[str, Array]) -> dict[str, str]:
-    """Templates by name, a single one as `default`; empty if there is none. Raises InvalidFileError."""
+    """Return templates by name, a single one as `default`; empty if there are none.
+
+    Raises InvalidFileError if a file with templates is malformed.
+    """
     named = {name.removeprefix(_FOLDER).removesuffix(_SUFFIX): _text(files, name) for name in files if _is_additional(name)}
     if _FILE in files:
         named.setdefault(DEFAULT, _text(files, _FILE))
@@ -38,7 +41,7 @@ def find_chat_templates(files: Mapping[str, Array]) -> dict[str, str]:
 
 
 def choose_chat_template(templates: Mapping[str, str], *, tools: bool = False, remedy: str = "give a plain prompt") -> str:
-    """The template for a chat, with tools or without, as transformers chooses. Raises InvalidRequestError if there is none."""
+    """Return the template that transformers uses for a chat, with or without tools. Raises InvalidRequestError if none fits."""
     if tools and TOOL_USE in templates:
         return templates[TOOL_USE]
     if DEFAULT in templates:
@@ -55,7 +58,7 @@ def _is_additional(name: str) -> bool:
 
 def _text(files: Mapping[str, Array], name: str) -> str:
     try:
-        # Python's text files, in which transformers reads templates, know one line end.
+        # transformers reads templates as text files, which converts all line ends to \n.
         return files[name].read().tobytes().decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise InvalidFileError(Problem("bad_template", "not UTF-8", name, found=f"byte {error.start}")) from error

@@ -1,4 +1,4 @@
-"""Special tokens that a tokenizer's class has where no file names them, as in transformers 5."""
+"""Default special tokens of tokenizer classes, which apply if no file names others, as in transformers 5."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ CLASSES: dict[str, dict[str, str]] = {
         "mask_token": "<MASK_TOKEN>",
     },
 }
-"""Texts by name of a token, by class."""
+"""Texts of special tokens by name, for each class."""
 
 
 def tokenizer_class(config: Mapping[str, Any]) -> str:
-    """The class that `tokenizer_config.json` names, without `Fast`; empty if none."""
+    """Return the class that `tokenizer_config.json` names, without `Fast`; empty if there is none."""
     found = config.get("tokenizer_class")
     return found.removesuffix("Fast") if isinstance(found, str) else ""
 
 
 def with_class_tokens(config: Mapping[str, Any], class_name: str, known: Collection[str]) -> dict[str, Any]:
-    """`tokenizer_config.json` with the special tokens of that class it does not name, those that are among the `known` texts.
+    """Return `tokenizer_config.json` with the default special tokens of the class, if it does not name others.
 
-    A name that is given as null stays without a token.
+    Only tokens among the `known` texts are added. A name whose value is null stays without a token.
     """
     named = {name: text for name, text in CLASSES.get(class_name, {}).items() if text in known}
     return {**named, **config}

@@ -13,9 +13,9 @@ __all__ = ["end_tokens"]
 
 
 def end_tokens(config: Mapping[str, Any], files: Mapping[str, Array], eos_id: int | None) -> tuple[int, ...]:
-    """Ids that end a text: those of generation_config.json, else of config.json, else `eos_id`, the tokenizer's end token.
+    """Return the ids that end a text: those of generation_config.json, else of config.json, else `eos_id` of the tokenizer.
 
-    In the order of the file, each once. Raises InvalidFileError if a file says something other than an id or a list of ids.
+    They are in the order of the file, each once. Raises InvalidFileError if a value is neither an id nor a list of ids.
     """
     generation = read_json_file(files, "generation_config.json")
     for name, source in (("generation_config.json", generation), ("config.json", config)):

@@ -1,8 +1,8 @@
-"""A `tokenizer.json` for models that come with the vocabulary of another program alone.
+"""Build a `tokenizer.json` for models that only have the vocabulary of another program.
 
-Built are SentencePiece models (Llama, Mistral, Gemma, T5) and the `vocab.json` with `merges.txt` of GPT-2 and Qwen2: which
-words a text is cut into, and what goes around it, is told by the class that `tokenizer_config.json` names. Whatever is not
-certain is not built: a tokenizer that is nearly right gives wrong answers that nobody notices.
+Supported are SentencePiece models (Llama, Mistral, Gemma, T5) and the `vocab.json` with `merges.txt` of GPT-2 and Qwen2. The
+class in `tokenizer_config.json` determines how a text is split into words and which tokens are added around it. If anything is
+uncertain, no tokenizer is built: one that is almost right gives wrong answers that nobody notices.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ VOCABULARY_FILES = (
     *("tokenizer.model", "spiece.model", "vocab.json", "merges.txt"),
     *("vocab.txt", "tekken.json", "sentencepiece.bpe.model"),
 )
-"""The files that are looked at where there is no `tokenizer.json`."""
+"""The files that are used if there is no `tokenizer.json`."""
 
 _CONFIG = "tokenizer_config.json"
 _SPACE = "\u2581"
@@ -37,22 +37,22 @@ _SPACE = "\u2581"
 _GENERAL = ("", "PreTrainedTokenizer", "TokenizersBackend")
 _T5 = "T5Tokenizer"
 SENTENCEPIECE_CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", _T5)
-"""Classes whose ids are those of the SentencePiece model; many others have tables of their own."""
+"""Classes that use the ids of the SentencePiece model; many other classes have their own tables."""
 
 BYTE_LEVEL_CLASSES = ("GPT2Tokenizer", "Qwen2Tokenizer")
 _CLASS_OF_TYPE = {"gpt2": "GPT2Tokenizer", "qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer"}
 
 
 def vocabularies(files: Mapping[str, Array]) -> list[str]:
-    """Names of the files from which somebody can make a tokenizer."""
+    """Return the names of the vocabulary files, from which a tokenizer could be built, here or by other software."""
     return [*(name for name in VOCABULARY_FILES if name in files), *(name for name in files if name.endswith(".tiktoken"))]
 
 
 def build_tokenizer_files(files: Mapping[str, Array], model_type: str | None = None) -> dict[str, bytes]:
-    """`tokenizer.json`, and `tokenizer_config.json` with the special tokens it did not name; nothing if the former is there.
+    """Return `tokenizer.json`, and `tokenizer_config.json` completed by default special tokens; empty if the former exists.
 
-    `model_type` is that of the model's configuration, for files that do not name a class. Raises UnsupportedTokenizer, saying
-    why, if there is no vocabulary or it cannot be rebuilt faithfully; InvalidFileError for files that are no JSON objects.
+    `model_type` is that of the model's configuration, for files that do not name a class. Raises UnsupportedTokenizer, with the
+    reason, if there is no vocabulary or it cannot be rebuilt faithfully; InvalidFileError if a file is not a JSON object.
     """
     if "tokenizer.json" in files:
         return {}
@@ -76,14 +76,14 @@ def build_tokenizer_files(files: Mapping[str, Array], model_type: str | None = N
 
 def _sentencepiece(content: bytes, config: Mapping[str, Any], class_name: str) -> tuple[dict[str, Any], dict[str, str]]:
     if class_name not in (*_GENERAL, *SENTENCEPIECE_CLASSES):
-        raise UnsupportedTokenizer(f"{class_name} gives the pieces of a SentencePiece model ids of its own")
+        raise UnsupportedTokenizer(f"{class_name} assigns its own ids to the pieces of a SentencePiece model")
     try:
         model = SentencePieceModel.parse(content)
     except UnsupportedTokenizer as reason:
-        # One line for each token: the token in base64, a space, its rank.
+        # tiktoken's format has one line per token: the token in base64, a space, its rank.
         if content[:1].isalnum() and b" " in content[:256]:
             raise UnsupportedTokenizer(
-                "tokenizer.model is a vocabulary of tiktoken, which does not say how words are cut"
+                "tokenizer.model is a tiktoken vocabulary, which does not define how text is split into words"
             ) from reason
         raise
     if any(piece.kind == sp.UNUSED for piece in model.pieces):
@@ -109,7 +109,7 @@ def _sentencepiece(content: bytes, config: Mapping[str, Any], class_name: str) -
 
 
 def _sentinels(config: Mapping[str, Any], size: int) -> list[dict[str, Any]]:
-    """T5's tokens for what is left out of a text, the last first, after the pieces."""
+    """Return T5's sentinel tokens for omitted spans of a text, the last one first; their ids follow the pieces."""
     count = config.get("extra_ids", 100)
     if type(count) is not int or not 0 <= count <= 1000:
         raise UnsupportedTokenizer(f"extra_ids is {count!a}"[:200])
@@ -142,7 +142,7 @@ def _decoders(model: SentencePieceModel) -> list[dict[str, Any]]:
 
 
 def _template(config: Mapping[str, Any], names: Mapping[str, str], model: SentencePieceModel) -> dict[str, Any] | None:
-    """What goes around a text: as the configuration says, else as Llama's models (BPE) and T5's (Unigram) were trained."""
+    """Return the tokens around a text: those of the configuration, else as in the training of Llama (BPE) and T5 (Unigram)."""
     defaults = {"bos": model.kind == sp.BPE, "eos": model.kind == sp.UNIGRAM}
     ids = {piece.text: number for number, piece in enumerate(model.pieces)}
     used = {}
@@ -197,10 +197,10 @@ def _bpe_model(
 def _byte_level(files: Mapping[str, Array], class_name: str) -> tuple[dict[str, Any], dict[str, str]]:
     if class_name not in BYTE_LEVEL_CLASSES:
         found = class_name or "no tokenizer_class"
-        raise UnsupportedTokenizer(f"how {found} cuts words before vocab.json and merges.txt is not known")
+        raise UnsupportedTokenizer(f"it is unknown how {found} splits text into words for vocab.json and merges.txt")
     vocabulary = read_json_file(files, "vocab.json")
     if not all(type(number) is int and is_unicode(token) for token, number in vocabulary.items()):
-        raise UnsupportedTokenizer("vocab.json has ids that are no integers, or tokens that are not valid Unicode")
+        raise UnsupportedTokenizer("vocab.json has ids that are not integers, or tokens that are not valid Unicode")
     merges = _read_merges(files["merges.txt"].read().tobytes(), vocabulary)
     qwen = class_name == "Qwen2Tokenizer"
     words = SCHEMES["qwen2"].patterns[0] if qwen else GPT2_WORDS
@@ -228,6 +228,6 @@ def _read_merges(content: bytes, vocabulary: Mapping[str, int]) -> list[tuple[st
         if line.strip():
             left, _, right = line.rstrip("\r").partition(" ")
             if not {left, right, left + right} <= vocabulary.keys():
-                raise UnsupportedTokenizer(f"the line {line!a} of merges.txt is not of two tokens that make a third"[:200])
+                raise UnsupportedTokenizer(f"the line {line!a} of merges.txt is not two tokens that merge to a third"[:200])
             merges.append((left, right))
     return merges

@@ -13,7 +13,7 @@ __all__ = ["read_json_file"]
 
 
 def read_json_file(files: Mapping[str, Array], name: str) -> dict[str, Any]:
-    """A side file that must be a JSON object; empty if there is none. Raises InvalidFileError."""
+    """Return a side file that must be a JSON object, empty if there is no such file. Raises InvalidFileError if malformed."""
     if name not in files:
         return {}
     try:

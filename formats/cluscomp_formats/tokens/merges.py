@@ -1,4 +1,4 @@
-"""The ranked list of merges that byte-pair encoding with scores amounts to."""
+"""Convert the scores of byte-pair encoding to an equivalent ranked list of merges."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from cluscomp_formats.tokens.unsupported import UnsupportedTokenizer
 __all__ = ["merges_from_scores"]
 
 _MAX_TOKEN = 1024
-"""Characters of a token. Splitting one takes time in the square of its length; SmolLM2's longest has 81."""
+"""Largest number of characters of a token. Splitting takes quadratic time; SmolLM2's longest token has 81 characters."""
 _MAX_SPLITS = 16
-"""Characters of all splits of tokens into two others, per character of the vocabulary. SmolLM2's would have 2.3."""
+"""Limit of the characters of all splits of tokens into two, per character of the vocabulary. SmolLM2 would have 2.3."""
 
 
 def merges_from_scores(scores: Mapping[str, float]) -> list[tuple[str, str]]:
-    """Every way to make a token of two others, the token of the best score first.
+    """Return every way to merge two tokens to a third, sorted by descending score of the third.
 
-    Among the ways to make one token the longer left part goes first; which one applies is decided by what is there. Raises
-    UnsupportedTokenizer for a vocabulary made to have too many.
+    Among the merges to the same token, those with a longer left part come first; the text determines which one applies. Raises
+    UnsupportedTokenizer if a hostile vocabulary has too many merges.
     """
     longest = max(map(len, scores), default=0)
     if longest > _MAX_TOKEN:
@@ -29,6 +29,6 @@ def merges_from_scores(scores: Mapping[str, float]) -> list[tuple[str, str]]:
         splits = [at for at in range(1, len(token)) if token[:at] in scores and token[at:] in scores]
         left -= len(splits) * len(token)
         if left < 0:
-            raise UnsupportedTokenizer("its tokens can be made of others in more ways than those of any real vocabulary")
+            raise UnsupportedTokenizer("its tokens can be split in more ways than those of any real vocabulary")
         ways += [(-score, number, -at, token) for at in splits]
     return [(token[:-at], token[-at:]) for _, _, at, token in sorted(ways, key=lambda way: way[:3])]

@@ -1,7 +1,7 @@
-"""SentencePiece's `tokenizer.model`: pieces with scores and types, and how a text is normalised.
+"""Read SentencePiece's `tokenizer.model`: pieces with scores and types, and the normalisation of text.
 
-The file is a protocol buffer message (`sentencepiece_model.proto` of SentencePiece): fields of a number, a kind and a value.
-Of all messages only those fields are read that decide how a text is cut.
+The file is a protocol buffer message (`sentencepiece_model.proto` of SentencePiece), whose fields have a number, a wire type
+and a value. Only the fields that affect tokenization are read.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ UNIGRAM, BPE = 1, 2
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _MAX_VARINT = 10
-"""Bytes of the longest integer."""
+"""Largest number of bytes of an integer."""
 
 _MAX_PIECES = 1 << 20
-"""Pieces of a model; Gemma has a quarter of that."""
+"""Largest number of pieces; Gemma has a quarter of that."""
 
 _PIECE, _TRAINER, _NORMALIZER = 1, 2, 3
 _KIND, _SUFFIX, _FALLBACK, _UNK_ID, _BOS_ID, _EOS_ID, _PAD_ID = 3, 24, 35, 40, 41, 42, 43
@@ -42,7 +42,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class SentencePieceModel:
-    """A model as stored; ids are positions in `pieces`, `ids` those of special pieces by name (`bos`, ...), if there are."""
+    """A stored model. Ids are positions in `pieces`; `ids` has those of special pieces by name (`bos`, ...)."""
 
     pieces: tuple[Piece, ...]
     kind: int
@@ -54,7 +54,7 @@ class SentencePieceModel:
 
     @classmethod
     def parse(cls, content: bytes) -> SentencePieceModel:
-        """Read the bytes of a file. Raises UnsupportedTokenizer, saying why, if they are not a model or one of another kind."""
+        """Parse the bytes of a file. Raises UnsupportedTokenizer, with the reason, if they are not a supported model."""
         pieces: list[Piece] = []
         trainer: dict[int, int | bytes] = {}
         normalizer: dict[int, int | bytes] = {}
@@ -108,7 +108,7 @@ def _piece(message: bytes) -> Piece:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """The fields of a message; the value of a fixed width is its bytes. Raises UnsupportedTokenizer for what is no message."""
+    """Yield the fields of a message; fixed-width values are bytes. Raises UnsupportedTokenizer if it is not a valid message."""
     at = 0
     while at < len(message):
         tag, at = _varint(message, at)
@@ -127,7 +127,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 
 def _varint(message: bytes, at: int) -> tuple[int, int]:
-    """The integer that begins there and where the next thing does."""
+    """Return the integer at position `at` and the position after it."""
     value = 0
     for count, byte in enumerate(message[at : at + _MAX_VARINT]):
         value |= (byte & 127) << (7 * count)
@@ -137,5 +137,5 @@ def _varint(message: bytes, at: int) -> tuple[int, int]:
 
 
 def _signed(value: int | bytes) -> int:
-    """An id as stored: negative ones are integers of 64 bits."""
+    """Return a stored id as a signed number; negative ids are stored as 64-bit integers."""
     return -1 if isinstance(value, bytes) or value >= 1 << 31 else value

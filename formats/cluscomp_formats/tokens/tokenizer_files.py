@@ -1,4 +1,4 @@
-"""A model's tokenizer as its side files have it: a `tokenizer.json` completed by what only the files beside it say."""
+"""The tokenizer in a model's side files: `tokenizer.json`, completed by settings that only other files have."""
 
 from __future__ import annotations
 
@@ -24,21 +24,22 @@ TOKEN_FILES = (
     *(TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json"),
     *VOCABULARY_FILES,
 )
-"""The side files that say what tokens there are, which of them are special and which end a text."""
+"""The side files that define the tokens, the special tokens and the end tokens."""
 
 _UNSUPPORTED = "unsupported: "
-"""How `provenance["tokenizer"]` of a GGUF source begins whose tokenizer could not be rebuilt; the reason follows."""
+"""Prefix of `provenance["tokenizer"]` if the tokenizer of a GGUF source could not be rebuilt; the reason follows."""
 
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """What the side files say.
+    """The tokenizer of a model's side files.
 
-    `tokenizer` is a complete `tokenizer.json`, `content` the same as bytes, `special_tokens` the special tokens by name, `ids`
-    the ids of all tokens by text. `moved` are the added tokens to which a file gives another id than the tokenizers library
-    does, by text: (claimed, real). The last two are empty for a `tokenizer.json` that is not laid out as usual.
+    `tokenizer` is a complete `tokenizer.json`, `content` the same as bytes. `special_tokens` are the special tokens by name,
+    `ids` the ids of all tokens by text. `moved` has the added tokens whose id in a file differs from the one that the
+    tokenizers library assigns, by text: (id in the file, assigned id). `ids` and `moved` are empty if `tokenizer.json` has an
+    unusual structure.
     """
 
     tokenizer: Mapping[str, Any]
@@ -49,9 +50,9 @@ class TokenizerFiles:
 
 
 def with_tokenizer(files: Mapping[str, Array], model_type: str | None = None) -> dict[str, Array]:
-    """The side files with a `tokenizer.json` built from other files if it is missing and that can be done.
+    """Return the side files, with a `tokenizer.json` built from other files if it is missing and this is possible.
 
-    `model_type` is that of the model's configuration. Raises InvalidFileError.
+    `model_type` is that of the model's configuration. Raises InvalidFileError if a file is malformed.
     """
     try:
         built = build_tokenizer_files(files, model_type)
@@ -61,8 +62,8 @@ def with_tokenizer(files: Mapping[str, Array], model_type: str | None = None) ->
 
 
 def no_tokenizer(model: Model) -> Problem:
-    """Why a model has no tokenizer, and what to do. Raises InvalidFileError."""
-    reason, remedy = "there is no tokenizer.json", "put the model's own tokenizer.json beside the weights of the source"
+    """Return why a model has no tokenizer, and the remedy. Raises InvalidFileError if a side file is malformed."""
+    reason, remedy = "there is no tokenizer.json", "put the model's own tokenizer.json next to the weights of the source"
     in_source = str(model.provenance.get("tokenizer", ""))
     try:
         build_tokenizer_files(model.files, model.config.get("model_type"))
@@ -72,16 +73,16 @@ def no_tokenizer(model: Model) -> Problem:
         reason, remedy = in_source.removeprefix(_UNSUPPORTED), "start from the Hugging Face folder of this model"
     elif vocabularies(model.files):
         made = "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
-        needs = "offline; it may ask for the package sentencepiece or tiktoken"
+        needs = "offline; it may require the package sentencepiece or tiktoken"
         remedy = f"make a tokenizer.json in the folder of the source with transformers, {made} ({needs})"
     return Problem("no_tokenizer", "this model has no tokenizer", None, None, reason, "tokenizer.json", remedy)
 
 
 def read_tokenizer(files: Mapping[str, Array]) -> TokenizerFiles | None:
-    """The tokenizer among a model's side files, None if there is no `tokenizer.json` and none can be built.
+    """Return the tokenizer in a model's side files, None if there is no `tokenizer.json` and none can be built.
 
-    A `tokenizer.json` that is not laid out as usual comes back as it is: the library that it is for says what is wrong with it.
-    Raises InvalidFileError for files that are no JSON objects and for malformed added tokens.
+    A `tokenizer.json` with an unusual structure is returned unchanged; the tokenizers library will report its errors. Raises
+    InvalidFileError if a file is not a JSON object or an added token is malformed.
     """
     files = with_tokenizer(files)
     if TOKENIZER not in files:
@@ -105,14 +106,14 @@ def read_tokenizer(files: Mapping[str, Array]) -> TokenizerFiles | None:
     if more or any(placed[token.content][0] != number for number, token in listed if token.content):
         entries = sorted(placed.values(), key=lambda item: item[0])
         tokenizer = {**tokenizer, "added_tokens": [token.entry(number) for number, token in entries]}
-        # Escaped, so that what is no valid Unicode is the library's to refuse.
+        # ASCII escapes preserve invalid Unicode, which the tokenizers library then rejects.
         content = json.dumps(tokenizer).encode()
     ids = {**vocabulary, **{text: number for text, (number, _) in placed.items()}}
     return TokenizerFiles(tokenizer, content, special_tokens, ids, moved)
 
 
 def vocabulary_ids(tokenizer: Mapping[str, Any]) -> dict[str, int] | None:
-    """Ids by text of the vocabulary of a `tokenizer.json`, added tokens apart; None if it is not laid out as usual."""
+    """Return the ids of a `tokenizer.json`'s vocabulary by text, without added tokens; None if its structure is unusual."""
     model = tokenizer.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocabulary, dict) and all(type(number) is int for number in vocabulary.values()):
@@ -125,7 +126,7 @@ def vocabulary_ids(tokenizer: Mapping[str, Any]) -> dict[str, int] | None:
 
 
 def _stored_tokens(tokenizer: Mapping[str, Any]) -> list[tuple[int, AddedToken]] | None:
-    """The added tokens that `tokenizer.json` lists, with the ids it claims; None if they are not laid out as usual."""
+    """Return the added tokens in `tokenizer.json` with their stored ids; None if their structure is unusual."""
     entries = tokenizer.get("added_tokens", [])
     tokens = []
     for entry in entries if isinstance(entries, list) else [{}]:

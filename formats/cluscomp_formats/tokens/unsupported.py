@@ -1,4 +1,4 @@
-"""Why a tokenizer is not there: no error of the model, which is read without it."""
+"""The reason why no tokenizer can be built, which is not an error: the model can be read without one."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ __all__ = ["UnsupportedTokenizer"]
 
 
 class UnsupportedTokenizer(Exception):  # noqa: N818 - not an error of the file: the model is read without it
-    """Why no tokenizer could be built."""
+    """No tokenizer could be built; the message is the reason."""

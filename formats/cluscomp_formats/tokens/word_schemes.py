@@ -1,4 +1,4 @@
-"""How text is cut into words before byte-level BPE, by the names GGUF has for it (`tokenizer.ggml.pre`).
+"""Schemes for splitting text into words before byte-level BPE, by their names in GGUF (`tokenizer.ggml.pre`).
 
 The schemes are those of llama.cpp's `llama-vocab.cpp` and of the models' own `tokenizer.json`.
 """
@@ -24,9 +24,9 @@ _TEKKEN_WORDS = (
 
 @dataclass(frozen=True)
 class Scheme:
-    """How text is cut into words: each pattern in turn cuts what the one before left; `words` then go to BPE.
+    """A scheme for splitting text into words. Each pattern in turn splits the results of the previous one.
 
-    `ignore_merges`: a word that is itself a token needs no merges. `add_bos`: the default where the file does not say.
+    `ignore_merges`: a word that is a token itself needs no merges. `add_bos`: the default if the file does not set it.
     """
 
     patterns: tuple[str, ...]
@@ -47,7 +47,7 @@ SCHEMES: dict[str, Scheme] = {
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), _DIGITS_GPT2),
     **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"), _LLAMA3),
     **dict.fromkeys(("dbrx", "smaug-bpe"), Scheme((_LLAMA3_WORDS,))),
-    # Only Qwen's own tokenizer.json normalises to NFC; llama.cpp leaves that to the caller.
+    # Qwen's own tokenizer.json normalises to NFC; llama.cpp leaves that to its caller.
     "qwen2": Scheme((_QWEN2_WORDS,), normalizer="NFC"),
     **dict.fromkeys(("deepseek-r1-qwen", "stablelm2", "megrez", "kormo"), _QWEN2),
     "tekken": Scheme((_TEKKEN_WORDS,), ignore_merges=True, add_bos=True),
