@@ -232,7 +232,7 @@ def test_layers_that_predict_further_tokens_are_left_out_and_told(tmp_path: Path
     write_dense_gguf(model, tmp_path / "1.gguf")
     write_dense_gguf(tiny_llama(), tmp_path / "2.gguf")
     assert (tmp_path / "1.gguf").read_bytes() == (tmp_path / "2.gguf").read_bytes()
-    assert any("further tokens are left out" in note for note in dense_gguf_notes(model, "f16"))
+    assert any("multi-token prediction are omitted" in note for note in dense_gguf_notes(model, "f16"))
 
 
 def test_a_head_of_its_own_wins_over_a_tied_one(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def test_more_tokens_than_embeddings(stories_folder: Path, tmp_path: Path) -> No
     with pytest.raises(InvalidRequestError, match="outside the vocabulary"):
         ours.generate("<1>")
     notes = output_format("gguf", "f32").notes(source)
-    assert notes == (f"added tokens past the 514 embeddings are left out: {warning.split(': ')[1]}",)
+    assert notes == (f"added tokens beyond the 514 embeddings are omitted: {warning.split(': ')[1]}",)
     written(source, "gguf", "f32", tmp_path / "m.gguf")
     tokens = gguf.GGUFReader(tmp_path / "m.gguf").fields["tokenizer.ggml.tokens"].contents()
     assert (len(tokens), tokens[512:]) == (514, ["[PAD]", "<0>"])
@@ -107,7 +107,7 @@ NOTES: list[tuple[dict[str, Any], str]] = [
     ({"config": {"eos_token_id": None}, "tokenizer_config": {"eos_token": None}}, "llama.cpp then ends at token 2, '</s>'"),
     (
         {"tokenizer_config": {"added_tokens_decoder": {"512": {"content": "<x>", "rstrip": True}}}},
-        "llama.cpp keeps the spaces around added tokens that swallow them, or that are whole words: '<x>'",
+        "llama.cpp ignores that added tokens strip spaces around them, or match whole words only: '<x>'",
     ),
 ]
 

@@ -275,11 +275,14 @@ BYTE_FILES = {"vocab.json": '{"a": 0, "b": 1, "ab": 2}', "merges.txt": "a b\n"}
         ({"qwen.tiktoken": "IQ== 0"}, r"qwen\.tiktoken alone is not read: make a tokenizer"),
         ({"vocab.txt": "[UNK]\n"}, r"vocab\.txt alone is not read: make a tokenizer"),
         ({"vocab.json": "{}"}, r"vocab\.json alone is not read: make a tokenizer"),
-        ({"tokenizer.model": "IQ== 0\nIg== 1\n"}, r"a vocabulary of tiktoken.*: make a tokenizer"),
-        (BYTE_FILES, r"how no tokenizer_class cuts words"),
-        ({**BYTE_FILES, "tokenizer_config.json": '{"tokenizer_class": "RobertaTokenizer"}'}, r"how RobertaTokenizer cuts"),
+        ({"tokenizer.model": "IQ== 0\nIg== 1\n"}, r"a tiktoken vocabulary.*: make a tokenizer"),
+        (BYTE_FILES, r"with no tokenizer_class, it is unknown how"),
+        (
+            {**BYTE_FILES, "tokenizer_config.json": '{"tokenizer_class": "RobertaTokenizer"}'},
+            r"with RobertaTokenizer, it is unknown how",
+        ),
         ({**BYTE_FILES, "merges.txt": "a c", "tokenizer_config.json": '{"tokenizer_class": "GPT2Tokenizer"}'}, "'a c' of"),
-        ({"tokenizer.model": "", "tokenizer_config.json": '{"tokenizer_class": "XLMRobertaTokenizerFast"}'}, "ids of its own"),
+        ({"tokenizer.model": "", "tokenizer_config.json": '{"tokenizer_class": "XLMRobertaTokenizerFast"}'}, "its own ids"),
     ],
 )
 def test_a_model_without_a_tokenizer_says_why_and_what_to_do(files: dict[str, str], reason: str) -> None:

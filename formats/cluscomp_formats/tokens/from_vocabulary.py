@@ -197,7 +197,7 @@ def _bpe_model(
 def _byte_level(files: Mapping[str, Array], class_name: str) -> tuple[dict[str, Any], dict[str, str]]:
     if class_name not in BYTE_LEVEL_CLASSES:
         found = class_name or "no tokenizer_class"
-        raise UnsupportedTokenizer(f"it is unknown how {found} splits text into words for vocab.json and merges.txt")
+        raise UnsupportedTokenizer(f"with {found}, it is unknown how text is split into words for vocab.json and merges.txt")
     vocabulary = read_json_file(files, "vocab.json")
     if not all(type(number) is int and is_unicode(token) for token, number in vocabulary.items()):
         raise UnsupportedTokenizer("vocab.json has ids that are not integers, or tokens that are not valid Unicode")
