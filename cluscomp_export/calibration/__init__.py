@@ -1,1 +1,1 @@
-"""Texts that a source is run on, and what is measured there."""
+"""Measurements of a source model on a calibration text."""

@@ -1,10 +1,10 @@
-"""Which input channels of a matrix matter: their share of the energy of what flows in on a calibration text.
+"""Importance of the input channels of each matrix: the second moments of its activations on a calibration text.
 
-Clustering can weight each vector by the energy of its input channel, which turns the error of the weights into the error of
-the layer's output (for uncorrelated inputs, exactly). In the reference layout a vector lies in one input channel, so the weight
+Clustering can weight each vector by the second moment of its input channel. That turns the error of the weights into the error
+of the layer's output, exactly so for uncorrelated inputs. In the paper's layout a vector is in one input channel, so the weight
 is one number per vector.
 
-Runs the source in reference mode: memory stays bounded by the largest matrix and the activations of a few windows of the text.
+The source runs with the reference kernel. Memory is bounded by the largest matrix and the activations of a few windows.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ __all__ = [
 ]
 
 CONTEXT = 512
-"""Tokens of a window, unless the model was trained for fewer or another number is asked for."""
+"""Default tokens of a window, if the model was trained for so many."""
 ENERGY_WINDOWS = 16
-"""Windows that tell the energies of channels."""
+"""Windows on which second moments are measured."""
 BATCH = 4
-"""Windows run at a time: every batch decodes every matrix once more, and activations take memory by the batch."""
+"""Windows run together. Every batch decodes every matrix again; activations need memory in proportion to the batch."""
 MAX_TEXT_BYTES = 1 << 30
-"""1 GB. A text is held in memory as a whole, and its tokens take many times that."""
+"""1 GiB. The whole text is in memory, and its tokens need many times as much."""
 NEGLIGIBLE = 1e-8
-"""Of the mean energy of tokens: what float32 leaves of a gradient that is zero, as that of a text's first query, has less."""
+"""Relative to the mean over tokens. Float32 rounding of zero gradients, such as those of a text's first query, is less."""
 
 
 def shipped_text() -> str:
-    """The calibration text of this package; see `data/README.md` for what it is made of."""
+    """The calibration text of this package; `data/README.md` says where it comes from."""
     return resources.files("cluscomp_export.calibration.data").joinpath("calibration.txt").read_text(encoding="utf-8")
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 text file of at most `MAX_TEXT_BYTES`, as it is, line ends included. Raises InvalidFileError, StorageError."""
+    """A UTF-8 text file of at most `MAX_TEXT_BYTES`, unchanged, line ends included. Raises InvalidFileError, StorageError."""
     content = read_whole(path, MAX_TEXT_BYTES, "name a text file")
     try:
         return content.decode()
@@ -75,10 +75,10 @@ def calibration_tokens(model: Model, text: str) -> list[int]:
     """
     tokenizer = Tokenizer.from_files(model.files)
     if tokenizer is None:
-        message = "the source has no tokenizer to read a calibration text with"
+        message = "the source has no tokenizer for a calibration text"
         raise InvalidRequestError(replace(no_tokenizer(model), message=message))
     token_ids = tokenizer.encode(text)
-    # Of an empty text a tokenizer may still make a token that begins it.
+    # For an empty text, a tokenizer may still give a begin token.
     if not token_ids or not text.strip():
         raise InvalidRequestError(Problem("text_too_short", "the calibration text is empty"))
     vocab_size = model.config.get("vocab_size")
@@ -103,7 +103,7 @@ def calibration_context(model: Model, asked: int | None) -> int:
 
 
 def calibration_windows(token_ids: Sequence[int], most: int, context: int = CONTEXT) -> torch.Tensor:
-    """Up to `most` windows of `context` ids, int64 `[windows, tokens]`, spread over a text; a shorter text is one window."""
+    """At most `most` windows of `context` ids, int64 `[windows, tokens]`, spaced evenly; a shorter text is one window."""
     length = min(context, len(token_ids))
     count = len(token_ids) // length
     windows = torch.tensor(token_ids[: count * length]).reshape(count, length)
@@ -112,22 +112,20 @@ def calibration_windows(token_ids: Sequence[int], most: int, context: int = CONT
 
 
 def most_windows(text: str, most: int, context: int) -> int:
-    """As many windows as `calibration_windows` can give with any tokenizer: a token takes a byte of the text or more."""
+    """The most windows that `calibration_windows` can give with any tokenizer: a token has at least one byte of the text."""
     return max(1, min(most, len(text.encode()) // context))
 
 
 def channel_energies(
     model: Model, windows: torch.Tensor, on_progress: Progress = silent
 ) -> Mapping[str, npt.NDArray[np.float32]]:
-    """Energy of each input channel on windows of token ids `[windows, tokens]`, float32 `[in_features]` with mean 1, by name of
-    the matrix.
+    """Second moment of each input channel, float32 `[in_features]` with mean 1, by name of the matrix.
 
-    The mean over all tokens of the channel's square over the mean square of that token's channels.
-
-    Computed in float64 and rounded to float32, so that the result does not depend on the order in which threads add. Raises
-    UnsupportedError if the runtime does not know the architecture.
+    It is the mean over the tokens of `windows`, ids `[windows, tokens]`, of the channel's square divided by the mean square of
+    that token's channels. Computed in float64 and rounded to float32, so that the result does not depend on the order in which
+    threads add. Raises UnsupportedError if the runtime does not know the architecture.
     """
-    # Made beforehand: small results among large temporaries would keep the heap from shrinking, by gigabytes.
+    # Allocated first: small results between large temporaries would keep the heap from shrinking, by gigabytes.
     sums = {
         name: torch.zeros(tensor.shape[1], dtype=torch.float64)
         for name, tensor in model.tensors.items()
@@ -146,10 +144,10 @@ def channel_energies(
 
 
 def token_shares(values: torch.Tensor) -> torch.Tensor:
-    """Each channel's share of a token's energy, summed over all tokens of `[..., channels]`, float64 `[channels]`.
+    """Each channel's share of a token's sum of squares, added over all tokens of `[..., channels]`, float64 `[channels]`.
 
-    So every token counts alike: the first of a text can have a thousand times the energy of the others, in few channels. Only
-    what has less than `NEGLIGIBLE` of their mean energy counts less.
+    All tokens count alike: the first token of a text can have a thousand times the sum of squares of the others, in few
+    channels. Only tokens with less than `NEGLIGIBLE` of the mean count less.
     """
     energy = values.double().square().flatten(0, -2)
     least = max(NEGLIGIBLE * float(energy.mean()), torch.finfo(energy.dtype).tiny)
@@ -157,7 +155,7 @@ def token_shares(values: torch.Tensor) -> torch.Tensor:
 
 
 def normalised(sums: torch.Tensor) -> npt.NDArray[np.float32]:
-    """Scaled to mean 1; where there is nothing but zeros all channels, or rows, count alike."""
+    """Scaled to mean 1; all ones if everything is zero."""
     mean = sums.mean()
     scaled = sums / mean if mean > 0 else torch.ones_like(sums)
     values: npt.NDArray[np.float32] = scaled.numpy().astype(np.float32)

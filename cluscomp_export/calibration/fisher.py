@@ -1,12 +1,12 @@
-"""Gradients of a model's predictions, block by block: what the diagonal of the Fisher information is made of.
+"""Gradients of a model's predictions, block by block, for the diagonal of the Fisher information.
 
-For small changes of anything a prediction depends on, the divergence of the model from itself is half the mean of the squared
-gradient of the log-likelihood of labels the model draws, times the squared change. Instead of drawing labels, the gradient with
-respect to a token's logits is `sqrt(p) * z - p * (sqrt(p) . z)` with random signs `z`, which has the same covariance `diag(p) -
-p p^T`, varies less, and does not jump when a probability changes in its last bit. Every token's prediction counts alike.
+For a small change of a quantity on which predictions depend, the divergence of the changed model is the squared change times
+half the mean squared gradient of the log-likelihood of labels drawn from the model. No labels are drawn here: the gradient with
+respect to a token's logits is `sqrt(p) * z - p * (sqrt(p) . z)` with random signs `z`. It has the same covariance
+`diag(p) - p p^T`, varies less, and does not jump when a probability changes in its last bit. All tokens count alike.
 
-Memory: one block's matrices as float32, what flows between blocks for a few windows, twice the largest matrix; each block is
-computed again in the backward pass.
+Memory: one block's matrices as float32, the activations between blocks for a few windows, twice the largest matrix. Each block
+is computed again in the backward pass.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
 WINDOWS = 4
-"""Windows of the calibration text that are enough."""
+"""Number of calibration windows, which is enough."""
 GROUP = 4
-"""Windows that go through a block together: every group decodes every matrix twice."""
+"""Windows that go through a block together. Every group decodes every matrix twice."""
 HEAD_TOKENS = 128
 """Tokens whose logits are in memory at a time."""
 
@@ -41,9 +41,9 @@ def head_name(model: Model) -> str:
 
 
 class FisherPass:
-    """Takes windows of a text through a model and gradients back; what is made of them is up to who inherits it.
+    """Runs windows of a text forward through a model and gradients back; subclasses decide what to compute from them.
 
-    Raises UnsupportedError for an architecture the runtime does not know, InvalidFileError where tensors do not fit the
+    Raises UnsupportedError for an architecture that the runtime does not know, InvalidFileError if tensors do not fit the
     configuration.
     """
 
@@ -57,7 +57,7 @@ class FisherPass:
         self.seed = seed
 
     def run(self, windows: torch.Tensor, stage: str, on_progress: Progress = silent) -> None:
-        """All of it for ids int64 `[windows, tokens]`. Raises InvalidRequestError for ids the model does not have."""
+        """Run both passes for ids int64 `[windows, tokens]`. Raises InvalidRequestError for ids out of range."""
         for row in windows.tolist():
             check_prompt(row, self.description.vocab_size, self.description.max_position_embeddings)
         blocks = self.description.num_layers
@@ -76,7 +76,7 @@ class FisherPass:
             self.see_embedding(group, gradients)
 
     def layer(self, index: int, builder: MatrixBuilder) -> DecoderLayer:
-        """Block `index`, its matrices built by `builder`."""
+        """Block `index`, with matrices from `builder`."""
         block = self.description.blocks[index]
         tensors = {
             name: DenseTensor(name, Array.of(tensor.decode()))
@@ -86,34 +86,34 @@ class FisherPass:
         return DecoderLayer(Model(self.source.config, tensors), block, index, builder)
 
     def builder(self) -> MatrixBuilder:
-        """Builds the matrices of blocks in the forward pass."""
+        """Return the builder of matrices in the forward pass."""
         raise NotImplementedError
 
     def block_gradients(self, index: int, inputs: torch.Tensor, positions: Positions, gradients: torch.Tensor) -> None:
-        """Take `gradients` from behind block `index` to before it; both are as `inputs`, `[windows, tokens, hidden_size]`."""
+        """Replace `gradients` after block `index` by those before it, in place; shaped as `inputs`, `[windows, tokens, hidden_size]`."""
         raise NotImplementedError
 
     def watch_head(self, hidden: torch.Tensor, weight: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], None]:
-        """What flows into the head's norm, `[windows, tokens, hidden_size]`, and the head's weight.
+        """Observe the input of the last norm, `[windows, tokens, hidden_size]`, and the head's weight.
 
-        What is returned is called with what flows into the head for some tokens, `[tokens, hidden_size]`, and the probabilities
-        that come of it, `[tokens, vocab_size]`; it is not kept longer than the head's weight.
+        The returned function is called with the head's input for some tokens, `[tokens, hidden_size]`, and the resulting
+        probabilities, `[tokens, vocab_size]`. It is dropped together with the head's weight.
         """
         del hidden, weight
         return lambda normed, probabilities: None
 
     def see_embedding(self, windows: torch.Tensor, gradients: torch.Tensor) -> None:
-        """Ids `[windows, tokens]` and gradients with respect to their embeddings, `[windows, tokens, hidden_size]`."""
+        """Observe ids `[windows, tokens]` and gradients with respect to their embeddings, `[windows, tokens, hidden_size]`."""
 
     @torch.no_grad()
     def _outputs(self, index: int, inputs: torch.Tensor, positions: Positions) -> torch.Tensor:
-        """What block `index` makes of `[windows, tokens, hidden_size]`, window by window."""
+        """The output of block `index` for inputs `[windows, tokens, hidden_size]`, computed window by window."""
         layer = self.layer(index, self.builder())
         return torch.stack([layer(window[None], positions, None)[0] for window in inputs])
 
     def _head_gradients(self, hidden: torch.Tensor, first: int) -> torch.Tensor:
-        """Gradients with respect to what flows into the last norm, `[windows, tokens, hidden_size]`; the first window is number
-        `first` of all."""
+        """Gradients with respect to the input of the last norm, `[windows, tokens, hidden_size]`; `first` is the number of the
+        first window."""
         weight = decoded(self.source.tensors[self.head]).float()
         with torch.no_grad():
             see_predictions = self.watch_head(hidden, weight)

@@ -1,10 +1,9 @@
-"""How much the model's predictions suffer from errors of each output of a matrix, measured on a calibration text.
+"""How much predictions suffer from errors in each output of a matrix, measured on a calibration text.
 
-In the reference layout a vector of a codebook goes across `cluster_dim` rows of a matrix, which matter differently: the outputs
-of a feed-forward network that is hardly ever active may err more than others. The importance of a row is the mean squared
-gradient of the predictions with respect to its output (`fisher.py`), each token's share of it, so that all tokens count alike.
-GuidedQuant (Kim et al., arXiv 2505.07004) weights the moments of inputs by such gradients; here they decide between the rows of
-a vector.
+In the paper's layout a vector spans `cluster_dim` rows of a matrix. Rows differ in importance: an output of a feed-forward
+network that is rarely active may have more error than others. The importance of a row is the mean squared gradient of the
+predictions with respect to its output (`fisher.py`), normalised per token so that all tokens count alike. GuidedQuant (Kim et
+al., arXiv 2505.07004) weights the moments of inputs by such gradients; here they weight the rows of a vector.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ __all__ = ["block_matrices", "row_importance"]
 
 
 class _Watched(DenseLinear):
-    """A dense matrix that sums up what flows back to its outputs."""
+    """A dense matrix that adds up the gradients of its outputs."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, sums: torch.Tensor) -> None:
         super().__init__(weight, bias)
@@ -67,7 +66,7 @@ class _Measurement(FisherPass):
 
 
 def block_matrices(model: Model) -> dict[str, int]:
-    """The matrices of the decoder blocks, and how many rows each has."""
+    """The matrices of the decoder blocks, with their numbers of rows."""
     return {
         name: tensor.shape[0]
         for name, tensor in model.tensors.items()
@@ -78,11 +77,11 @@ def block_matrices(model: Model) -> dict[str, int]:
 def row_importance(
     source: Model, windows: torch.Tensor, *, seed: int = 0, on_progress: Progress = silent
 ) -> Mapping[str, npt.NDArray[np.float32]]:
-    """Importance of each row of every matrix of a decoder block, float32 `[out_features]` with mean 1, on ids int64 `[windows,
-    tokens]`.
+    """Importance of each row of every matrix in the decoder blocks, float32 `[out_features]` with mean 1.
 
-    The last bits may depend on the number of threads. Raises UnsupportedError for an architecture the runtime does not know,
-    InvalidFileError where tensors do not fit the configuration, InvalidRequestError for ids the model does not have.
+    Measured on ids int64 `[windows, tokens]`. The last bits may depend on the number of threads. Raises UnsupportedError for an
+    architecture that the runtime does not know, InvalidFileError if tensors do not fit the configuration, InvalidRequestError
+    for ids that the model does not have.
     """
     measurement = _Measurement(source, seed)
     measurement.run(windows, "row importance", on_progress)

@@ -1,4 +1,4 @@
-"""Whether the runtime can run a model, or a calibration text through its blocks; asked before the work."""
+"""Can the runtime run a model, or run a calibration text through its blocks? Checked before the long job."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ __all__ = ["calibration_fault", "decoder_description", "prediction_fault"]
 
 
 def decoder_description(model: Model, *, head: bool = True) -> DecoderDescription | None:
-    """What the runtime reads from the configuration; None if it cannot run the model, without `head` up to its last hidden
-    states."""
+    """The runtime's description of the model; None if it cannot run the model. `head=False` asks only for hidden states."""
     try:
         description = describe(model.config)
         check_tensors(model, description, head=head)
@@ -23,7 +22,7 @@ def decoder_description(model: Model, *, head: bool = True) -> DecoderDescriptio
 
 
 def prediction_fault(model: Model) -> UnsupportedError | None:
-    """Why the runtime gets no predictions from a model; None if it does. Raises InvalidFileError."""
+    """Why the runtime cannot get predictions from a model; None if it can. Raises InvalidFileError."""
     try:
         check_tensors(model, describe(model.config))
     except UnsupportedError as error:

@@ -1,13 +1,13 @@
-"""How much the model's predictions suffer from errors of each tensor, measured on a calibration text.
+"""How much predictions suffer from errors in each tensor, measured on a calibration text.
 
-For small, independent, zero-mean errors of a matrix's weights the divergence of the model from itself grows by
+Small, independent, zero-mean errors of a matrix's weights increase the divergence by
 
-    KL ~ 1/2 * sum over weights of (mean squared gradient of the log-likelihood of labels the model draws) * (variance)
+    KL ~ 1/2 * sum over weights of (mean squared gradient of the log-likelihood of labels drawn from the model) * (variance)
 
-nats per token: the diagonal of the Fisher information (`fisher.py`). The gradients of a window's tokens add up before they are
-squared, as they meet in the same weight.
+nats per token: the diagonal of the Fisher information (`fisher.py`). The gradients of a window's tokens are added before they
+are squared, because they act on the same weight.
 
-Memory: beside what `FisherPass` says, the gradients of one block's matrices and trial errors of them.
+Memory: that of `FisherPass`, plus the gradients of one block's matrices and their trial errors.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["measure_sensitivities", "sensitive_tensors"]
 
 
 class _Leaf(DenseLinear):
-    """A dense matrix whose weight takes gradients, and which sums up the energies of its inputs in the forward pass."""
+    """A dense matrix whose weight gets gradients, and which adds up second moments of its inputs in the forward pass."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, energy: torch.Tensor) -> None:
         super().__init__(weight, bias)
@@ -57,7 +57,7 @@ class _Leaves(MatrixBuilder):
 
 
 class _Sums:
-    """What is summed up for a matrix: energies of its inputs, losses of trial errors."""
+    """Sums for a matrix: second moments of its inputs, losses of trial errors."""
 
     def __init__(self, in_features: int) -> None:
         self.energy = torch.zeros(in_features, dtype=torch.float64)
@@ -90,7 +90,7 @@ class _Measurement(FisherPass):
             window = inputs[number, None].requires_grad_()
             of_window, *found = torch.autograd.grad(layer(window, positions, None), [window, *weights.values()], gradient[None])
             for name in weights:
-                # Taken off the list: a matrix's gradient goes before the next window's are computed.
+                # Removed from the list, so that each gradient is freed before those of the next window.
                 of_weight = found.pop(0)
                 scaled, flat = trials[name]
                 self.sums[name].relative += _square_sum(of_weight * scaled)
@@ -105,14 +105,14 @@ class _Measurement(FisherPass):
 
         def see_predictions(normed: torch.Tensor, probabilities: torch.Tensor) -> None:
             changes = normed @ errors.t()
-            # What all logits have in common changes nothing: here the whole covariance counts.
+            # A change common to all logits has no effect; here the whole covariance is used.
             means = (probabilities * changes).sum(-1, keepdim=True)
             sums.relative += float((probabilities * (changes - means).square_()).sum(dtype=torch.float64))
 
         return see_predictions
 
     def see_embedding(self, windows: torch.Tensor, gradients: torch.Tensor) -> None:
-        """Adds the share of the look-up; its product with the share of a tied head, which has either sign, is left out."""
+        """Add the loss through the look-up. For a tied head, the cross term with the head is left out; its sign varies."""
         sums = self.sums[EMBEDDING]
         if self.head != EMBEDDING:
             sums.energy += 1.0
@@ -128,7 +128,7 @@ def _square_sum(values: torch.Tensor) -> float:
 
 
 def sensitive_tensors(model: Model) -> list[str]:
-    """Names of the tensors that are measured: the matrices of the decoder blocks, the embedding and the head."""
+    """Names of the measured tensors: the matrices of the decoder blocks, the embedding and the head."""
     return [
         name
         for name, tensor in model.tensors.items()
@@ -141,20 +141,20 @@ def measure_sensitivities(
 ) -> Mapping[str, Sensitivity]:
     """Sensitivity of every matrix of a decoder block, the embedding and the head, by name, on ids int64 `[windows, tokens]`.
 
-    A tied embedding counts as look-up and as head. Raises UnsupportedError for an architecture the runtime does not know,
-    InvalidFileError where tensors do not fit the configuration, InvalidRequestError for ids the model does not have.
+    A tied embedding counts as look-up and as head. Raises UnsupportedError for an architecture that the runtime does not know,
+    InvalidFileError if tensors do not fit the configuration, InvalidRequestError for ids that the model does not have.
     """
     measurement = _Measurement(source, seed)
     measurement.run(windows, "sensitivity", on_progress)
     result = {}
     half = 0.5 / windows.numel()
     for name, sums in measurement.sums.items():
-        # Embedding and head are never without row scales.
+        # Embedding and head always have row scales.
         flat = sums.relative if name in (EMBEDDING, HEAD) else sums.flat
         result[name] = Sensitivity(_rounded(half * sums.relative), _rounded(half * flat))
     return result
 
 
 def _rounded(value: float) -> float:
-    """To three digits: what is beyond them is noise, and may depend on the machine."""
+    """To three digits: further digits are noise and may depend on the machine."""
     return float(f"{value:.3g}")

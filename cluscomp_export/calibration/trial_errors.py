@@ -1,8 +1,8 @@
-"""Where quantisation errs in a matrix: a trial with a small codebook.
+"""Where the weights of a matrix have quantisation error: a trial with a small codebook.
 
-Errors are not spread evenly. A codebook weighted by activations serves the input channels with much energy, whose weights are
-often small and then err little; the gradients of the loss can be concentrated in just these. The trial clusters pairs of
-weights like the real thing, row scales and energies included.
+Errors are not spread evenly. A codebook weighted by activations favours the input channels with large second moments. Their
+weights are often small and then have little error, and the gradients of the loss can be concentrated in exactly these
+channels. The trial clusters pairs of weights like a real conversion, with row scales and second moments.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ Floats = npt.NDArray[np.float32]
 CLUSTER_DIM = 2
 NUM_CLUSTERS = 64
 SAMPLE = 16384
-"""Vectors the codebook is fitted on, evenly spaced."""
+"""Vectors to which the codebook is fitted, evenly spaced."""
 ROWS = 4096
-"""Rows handled at a time, a multiple of the dimension."""
+"""Rows processed at a time, a multiple of the dimension."""
 
 
 def trial_errors(weight: Floats, energy: Floats, *, row_scale: bool, threads: int | None = None) -> Floats:
-    """Errors of a matrix `[out_features, in_features]`, which theory expects to have the squared length of the matrix.
+    """Errors of a matrix `[out_features, in_features]`, scaled so that theory expects the sum of squares of the matrix.
 
-    `energy` `[in_features]` weights the input channels.
+    `energy` `[in_features]` are the second moments that weight the input channels.
     """
     out_features, in_features = weight.shape
     rms = np.sqrt(np.mean(np.square(weight, dtype=np.float64), axis=1 if row_scale else None, keepdims=True))
