@@ -90,7 +90,7 @@ class FisherPass:
         raise NotImplementedError
 
     def block_gradients(self, index: int, inputs: torch.Tensor, positions: Positions, gradients: torch.Tensor) -> None:
-        """Replace `gradients` after block `index` by those before it, in place; shaped as `inputs`, `[windows, tokens, hidden_size]`."""
+        """Replace `gradients` after block `index` by those before it, in place; both are shaped as `inputs`."""
         raise NotImplementedError
 
     def watch_head(self, hidden: torch.Tensor, weight: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], None]:
