@@ -77,7 +77,7 @@ def test_a_header_that_gets_too_long_is_refused_first(tmp_path: Path, monkeypatc
     monkeypatch.setattr(writer_module, "MAX_HEADER_BYTES", 100)
     with pytest.raises(InvalidRequestError, match="too long"):
         write_hf(models_of(dense("d", unread), dense("e", unread)), tmp_path / "m")
-    with pytest.raises(InvalidRequestError, match="shards of no size"):
+    with pytest.raises(InvalidRequestError, match="the shard size is out of range"):
         write_hf(models_of(), tmp_path / "m", shard_bytes=0)
 
 

@@ -1,4 +1,4 @@
-"""Deltas: what training changed of a clustered model, its codes aside; specified in `docs/delta-format.md`."""
+"""Deltas: the parameters of a clustered model that training changed, without codes; specified in `docs/delta-format.md`."""
 
 from cluscomp_formats.delta.delta import Delta, changes, combine
 from cluscomp_formats.delta.reader import is_delta, open_delta

@@ -1,7 +1,6 @@
-"""A delta in memory: the parameters (`parameters.py`) that changed, with the values that the model then stores.
+"""A delta in memory: the changed parameters (`parameters.py`) with their new values.
 
-Nothing is computed when a delta is applied, so the result is the same bit for bit wherever that is done and in whichever format
-the model is.
+Applying a delta replaces values and computes nothing, so the result is bit-identical on every machine and in every format.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ __all__ = ["Delta", "changes", "combine"]
 class Delta:
     """Parameters with new values.
 
-    `base` is the digest of the model they belong to, `result` that of the model that has them. `arrays` are the new values by
-    name. `record` is a JSON object about how they came about; `file` is where they were read.
+    `base` is the digest of the model that the delta applies to, `result` the digest of the model after that. `arrays` has the
+    new values by parameter name. `record` is a JSON object that describes the training; `file` is the path of the delta's file.
     """
 
     base: str
@@ -41,10 +40,10 @@ class Delta:
         return sum(array.nbytes for array in self.arrays.values())
 
     def apply(self, model: Model, digest: str | None = None) -> Model:
-        """The model with these values; nothing but the digest is computed.
+        """Return the model with these values.
 
-        `digest` is that of `model` where it is known; else what its file claims, else it is computed, which reads the whole
-        model. Raises InvalidFileError if the delta belongs to another model or does not fit this one.
+        `digest` is that of `model`, if known. The default is the one recorded in its file; if there is none, it is computed,
+        which reads the whole model. Raises InvalidFileError if the delta belongs to another model or does not fit this one.
         """
         found = digest or model.claimed_digest or model.digest()
         if found != self.base:
@@ -63,11 +62,11 @@ class Delta:
         if (array.dtype, array.shape) == (base.dtype, base.shape):
             return []
         found, expected = (f"{values.dtype} {list(values.shape)}" for values in (array, base))
-        return [Problem("wrong_form", "the model has this in another form", self.file, name, found, expected)]
+        return [Problem("wrong_form", "the model has another dtype or shape", self.file, name, found, expected)]
 
 
 def changes(base: Model, changed: Model) -> dict[str, Array]:
-    """The parameters of `changed` that differ, in any bit, from those of `base`, in memory."""
+    """Return the parameters of `changed` that differ in any bit from those of `base`, in memory."""
     old = parameters(base)
     arrays = {}
     for name, array in parameters(changed).items():
@@ -78,16 +77,17 @@ def changes(base: Model, changed: Model) -> dict[str, Array]:
 
 
 def combine(model: Model, deltas: Sequence[Delta], weights: Sequence[float], digest: str) -> Model:
-    """`model` plus the weighted sum of the differences of several deltas from it (task arithmetic, arXiv 2212.04089).
+    """Return `model` plus a weighted sum of several deltas (task arithmetic, arXiv 2212.04089).
 
-    `base + sum_i weight_i * (new_i - base)` is computed in float64, in the order given, and rounded to the nearest value of
-    the dtype of storage, to bfloat16 by way of float32. One delta of weight 1 is applied as it is. `digest` is that of `model`.
-    Raises InvalidFileError as `Delta.apply` does, InvalidRequestError for other than one finite weight per delta or a result
-    out of range.
+    `base + sum_i weight_i * (new_i - base)` is computed in float64, in the given order, and rounded to the nearest value of the
+    stored dtype (for bfloat16, via float32). A single delta of weight 1 is applied unchanged. `digest` is that of `model`.
+
+    Raises InvalidFileError as `Delta.apply`; InvalidRequestError unless there is one finite weight per delta and the result is
+    in the range of the stored dtype.
     """
     if len(weights) != len(deltas) or not deltas or not all(np.isfinite(weights)):
         found, expected = f"{len(weights)} for {len(deltas)} deltas", "one finite number for each delta"
-        raise InvalidRequestError(Problem("bad_option", "the weights do not fit", found=found, expected=expected))
+        raise InvalidRequestError(Problem("bad_option", "the weights do not match the deltas", found=found, expected=expected))
     applied = [delta.apply(model, digest) for delta in deltas]
     if tuple(weights) == (1,):
         return applied[0]
@@ -116,6 +116,6 @@ def _rounded(values: npt.NDArray[np.float64], dtype: str, name: str) -> AnyArray
             rounded = (np.rint(values) if stored.kind == "i" else values).astype(stored)
         in_range = np.rint(values) == rounded if stored.kind == "i" else is_finite(rounded, dtype)
     if not in_range.all():
-        message, remedy = f"the weighted sum leaves the range of {dtype}", "give smaller weights"
+        message, remedy = f"the weighted sum exceeds the range of {dtype}", "use smaller weights"
         raise InvalidRequestError(Problem("out_of_range", message, None, name, remedy=remedy))
     return rounded

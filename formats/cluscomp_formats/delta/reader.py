@@ -1,4 +1,4 @@
-"""Open deltas. Every file is taken for hostile until checked; see `docs/delta-format.md`."""
+"""Open deltas. Files are untrusted; `docs/delta-format.md` says what is checked."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _FETCH_AGAIN = "copy or download it again"
 
 
 def is_delta(path: Path) -> bool:
-    """Whether a file begins as a delta does. Does not raise."""
+    """Return whether a file begins like a delta. Never raises."""
     return _BEGINNING.match(first_bytes(path, LENGTH_BYTES + _BEGINNING_BYTES), LENGTH_BYTES) is not None
 
 
 def open_delta(path: Path) -> Delta:
-    """Open a delta and check all of it; values stay on the disk until they are asked for.
+    """Open a delta and check all of it; values are read on demand.
 
-    Raises InvalidFileError with every problem found, StorageError.
+    Raises InvalidFileError, with every problem found, if the file is not a valid delta; StorageError if it cannot be read.
     """
     shard = open_shard(path)
     base, result, record = _read_metadata(shard)
@@ -45,7 +45,7 @@ def open_delta(path: Path) -> Delta:
         raise InvalidFileError(problems)
     checksum = checksum_of({key: text for key, text in shard.metadata.items() if key != "sha256"}, arrays)
     if checksum != shard.metadata["sha256"]:
-        message = "the content is not what the checksum says"
+        message = "the content does not match the checksum"
         raise InvalidFileError(
             Problem("checksum_mismatch", message, shard.name, None, checksum, shard.metadata["sha256"], _FETCH_AGAIN)
         )
@@ -54,13 +54,13 @@ def open_delta(path: Path) -> Delta:
 
 def _values(shard: MappedShard, name: str) -> AnyArray:
     entry = shard.entries[name]
-    # A copy: small, aligned, and sound even if the file is cut later.
+    # Copied, so that values are aligned and remain valid if the file is truncated later; they are small.
     values: AnyArray = shard.read(name).copy().view(DTYPES[entry.dtype]).reshape(entry.shape)
     return values
 
 
 def _read_metadata(shard: MappedShard) -> tuple[str, str, Mapping[str, Any]]:
-    """Digests of base and result, and the record. Raises InvalidFileError."""
+    """Return the digests of base and result, and the record. Raises InvalidFileError if the metadata is malformed."""
     metadata = shard.metadata
     beginning = shard.file.copy(LENGTH_BYTES, _BEGINNING_BYTES)
 
@@ -69,10 +69,10 @@ def _read_metadata(shard: MappedShard) -> tuple[str, str, Mapping[str, Any]]:
 
     if metadata.get("format") != FORMAT or _BEGINNING.match(beginning) is None:
         expected = f"format {FORMAT}, second in __metadata__, which comes first"
-        raise fail("not_a_delta", "this is no delta", beginning, expected, "tune a model to make one")
+        raise fail("not_a_delta", "not a delta", beginning, expected, "tune a model to make one")
     version = metadata.get("version", "")
     if re.fullmatch(r"[1-9][0-9]{0,8}", version) is None:
-        raise fail("bad_version", "there is no such version", version, str(VERSION))
+        raise fail("bad_version", "unknown version", version, str(VERSION))
     if int(version) > VERSION:
         raise fail("newer_version", "written by a newer version", version, str(VERSION), "upgrade cluscomp-export")
     if sorted(metadata) != list(METADATA):

@@ -1,5 +1,7 @@
-"""The constants of the delta format, version 1, its rules for arrays and its checksum. The specification is
-`docs/delta-format.md`."""
+"""The constants of the delta format, version 1, its rules for arrays, and its checksum.
+
+The specification is `docs/delta-format.md`.
+"""
 
 from __future__ import annotations
 
@@ -24,15 +26,15 @@ METADATA = ("base", "format", "record", "result", "sha256", "version")
 
 
 def array_faults(name: str, array: Array, file: str) -> list[Problem]:
-    """What is wrong with one array by itself, at most one problem."""
+    """Return the problems of one array, at most one."""
     fault = name_fault(name.partition(".")[2])
     if kind_of(name) not in KINDS or fault is not None:
         expected = f"one of {', '.join(KINDS)}, a point, and a name"
-        return [Problem("bad_name", f"the name {fault or 'is of no known kind'}", file, name[:200], expected=expected)]
+        return [Problem("bad_name", f"the name {fault or 'is not of a known kind'}", file, name[:200], expected=expected)]
     dtypes, rank = (CODEBOOK_DTYPES, 2) if kind_of(name) == "codebook" else (FLOAT_DTYPES, 1)
     if array.dtype not in dtypes or len(array.shape) != rank:
         found, expected = f"{array.dtype} {list(array.shape)}", f"{', '.join(dtypes)} of {rank} dimensions"
-        return [Problem("wrong_form", f"this is no {kind_of(name)}", file, name, found, expected)]
+        return [Problem("wrong_form", f"not a valid {kind_of(name)}", file, name, found, expected)]
     bad = array.size - int(np.count_nonzero(is_finite(array.read(), array.dtype)))
     if bad:
         found = f"{bad} of {array.size} values"
@@ -41,7 +43,7 @@ def array_faults(name: str, array: Array, file: str) -> list[Problem]:
 
 
 def checksum_of(metadata: Mapping[str, str], arrays: Mapping[str, Array]) -> str:
-    """SHA-256, in hexadecimal digits, over metadata, dtypes, shapes and values."""
+    """Return the SHA-256, as hexadecimal digits, over metadata, dtypes, shapes and values."""
     forms = {name: [array.dtype, list(array.shape)] for name, array in arrays.items()}
     checksum = hashlib.sha256(f"{canonical_json([dict(metadata), forms])}\n".encode())
     for name in sorted(arrays):

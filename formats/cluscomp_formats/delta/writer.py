@@ -18,9 +18,10 @@ __all__ = ["write_delta"]
 
 
 def write_delta(delta: Delta, path: Path, *, force: bool = False) -> int:
-    """Write a delta, atomically; its size in bytes.
+    """Write a delta atomically. Return its size in bytes.
 
-    Raises OutputExistsError, StorageError, InvalidRequestError for what the format cannot hold.
+    Raises OutputExistsError if the output exists and `force` is False; StorageError if the system refuses to write;
+    InvalidRequestError if the format cannot store the delta.
     """
     arrays = dict(sorted(delta.arrays.items()))
     problems = list(json_problems({"record": delta.record}, str(path)))

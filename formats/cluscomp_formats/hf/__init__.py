@@ -1,4 +1,4 @@
-"""The Hugging Face format: a model folder transformers opens; specified in `docs/hf-format.md`."""
+"""The Hugging Face format: a model folder that transformers can open; specified in `docs/hf-format.md`."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""From the settings in `config.json` and the arrays in the shards to a model, and whether the two fit each other."""
+"""Build a model from the settings in `config.json` and the arrays in the shards, and check that they match."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["build_model"]
 
 @dataclass(frozen=True)
 class _ArrayLoader:
-    """Reads one array. Holds the files, which stay open as long as a loader is in use."""
+    """Reads one array. It keeps the files open as long as it exists."""
 
     stored: StoredWeights
     key: str
@@ -36,11 +36,11 @@ class _Assembly:
     claimed: dict[str, str] = field(default_factory=dict)
 
     def array(self, owner: str, key: str) -> Array:
-        """The array under a key, which then is no dense tensor. Raises _AbsentError."""
+        """Return the array of a key and mark it as part of a clustered weight. Raises _AbsentError if there is none."""
         if key not in self.stored:
             raise _AbsentError(key)
         if self.claimed.setdefault(key, owner) != owner:
-            message = "two weights are stored under the same name"
+            message = "two weights use the same array"
             self.problems.append(Problem("claimed_twice", message, self.file, owner, key, f"only in {self.claimed[key]}"))
         entry = self.stored.entry(key)
         return Array(entry.shape, entry.dtype, _ArrayLoader(self.stored, key))
@@ -55,7 +55,7 @@ class _Assembly:
         try:
             return self.clustered(name, entry)
         except _AbsentError as absent:
-            message = "an array of the clustered weight is not there"
+            message = "an array of the clustered weight is missing"
             return Problem("missing_tensor", message, self.file, name, expected=absent.key)
         except ValueError as error:
             return Problem("bad_tensor", str(error), self.file, name)
@@ -87,7 +87,7 @@ class _AbsentError(Exception):
 
 
 def build_model(config: Mapping[str, Any], quantization: Quantization, stored: StoredWeights, file: str) -> Model:
-    """The model, without side files and records; what no clustered weight claims is dense.
+    """Return the model, without side files and records. Arrays that no clustered weight uses are dense tensors.
 
     `file` is the path of the configuration, for messages. Raises InvalidFileError with every problem found.
     """
@@ -105,7 +105,7 @@ def build_model(config: Mapping[str, Any], quantization: Quantization, stored: S
         if fault is not None:
             problems.append(Problem("bad_name", f"the name of a tensor {fault}", stored.file(key), repr(key[:200])))
         elif key in quantization.weights:
-            message = "the tensor is there clustered and dense"
+            message = "the tensor is stored both clustered and dense"
             problems.append(Problem("duplicate_tensor", message, stored.file(key), key))
         else:
             tensors[key] = DenseTensor(key, assembly.array(key, key))
@@ -117,7 +117,7 @@ def build_model(config: Mapping[str, Any], quantization: Quantization, stored: S
         entry_found = stored.entry(array.key)
         if (entry_found.dtype, entry_found.shape) != (array.dtype, array.shape):
             found, expected = f"{entry_found.dtype} {entry_found.shape}", f"{array.dtype} {array.shape}"
-            message = f"{array.payload.part} are stored in another form"
+            message = f"{array.payload.part} are stored with another dtype or shape"
             problems.append(Problem("wrong_form", message, stored.file(array.key), array.payload.owner, found, expected))
         payloads[array.key] = array.payload
     if problems:

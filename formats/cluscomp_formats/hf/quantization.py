@@ -1,4 +1,4 @@
-"""The `quantization_config` of a folder: which weights are clustered and how, made and strictly parsed."""
+"""The `quantization_config` of a folder, which describes the clustered weights: making and strict parsing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Quantization", "WeightEntry", "join_config", "parse_quantization", "
 
 MEMBER = "quantization_config"
 
-# The members, required and optional; the specification's table says the same.
+# The required and optional members, as in the specification's table.
 MEMBERS = ("digest", "quant_method", "version", "weights")
 OPTIONAL_MEMBERS = ("added", "replaced")
 WEIGHT_MEMBERS = ("codebooks", "extra_arrays", "group_axis", "shape")
@@ -39,14 +39,14 @@ class WeightEntry:
 
 @dataclass(frozen=True)
 class Quantization:
-    """`digest` is the folder's claim; `Model.digest()` recomputes it."""
+    """The content of a `quantization_config`. `digest` is the recorded digest, which `Model.digest()` recomputes."""
 
     digest: str
     weights: Mapping[str, WeightEntry]
 
 
 def _quantization_value(model: Model, digest: str) -> dict[str, Any]:
-    """The `quantization_config` of a model. One that its configuration had before is kept as `replaced`."""
+    """Return the `quantization_config` of a model. If its configuration has one already, that is kept as `replaced`."""
     value: dict[str, Any] = {
         "quant_method": METHOD,
         "version": VERSION,
@@ -70,9 +70,9 @@ def _quantization_value(model: Model, digest: str) -> dict[str, Any]:
 
 
 def _missing_dtypes(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """The dtype to add to a configuration that has none, and to its parts, such as the text part of a multimodal model.
+    """Return the dtypes to add to a configuration without one and to its parts, such as the text part of a multimodal model.
 
-    `dtype` is that of the whole that the configuration is a part of.
+    `dtype` is that of the enclosing configuration.
     """
     own = config.get("dtype", config.get("torch_dtype"))
     added: dict[str, Any] = {} if config.keys() & {"dtype", "torch_dtype"} else {"dtype": dtype}
@@ -92,7 +92,7 @@ def _join(config: Mapping[str, Any], added: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _split(config: dict[str, Any], added: Any) -> dict[str, Any]:
-    """Without what was added; `added` may be anything, and is checked elsewhere."""
+    """Return the configuration without the added dtypes; `added` may be any value and is checked elsewhere."""
     for name, value in added.items() if isinstance(added, dict) else ():
         part = config.get(name)
         if not isinstance(value, dict):
@@ -103,7 +103,7 @@ def _split(config: dict[str, Any], added: Any) -> dict[str, Any]:
 
 
 def _is_added(value: Any) -> bool:
-    """Whether it is a dtype to add, to the configuration, or parts of it, or both."""
+    """Return whether a value describes added dtypes, of the configuration, of its parts, or of both."""
     if not isinstance(value, dict) or not value:
         return False
     return all(
@@ -113,23 +113,23 @@ def _is_added(value: Any) -> bool:
 
 
 def _dense_dtype(model: Model) -> str:
-    """The dtype of the first dense float tensor by name, float32 if there is none."""
+    """Return the dtype of the first dense float tensor by name, float32 if there is none."""
     dense = (tensor.values.dtype for _, tensor in sorted(model.tensors.items()) if isinstance(tensor, DenseTensor))
     return next((dtype for dtype in dense if dtype in FLOAT_DTYPES), "float32")
 
 
 def join_config(model: Model, digest: str) -> dict[str, Any]:
-    """The content of `config.json`: the model's own configuration, our `quantization_config` and what that says was added.
+    """Return the content of `config.json`: the model's own configuration, our `quantization_config`, and missing dtypes.
 
-    Where a configuration names no dtype, transformers takes that of the first array it finds, which may be a codebook's; so
-    one is added.
+    If a configuration has no dtype, transformers uses that of the first array, which may be a codebook's, so a dtype is added.
+    The `quantization_config` records the additions.
     """
     ours = _quantization_value(model, digest)
     return {**_join(model.config, ours.get("added", {})), MEMBER: ours}
 
 
 def split_config(stored: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
-    """The model's own configuration and our `quantization_config`, from the content of `config.json`."""
+    """Return the model's own configuration and our `quantization_config`, given the content of `config.json`."""
     config = dict(stored)
     ours = config.pop(MEMBER, None)
     if isinstance(ours, dict):
@@ -140,17 +140,17 @@ def split_config(stored: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
 
 
 def parse_quantization(value: Any, file: str) -> Quantization:
-    """Parse the `quantization_config` that `join_config` made. Raises InvalidFileError, with one problem per weight."""
+    """Parse a `quantization_config` made by `join_config`. Raises InvalidFileError, with at most one problem per weight."""
 
     def fail(kind: str, message: str, found: object, expected: str, remedy: str | None = None) -> InvalidFileError:
         return InvalidFileError(Problem(kind, message, file, MEMBER, repr(found)[:200], expected, remedy))
 
     method = value.get("quant_method") if isinstance(value, dict) else None
     if not isinstance(value, dict) or method != METHOD:
-        raise fail("not_cluscomp", "not a codebook model: another or no quant_method", method, METHOD)
+        raise fail("not_cluscomp", "not a codebook model: quant_method is missing or another", method, METHOD)
     version = value.get("version")
     if type(version) is not int or version < 1:
-        raise fail("bad_version", "there is no such version", version, str(VERSION))
+        raise fail("bad_version", "unknown version", version, str(VERSION))
     if version > VERSION:
         raise fail("newer_version", "written by a newer version", version, str(VERSION), "upgrade cluscomp-export")
     fault = _members_fault(value, MEMBERS, OPTIONAL_MEMBERS)
@@ -202,14 +202,14 @@ def _weight(name: str, value: Any) -> WeightEntry | _Fault:
     if not (isinstance(shape, list) and len(shape) == 2 and all(_is_length(length) for length in shape)):
         return "bad_shape", "malformed shape", shape, "[out_features, in_features]"
     if value["group_axis"] not in GROUP_AXES:
-        return "bad_group_axis", "no such group_axis", value["group_axis"], " or ".join(GROUP_AXES)
+        return "bad_group_axis", "unknown group_axis", value["group_axis"], " or ".join(GROUP_AXES)
     if not (isinstance(codebooks, list) and codebooks and all(isinstance(codebook, str) for codebook in codebooks)):
         return "bad_codebooks", "malformed codebooks", codebooks, "the names of one codebook per stage"
     for codebook in codebooks:
         fault = name_fault(codebook)
         if fault is not None:
             return "bad_name", f"the name of a codebook {fault}", codebook, "a plain name"
-    # In canonical order, each at most once, outliers whole or not at all.
+    # In canonical order, each at most once, and both outlier arrays or neither.
     canonical = [part for part in EXTRA_ARRAYS if isinstance(extra, list) and part in extra]
     if extra != canonical or ("outlier_positions" in canonical) != ("outlier_values" in canonical):
         return "bad_extra_arrays", "malformed extra_arrays", extra, f"some of {', '.join(EXTRA_ARRAYS)}, in this order"

@@ -1,4 +1,4 @@
-"""Open model folders. Every folder is taken for hostile until checked; see `docs/hf-format.md` for what is checked when."""
+"""Open model folders. Folders are untrusted; `docs/hf-format.md` says what is checked when."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ RECORD_MEMBERS = ("files", "provenance", "self_test", "version")
 def open_hf(folder: Path, *, check: bool = False, weights_only: bool = False) -> Model:
     """Open a model folder as a lazy model.
 
-    The structure is checked at once and the problems of each step are reported together; a payload's values when it is first
-    read, which then may raise InvalidFileError, or all of them and the digest now if `check`. The files stay open and are
-    mapped array by array: they may be replaced or deleted while the model is in use, but must not be changed in place. With
-    `weights_only` the folder needs no more than configuration and weights, which is what transformers downloads; the model
-    has no side files, provenance and self-test record then.
+    The structure is checked immediately, and the problems of each step are reported together. A payload's values are checked
+    when it is first read, which may raise InvalidFileError; with `check`, all payloads and the digest are checked immediately.
+    The files stay open and are mapped on demand: they may be replaced or deleted while the model is in use, but must not be
+    changed in place. With `weights_only`, the folder needs only the configuration and the weights, the files that transformers
+    downloads; the model then has no side files, provenance and self-test record.
 
-    Raises InvalidFileError, StorageError.
+    Raises InvalidFileError if the folder is not valid; StorageError if it cannot be read.
     """
     check_there(folder)
     if not folder.is_dir():
@@ -55,7 +55,7 @@ def open_hf(folder: Path, *, check: bool = False, weights_only: bool = False) ->
 
 
 def looks_hf(folder: Path) -> bool:
-    """Whether `folder` is a model folder of ours, by the `quant_method` in its configuration. Never raises."""
+    """Return whether `folder` is a folder of this format, by the `quant_method` in its configuration. Never raises."""
     try:
         config = json.loads(read_whole(folder / CONFIG))
     except (ClusCompError, ValueError, RecursionError):
@@ -65,7 +65,7 @@ def looks_hf(folder: Path) -> bool:
 
 
 def holds_only_model(folder: Path) -> bool:
-    """Whether a folder is of this format and holds nothing else, so that deleting it loses only the model. Never raises."""
+    """Return whether a folder is of this format without other files, so that deleting it loses only the model. Never raises."""
     try:
         record = json.loads(read_whole(folder / RECORD))
         known = {*OWN_FILES, *record["files"]}
@@ -76,10 +76,13 @@ def holds_only_model(folder: Path) -> bool:
 
 
 def _read_object(folder: Path, file: str) -> dict[str, Any]:
-    """The content of one of the folder's JSON files. Raises InvalidFileError, StorageError."""
+    """Return the content of a JSON file in the folder.
+
+    Raises InvalidFileError if it is missing or malformed; StorageError if it cannot be read.
+    """
     name = str(folder / file)
     try:
-        value = parse_strict(read_inside(folder, file, MAX_JSON_BYTES, "get this part of the model too"))
+        value = parse_strict(read_inside(folder, file, MAX_JSON_BYTES, "download this file of the model as well"))
     except StrictJsonError as error:
         raise InvalidFileError(Problem(error.kind, str(error), name)) from None
     if not isinstance(value, dict):
@@ -88,7 +91,10 @@ def _read_object(folder: Path, file: str) -> dict[str, Any]:
 
 
 def _open_shards(folder: Path) -> dict[str, MappedShard]:
-    """The shard of each array. Raises InvalidFileError with the problems of all shards, StorageError."""
+    """Return the shard of each array.
+
+    Raises InvalidFileError with the problems of all shards; StorageError if one cannot be read.
+    """
     single, index = os.path.lexists(folder / SINGLE), os.path.lexists(folder / INDEX)
     if single and index:
         message = "there are two sets of weights"
@@ -109,10 +115,10 @@ def _open_shards(folder: Path) -> dict[str, MappedShard]:
             if weight_map.get(key) == name:
                 found[key] = shard
             else:
-                message = "the index has the array in another file, or not at all"
+                message = "the index does not have this array, or has it in another file"
                 problems.append(Problem("misplaced_tensor", message, shard.name, key, name, weight_map.get(key)))
     if not problems:
-        message = "the index has an array its file does not hold"
+        message = "the index has an array that its file does not have"
         problems += [
             Problem("missing_tensor", message, str(folder / INDEX), key, expected=name)
             for key, name in weight_map.items()
@@ -148,7 +154,10 @@ def _shard_name_fault(name: Any) -> str | None:
 
 
 def _with_records(model: Model, folder: Path) -> Model:
-    """The model with what `cluscomp.json` says and lists. Raises InvalidFileError with every problem found, StorageError."""
+    """Return the model with the records and side files of `cluscomp.json`.
+
+    Raises InvalidFileError with every problem found; StorageError if a file cannot be read.
+    """
     path = folder / RECORD
     record = _read_object(folder, RECORD)
     version = record.get("version")
@@ -170,7 +179,7 @@ def _with_records(model: Model, folder: Path) -> Model:
 
 
 def _check_content(model: Model, quantization: Quantization, file: str) -> None:
-    """Read everything. Raises InvalidFileError with every payload that is faulty, or for a wrong digest."""
+    """Read all payloads. Raises InvalidFileError with every faulty payload, or if the digest does not match."""
     problems = [problem for _, array in model.payloads() for problem in _read_problems(array)]
     if problems:
         raise InvalidFileError(problems)

@@ -35,7 +35,7 @@ from cluscomp_formats.strict_json import canonical_json
 __all__ = ["SHARD_BYTES", "hf_size", "write_hf"]
 
 SHARD_BYTES = 5_000_000_000
-"""A file of weights gets no longer than this, unless one array alone does."""
+"""Largest size of a shard in bytes, unless a single array is larger."""
 
 
 def write_hf(
@@ -47,21 +47,21 @@ def write_hf(
     on_progress: Progress = silent,
     shard_bytes: int = SHARD_BYTES,
 ) -> WriteReport:
-    """Write `model` as a folder, atomically, with no more than about one payload in memory.
+    """Write `model` as a folder, atomically, with about one payload in memory at a time.
 
-    With `self_test`, the callback gets the model as opened from the finished payloads and returns the self-test record to
-    store; without, `model.self_test` is kept. `on_progress` gets payload bytes done and in total. An empty folder may be
-    filled; with `force` a folder of this format that holds nothing else is replaced, and never any other.
+    If `self_test` is given, it is called with the model as opened from the finished payloads, and its result is stored as the
+    self-test record; otherwise `model.self_test` is stored. `on_progress` is called with payload bytes done and in total. An
+    empty folder can be filled; with `force`, a folder of this format without other files is replaced.
 
-    Raises OutputExistsError and StorageError; InvalidRequestError for a model the format cannot hold: before anything is
-    written for names, configuration and shapes, and before the folder appears for values (a code past its codebook, NaN in a
-    codebook, unsorted outliers). Each payload's loader is called once; what it raises passes through, but an OSError comes
-    as a StorageError that names the tensor.
-    InvalidFileError, and no output, for a model that is not what its digest claims.
+    Raises OutputExistsError if the output exists and must not be replaced; StorageError if the system refuses to read or write;
+    InvalidFileError if the model's digest does not match its recorded one; InvalidRequestError if the format cannot store the
+    model. Names, configuration and shapes are checked before anything is written; values (codes out of range, NaN in a
+    codebook, unsorted outliers) are checked before the output appears. Each payload's loader is called once; its exceptions are
+    passed on, except OSError, which becomes a StorageError that names the tensor.
     """
     check_output_folder(folder, force=force, replaceable=holds_only_model)
     if shard_bytes < 1:
-        problem = Problem("bad_option", "shards of no size", found=str(shard_bytes), expected="at least 1 byte")
+        problem = Problem("bad_option", "the shard size is out of range", found=str(shard_bytes), expected="at least 1 byte")
         raise InvalidRequestError(problem)
     arrays = list(stored_arrays(model))
     problems = list(_request_problems(model, arrays, str(folder)))
@@ -87,7 +87,7 @@ def write_hf(
 
 
 def hf_size(model: Model) -> int:
-    """Bytes of all files of the folder of `model`, its self-test record included; reads no payload."""
+    """Return the bytes of all files of the folder of `model`, including its self-test record; reads no payload."""
     shards = _shards(list(stored_arrays(model)), SHARD_BYTES)
     total = sum(payload.stored_bytes for payload, _ in stored_payloads(model))
     total += sum(len(header_bytes(shard.entries())) for shard in shards)
@@ -113,12 +113,12 @@ class _Shard:
     arrays: Sequence[StoredArray]
 
     def entries(self) -> dict[str, Entry]:
-        """Where the arrays lie."""
+        """Return the dtype, shape and position of each array."""
         return lay_out({array.key: (array.dtype, array.shape) for array in self.arrays})
 
 
 def _shards(arrays: Sequence[StoredArray], shard_bytes: int) -> list[_Shard]:
-    """The arrays in canonical order, cut where a shard would get too long. At least one shard."""
+    """Divide the arrays, in canonical order, into shards of limited size, at least one."""
     parts: list[list[StoredArray]] = [[]]
     length = 0
     for array in arrays:
@@ -139,9 +139,9 @@ def _index_value(shards: Sequence[_Shard]) -> dict[str, Any]:
 
 
 def _write_shards(folder: Path, shards: Sequence[_Shard], model: Model, output: Path, progress: _Progress) -> str:
-    """Write the shards one after the other. Returns the model's digest."""
+    """Write the shards one after the other. Return the model's digest."""
     builder = DigestBuilder(model.config)
-    # hashlib lets go of the interpreter lock, so one payload is hashed while it is packed and written.
+    # hashlib releases the interpreter lock, so a payload is hashed while it is packed and written.
     with ThreadPoolExecutor(max_workers=1) as hasher:
         for shard in shards:
             entries = shard.entries()
@@ -151,7 +151,7 @@ def _write_shards(folder: Path, shards: Sequence[_Shard], model: Model, output: 
                 for array in shard.arrays:
                     values = read_checked(array.payload, array.array, output)
                     hashing = hasher.submit(hash_payload, builder, array.payload, array.array, values)
-                    # The digest sets the order of reading, alignment that of the file.
+                    # Arrays are read in the digest's order, but stored in an order that aligns them.
                     stream.seek(len(header) + entries[array.key].begin)
                     for piece in stored_pieces(array.payload, values):
                         stream.write(piece)
@@ -170,22 +170,22 @@ def _write_record(folder: Path, model: Model, self_test: Mapping[str, Any] | Non
 
 
 def _record_bytes(model: Model, self_test: Mapping[str, Any] | None) -> bytes:
-    # In one line: a self-test record is thousands of numbers.
+    # Written in one line, because a self-test record has thousands of numbers.
     value = {"version": VERSION, "files": sorted(model.files), "provenance": model.provenance, "self_test": self_test}
     return f"{canonical_json(value)}\n".encode()
 
 
 def _request_problems(model: Model, arrays: Sequence[StoredArray], file: str) -> Iterator[Problem]:
-    """What can be found wrong without reading a payload."""
+    """Yield the problems of the model that can be found without reading payloads."""
     yield from model_problems(model, [(array.payload, array.array) for array in arrays], file)
     yield from side_file_problems(model, OWN_FILES, file)
     owners: dict[str, str] = {"__metadata__": "the safetensors format"}
     for array in arrays:
         if owners.setdefault(array.key, array.payload.owner) != array.payload.owner:
             found, expected = f"{array.key}, also of {owners[array.key]}", "names that differ"
-            message = "two arrays would be stored under the same name"
+            message = "two arrays would be stored with the same name"
             yield Problem("name_collision", message, file, array.payload.owner, found, expected)
-    # Offsets as long as their text can get.
+    # Offsets with the longest possible text.
     header = header_bytes({array.key: Entry(array.dtype, array.shape, 1 << 62, 1 << 62) for array in arrays})
     if len(header) > MAX_HEADER_BYTES:
         yield Problem("header_too_long", "the header is too long", file, None, str(len(header)), f"at most {MAX_HEADER_BYTES}")

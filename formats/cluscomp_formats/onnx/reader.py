@@ -188,7 +188,7 @@ def _metadata(proto: onnx.ModelProto, file: str) -> dict[str, Any]:
         found, expected = ", ".join(sorted(unknown))[:200], ", ".join(METADATA_KEYS)
         problems.append(Problem("bad_metadata", "unknown keys in the metadata", file, None, found, expected))
     elif type(version) is not int or version != VERSION:
-        problems.append(Problem("bad_version", "there is no such version", file, None, repr(version)[:80], str(VERSION)))
+        problems.append(Problem("bad_version", "unknown version", file, None, repr(version)[:80], str(VERSION)))
     if problems:
         raise InvalidFileError(problems)
     return values

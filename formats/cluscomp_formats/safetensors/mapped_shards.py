@@ -1,4 +1,4 @@
-"""The arrays of an open folder, mapped when asked for and checked when first read."""
+"""The arrays of open safetensors files, mapped on demand and checked when they are first read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _DAMAGED = "the folder is damaged: copy, download or convert it again"
 
 @dataclass(frozen=True)
 class MappedShard:
-    """An open safetensors file: where its data begins, its arrays, its own metadata."""
+    """An open safetensors file: the offset of its data in bytes, its arrays, and its metadata."""
 
     file: StoredFile
     data_begin: int
@@ -29,18 +29,24 @@ class MappedShard:
 
     @property
     def name(self) -> str:
-        """Its path, for messages."""
+        """Path of the file, for messages."""
         return self.file.name
 
     def read(self, key: str) -> AnyArray:
-        """The stored bytes of an array, uint8 `[bytes]`, mapped. Raises InvalidFileError, StorageError."""
+        """Return the stored bytes of an array, uint8 `[bytes]`, as a read-only view of the file.
+
+        Raises InvalidFileError if the file was truncated; StorageError if it cannot be mapped.
+        """
         entry = self.entries[key]
         return self.file.read(self.data_begin + entry.begin, entry.end - entry.begin, key)
 
 
 def open_shard(path: Path) -> MappedShard:
-    """Open a safetensors file and check its header. Raises InvalidFileError, StorageError."""
-    file = StoredFile(path, "get this part of the model too")
+    """Open a safetensors file and check its header.
+
+    Raises InvalidFileError if it is missing or malformed; StorageError if it cannot be read.
+    """
+    file = StoredFile(path, "download this file of the model as well")
     length = header_length(file.copy(0, LENGTH_BYTES), file.length, file.name)
     data_begin = LENGTH_BYTES + length
     header = parse_header(file.copy(LENGTH_BYTES, length), file.length - data_begin, file.name)
@@ -48,10 +54,10 @@ def open_shard(path: Path) -> MappedShard:
 
 
 class StoredWeights:
-    """Reads payloads out of open shards by the name of their array.
+    """Reads payloads from open shards, by the names of their arrays.
 
-    `payloads` are set once it is known what each array holds. An array's values are checked when it is first read. The arrays
-    handed out may be read-only views of the files.
+    `payloads` must be set before values are read. An array's values are checked when it is first read. The returned arrays may
+    be read-only views of the files.
     """
 
     def __init__(self, shards: Mapping[str, MappedShard]) -> None:
@@ -63,19 +69,19 @@ class StoredWeights:
         return key in self._shards
 
     def keys(self) -> set[str]:
-        """The names of all arrays."""
+        """Return the names of all arrays."""
         return set(self._shards)
 
     def entry(self, key: str) -> Entry:
-        """What the header says of an array."""
+        """Return the header's entry of an array."""
         return self._shards[key].entries[key]
 
     def file(self, key: str) -> str:
-        """The path of the file that holds an array."""
+        """Return the path of an array's file."""
         return self._shards[key].name
 
     def read(self, key: str) -> AnyArray:
-        """The values of an array, codes unpacked. Raises InvalidFileError."""
+        """Return the values of an array, with codes unpacked. Raises InvalidFileError if they violate a rule."""
         payload, stored = self.payloads[key], self._shards[key].read(key)
         if key in self._sound:
             return _aligned(payload.unpack(stored))
@@ -97,5 +103,5 @@ class StoredWeights:
 
 
 def _aligned(values: AnyArray) -> AnyArray:
-    """Our writer aligns arrays to their items, but safetensors does not demand it, and kernels do."""
+    """Copy an unaligned array: kernels require alignment. Our writer aligns arrays, but the format does not require it."""
     return values if values.flags.aligned else values.copy()

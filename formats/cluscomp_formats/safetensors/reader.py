@@ -1,4 +1,4 @@
-"""The header of a safetensors file, strictly parsed."""
+"""Parse the header of a safetensors file strictly."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _FETCH_AGAIN = "copy, download or convert it again"
 
 @dataclass(frozen=True)
 class Header:
-    """What a header says: the arrays by name, and the file's own metadata."""
+    """The content of a header: the arrays by name, and the file's metadata."""
 
     entries: Mapping[str, Entry]
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 def header_length(start: bytes, file_length: int, file: str) -> int:
-    """The header's length from the first 8 bytes of a file. Raises InvalidFileError."""
+    """Return the header's length, given the first 8 bytes of a file. Raises InvalidFileError if it is invalid."""
     if len(start) < LENGTH_BYTES:
         found, expected = f"{len(start)} bytes", f"at least {LENGTH_BYTES}"
         raise InvalidFileError(Problem("truncated", "the file ends early", file, None, found, expected, _FETCH_AGAIN))
@@ -45,7 +45,7 @@ def header_length(start: bytes, file_length: int, file: str) -> int:
 
 
 def parse_header(data: bytes, data_length: int, file: str) -> Header:
-    """What a header says; `data_length` is what follows it in the file, in bytes.
+    """Parse a header; `data_length` is the number of bytes after it in the file.
 
     Raises InvalidFileError with every problem found, at most one per array.
     """
@@ -66,7 +66,7 @@ def parse_header(data: bytes, data_length: int, file: str) -> Header:
             problems.append(entry)
         else:
             entries[name] = entry
-    # Where an entry cannot be read, the others may well seem to leave a hole.
+    # If an entry is malformed, the others would seem to leave a gap.
     if not problems:
         problems += _layout_problems(entries.items(), data_length, file)
     if problems:
@@ -84,7 +84,7 @@ def _entry(name: str, member: Any, file: str) -> Entry | Problem:
         return problem("bad_entry", "malformed entry", found, ", ".join(sorted(expected_members)))
     dtype = member["dtype"]
     if not isinstance(dtype, str) or dtype not in _DTYPES:
-        return problem("unknown_dtype", "no such dtype", dtype, ", ".join(_DTYPES))
+        return problem("unknown_dtype", "unknown dtype", dtype, ", ".join(_DTYPES))
     shape, offsets = member["shape"], member["data_offsets"]
     if not _are_sizes(shape) or len(shape) > MAX_RANK:
         return problem("bad_shape", "malformed shape", shape, f"at most {MAX_RANK} lengths")
@@ -92,25 +92,25 @@ def _entry(name: str, member: Any, file: str) -> Entry | Problem:
         return problem("bad_offsets", "malformed data_offsets", offsets, "begin and end")
     item = DTYPES[_DTYPES[dtype]].itemsize
     if not can_be_shape(shape, item):
-        return problem("bad_shape", "the shape is impossible", shape, f"less than {_SIZE_LIMIT} bytes")
+        return problem("bad_shape", "the shape is invalid", shape, f"less than {_SIZE_LIMIT} bytes")
     needed = math.prod(shape) * item
     if offsets[1] - offsets[0] != needed:
-        return problem("bad_offsets", "dtype and shape need another number of bytes", offsets, f"{needed} bytes")
+        return problem("bad_offsets", "the number of bytes does not match dtype and shape", offsets, f"{needed} bytes")
     return Entry(_DTYPES[dtype], tuple(shape), offsets[0], offsets[1])
 
 
 def _are_sizes(value: Any) -> bool:
-    # bool is a subclass of int, and 1.0 equals 1.
+    # isinstance would accept bool, and comparisons would accept 1.0.
     return isinstance(value, list) and all(type(item) is int and 0 <= item < _SIZE_LIMIT for item in value)
 
 
 def _layout_problems(entries: Iterable[tuple[str, Entry]], data_length: int, file: str) -> Iterator[Problem]:
-    """Arrays that do not fill the data without hole or overlap."""
+    """Yield a problem for each gap or overlap between arrays, and for trailing or missing data."""
     position = 0
     for name, entry in sorted(entries, key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != position:
             kind, what = (
-                ("overlap", "overlaps the one before") if entry.begin < position else ("hole", "leaves a hole before it")
+                ("overlap", "overlaps the previous one") if entry.begin < position else ("hole", "leaves a gap before it")
             )
             yield Problem(kind, f"the array {what}", file, name[:200], str(entry.begin), str(position))
         position = max(position, entry.end)
@@ -120,4 +120,4 @@ def _layout_problems(entries: Iterable[tuple[str, Entry]], data_length: int, fil
         )
     elif position < data_length:
         found = f"{data_length} bytes of data"
-        yield Problem("trailing_bytes", "the file goes on after its end", file, None, found, str(position), _FETCH_AGAIN)
+        yield Problem("trailing_bytes", "the file has trailing bytes", file, None, found, str(position), _FETCH_AGAIN)

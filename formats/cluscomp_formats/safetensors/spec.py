@@ -1,4 +1,4 @@
-"""What a header says of an array, and the names of the dtypes there."""
+"""The entry of an array in a header, and the names of dtypes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["LENGTH_BYTES", "MAX_HEADER_BYTES", "METADATA", "STORED_NAMES", "Entr
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
-"""The limit the safetensors library sets."""
+"""Limit of the safetensors library."""
 
 STORED_NAMES = {
     "float64": "F64",
@@ -27,12 +27,12 @@ STORED_NAMES = {
 }
 
 METADATA = "__metadata__"
-"""The member of the header that is no array."""
+"""The member of the header that is not an array."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """An array in a file: a key of `DTYPES`, its shape, and begin and end in bytes from the start of the data."""
+    """An array in a file: dtype (a key of `DTYPES`), shape, and begin and end in bytes from the start of the data."""
 
     dtype: str
     shape: tuple[int, ...]

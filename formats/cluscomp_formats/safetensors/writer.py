@@ -1,4 +1,4 @@
-"""The start of a safetensors file; the arrays follow in the order of `lay_out`, one after the other."""
+"""Write the header of a safetensors file; the arrays must follow in the order of `lay_out`, without gaps."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ __all__ = ["header_bytes", "lay_out"]
 
 
 def lay_out(specs: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, Entry]:
-    """Where arrays lie, in this order: wide items before narrow ones, which aligns all of them without a hole.
+    """Return the entries of arrays in file order: arrays of wide items first, which aligns all arrays without gaps.
 
-    `specs` has the dtype, a key of `DTYPES`, and shape of each array by name.
+    `specs` has the dtype (a key of `DTYPES`) and shape of each array by name.
     """
     entries: dict[str, Entry] = {}
     position = 0
@@ -27,12 +27,12 @@ def lay_out(specs: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, Entry
     return entries
 
 
-# transformers opens only files that name the framework they were written for.
+# transformers only opens files whose metadata names a framework.
 _FOR_TRANSFORMERS = {"format": "pt"}
 
 
 def header_bytes(entries: Mapping[str, Entry], metadata: Mapping[str, str] = _FOR_TRANSFORMERS) -> bytes:
-    """The start of a file: length and header, padded with spaces so that the data begins at a multiple of 8."""
+    """Return the length and the header, padded with spaces so that the data begins at a multiple of 8 bytes."""
     value: dict[str, Any] = {
         name: {"dtype": STORED_NAMES[entry.dtype], "shape": entry.shape, "data_offsets": [entry.begin, entry.end]}
         for name, entry in entries.items()
