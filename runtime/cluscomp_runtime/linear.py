@@ -314,7 +314,7 @@ class MatrixBuilder:
             )
 
     def dense(self, tensor: Tensor) -> DenseLinear:
-        """A matrix that stays dense whatever the kernel: the router of experts."""
+        """Build a matrix that is dense with every kernel, such as the router of experts."""
         return DenseLinear(self._place(decoded(tensor)))
 
     def vector(self, tensor: Tensor) -> torch.Tensor:

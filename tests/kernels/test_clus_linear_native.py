@@ -1,4 +1,4 @@
-"""The C kernels, on every instruction set this machine has, against the reference in float64."""
+"""The C kernels, with every instruction set of this machine, against the reference in float64."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DIMS = (1, 2, 3, 4, 6, 7, 8, 9, 16, 24, 40, 64)
 
 
 def problem(seed: int, in_features: int, out_features: int, dim: int, clusters: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Codebook, codes, row scale, bias."""
+    """Return codebook, codes, row scale and bias."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(clusters, dim, generator=generator)
     return (
@@ -35,7 +35,7 @@ def inputs(*shape: int) -> Tensor:
 
 
 def bound(x: Tensor, weight: Tensor, row_scale: Tensor, y: Tensor) -> Tensor:
-    """Forward error of a float32 dot product of in_features terms in any order, of the epilogue and the last rounding."""
+    """Bound the error of a float32 dot product of in_features terms in any order, of the epilogue and of the last rounding."""
     terms = x.shape[-1] + 3
     accumulated = (x.double().abs() @ weight.abs()) * row_scale.double().abs() * (terms * EPS[torch.float32])
     return accumulated + y.abs() * (EPS[x.dtype] + EPS[torch.float32]) + 1e-7
@@ -95,7 +95,7 @@ def test_rounds_once_to_the_dtype_of_x(dtype: torch.dtype, tokens: int) -> None:
 @pytest.mark.usefixtures("variant")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_16_bit_value_is_widened_exactly(dtype: torch.dtype) -> None:
-    """All bit patterns: subnormals, infinities and NaN among them."""
+    """All bit patterns, including subnormals, infinities and NaN."""
     values = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(dtype)
     for dim in (1, 2, 4, 8, 16):
         codebook = values.reshape(-1, dim)

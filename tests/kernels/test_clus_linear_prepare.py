@@ -1,4 +1,4 @@
-"""Preparation, dispatch and the paths that need only torch."""
+"""Preparation, dispatch, and the paths that use torch alone."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_codebooks_of_int8(path: str) -> None:
 
 @every_path
 def test_products_of_int8_stay_in_the_range_of_float16(path: str) -> None:
-    # 2000 * 127 is beyond float16, the scaled result is not.
+    # 2000 * 127 exceeds the range of float16, but the scaled result does not.
     codebook = torch.tensor([[127]], dtype=torch.int8)
     prepared = prepare(codebook, torch.zeros(1, 1, dtype=torch.uint16), 1, row_scale=torch.tensor([2.0**-7]), path=path)
     y = prepared(torch.full((40, 1), 2000.0, dtype=torch.float16))

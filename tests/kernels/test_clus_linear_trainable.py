@@ -12,7 +12,7 @@ OUT = 11
 
 
 def operands(dtype: torch.dtype, dim: int = 4, clusters: int = 9, in_features: int = 7) -> tuple[Tensor, ...]:
-    """x, codebook, codes, row scale, bias."""
+    """Return x, codebook, codes, row scale and bias."""
     generator = torch.Generator().manual_seed(dim)
     return (
         torch.randn(2, 3, in_features, generator=generator).to(dtype),
@@ -30,7 +30,7 @@ def test_forward_agrees_with_the_reference(dim: int, dtype: torch.dtype) -> None
     expected = reference.linear(x.double(), codebook.double(), codes, OUT, scale.double(), bias.double())
     y = linear(x, codebook, codes, OUT, scale, bias)
     assert y.dtype == dtype
-    # 7 products and sums and four more roundings at most, relative to the sum of magnitudes
+    # At most 7 products and sums and four more roundings, relative to the sum of magnitudes.
     weight = reference.decode(codebook.double(), codes, OUT).abs()
     magnitude = (x.double().abs() @ weight) * scale.double() + bias.double().abs()
     assert ((y - expected).abs() <= 11 * torch.finfo(dtype).eps / 2 * magnitude).all()
@@ -55,7 +55,7 @@ def test_gradients_against_finite_differences(dim: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_agree_with_torch_through_the_reference(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainable, "BLOCK_BYTES", OUT * 4 * 3)  # three channels a block: the last one is short
+    monkeypatch.setattr(trainable, "BLOCK_BYTES", OUT * 4 * 3)  # three channels per block; the last block is shorter
     x, codebook, codes, scale, bias = operands(dtype)
     wide = [tensor.double().requires_grad_() for tensor in (x, codebook, scale, bias)]
     reference.linear(wide[0], wide[1], codes, OUT, wide[2], wide[3]).square().sum().backward()
@@ -65,7 +65,7 @@ def test_gradients_agree_with_torch_through_the_reference(dtype: torch.dtype, mo
         assert exact.grad is not None
         assert found.grad is not None
         assert found.grad.dtype == found.dtype
-        # under 20 roundings in a row, each relative to magnitudes like those of the largest gradient
+        # Fewer than 20 consecutive roundings, each relative to magnitudes like that of the largest gradient.
         assert (exact.grad - found.grad).abs().max() <= 20 * torch.finfo(dtype).eps * exact.grad.abs().max()
 
 

@@ -87,7 +87,7 @@ print("agreed", len(cases))
 
 
 def test_interpreted_kernels_agree_with_the_reference(tmp_path: Path) -> None:
-    """In a process of its own: `@triton.jit` settles the mode at import."""
+    """Runs in a separate process, because `@triton.jit` fixes the mode at import."""
     variables = {"TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(tmp_path)}
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **variables}
     done = subprocess.run([sys.executable, "-c", INTERPRETED], capture_output=True, encoding="utf-8", env=environment)
@@ -137,5 +137,5 @@ def test_tensor_cores_multiply_every_pair_of_16_bit_types(capability: int, x: st
     usage, ptx = compile_kernel(kernel.few_tokens_kernel, types, constants, capability)
     assert_fits(usage)
     assert f".f32.{multiplied}.{multiplied}.f32" in ptx
-    # What it comes to where the types are not those of an instruction.
+    # The result if the types are not those of an instruction.
     assert "fma.rn.f32" not in ptx

@@ -1,4 +1,4 @@
-"""Kernels run on the device of their operands, whichever device is the current one. No GPU is needed: the tensors are fake."""
+"""Kernels run on the device of their operands, not on the current device. No GPU is needed: the tensors are fake."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KERNELS = Path(kmeans.__file__).parent.parent
 
 
 class Device:
-    """Stands for the current CUDA device, of which there may be none."""
+    """Simulates the current CUDA device."""
 
     def __init__(self) -> None:
         self.current = 0
@@ -42,13 +42,13 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
 
 @pytest.fixture
 def on_second_gpu() -> Iterator[Callable[..., torch.Tensor]]:
-    """Makes tensors on cuda:1 that hold no values."""
+    """Create tensors on cuda:1 without values."""
     with FakeTensorMode():
         yield lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device="cuda:1")
 
 
 class Recorder:
-    """Stands for a Triton kernel: notes on which device it is launched."""
+    """Simulates a Triton kernel and records the device it is launched on."""
 
     def __init__(self, device: Device, launches: list[int]) -> None:
         self.device, self.launches = device, launches
@@ -82,14 +82,14 @@ def test_the_search_launches_where_its_points_are(
 
     launches: list[int] = []
     monkeypatch.setattr(triton_nearest, "nearest_kernel", Recorder(device, launches))
-    # One centroid: what is laid out anew would need a torch built for CUDA.
+    # One centroid, since a change of layout would need a torch built for CUDA.
     triton_nearest.nearest_triton(on_second_gpu(100, 4), on_second_gpu(1, 4))
     assert launches == [1]
     assert device.current == 0
 
 
 def test_no_launch_is_without_a_guard() -> None:
-    """`kernel[grid](...)` stands within `with torch.cuda.device_of(...)`, in every module that imports triton."""
+    """In every module that imports triton, `kernel[grid](...)` is inside `with torch.cuda.device_of(...)`."""
     found = 0
     for path in KERNELS.rglob("triton_*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))

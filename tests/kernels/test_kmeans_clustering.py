@@ -1,4 +1,4 @@
-"""`kmeans` as a whole: hand-computed cases, quality beside faiss, determinism, edge cases, refusals, the path without C."""
+"""`kmeans`: hand-computed cases, quality compared with faiss, determinism, edge cases, errors, and the path without C."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def gaussian(count: int, dim: int, seed: int = 0) -> np.ndarray:
 def test_hand_computed(method: str) -> None:
     """Two pairs far apart: the means, and the error 4 * 0.5^2 (weighted: 1 * (3/4)^2 + 3 * (1/4)^2, and 2 * 0.5^2)."""
     points = np.array([[0, 0], [0, 1], [10, 0], [10, 1]], dtype=np.float32)
-    # With this seed the sample has a point of each pair; from two of one pair plain Lloyd iterations end elsewhere.
+    # With this seed the sample has a point of each pair; plain Lloyd iterations from two points of a pair end elsewhere.
     found = kmeans(points, 2, method=method, seed=3)  # type: ignore[arg-type]
     assert sorted(map(tuple, found.centroids.tolist())) == [(0, 0.5), (10, 0.5)]
     assert found.error == 1.0
@@ -65,7 +65,7 @@ def test_threads_do_not_change_a_bit(method: str, dim: int) -> None:
 
 
 def test_lloyd_is_plain_lloyd() -> None:
-    """20 steps of the reference from the same sample; no cluster dies here, so the steps are all there is."""
+    """20 steps of the reference from the same sample. No cluster becomes empty, so no revival interferes."""
     points = gaussian(2000, 4)
     found = kmeans(points, 50, method="lloyd", seed=5)
     centroids = points[np.random.default_rng(5).choice(2000, 50, replace=False)]
@@ -136,7 +136,7 @@ def test_constant_one_cluster_and_lossless(dim: int) -> None:
 
 
 def test_dead_clusters_are_revived() -> None:
-    """Half the centroids start where no point is; afterwards every one has points."""
+    """Half of the centroids start far from all points; in the end, every centroid has points."""
     points = gaussian(1000, 3)
     engine = TorchEngine(points, None, torch.device("cpu"), nearest_torch, lambda: None)
     start = np.concatenate((points[:10], np.full((10, 3), 1e6, dtype=np.float32)))

@@ -1,4 +1,4 @@
-"""Codes against the numpy reference: every dimension, instruction set and path must give the very same nearest centroids."""
+"""Codes against the numpy reference: every dimension, instruction set and path must give exactly the same codes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def vectors(seed: int, count: int, dim: int, kind: str = "gaussian") -> np.ndarr
 @pytest.mark.parametrize("dim", [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 33, 64])
 @pytest.mark.parametrize("kind", ["gaussian", "grid", "offset"])
 def test_assign_equals_reference(dim: int, kind: str) -> None:
-    """The grid is full of ties and duplicates, the offset full of rounding."""
+    """The grid causes ties and duplicates, the offset rounding."""
     points, centroids = vectors(1, 2003, dim, kind), vectors(2, 701, dim, kind)
     np.testing.assert_array_equal(assign(points, centroids, threads=2), nearest(points, centroids)[0])
 
@@ -71,7 +71,7 @@ def test_equal_distances_take_the_lowest_index() -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_assign_property(data: st.DataObject) -> None:
-    """Tiny, huge and mixed magnitudes, where squares underflow or swallow each other."""
+    """Tiny, huge and mixed magnitudes, whose squares underflow or are lost in sums."""
     dim = data.draw(st.integers(1, 5))
     value = st.one_of(st.floats(-LARGE, LARGE, width=32), st.sampled_from([0.0, -0.0, 1e-30, 1e-20, 3e-20, 1.0, 1e10]))
     rows = st.lists(st.lists(value, min_size=dim, max_size=dim), min_size=1, max_size=40)
@@ -91,7 +91,7 @@ def test_neighbour_lists_are_exact(dim: int) -> None:
     expected = np.argsort(distances, axis=1, kind="stable")[:, :20]
     fresh = tiles.neighbour_lists(tiles.pack_tiles(centroids), centroids, 20, threads=2, previous=None, tick=lambda: None)
     np.testing.assert_array_equal(fresh, expected)
-    # A third of the spacing: about what an iteration moves centroids by.
+    # A third of the spacing, about the move of a centroid in an iteration.
     spacing = np.sqrt(np.median(distances.min(axis=1)) / dim)
     moved = centroids + vectors(7, 500, dim) * np.float32(spacing / 3)
     old = tiles.neighbour_lists(tiles.pack_tiles(moved), moved, 20, threads=2, previous=None, tick=lambda: None)
@@ -100,7 +100,7 @@ def test_neighbour_lists_are_exact(dim: int) -> None:
     assert all(len(set(row)) == 20 and own not in row for own, row in enumerate(refreshed.tolist()))
     reused = tiles.neighbour_lists(tiles.pack_tiles(centroids), centroids, 20, threads=2, previous=old, tick=lambda: None)
     np.testing.assert_array_equal(reused, expected)
-    # A refresh finds most of what the old lists lack.
+    # A refresh finds most of the neighbours missing from the old lists.
     assert 1 - recall(refreshed, expected) < (1 - recall(before, expected)) / 3
 
 

@@ -1,4 +1,4 @@
-"""Codes with error feedback: against a hand-computed case, GPTQ as its paper writes it in float64, and the reference."""
+"""Codes with error feedback: against a hand-computed case, the algorithm of the GPTQ paper in float64, and the reference."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ needs_library = pytest.mark.skipif(native.library() is None, reason="the C libra
 
 
 def moments_of(channels: int, seed: int = 0) -> torch.Tensor:
-    """Second moments of correlated inputs, damped."""
+    """Return damped second moments of correlated inputs."""
     inputs = np.random.default_rng(seed).standard_normal((3 * channels, channels)).cumsum(axis=1)
     moments = torch.from_numpy(inputs.T @ inputs / len(inputs))
     return moments + 0.01 * moments.diagonal().mean() * torch.eye(channels, dtype=torch.float64)
@@ -31,13 +31,13 @@ def case(
 
 
 def test_by_hand() -> None:
-    # Inputs (1, 1) only, nearly: what the first channel errs the second makes up for in full. R = [[1, h01/h11], [0, 1]].
+    # Almost all inputs are (1, 1): the second channel compensates the error of the first. R = [[1, h01/h11], [0, 1]].
     moments = torch.tensor([[2.0, 1.0], [1.0, 2.0]], dtype=torch.float64)
     factor = feedback_factor(moments).numpy().astype(np.float32)
     np.testing.assert_array_equal(factor, [[1, 0.5], [0, 1]])
     weights = np.array([[0.4, -0.4], [0.4, 0.4]], dtype=np.float32)
     centroids = np.array([[0.0], [1.0]], dtype=np.float32)
-    # First: 0 and 0, errors .4 and -.4. Second aims at .4 + .5 * .4 = .6 and .4 - .5 * .4 = .2: 1 and 0.
+    # First channel: 0 and 0, errors .4 and -.4. Second channel: targets .4 + .5 * .4 = .6 and .4 - .5 * .4 = .2, so 1 and 0.
     assert assign_with_feedback(weights, centroids, factor, threads=1).tolist() == [[0, 0], [1, 0]]
     assert assign(weights.reshape(-1, 1), centroids).tolist() == [0, 0, 0, 0]
 
@@ -74,7 +74,7 @@ def test_equals_gptq(channels: int, groups: int, dim: int, clusters: int) -> Non
 
 @pytest.mark.parametrize("dim", [1, 2, 3, 4, 5, 6, 8, 9, 16, 33])
 def test_equals_the_reference(dim: int) -> None:
-    """More centroids than one level of boxes holds; a last group that reaches past the matrix."""
+    """More centroids than one level of boxes has room for, and an incomplete last group."""
     weights, centroids, factor, _ = case(70, 21, dim, 701, seed=dim)
     for out_features in (21 * dim, 21 * dim - dim + 1):
         found = assign_with_feedback(weights, centroids, factor, out_features=out_features, threads=2)
@@ -91,7 +91,7 @@ def test_equals_the_reference_where_rows_matter_differently(dim: int) -> None:
 
 
 def test_errors_go_where_they_matter_least() -> None:
-    # (.4, .6) is nearest to (0, 1), but where the second row hardly counts, (.5, 0) is nearer.
+    # (.4, .6) is nearest to (0, 1), but if the second row has almost no weight, (.5, 0) is nearer.
     weights = np.array([[0.4, 0.6]], dtype=np.float32)
     centroids = np.array([[0, 1], [0.5, 0]], dtype=np.float32)
     factor = np.eye(1, dtype=np.float32)

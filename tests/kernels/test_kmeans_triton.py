@@ -1,4 +1,4 @@
-"""The Triton search: results in interpreter mode, and registers of what it compiles to."""
+"""The Triton search: results in interpreter mode, and registers of the compiled code."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ print("fine")
 
 
 def test_interpreted_equals_reference() -> None:
-    """In a process of its own: `@triton.jit` settles the mode at import."""
+    """Runs in a separate process, because `@triton.jit` fixes the mode at import."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-c", INTERPRETED]
     finished = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", timeout=300)
@@ -52,7 +52,7 @@ def test_interpreted_equals_reference() -> None:
 @pytest.mark.parametrize("capability", [80, 86, 87, 89, 90])
 @pytest.mark.usefixtures("triton_cache")
 def test_compiles_without_spills(capability: int) -> None:
-    """A spill would show as stack or local memory; a fused multiply-add would make other codes than the CPU's."""
+    """Register spills would need stack or local memory; fused multiply-adds would give different codes than the CPU."""
     for dim, weighted in ((4, False), (4, True), (16, False), (16, True)):
         constants = {"DIM": dim, "POINTS": BLOCK_POINTS, "CENTROIDS": BLOCK_CENTROIDS, "WEIGHTED": weighted}
         types = {"points": "*fp32", "centroids": "*fp32", "importance": "*fp32", "codes": "*i32", "distances": "*fp32"}

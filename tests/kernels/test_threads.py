@@ -1,4 +1,4 @@
-"""Threads of torch and of our kernels side by side, and in forked processes."""
+"""Threads of torch and of the kernels, in one process and in forked processes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_torch_computes_alone_beside_the_kernels() -> None:
 
 @pytest.mark.usefixtures("two_threads")
 def test_a_thread_that_begins_meanwhile_has_all_threads() -> None:
-    """torch gives a new thread the number that was set last, by whichever thread."""
+    """torch gives a new thread the number that any thread set last."""
     found: list[tuple[int, int]] = []
 
     def run() -> None:

@@ -1,4 +1,4 @@
-"""Chats to text by a model's template: as transformers renders it, and nothing that a hostile template gets out of it."""
+"""Chat templates: texts are those of transformers, and hostile templates are contained."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ TOOL_CHAT: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def peer() -> transformers.PreTrainedTokenizerFast:
-    """transformers' renderer, with these special tokens."""
+    """Return transformers' renderer, with these special tokens."""
     tokenizer = Tokenizer.from_files(byte_tokenizer_files())
     assert tokenizer is not None
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend, **SPECIAL)
@@ -278,7 +278,7 @@ TRAPS = (
 
 @pytest.fixture
 def trapped_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A current folder with modules of the names that the process imports; each leaves a mark when it runs."""
+    """Make a current folder with modules named like those that the process imports; each writes a mark when it runs."""
     for name in TRAPS:
         (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write({name!r})\n")
     monkeypatch.chdir(tmp_path)
@@ -300,7 +300,7 @@ def test_nothing_in_the_current_folder_runs_on_any_python(
 ) -> None:
     python = shutil.which(f"python{version}")
     ask = [python or "", "-I", "-c", "import sys; print(sys.executable)"]
-    # A version manager's stand-in is there for versions that are not.
+    # Version managers have placeholder commands for versions that are not installed.
     found = subprocess.run(ask, capture_output=True, text=True, check=False) if python else None
     if found is None or found.returncode:
         pytest.skip(f"no Python {version} here")

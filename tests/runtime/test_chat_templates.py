@@ -1,4 +1,4 @@
-"""Real chat templates of many models: the runtime renders what transformers renders, and refuses what it refuses."""
+"""Real chat templates of many models: the runtime renders and rejects the same chats as transformers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TEMPLATES = sorted(path.name for path in FOLDER.glob("*.jinja"))
 ENDINGS = ("none", "prompt", "continued")
 
 Outcome = tuple[str, tuple[tuple[int, int], ...] | None] | None
-"""Text and generation spans; None for a chat that is refused."""
+"""Text and generation spans; None for a chat that the template rejects."""
 
 
 def ours(template: str, endings: list[tuple[str, str]]) -> list[Outcome]:
@@ -30,7 +30,7 @@ def ours(template: str, endings: list[tuple[str, str]]) -> list[Outcome]:
 
 def theirs(template: str, name: str, ending: str) -> Outcome:
     variables = dict(CHATS[name])
-    # What apply_chat_template does before it calls the renderer.
+    # apply_chat_template does this before it calls the renderer.
     messages = [{key: value for key, value in message.items() if value is not None} for message in variables.pop("messages")]
     marked = "endgeneration" in template and ending != "continued"
     try:

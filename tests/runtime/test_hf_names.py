@@ -1,4 +1,4 @@
-"""Tensors are found under the names that they are stored by, as transformers finds them, and no parameter is left without."""
+"""Stored tensors are mapped to the same parameters as in transformers, and no parameter is without a value."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_base_model_of_renamed_parts_gets_them(tmp_path: Path) -> None:
     assert (found - expected).abs().max().item() <= tolerance(expected)
 
 
-# An expert of the first layer that the plan left dense, and none.
+# With one dense expert in the first layer, and with none.
 @pytest.mark.parametrize("dense", [r"layers\.0\.mlp\.experts\.(0|2)\.", r"layers\.0\.mlp\.experts\.3\.up_proj", "$^"])
 def test_merged_experts_are_decoded_and_said_to_be(dense: str, tmp_path: Path) -> None:
     made = checkpoint(hf_checkpoints.qwen3_moe, tmp_path, dense=rf"mlp\.gate\.|{dense}")
@@ -91,7 +91,7 @@ def test_a_merge_that_does_not_work_out_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_parameter_without_a_value_is_named(tmp_path: Path) -> None:
-    """transformers would draw it at random."""
+    """transformers would initialize it at random."""
     original = hf_models.llama(tie_word_embeddings=False)
     stored = clustered_model(original, weights_of("llama", original))
     for lost in ("lm_head.weight", "model.layers.1.input_layernorm.weight", "model.layers.1.mlp.up_proj.weight"):
@@ -109,7 +109,7 @@ def test_a_class_with_another_head_is_refused(tmp_path: Path) -> None:
 
 
 def test_weights_that_transformers_ignores_are_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers that predict further tokens, for one: no class of transformers has them."""
+    """For example layers for multi-token prediction, which no class of transformers has."""
     original = hf_models.llama()
     further = random_weight("model.layers.2.mlp.up_proj.weight", (48, 32))
     stored = clustered_model(original, [])
@@ -141,7 +141,7 @@ def test_four_ends_of_one_tie_share_the_clustered_embedding(tmp_path: Path) -> N
     ends = [model.shared, model.encoder.embed_tokens, model.decoder.embed_tokens, model.lm_head]
     assert len({id(end.matrix()) for end in ends}) == 1
     assert (run(model) - expected).abs().max().item() <= tolerance(expected)
-    # Whoever ties again, ties what is dense.
+    # Tying again only ties dense weights.
     model.tie_weights()
 
 

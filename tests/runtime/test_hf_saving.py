@@ -1,4 +1,4 @@
-"""`save_pretrained` gives the folder back, with what changed since; nothing is lost or written that would be read otherwise."""
+"""`save_pretrained` writes the loaded folder with the changes since; nothing is lost, and values are read back unchanged."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_changes_of_renamed_and_of_merged_tensors_are_saved(tmp_path: Path) -> N
         model.save_pretrained(tmp_path / f"{number}n")
         again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / f"{number}n")
         assert torch.equal(run(again), expected)
-        # The other layer's experts are what they were.
+        # The experts of the other layer are unchanged.
         kept = open_hf(tmp_path / f"{number}n").clustered
         assert all(name in kept for name in made.stored.clustered if ".layers.1." in name)
 
@@ -157,7 +157,7 @@ def test_settings_are_saved(tmp_path: Path) -> None:
     model.generation_config.temperature, model.generation_config.do_sample = 0.5, True
     model.save_pretrained(tmp_path / "n")
     found = open_hf(tmp_path / "n", check=True)
-    # The dtype it was loaded in is no change.
+    # The dtype of loading is not a change.
     expected = {**stored.config, "use_cache": False, "pad_token_id": 3, "id2label": {"0": "good", "1": "bad"}}
     assert {**found.config, "label2id": None} == {**expected, "label2id": None}
     assert all(np.array_equal(found.tensors[name].decode(), stored.tensors[name].decode()) for name in stored.tensors)
@@ -236,7 +236,7 @@ def test_a_model_made_dense_is_an_ordinary_one(name: str, tmp_path: Path) -> Non
     assert {key: tuple(value.shape) for key, value in model.state_dict().items()} == {
         key: tuple(value.shape) for key, value in oracle.state_dict().items()
     }
-    # A transposed weight has its two scales multiplied in the other order.
+    # The two scales of a transposed weight are multiplied in the other order.
     state = oracle.state_dict()
     assert all(torch.allclose(value, state[key], rtol=1e-6, atol=0) for key, value in model.state_dict().items())
     model.resize_token_embeddings(VOCABULARY + 3, mean_resizing=False)
@@ -248,7 +248,7 @@ def test_a_model_made_dense_is_an_ordinary_one(name: str, tmp_path: Path) -> Non
 
 
 def test_a_model_is_pickled_with_its_arrays(tmp_path: Path) -> None:
-    """The folder may be gone where it is read."""
+    """The folder may not exist where the pickle is read."""
     _, _, stored = written("qwen3", tmp_path / "m")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     expected = outputs(model, ids())
@@ -263,5 +263,5 @@ def test_a_model_is_pickled_with_its_arrays(tmp_path: Path) -> None:
     assert again.lm_head.matrix() is again.model.embed_tokens.matrix()
     again.save_pretrained(tmp_path / "n")
     assert open_hf(tmp_path / "n", check=True).digest() == stored.digest()
-    # Arrays once each, however many refer to them; modules and names weigh more in so small a model.
+    # Each array is stored once, even with several references; modules and names dominate in so small a model.
     assert size < 4 * sum(path.stat().st_size for path in (tmp_path / "n").iterdir())

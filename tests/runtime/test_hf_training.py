@@ -1,4 +1,4 @@
-"""Clustered weights beside what is trained: gradients pass through, adapters of PEFT stand on them, nothing writes to them."""
+"""Training with clustered weights: gradients pass through, PEFT's adapters work, and nothing writes to the weights."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _seeded() -> None:
 
 @contextmanager
 def decoding() -> Iterator[list[str]]:
-    """The names of the weights that are decoded meanwhile."""
+    """Collect the names of the weights that are decoded in the block."""
     names: list[str] = []
     decode = ClusteredWeight.decode
 
@@ -66,7 +66,7 @@ def test_gradients_pass_through_a_linear(dtype: torch.dtype, axis: Any) -> None:
     assert module.bias is not None
     assert module.bias.grad is not None
     expected = grad.double() @ weight.double()
-    # Products of 12 in the dtype of x.
+    # Sums of 12 products in the dtype of x.
     bound = 12 * torch.finfo(dtype).eps * (grad.double().abs() @ weight.double().abs())
     assert ((x.grad.double() - expected).abs() <= bound).all()
     assert torch.allclose(module.bias.grad, grad.sum((0, 1)), rtol=1e-5 if dtype != torch.bfloat16 else 0.05, atol=1e-2)
@@ -145,13 +145,13 @@ def test_a_weight_that_is_read_time_and_again_is_kept() -> None:
         for _ in range(3):
             assert torch.equal(module.weight.clone(), expected)
     assert names == ["w"]
-    # Not after a move.
+    # Not after a move to another dtype.
     assert module.to(torch.float64).weight.clone().dtype == torch.float64
 
 
 @pytest.mark.filterwarnings("ignore:.* decoded values are kept")
 def test_writing_to_a_weight_is_refused() -> None:
-    """It would be lost without a word."""
+    """The written values would be lost silently."""
     module, expected = linear()
 
     def assign_data() -> None:
@@ -272,7 +272,7 @@ def needs_peft(test: Any) -> Any:
 
 
 def models(folder: Path) -> tuple[Any, Any]:
-    """A codebook model whose embedding is dense, and the same with decoded weights."""
+    """Return a codebook model with a dense embedding, and the same model with decoded weights."""
     original = hf_models.llama()
     weights = weights_of("llama", original)[:-1]
     write_hf(clustered_model(original, weights), folder)

@@ -1,4 +1,4 @@
-"""`from_pretrained` gives the model whose weights are the decoded ones, and `save_pretrained` gives the folder back."""
+"""`from_pretrained` loads a model that computes with the decoded weights, and `save_pretrained` writes the same folder."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_outputs_are_those_of_the_decoded_weights(name: str, device_map: str | N
     found = outputs(model, ids())
     assert (found - expected).abs().max().item() <= tolerance
     modules = [module for module in model.modules() if isinstance(module, ClusteredModule)]
-    # One more where the head is tied.
+    # One more if the head is tied.
     assert len(modules) in (len(weights), len(weights) + 1)
     assert {module.kernel for module in modules} <= {"native", "embedding_bag"}
 
@@ -143,7 +143,7 @@ def test_conv1d_with_groups_along_the_other_axis_is_decoded_and_says_so(tmp_path
 @pytest.mark.parametrize("axis", ["out", "in"])
 def test_transposing_transposes(axis: Any) -> None:
     weight = random_weight("w", (10, 7), axis, stages=2, extras=True)
-    # Row and column scale change places, and with them the order of two products.
+    # Row and column scales are exchanged, and so is the order of two products.
     assert np.allclose(transposed(weight).decode(), weight.decode().T, rtol=1e-6, atol=0)
     again = transposed(transposed(weight))
     assert np.array_equal(again.decode(), weight.decode())
@@ -216,7 +216,7 @@ def test_damaged_codes_are_refused(tmp_path: Path) -> None:
 
 
 def test_weights_alone_are_enough(tmp_path: Path) -> None:
-    """What transformers downloads from a hub: configuration and weights, not our record."""
+    """Make a folder as transformers downloads it from a hub: configuration and weights, without our record."""
     _, _, stored = written("llama", tmp_path / "m")
     (tmp_path / "m" / "cluscomp.json").unlink()
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")

@@ -1,4 +1,4 @@
-"""Pickling and copying a loaded model: the copy computes the same, here and in another process."""
+"""Pickling and copying a loaded model: the copy computes the same, in this process and in another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which patterns are known to take time in proportion to the text."""
+"""Patterns that are accepted as taking time proportional to the text, and others."""
 
 from __future__ import annotations
 
@@ -82,13 +82,13 @@ def test_a_linear_pattern_takes_a_hostile_text(name: str) -> None:
         r"\w*\w*x",
         "a{0,50}a{0,50}b",
         "(?:a*|b)c",
-        # What would take the run whole comes too late, takes too little, or looks ahead without bound.
+        # The branch that would match the whole run comes too late, matches too little, or has an unbounded look-ahead.
         r"\s*x|\s|\s+",
         r"\s*x|\s{5,}",
         r"\s+(?=\s*x)|\s+",
         r"x\s*y|z\s+",
         r"\d{1,3}(?=(?:\d{3})*\b)",
-        # Not known here.
+        # Unsupported syntax.
         r"(a)\1",
         "(?x) a",
         r"\X",
@@ -97,7 +97,7 @@ def test_a_linear_pattern_takes_a_hostile_text(name: str) -> None:
         "(?<name>a)",
         "(?#a)",
         "(" * 20 + "a" + ")" * 20,
-        # No patterns at all.
+        # Invalid patterns.
         "(",
         "[a",
         "[[a]",

@@ -22,7 +22,7 @@ def token_ids(batch: int, tokens: int, vocab_size: int = 97) -> torch.Tensor:
 
 
 def rounding(single: torch.Tensor, double: torch.Tensor) -> float:
-    """What float32 may differ by: 8 times the larger of what it was seen to differ by and one rounding of the result."""
+    """Tolerance of float32: 8 times the larger of the observed difference and one rounding of the result."""
     return 8 * max((single.double() - double).abs().max().item(), double.abs().max().item() * EPSILON)
 
 
@@ -38,7 +38,7 @@ def test_logits_equal_those_of_transformers(name: str) -> None:
     assert tolerance < 2e-4 * expected.abs().max().item(), "a tolerance this wide would prove nothing"
     assert single.dtype == torch.float32
     assert (single - expected).abs().max().item() <= tolerance
-    # transformers computes norms and rotary angles in float32 even here, hence the tolerance of float32.
+    # transformers computes norms and rotary angles in float32 here too, hence the tolerance of float32.
     with torch.no_grad():
         assert (double - peer.double()(ids).logits).abs().max().item() <= tolerance
 

@@ -1,4 +1,4 @@
-"""Generation: stopping, sampling, streaming and what it refuses."""
+"""Generation: stopping, sampling, streaming, and rejected inputs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cluscomp_runtime.sampling import Sampler, probabilities
 
 
 def successor_model(next_token: dict[int, int], **options: Any) -> Model:
-    """A model that follows each token by the one `next_token` names: a layer that adds nothing, one-hot embeddings."""
+    """Make a model that follows each token by `next_token[token]`: one-hot embeddings and a layer that adds nothing."""
     size = 300
     config = small_config(vocab_size=size, hidden_size=size, num_hidden_layers=1, num_attention_heads=2, **options)
     shapes = {
@@ -77,7 +77,7 @@ def test_max_new_tokens_stops() -> None:
 
 def test_a_full_context_stops() -> None:
     language_model = LanguageModel.from_model(successor_model({97: 97}), context=5)
-    # The last token is never fed back: 3 prompt tokens leave room for 2 to be fed and one more.
+    # The last token is not fed back: after 3 prompt tokens there is room to feed 2 tokens, which gives one more.
     result = language_model.generate("aaa")
     assert (result.new_tokens, result.stop_reason) == (3, "context")
     assert language_model.generate("aaaaa").new_tokens == 1
@@ -279,7 +279,7 @@ LOGITS = torch.tensor([1.0, 3.0, 2.0, 0.0]).log2() * math.log(2)  # log of 1, 3,
         ({"temperature": 1.0, "top_p": 0.45}, [0, 1, 0, 0]),
         ({"temperature": 1.0, "top_p": 0.6}, [0, 0.6, 0.4, 0]),
         ({"temperature": 1.0, "top_p": 0.9}, [1 / 6, 3 / 6, 2 / 6, 0]),
-        # After top_k the two left have 0.6 and 0.4, so 0.55 is reached by the first.
+        # After top_k, the remaining two have 0.6 and 0.4, so the first reaches 0.55.
         ({"temperature": 1.0, "top_k": 2, "top_p": 0.55}, [0, 1, 0, 0]),
         ({"temperature": 1e-6}, [0, 1, 0, 0]),
         ({"temperature": 1.0, "top_p": 1e-9}, [0, 1, 0, 0]),

@@ -35,7 +35,7 @@ def builder(kernel: str = "auto", dtype: torch.dtype = torch.float32) -> MatrixB
 
 
 def close(found: torch.Tensor, expected: torch.Tensor, magnitude: torch.Tensor, terms: int) -> None:
-    """|error| <= (terms + 4) eps * sum of |products|: the standard bound on a dot product, whatever the order of summation."""
+    """|error| <= (terms + 4) eps * sum of |products|: the standard bound of a dot product for any order of summation."""
     bound = (terms + 4) * torch.finfo(torch.float32).eps * magnitude
     assert ((found.double() - expected).abs() <= bound).all()
 
@@ -52,7 +52,7 @@ def test_products_and_rows(kernel: str, features: dict[str, Any], group_axis: st
     x = torch.from_numpy(random.standard_normal((*tokens, 30)).astype(np.float32))
     dense, offset = torch.from_numpy(weight.decode()).double(), torch.from_numpy(bias.decode()).double()
     parts = 1 + len(weight.stages) + (weight.outliers is not None)
-    # Stages may cancel each other, so the bound takes their absolute sum.
+    # Stages may cancel each other, so the bound uses their absolute sum.
     magnitude = x.abs().double() @ absolute(weight).T + offset.abs()
     close(matrix(x), x.double() @ dense.T + offset, magnitude, 30 * parts)
     ids = torch.from_numpy(random.integers(0, 45, tokens))
@@ -60,7 +60,7 @@ def test_products_and_rows(kernel: str, features: dict[str, Any], group_axis: st
 
 
 def absolute(weight: ClusteredWeight) -> torch.Tensor:
-    """The weight with every stage, scale and outlier taken absolutely."""
+    """Return the weight with the absolute values of every stage, scale and outlier."""
     stages = tuple(
         Stage(Codebook(stage.codebook.name, Array.of(np.abs(stage.codebook.values.read()))), stage.codes)
         for stage in weight.stages
@@ -83,7 +83,7 @@ def test_a_product_by_hand() -> None:
         column_scale=Array.of(np.array([1, 10], np.float32)),
         outliers=Outliers(Array.of(np.array([1, 4], np.uint32)), Array.of(np.array([100, -9], np.float32))),
     )
-    # Codes give columns (1, 2, 3) and (3, 4, 1); scales and outliers make of them:
+    # The codes give columns (1, 2, 3) and (3, 4, 1). With scales and outliers:
     expected = [[1.0, 130.0], [4.0, 80.0], [0.0, 30.0]]
     matrix = builder().build(weight)
     assert matrix.embedding(torch.arange(3)).tolist() == expected

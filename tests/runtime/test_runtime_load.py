@@ -1,4 +1,4 @@
-"""From a file to a running model, and what the runtime must not pull in."""
+"""Loading a model from a file, and modules that the runtime must not import."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_the_runtime_stays_minimal() -> None:
         "tokenizers",
         "cluscomp_export",
     ]
-    # Compared with bare torch, which may itself import what is installed.
+    # Compared with torch alone, which may import other installed packages.
     code = (
         "import sys, torch, numpy; before = set(sys.modules); import cluscomp_runtime; "
         f"print([name for name in {unwanted} if name in sys.modules and name not in before])"

@@ -1,4 +1,4 @@
-"""Models that are larger than memory: refused before they are read, and where the system refuses, with an error of ours."""
+"""Models larger than memory: they are rejected before they are read, and failed allocations raise our own error."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def never() -> Any:
 
 
 def huge_model() -> Model:
-    """Well-formed: 2^60 weights of the head in 1024 x 2^30 one-bit codes, of the embedding in as many along the other axis."""
+    """A well-formed model: the head has 2^60 weights in 1024 x 2^30 one-bit codes, the embedding as many on the other axis."""
     config = small_config(vocab_size=HUGE, hidden_size=HUGE, num_attention_heads=4, head_dim=8)
     small = clustered_model(small_config())
     book = Codebook("book", Array((2, 1 << 20), "float16", never))
@@ -64,7 +64,7 @@ def test_other_errors_pass() -> None:
 
 
 class AcceleratorError(RuntimeError):
-    """As torch calls what goes wrong on a GPU."""
+    """Simulates torch's error for faults on a GPU."""
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The self-test: what it accepts, what it catches, and records from files of unknown origin."""
+"""The self-test: models it accepts, faults it detects, and untrusted records."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_the_tolerance_is_the_documented_formula(model: Model, record: dict[str,
         worst = max(worst, (narrow.double() - double).abs().max().item())
         largest = max(largest, double.abs().max().item())
     amplification = max(worst / 2**-23, largest)
-    # Another batch shape may round differently in float32; the order of magnitude is fixed by the formula.
+    # Another batch shape may round differently in float32, but the formula determines the order of magnitude.
     assert record["tolerance"]["float32"] == pytest.approx(32 * amplification * 2**-23, rel=0.7)
     assert record["tolerance"]["bfloat16"] / record["tolerance"]["float32"] == pytest.approx(2**16, rel=1e-3)
     assert record["tolerance"]["float16"] / record["tolerance"]["float32"] == pytest.approx(2**13, rel=1e-3)
@@ -70,7 +70,7 @@ def test_a_tokenizer_adds_a_sentence() -> None:
     assert lengths == [5, 5, 32]
     assert bytes(record["sequences"][2]["input_ids"]).startswith(b"The quick brown fox")
     assert {len(row) for sequence in record["sequences"] for row in sequence["top_ids"]} == {3}
-    # Sequences of unequal length: padding must not reach the shorter ones.
+    # Sequences of unequal length: padding must not affect the shorter ones.
     assert run_self_test(LanguageModel.from_model(model), record).ok
 
 
@@ -84,7 +84,7 @@ def test_sequences_of_ones_own(model: Model) -> None:
 
 
 def with_codebook(model: Model, name: str, values: np.ndarray) -> Model:
-    """The model with the first codebook of one weight replaced."""
+    """Return the model with the first codebook of one weight replaced."""
     weight = model.tensors[name]
     assert isinstance(weight, ClusteredWeight)
     first, *others = weight.stages

@@ -1,4 +1,4 @@
-"""Text of tokens as they come, against what the tokenizer makes of all of them at once.
+"""Incremental decoding of tokens, compared with the tokenizer's decoding of all of them at once.
 
 CLUSCOMP_STREAM_EXAMPLES sets the number of texts for each kind of tokenizer.
 """
@@ -28,7 +28,7 @@ def streamed(tokenizer: Tokenizer, prompt: Sequence[int], ids: Sequence[int]) ->
 
 
 def right(tokenizer: Tokenizer, prompt: Sequence[int], ids: Sequence[int]) -> str:
-    """What is new in the text; where that changes the end of the prompt's, all from the first character that differs."""
+    """Return the new part of a text; if the end of the prompt's text changed, all from the first different character."""
     before, after = tokenizer.decode(prompt), tokenizer.decode([*prompt, *ids])
     if before.endswith("\ufffd") and not after.startswith(before):
         return after[next(at for at in range(len(before)) if after[: at + 1] != before[: at + 1]) :]
@@ -60,7 +60,7 @@ def test_the_pieces_of_any_tokens_are_what_the_tokenizer_makes_of_them(kind: str
     tokenizer = tokenizer_of(kind)
     tokens = st.integers(0, tokenizer.vocab_size - 1)
     if kind in DECODERS:
-        # Bytes seldom, and tokens that the vocabulary does not have.
+        # Few byte tokens, and tokens that the vocabulary does not have.
         tokens = st.one_of(st.integers(0, 14), st.sampled_from([15 + byte for byte in (0x41, 0x80, 0xBD, 0xE4)]), tokens)
 
     @settings(max_examples=EXAMPLES)

@@ -18,7 +18,7 @@ BOS, EOS = 256, 257
 
 
 def byte_tokenizer(*, template: bool = False, **settings: Any) -> Tokenizer:
-    """A byte tokenizer; with `template` its post-processor puts `<s>` before a text."""
+    """Return a byte tokenizer; with `template`, its post-processor adds `<s>` before a text."""
     files = byte_tokenizer_files(**settings)
     if template:
         value = json.loads(files["tokenizer.json"].read().tobytes())
@@ -55,7 +55,7 @@ def test_special_tokens_are_recognised_and_left_out() -> None:
     [
         (False, {}, [97]),
         (True, {}, [BOS, 97]),
-        # As transformers 5 does, see test_tokens.py: beside a tokenizer.json this setting says nothing.
+        # As in transformers 5 (see test_tokens.py), this setting has no effect if there is a tokenizer.json.
         (False, {"add_bos_token": True}, [97]),
         (True, {"add_bos_token": True}, [BOS, 97]),
         (True, {"add_bos_token": False}, [BOS, 97]),

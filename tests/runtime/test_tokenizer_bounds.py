@@ -1,4 +1,4 @@
-"""Tokenizers that would take time or memory without end: what is noticed in the file, and what is stopped."""
+"""Tokenizers with unbounded time or memory: properties that are detected in the file, and processes that are stopped."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def split(pattern: str) -> dict[str, Any]:
 
 
 def character_map(*, value: int = 0, child: int = 256, texts: bytes = b"b\0") -> dict[str, Any]:
-    """A map of `a` to the text at `value`: a trie of three blocks of 256 units."""
+    """Return a map of `a` to the text at `value`: a trie of three blocks of 256 units."""
     units = [0] * 768
     units[0] = child << 10
     units[256 ^ ord("a")] = ord("a") | 256 | ((256 ^ ord("a") ^ 512) << 10)
@@ -153,7 +153,7 @@ def test_suspect_tokenizers_are_noticed(name: str) -> None:
 
 
 def test_a_name_given_twice_is_noticed() -> None:
-    """Which of the two counts is for each reader to say."""
+    """Parsers differ in which of the two they use."""
     bomb = json.dumps(document(normalizer=chain("normalizers", *[replace("ee")] * 40)))
     assert reason_to_isolate((bomb[:-1] + ', "normalizer": null}').encode())
 
@@ -197,7 +197,7 @@ def test_a_character_map_that_aborts_the_library_is_an_error(name: str) -> None:
 
 
 def test_an_isolated_tokenizer_gives_what_the_library_gives() -> None:
-    """Not every suspect is a bomb."""
+    """A file that is not accepted may still be harmless."""
     parts = {"pre_tokenizer": split(r"\s+$"), "decoder": {"type": "WordPiece", "prefix": "", "cleanup": False}}
     isolated = load(**parts)
     assert isinstance(isolated.backend, IsolatedTokenizer)

@@ -29,9 +29,9 @@ def place(tensor: onnx.TensorProto) -> tuple[int, int] | None:
     """Return the offset and length of an array in the data file, in bytes; None if it is stored elsewhere."""
     values = {entry.key: entry.value for entry in tensor.external_data[:4]}
     numbers = [values.get(key, "") for key in ("offset", "length")]
-    sound = (
+    valid = (
         len(tensor.external_data) == 3
         and values.get("location") == DATA_FILE
         and all(text.isascii() and text.isdecimal() and len(text) < 20 for text in numbers)
     )
-    return (int(numbers[0]), int(numbers[1])) if sound else None
+    return (int(numbers[0]), int(numbers[1])) if valid else None

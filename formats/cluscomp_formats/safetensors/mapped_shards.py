@@ -63,7 +63,7 @@ class StoredWeights:
     def __init__(self, shards: Mapping[str, MappedShard]) -> None:
         self.payloads: Mapping[str, Payload] = {}
         self._shards = shards
-        self._sound: set[str] = set()
+        self._checked: set[str] = set()
 
     def __contains__(self, key: object) -> bool:
         return key in self._shards
@@ -83,7 +83,7 @@ class StoredWeights:
     def read(self, key: str) -> AnyArray:
         """Return the values of an array, with codes unpacked. Raises InvalidFileError if they violate a rule."""
         payload, stored = self.payloads[key], self._shards[key].read(key)
-        if key in self._sound:
+        if key in self._checked:
             return _aligned(payload.unpack(stored))
         fault_or_none = payload.padding_fault(stored)
         if fault_or_none is not None:
@@ -92,7 +92,7 @@ class StoredWeights:
         fault_or_none = payload.content_fault(values)
         if fault_or_none is not None:
             raise self._error(key, fault_or_none)
-        self._sound.add(key)
+        self._checked.add(key)
         return values
 
     def _error(self, key: str, fault: ContentFault) -> InvalidFileError:

@@ -37,16 +37,16 @@ def check_claim(model: Model, digest: str, file: str | None = None) -> None:
 def content_problems(header: PackedHeader, model: Model, file: MappedFile) -> Iterator[Problem]:
     """Yield the problems of the payloads, all of which are read, and of the digest over them."""
     builder = DigestBuilder(model.config)
-    sound = True
+    valid = True
     for payload, array in stored_payloads(model):
         try:
             values = array.read()
         except InvalidFileError as error:
-            sound = False
+            valid = False
             yield from error.problems
             continue
         if payload.description is not None:
             builder.add(payload.description, array, values)
-    if sound and builder.digest() != header.digest:
+    if valid and builder.digest() != header.digest:
         message = "the content does not match the digest"
         yield Problem("digest_mismatch", message, file.name, "header", builder.digest(), header.digest, _FETCH_AGAIN)

@@ -31,20 +31,20 @@ class MappedFile:
         self.payloads: Sequence[Payload] = ()
         self._file = file
         self._sections = sections
-        self._sound: set[int] = set()
+        self._checked: set[int] = set()
 
     def read(self, number: int) -> AnyArray:
         """Return the values of section `number`. Raises InvalidFileError if it is damaged, StorageError if it is unreadable."""
         payload, section = self.payloads[number], self._sections[number]
         stored = self._file.read(section.offset, section.length, payload.owner)
-        if number in self._sound:
+        if number in self._checked:
             return payload.unpack(stored)
         self._check_stored(payload, section, stored)
         values = payload.unpack(stored)
         fault = payload.content_fault(values)
         if fault is not None:
             raise self._error(payload, fault.kind, fault.message, fault.found, fault.expected)
-        self._sound.add(number)
+        self._checked.add(number)
         return values
 
     def _check_stored(self, payload: Payload, section: Section, stored: npt.NDArray[np.uint8]) -> None:
