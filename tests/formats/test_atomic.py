@@ -1,4 +1,4 @@
-"""A file is complete or not there."""
+"""Atomic writes: a file is either complete or absent."""
 
 import errno
 import sys

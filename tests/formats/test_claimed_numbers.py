@@ -1,4 +1,4 @@
-"""Numbers that a configuration claims and its tensors do not bear out: no time or memory is spent in proportion to them."""
+"""Numbers in a configuration that contradict the tensors do not cost time or memory in proportion to them."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "delta-format.md"
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    """Codebooks that are shared, of several dtypes and stages, one of them int8; row scales; norms of float32 and bfloat16."""
+    """A model with shared codebooks, several dtypes (one int8) and stages, row scales, and float32 and bfloat16 norms."""
     base = with_clusters(tiny_llama())
     name = "model.layers.0.input_layernorm.weight"
     narrow = Array.of(float32_to_bfloat16(np.linspace(0.5, 1.5, 24, dtype=np.float32)), "bfloat16")
@@ -40,7 +40,7 @@ def model() -> Model:
 
 
 def shifted(model: Model, by: float, names: tuple[str, ...] = (BOOK, SECOND, SCALE, NORM)) -> Model:
-    """The model with `by` added to these parameters, 20 times that where they are whole numbers."""
+    """Return the model with `by` added to these parameters, or 20 times `by` to integer ones."""
     known = {name: parameters(model)[name] for name in names}
     steps = {name: 20 * by if array.dtype == "int8" else by for name, array in known.items()}
     changed = {name: Array.of((array.read() + steps[name]).astype(array.dtype)) for name, array in known.items()}
@@ -147,7 +147,7 @@ def test_names_the_format_cannot_hold_are_not_written(model: Model, tmp_path: Pa
 
 
 def rewritten(path: Path, change: Callable[[dict[str, np.ndarray[Any, Any]], dict[str, str]], None]) -> Path:
-    """The delta with other arrays and metadata, its checksum made to fit if it has one."""
+    """Write the delta with other arrays and metadata; if it has a checksum, that is recomputed."""
     header, data = split_safetensors(path.read_bytes())
     metadata = header.pop("__metadata__")
     arrays = safetensors.numpy.load_file(path)
@@ -167,7 +167,7 @@ def rewritten(path: Path, change: Callable[[dict[str, np.ndarray[Any, Any]], dic
 
 def test_every_flipped_bit_is_found(file: Path) -> None:
     data = file.read_bytes()
-    # The padding of the header's end is not covered: white space for white space would change nothing.
+    # The padding at the end of the header is not covered by the checksum: other white space has the same meaning.
     for position in range(0, len(data), 7):
         damaged = bytearray(data)
         damaged[position] ^= 1
@@ -329,7 +329,7 @@ def test_swapping_in_the_runtime_is_the_same_as_loading(model: Model, kernel: st
         np.testing.assert_array_equal(loaded.forward(ids).numpy(), expected.numpy())
     loaded.apply_delta(None)
     np.testing.assert_array_equal(loaded.forward(ids).numpy(), base.numpy())
-    # The model itself, which is in memory, has not been written to.
+    # The model in memory has not been modified.
     assert model.digest() == first.base
 
 

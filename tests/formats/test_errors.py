@@ -1,4 +1,4 @@
-"""What people get to read: the facts of a problem, and nothing that a terminal would obey."""
+"""Texts of errors: they have all facts of a problem, and nothing that a terminal would interpret."""
 
 import pytest
 

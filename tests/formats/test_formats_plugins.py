@@ -1,4 +1,4 @@
-"""Formats that other packages bring: installed ones, in processes of their own."""
+"""Formats of installed plug-ins, in separate processes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "plugins.md"
 
 
 def install(site: Path, distribution: str, module: str, code: str, entries: dict[str, str]) -> None:
-    """What pip leaves behind of a package with these entry points."""
+    """Create the metadata that pip installs for a package with these entry points."""
     (site / f"{module}.py").write_text(code, encoding="utf-8")
     metadata = site / f"{module}-1.0.dist-info"
     metadata.mkdir(parents=True)
@@ -45,7 +45,7 @@ def command(site: Path, *arguments: object, **environment: str) -> subprocess.Co
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the plug-in of the documentation is installed."""
+    """A folder in which the plug-in of the documentation is installed."""
     folder = tmp_path_factory.mktemp("site")
     page = PAGE.read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
@@ -130,7 +130,7 @@ def test_a_plug_in_that_does_not_work_leaves_the_others_alone(tmp_path: Path, bo
         assert f"warning: the format plug-in '{name}' of broken-formats is not used" in line
         assert reason in line
         assert line.endswith("update or uninstall broken-formats")
-    # It is asked only about what is not ours.
+    # It is called only for files that no built-in format recognises.
     done = command(tmp_path, "convert", stories_folder, tmp_path / "out", "--to", "unsure")
     assert f"is not one of {', '.join(OURS)}." in done.stderr
     done = command(tmp_path, "inspect", stories_folder, "--quick")

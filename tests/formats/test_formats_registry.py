@@ -1,4 +1,4 @@
-"""The registry of formats, and what importing the formats pulls in."""
+"""The registry of formats, and the modules that importing the formats imports."""
 
 import os
 import shlex
@@ -19,7 +19,7 @@ from cluscomp_formats.registry import open_model
 
 @pytest.fixture
 def formats(monkeypatch: pytest.MonkeyPatch) -> list[Format]:
-    """A registry of two formats told apart by the first byte; the second can be written."""
+    """A registry of two formats that differ in the first byte; the second can be written."""
 
     def starts_with(letter: bytes) -> Format:
         name = letter.decode()
@@ -58,7 +58,7 @@ def test_refusals(formats: list[Format], tmp_path: Path) -> None:
 
 
 def test_our_own_formats_need_no_installation() -> None:
-    """In a source tree there is no metadata to find them by."""
+    """A source tree has no metadata with entry points."""
     assert registry.find_format("packed").open is packed.open_packed
     builtin = registry.BUILTIN
     assert tuple(fmt.name for fmt in registry.formats()[: len(builtin)]) == builtin

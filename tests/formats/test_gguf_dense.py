@@ -50,7 +50,7 @@ def tensors_of(path: Path) -> dict[str, Any]:
     return {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
 
 
-# transformers knows of biases only from a configuration, and GGUF has no key for them: of a file it ignores those tensors.
+# transformers learns of biases only from a configuration, and GGUF has no key for them, so it ignores these tensors.
 @pytest.mark.parametrize(("arch", "options"), [case for case in CASES if "attention_bias" not in case.values[1]])
 def test_transformers_computes_the_same_from_a_float32_file(tmp_path: Path, arch: str, options: Any) -> None:
     original = tiny_model(arch, **options)

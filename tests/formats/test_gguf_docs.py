@@ -1,4 +1,4 @@
-"""The tables of docs/gguf-format.md say what the code does, no more and no less."""
+"""The tables of docs/gguf-format.md match the code exactly."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TEXT = (Path(__file__).parents[2] / "docs" / "gguf-format.md").read_text(encodin
 
 
 def rows(heading: str) -> list[list[str]]:
-    """The cells of the table with that heading."""
+    """Return the cells of the table with this heading."""
     table = TEXT.split(heading, 1)[1].split("\n\n", 1)[0]
     return [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in table.splitlines()[2:]]
 

@@ -1,4 +1,4 @@
-"""Damaged and hostile native files: each is refused with the problem it has, and none does harm."""
+"""Damaged and hostile native files: each is rejected with its own problem, without harm."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def problems_of(path: Path, *, check: bool = True) -> set[tuple[str, str | None]]:
-    """Kind and place of the problems found; fails if there are none."""
+    """Return the kind and place of the problems found; fails if there are none."""
     with pytest.raises(InvalidFileError) as caught:
         open_gguf(path, check=check)
     assert all(problem.file == str(path) for problem in caught.value.problems)
@@ -112,12 +112,12 @@ def test_changed_values(sound: Path, tmp_path: Path) -> None:
 
 
 def test_a_code_past_its_codebook(sound: Path, tmp_path: Path) -> None:
-    """With a right checksum: the range is checked for its own sake."""
+    """The checksum is correct, so that only the check of the range can fail."""
     reader = gguf.GGUFReader(sound)
     names = reader.fields["cluscomp.sections"].contents()
     checksums = reader.fields["cluscomp.crc32"].contents()
     number = names.index("blk.0.attn_k.codes")
-    # Codes of 3 bits into 5 clusters: all ones are codes of 7.
+    # 3-bit codes for 5 clusters: if all bits are 1, codes are 7.
     codes = np.full(27, -1, np.int8)
     checksums[number] = zlib.crc32(codes.tobytes())
     path = rewrite(sound, tmp_path / "m.gguf", {"cluscomp.crc32": checksums}, {names[number]: codes})
@@ -162,7 +162,7 @@ def test_another_configuration_is_not_what_the_digest_says(sound: Path, tmp_path
 def test_cut_anywhere(sound: Path, tmp_path: Path) -> None:
     data = sound.read_bytes()
     path = tmp_path / "m.gguf"
-    # Every 97th byte, and all around the end.
+    # Every 97th byte, and all near the end.
     for length in [*range(0, len(data), 97 * len(data) // 20_000), *range(len(data) - 70, len(data))]:
         path.write_bytes(data[:length])
         looks_gguf(path)
@@ -184,7 +184,7 @@ def test_any_changed_byte_is_found(sound: Path, tmp_path_factory: pytest.TempPat
         found = open_gguf(path, check=True)
     except ClusCompError:
         return
-    # Only what says nothing about the weights may change unnoticed: other programs' keys, provenance, names, padding.
+    # Only data unrelated to the weights may change undetected: other programs' keys, provenance, names, padding.
     assert found.digest() == open_gguf(sound).digest()
 
 

@@ -1,4 +1,4 @@
-"""Any model written as GGUF and read back is the same, bit for bit, in agreement with the packed format."""
+"""Any model written as GGUF and read back is bit-identical, and agrees with the packed format."""
 
 from pathlib import Path
 

@@ -36,7 +36,7 @@ def with_tokenizer(tokenizer: dict[str, Any], config: dict[str, Any], vocab_size
 
 
 def byte_level(steps: list[Any], *, use_regex: bool, ignore_merges: bool = False) -> dict[str, Any]:
-    """A trained byte-level BPE that cuts words by `steps`, then `ByteLevel`."""
+    """Train a byte-level BPE that splits text by `steps`, then `ByteLevel`."""
     tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
     last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*steps, last])
@@ -120,7 +120,7 @@ def test_a_sentencepiece_tokenizer(tmp_path: Path, stories_folder: Path, stories
     original = json.loads(model.files["tokenizer.json"].read().tobytes())
     for text in (stories_text.read_text(encoding="utf-8").strip(), TEXT, "", "日本"):
         assert ids(found, text) == ids(original, text)
-    # The library's Metaspace adds no space to a text that has one in front, SentencePiece and llama.cpp do.
+    # The library's Metaspace adds no space to a text that begins with one; SentencePiece and llama.cpp do.
     assert ids(found, " time") == ids(original, "  time")
     theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
     text = stories_text.read_text(encoding="utf-8").strip()
@@ -148,7 +148,7 @@ def drop_merge(tokenizer: dict[str, Any]) -> None:
 
 
 def repeat_late(tokenizer: dict[str, Any]) -> None:
-    """A second way to make the first token made, but ranked last."""
+    """A second merge to the token of the first merge, ranked last."""
     left, right = tokenizer["model"]["merges"][0]
     tokenizer["model"]["merges"].append([left + right, ""])
 
@@ -162,7 +162,7 @@ def test_merges_scores_cannot_say(tmp_path: Path, stories_folder: Path, damage: 
 
 
 def assert_refused(model: Model, folder: Path) -> None:
-    """The dense flavour says no; the native one leaves the keys out, says why, and keeps the files."""
+    """A dense file is refused; a native one omits the keys, gives the reason, and keeps the files."""
     with pytest.raises(UnsupportedError) as caught:
         write_dense_gguf(model, folder / "dense.gguf")
     assert [problem.kind for problem in caught.value.problems] == ["tokenizer"]
@@ -222,7 +222,7 @@ def test_named_chat_templates(tmp_path: Path) -> None:
     theirs = {key: value.value for key, value in writer.kv_data[0].items() if "chat_template" in key}
     assert {key: value for key, value in ours.items() if "chat_template" in key} == {
         **theirs,
-        # gguf-py's order is that of a set.
+        # gguf-py iterates over a set, so the order is arbitrary.
         "tokenizer.chat_templates": ["tool_use", "r_1"],
     }
     assert set(theirs["tokenizer.chat_templates"]) == {"tool_use", "r_1"}

@@ -1,4 +1,4 @@
-"""What a native file says to readers that know nothing but GGUF: keys, names, types, sizes. And how it is written."""
+"""Native files for generic GGUF readers (keys, names, types, sizes), and the writing of files."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_a_reader_made_of_gguf_py_and_numpy_decodes_the_weights(model: Model, pa
 
 
 def unpacked(data: np.ndarray, count: int, bits: int) -> np.ndarray:
-    """Bit by bit, as the specification says it."""
+    """Unpack bit by bit, as in the specification."""
     stream = np.unpackbits(data.view(np.uint8), bitorder="little")[: count * bits].reshape(count, bits)
     codes = stream.astype(np.int64) @ (1 << np.arange(bits))
     assert np.array_equal(codes, unpack_bits(data.view(np.uint8), count, bits))

@@ -1,4 +1,4 @@
-"""One way to damage a folder per test; every one is found and named."""
+"""One kind of damage to a folder per test; each is detected and named."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def model() -> Model:
-    """A weight of 5 codes of 3 bits with everything a weight may have, a norm, flags, a side file."""
+    """A weight of 5 3-bit codes with every optional array, a norm, flags, and a side file."""
     codebook = Codebook("book", Array.of(np.arange(12, dtype=np.float16).reshape(6, 2)))
     codes = Array.of(np.array([[0], [1], [2], [3], [5]], dtype=np.uint16))
     outliers = Outliers(Array.of(np.array([1, 7], np.uint32)), Array.of(np.ones(2, np.float32)))
@@ -50,7 +50,7 @@ def sharded(tmp_path: Path) -> Path:
 
 
 def problems_of(folder: Path, *, check: bool = True) -> tuple[Problem, ...]:
-    """The problems found in a folder, all of files inside it; fails if there are none."""
+    """Return the problems of a folder, after checking that they name files inside it; fails if there are none."""
     with pytest.raises(InvalidFileError) as caught:
         open_hf(folder, check=check)
     assert all((problem.file or "").startswith(str(folder)) for problem in caught.value.problems)
@@ -67,7 +67,7 @@ def edit(path: Path, change: Callable[[Any], Any]) -> None:
 
 
 def set_in(*where: Any) -> Callable[[Any], None]:
-    """A change that sets the last argument at the path of the others; Ellipsis deletes."""
+    """Return a change that sets the value (last argument) at a path (the other arguments); Ellipsis deletes it."""
     *path, last, new = where
 
     def change(value: Any) -> None:
@@ -87,7 +87,7 @@ def header_of(data: bytes) -> dict[str, Any]:
 
 
 def with_header(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Change the header of a safetensors file in place, its length and the data being right."""
+    """Change the header of a safetensors file in place; its length and the data stay correct."""
     data = path.read_bytes()
     header = header_of(data)
     change(header)
@@ -102,7 +102,7 @@ def with_header_bytes(path: Path, header: bytes) -> None:
 
 
 def with_array(path: Path, key: str, content: bytes) -> None:
-    """Replace the bytes of an array by as many others."""
+    """Replace the bytes of an array by the same number of others."""
     data = bytearray(path.read_bytes())
     begin, end = header_of(data)[key]["data_offsets"]
     start = 8 + int.from_bytes(data[:8], "little")
@@ -274,7 +274,7 @@ def test_a_header_longer_than_allowed_is_not_read(folder: Path) -> None:
 
 @pytest.mark.parametrize("number", range(0, 4000, 37))
 def test_any_flipped_byte_is_found_or_harmless(folder: Path, number: int) -> None:
-    """Nothing but InvalidFileError may come of a damaged file; what opens must be the model, or the check must say so."""
+    """A damaged file may only raise InvalidFileError; a model that opens must be unchanged, or the check must detect it."""
     data = bytearray((folder / WEIGHTS).read_bytes())
     data[number % len(data)] ^= 1 << (number % 8)
     (folder / WEIGHTS).write_bytes(data)
@@ -307,7 +307,7 @@ def test_any_flipped_byte_is_found_or_harmless(folder: Path, number: int) -> Non
 def test_values(folder: Path, key: str, content: bytes, problem: tuple[str, str]) -> None:
     with_array(folder / WEIGHTS, key, content)
     assert kinds(problems_of(folder)) == [problem]
-    # Found when read and not before.
+    # Detected when it is read, not before.
     opened = open_hf(folder)
     if problem[0] != "digest_mismatch":
         with pytest.raises(InvalidFileError):
@@ -361,7 +361,7 @@ def test_missing_shard(sharded: Path) -> None:
 
 def test_index_without_an_array(sharded: Path) -> None:
     index = json.loads((sharded / INDEX).read_bytes())["weight_map"]
-    # One that shares its shard; the shard of another would be left out whole.
+    # An array that shares its shard with others; otherwise the whole shard would be omitted.
     key = next(key for key, name in index.items() if list(index.values()).count(name) > 1)
     edit(sharded / INDEX, set_in("weight_map", key, ...))
     assert kinds(problems_of(sharded)) == [("misplaced_tensor", key)]

@@ -1,4 +1,4 @@
-"""Any model written as a folder and read back is the same, bit for bit, and so it is by way of the packed format."""
+"""Any model written as a folder and read back is bit-identical, also via the packed format."""
 
 import hashlib
 import json
@@ -41,7 +41,7 @@ def test_any_model_round_trips(tmp_path_factory: pytest.TempPathFactory, model: 
 
 
 def small_model() -> Model:
-    """Two weights that share a codebook of 5 entries, one with a codebook of its own of 65536, and a norm."""
+    """Two weights that share a codebook of 5 entries, one weight with its own codebook of 65536, and a norm."""
     rng = np.random.default_rng(3)
     shared = Codebook("shared", Array.of(rng.standard_normal((5, 4)).astype(np.float16)))
     wide = Codebook("wide", Array.of(rng.standard_normal((65536, 2)).astype(np.float16)))
@@ -94,7 +94,7 @@ def test_safetensors_reads_what_the_specification_says(tmp_path: Path) -> None:
 def test_config_is_the_model_s_own_with_one_member_more(tmp_path: Path) -> None:
     report = write_hf(small_model(), tmp_path / "m")
     config = json.loads((tmp_path / "m" / "config.json").read_bytes())
-    # No dtype in the configuration: transformers is told that of the dense tensors.
+    # The configuration has no dtype, so that of the dense tensors is added for transformers.
     assert config.pop("dtype") == "float32"
     assert config.pop("quantization_config") == {
         "added": {"dtype": "float32"},
@@ -131,7 +131,7 @@ def test_a_dtype_that_is_there_stays(tmp_path: Path, config: dict[str, object]) 
 def test_parts_without_a_dtype_get_that_of_the_whole(
     tmp_path: Path, config: dict[str, object], added: dict[str, object]
 ) -> None:
-    """transformers opens the text part of a multimodal model by itself, and would take the dtype of a codebook for it."""
+    """transformers can load the text part of a multimodal model alone, and would use the dtype of a codebook for it."""
     write_hf(Model(config, {}), tmp_path / "m")
     stored = json.loads((tmp_path / "m" / "config.json").read_bytes())
     assert stored["quantization_config"]["added"] == added

@@ -1,4 +1,4 @@
-"""The specification's tables say what the code does."""
+"""The specification's tables match the code."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ PROSE = " ".join(TEXT.split())
 
 
 def table(*headings: str) -> list[list[str]]:
-    """The rows of the table with those columns."""
+    """Return the rows of the table with these columns."""
     lines = TEXT.splitlines()
     start = lines.index(f"| {' | '.join(headings)} |") + 2
     rows = []

@@ -1,4 +1,4 @@
-"""What the writer refuses, when, and what it leaves behind when it fails: nothing."""
+"""Models that the writer rejects, and when; and that it leaves nothing behind when it fails."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_a_killed_writer_leaves_no_folder_of_that_name(tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env={"PYTHONPATH": ":".join(sys.path)})
     assert run.returncode == 9
     assert not (tmp_path / "m").exists()
-    # What is left cannot be taken for a model.
+    # The rest is not a valid model.
     (part,) = tmp_path.iterdir()
     assert not (part / "config.json").exists()
 

@@ -1,4 +1,4 @@
-"""What a clustered weight means: `decode()` against values worked out by hand."""
+"""`ClusteredWeight.decode()` against values computed by hand."""
 
 from collections.abc import Sequence
 
@@ -21,7 +21,7 @@ def test_vectors_along_the_out_axis() -> None:
     expected = [
         [10, 0],
         [11, 1],
-        [20, 10],  # the second group's second element would be output 3, which there is not
+        [20, 10],  # the second element of the second group would be output 3, which does not exist
     ]
     assert weight.decode().tolist() == expected
     assert weight.decode().dtype == np.float32

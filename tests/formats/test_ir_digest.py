@@ -1,4 +1,4 @@
-"""The digest: a known answer put together by hand from its definition, what enters it, and what does not."""
+"""The digest: a value assembled by hand from its definition, and the parts of a model that it does and does not cover."""
 
 import hashlib
 from dataclasses import replace
@@ -27,7 +27,7 @@ def model(**changes: Any) -> Model:
 
 
 def test_known_answer() -> None:
-    # Written out byte by byte: upper case sorts before lower case, the shared codebook comes once, before its first user.
+    # Written byte by byte: upper case sorts before lower case; the shared codebook occurs once, before its first user.
     axis = b'"tensor":"%s","weight_shape":[3,2]}\n'
     parts = [
         b'cluscomp-digest-1\n{"eps":1e-05,"hidden_size":2}\n',

@@ -1,4 +1,4 @@
-"""What the IR refuses, and how it stores and rounds arrays."""
+"""Values that the IR rejects, and the storage and rounding of arrays."""
 
 from collections.abc import Callable
 from typing import Any

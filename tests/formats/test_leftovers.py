@@ -1,4 +1,4 @@
-"""What killed writers leave is cleared away; what living ones make, and everything else, is not touched."""
+"""Temporaries of killed writers are removed; those of running writers, and all other files, are not touched."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def make_folder(path: Path, content: str = "x") -> Path:
 
 @pytest.fixture
 def of_process(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Path], Path], Path, int], Path]:
-    """What another process calls its temporary."""
+    """Return the temporary name of another process."""
 
     def name(made: Callable[[Path], Path], output: Path, process: int) -> Path:
         with monkeypatch.context() as patch:

@@ -1,4 +1,4 @@
-"""One way to damage an ONNX folder per test; every one is found and named."""
+"""One kind of damage to an ONNX folder per test; each is detected and named."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_an_onnx_file_of_others(tmp_path: Path) -> None:
 
 
 def overwrite(folder: Path, found: bytes, replacement: bytes) -> None:
-    """Change bytes on the wire: what protobuf's own interface refuses to write."""
+    """Change the encoded bytes, since protobuf's interface refuses to write such values."""
     content = model_file(folder).read_bytes()
     assert found in content
     assert len(found) == len(replacement)
@@ -103,7 +103,7 @@ def overwrite(folder: Path, found: bytes, replacement: bytes) -> None:
     ["cluscomp.version", '"model_type":"llama"', "model.norm.weight", "model.onnx_data", "length"],
 )
 def test_a_text_that_is_not_utf8(folder: Path, text: str) -> None:
-    """protobuf hands it out as bytes."""
+    """protobuf returns it as bytes."""
     overwrite(folder, text.encode(), b"\xff" + text.encode()[1:])
     assert kinds(problems_of(folder)) == ["bad_text"]
 
@@ -127,7 +127,7 @@ def test_a_node_whose_name_is_not_utf8(folder: Path) -> None:
 
 
 def test_the_version_of_the_container_comes_first(folder: Path) -> None:
-    """`looks_onnx` tells by it."""
+    """`looks_onnx` checks for it."""
     content = model_file(folder).read_bytes()
     assert content[:2] == b"\x08\x0a"
     model_file(folder).write_bytes(content[2:] + content[:2])
@@ -174,14 +174,14 @@ NODE, ATTRIBUTE, INITIALIZER, GRAPH, SUBGRAPHS = 1, 5, 5, 7, 11
     ids=["nodes", "initialisers", "attributes", "nodes with an attribute", "subgraphs", "metadata", "functions"],
 )
 def test_empty_messages_by_the_thousand(folder: Path, unit: bytes, around: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two bytes on the wire become a hundred and fifty, and would become a thousand as objects of Python."""
+    """Two encoded bytes become 150 bytes when parsed, and would become a thousand as Python objects."""
     for module in ("reader", "graph_check"):
         monkeypatch.setattr(f"cluscomp_formats.onnx.{module}.MAX_ENTRIES", 5000)
     content = unit * 5001
     for number in around:
         content = wire_field(number, content)
     with model_file(folder).open("ab") as stream:
-        # What is appended is merged.
+        # protobuf merges appended messages.
         stream.write(content)
     assert kinds(problems_of(folder)) == ["too_many_entries"]
 
@@ -196,7 +196,7 @@ def test_a_fault_in_every_initialiser(folder: Path) -> None:
     finally:
         tracemalloc.stop()
     assert len(problems) == MAX_PROBLEMS
-    # A problem for each would be above 10 MB.
+    # One problem per entry would exceed 10 MB.
     assert peak < 5_000_000
 
 
@@ -389,7 +389,7 @@ def test_the_file_by_its_name_in_the_current_folder(folder: Path, monkeypatch: p
 
 
 def test_links_are_followed(folder: Path) -> None:
-    """The cache of the Hugging Face Hub consists of them."""
+    """The cache of the Hugging Face Hub consists of links."""
     snapshot = hub_cache(folder, folder.parent / "models--owner--name")
     assert looks_onnx(snapshot)
     assert open_onnx(snapshot, check=True).files["tokenizer.json"].read().tobytes() == b"{}"
@@ -404,7 +404,7 @@ def test_a_link_to_a_file_of_the_user_is_refused(folder: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no named pipes")
 def test_a_side_file_that_is_none(folder: Path) -> None:
-    """Reading a pipe would wait for a writer, reading a device never end."""
+    """Reading a pipe would wait for a writer; reading a device would never end."""
     for make, kind in (
         (os.mkfifo, "not_a_file"),
         (lambda path: path.symlink_to("/dev/zero"), "foreign_link"),

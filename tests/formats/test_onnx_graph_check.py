@@ -1,4 +1,4 @@
-"""Graphs that use the weights otherwise than the model says are refused, one lie per test."""
+"""Graphs that do not use the weights as the model describes are rejected; one fault per test."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_another_body_of_an_operator(folder: Path) -> None:
 
 
 def test_a_function_of_another_domain(folder: Path) -> None:
-    """A function may even stand in for a standard operator."""
+    """A function may even replace a standard operator."""
 
     def apply(proto: onnx.ModelProto) -> None:
         node = helper.make_node("Neg", ["X"], ["Y"])
@@ -89,7 +89,7 @@ def test_other_imports(folder: Path, domain: str, version: int) -> None:
 
 
 def test_functions_inlined(folder: Path) -> None:
-    """What optimisers do first."""
+    """Optimisers inline functions first."""
     import onnx.inliner
 
     file = model_file(folder)
@@ -158,7 +158,7 @@ def test_an_overload_of_an_operator(folder: Path) -> None:
 
 
 def test_an_attribute_of_another_type(folder: Path) -> None:
-    """The integer is right, but a runtime looks at the type."""
+    """The integer is correct, but runtimes check the attribute's type."""
 
     def apply(proto: onnx.ModelProto) -> None:
         node_of(proto, "ClusLinear").attribute[0].type = onnx.AttributeProto.FLOAT
@@ -169,7 +169,7 @@ def test_an_attribute_of_another_type(folder: Path) -> None:
 
 @pytest.mark.parametrize("where", ["node", "input", "inner node", "inner input", "inner initialiser"])
 def test_a_value_with_the_name_of_an_array(folder: Path, where: str) -> None:
-    """It would take the array's place."""
+    """It would replace the array."""
 
     def apply(proto: onnx.ModelProto) -> None:
         name = node_of(proto, "ClusLinear").input[2]

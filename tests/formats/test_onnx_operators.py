@@ -1,4 +1,4 @@
-"""The operators mean what the IR means: every form of a weight, in the package onnx's evaluator and in onnxruntime."""
+"""The operators compute what the IR defines, for every kind of weight, in the package onnx's evaluator and in onnxruntime."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ RUNNERS: dict[str, Callable[[Path, Arrays], Arrays]] = {
 
 
 def assert_agrees(model: Model, found: Arrays, feeds: Arrays, *, transposed: bool = False) -> None:
-    """Outputs against the decoded weights, in float64.
+    """Compare outputs with the decoded weights, in float64.
 
-    Each of the `n` products and of the few scalings, sums over stages and conversions behind it rounds once in float32: the
-    error is at most `(n + 16) * eps` of the sum of their magnitudes, whatever the order of summation (Higham, Accuracy and
-    Stability of Numerical Algorithms, 3.1). The magnitudes count every stage and outlier, which may cancel in the weight.
+    Each of the `n` products, and each of the few scalings, sums over stages and conversions after it, rounds once in float32.
+    The error is at most `(n + 16) * eps` times the sum of their magnitudes, for any order of summation (Higham, Accuracy and
+    Stability of Numerical Algorithms, 3.1). The magnitudes include every stage and outlier, since these may cancel each other.
     """
     eps = np.finfo(np.float32).eps
     for number, name in enumerate(matrices(model)):
@@ -45,7 +45,7 @@ def assert_agrees(model: Model, found: Arrays, feeds: Arrays, *, transposed: boo
 
 
 def magnitude(tensor: Tensor) -> np.ndarray:
-    """The weight as it would be if nothing in it cancelled."""
+    """Return the weight with the absolute values of all its parts, so that nothing cancels."""
 
     def absolute(array: Array | None) -> Array | None:
         return None if array is None else Array.of(np.abs(array.to_float32()))
@@ -67,7 +67,7 @@ def magnitude(tensor: Tensor) -> np.ndarray:
 
 @st.composite
 def weights(draw: st.DrawFn) -> Model:
-    """A few weights of any form over shared codebooks, and a dense one."""
+    """A few clustered weights of any kind with shared codebooks, and a dense one."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     sizes = st.one_of(st.integers(1, 40), st.sampled_from([255, 256, 257, 4096]))
     codebooks = [
@@ -96,7 +96,7 @@ def test_any_weight(runner: str, model: Model, transposed: bool) -> None:
 
 
 def test_by_hand(tmp_path: Path) -> None:
-    """A weight of 3 x 2: vectors of two outputs, the second one cut off; row scales and an outlier."""
+    """A 3 x 2 weight with vectors of two outputs (the second vector is cut off), row scales and an outlier."""
     centroids = np.array([[1, 2], [3, 4], [-1, 0.5]], np.float16)
     codes = np.array([[0, 1], [2, 0]], np.uint16)
     book = Codebook("book", Array.of(centroids))

@@ -1,4 +1,4 @@
-"""ONNX folders: any model comes back bit for bit, and what cannot be written is refused before anything is."""
+"""ONNX folders: any model is read back bit for bit, and unsupported models are rejected before anything is written."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def with_graph(model: Model, folder: Path, **options: object) -> Path:
 
 @given(models())
 def test_any_model(model: Model) -> None:
-    # Names the format refuses; see the tests below.
+    # Names that the format rejects; see the tests below.
     names = {name.casefold() for name in model.files}
     if names & {"config.json", "onnx"} or any(name.endswith(".safetensors") for name in names):
         return
@@ -44,7 +44,7 @@ def test_any_model(model: Model) -> None:
             assert {problem.kind for problem in error.problems} == {"name_collision"}  # noqa: PT017
             return
         assert_same(open_onnx(folder, check=True), model)
-        # On to another format and back: the same bytes.
+        # Via another format and back: the same bytes.
         write_packed(open_onnx(folder), Path(scratch) / "m.clus")
         again = with_graph(open_packed(Path(scratch) / "m.clus"), Path(scratch) / "again")
         for name in (MODEL_FILE, DATA_FILE):

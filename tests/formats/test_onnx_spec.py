@@ -1,4 +1,4 @@
-"""docs/onnx-format.md says what the code does."""
+"""The tables of docs/onnx-format.md match the code."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PROSE = " ".join(TEXT.split())
 
 
 def rows(*headings: str) -> list[list[str]]:
-    """The rows of the table with those columns."""
+    """Return the rows of the table with these columns."""
     lines = TEXT.splitlines()
     found = []
     for line in lines[lines.index(f"| {' | '.join(headings)} |") + 2 :]:

@@ -1,4 +1,4 @@
-"""Bit packing of codes, against hand-computed streams and against arithmetic on one big integer."""
+"""Bit packing of codes, compared with hand-computed streams and with arithmetic on a big integer."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from cluscomp_formats.sections.bits import pack_bits, packed_bytes, unpack_bits
 
 
 def stream_of(codes: list[int], bits: int) -> bytes:
-    """The definition: the codes as the digits of one integer, least significant first."""
+    """Pack by definition: the codes are the digits of one integer, least significant first."""
     total = sum(code << (bits * index) for index, code in enumerate(codes))
     return total.to_bytes((len(codes) * bits + 7) // 8, "little")
 

@@ -1,4 +1,4 @@
-"""One lie per test: every way a packed file can be wrong has its own problem, which names file and tensor."""
+"""One fault per test: every fault of a packed file has its own problem, which names file and tensor."""
 
 import json
 import os
@@ -104,7 +104,7 @@ def test_trailing_bytes(path: Path, data: bytes) -> None:
     assert problem.expected == str(len(data))
 
 
-# What is no packed file at all.
+# Files of other types.
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ Change = Callable[[dict[str, Any]], Any]
 
 
 def put(*keys: Any) -> Change:
-    """Sets the member at all but the last of `keys` to the last."""
+    """Set the member at the path `keys[:-1]` to `keys[-1]`."""
 
     def change(header: dict[str, Any]) -> None:
         target: Any = header
@@ -352,7 +352,7 @@ def test_a_shared_section_is_reported_with_the_one_left_over(path: Path, data: b
     assert kinds(problems_of(path, changed)) == [("section_shared", "norm"), ("section_unused", "sections[6]")]
 
 
-# The sections' content: found when the section is read, or at once with check=True.
+# The sections' content: detected when the section is read, or immediately with check=True.
 
 
 def float_bytes(*values: float) -> bytes:
@@ -428,7 +428,7 @@ def test_a_file_cut_while_open_is_an_error_not_a_crash(path: Path, data: bytes) 
 
 
 def test_claims_of_giant_sizes_allocate_nothing(path: Path, data: bytes) -> None:
-    """Whatever the shapes say: they are held against the section's length, in Python's integers."""
+    """Shapes are compared with the section's length in Python integers, which cannot overflow."""
     import tracemalloc
 
     def change(header: dict[str, Any]) -> None:
@@ -444,7 +444,7 @@ def test_claims_of_giant_sizes_allocate_nothing(path: Path, data: bytes) -> None
 
 
 def test_surgery_itself_is_sound(path: Path, data: bytes) -> None:
-    """Changing nothing gives the same bytes, so the tests above see only what they changed."""
+    """Changing nothing gives the same bytes, so the tests above see only their own change."""
     assert with_header(data, lambda _: None) == data
     assert with_preamble(data, 1, 1) == data
     content = data[header_of(data)["sections"][CODES]["offset"] :][:2]

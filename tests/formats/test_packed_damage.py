@@ -1,4 +1,4 @@
-"""Damage of any kind gives InvalidFileError or the unharmed model; never another exception, never another model."""
+"""Any damage gives InvalidFileError or the unchanged model, never another exception or another model."""
 
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 def accepted(path: Path, data: bytes) -> bool:
-    """Whether the file opens; if so it must hold the model unharmed."""
+    """Return whether the file opens, in which case the model must be unchanged."""
     path.write_bytes(data)
     try:
         model = open_packed(path, check=True)
@@ -103,7 +103,7 @@ TOKENS = [
 def test_random_lies_in_a_header_with_right_checksums(
     data: bytes, tmp_path_factory: pytest.TempPathFactory, draw: st.DataObject
 ) -> None:
-    """Past the checksums: one value of the header is replaced by another."""
+    """One value of the header is replaced by another, with correct checksums."""
     header = data[preamble_fields(data)[4] :]
     starts = [at + 1 for at, byte in enumerate(header) if byte in b":[,"]
     start = draw.draw(st.sampled_from(starts))
@@ -114,6 +114,6 @@ def test_random_lies_in_a_header_with_right_checksums(
         model = open_packed(path, check=True)
     except InvalidFileError:
         return
-    # Configuration aside, what opens decodes; the digest was checked, so nothing it covers has changed.
+    # A model that opens can be decoded. The digest was checked, so nothing that it covers has changed.
     for name, tensor in small_model().tensors.items():
         assert model.tensors[name].decode().tobytes() == tensor.decode().tobytes()

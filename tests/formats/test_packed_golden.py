@@ -1,6 +1,6 @@
-"""Golden files: old bytes stay readable, the writer still makes them, and an independent reader agrees.
+"""Golden files: old files stay readable, the writer still makes the same bytes, and an independent reader agrees.
 
-The reader here is written from `docs/packed-format.md` with struct, json, zlib, hashlib and integers; it uses nothing of ours.
+The reader here follows `docs/packed-format.md` with struct, json, zlib, hashlib and integers; it uses none of our code.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ def expected(name: str) -> dict[str, Any]:
 
 
 def f32(value: float) -> float:
-    """Rounded to float32."""
+    """Round to float32."""
     rounded: float = struct.unpack("<f", struct.pack("<f", value))[0]
     return rounded
 
@@ -37,7 +37,7 @@ STRUCT_CODES = {
 
 
 class IndependentReader:
-    """Follows the specification, section by section."""
+    """A reader that follows the specification, section by section."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
@@ -56,7 +56,7 @@ class IndependentReader:
         return content
 
     def array(self, entry: dict[str, Any]) -> list[Any]:
-        """The values in row-major order; bfloat16 widened."""
+        """Return the values in row-major order; bfloat16 is widened."""
         raw = self.section(entry["section"])
         if entry["dtype"] == "bfloat16":
             halves = [raw[at : at + 2] for at in range(0, len(raw), 2)]
@@ -75,7 +75,7 @@ class IndependentReader:
         return codes
 
     def weight(self, tensor: dict[str, Any]) -> list[float]:
-        """A clustered weight, row-major `[out_features, in_features]`, every step rounded to float32."""
+        """Return a clustered weight, row-major `[out_features, in_features]`, with every step rounded to float32."""
         rows, columns = tensor["shape"]
         total: Matrix = [[0.0] * columns for _ in range(rows)]
         along = rows if tensor["group_axis"] == "out" else columns

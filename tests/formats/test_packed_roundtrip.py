@@ -1,4 +1,4 @@
-"""Any model written and read back is the same, bit for bit, and written again gives the same bytes."""
+"""Any model written and read back is bit-identical, and writing it again gives the same bytes."""
 
 from pathlib import Path
 

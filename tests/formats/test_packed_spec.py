@@ -1,4 +1,4 @@
-"""The specification's tables say what the code does."""
+"""The specification's tables match the code."""
 
 import re
 import struct
@@ -15,7 +15,7 @@ PROSE = " ".join(TEXT.split())
 
 
 def table(first_header: str) -> list[list[str]]:
-    """The rows of the table whose first column has that heading."""
+    """Return the rows of the table whose first column has this heading."""
     lines = TEXT.splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith(f"| {first_header} |")) + 2
     rows = []

@@ -1,4 +1,4 @@
-"""What the writer refuses, when, and what it leaves behind when it fails: nothing."""
+"""Models that the writer rejects, and when; and that it leaves nothing behind when it fails."""
 
 import errno
 import os
@@ -148,7 +148,7 @@ def test_every_payload_is_read_once_and_only_one_is_held(tmp_path: Path) -> None
 
 
 class Crash(BaseException):
-    """As merciless as a KeyboardInterrupt."""
+    """Not derived from Exception, like KeyboardInterrupt."""
 
 
 @pytest.mark.parametrize("raised", [ValueError("broken"), KeyboardInterrupt(), MemoryError(), Crash()])
@@ -187,7 +187,7 @@ def test_a_failing_callback_leaves_nothing_behind(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on the size of files")
 def test_a_full_disk_is_an_error_with_a_remedy(tmp_path: Path) -> None:
-    """A limit on the size of files makes writes fail as a full disk does: in the middle, in the operating system."""
+    """A limit of the file size makes writes fail like a full disk: in the middle, by the operating system."""
     path = tmp_path / "m.clus"
     path.write_bytes(b"what was there")
     script = textwrap.dedent(
@@ -215,13 +215,13 @@ def test_a_full_disk_is_an_error_with_a_remedy(tmp_path: Path) -> None:
 
 
 def environment() -> dict[str, str]:
-    """This process's, with its search path: pytest adds the source folders to `sys.path` only."""
+    """Return this process's environment with its search path, because pytest adds source folders only to `sys.path`."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 def test_an_unfinished_file_is_never_taken_for_a_model(tmp_path: Path) -> None:
-    """A process killed outright leaves its temporary file, which must not open."""
+    """A killed process leaves its temporary file, which must not open."""
     script = textwrap.dedent(
         """
         import os, signal, sys
@@ -256,7 +256,7 @@ def test_progress_counts_stored_bytes(tmp_path: Path, monkeypatch: pytest.Monkey
     assert seen[-1] == (report.payload_bytes, report.payload_bytes)
     assert sorted(seen) == seen
     assert len(seen) > 14
-    # The pieces joined without a seam.
+    # The pieces are joined correctly.
     assert open_packed(tmp_path / "m.clus", check=True).digest() == model.digest()
 
 

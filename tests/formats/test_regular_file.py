@@ -1,4 +1,4 @@
-"""Files are looked at before they are opened, and read no further than asked."""
+"""Files are checked before they are opened, and no more is read than requested."""
 
 from __future__ import annotations
 

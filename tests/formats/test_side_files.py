@@ -1,4 +1,4 @@
-"""Files beside the weights: what travels through every format, what stays behind and is named, and names that lead nowhere."""
+"""Side files: those that every format keeps, those that are omitted with a note, and invalid names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files larger than the address space are read piece by piece, with few mappings and few open files."""
+"""Files larger than the address space are read in pieces, with few mappings and few open files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_every_piece_is_what_the_file_holds(content: bytes, tmp_path: Path) -> N
             assert piece.tobytes() == content[offset : offset + length] == file.copy(offset, length)
             kept.append((piece, offset))
     del file
-    # They outlive the file.
+    # The arrays stay valid after the file object is gone.
     assert all(piece.tobytes() == content[offset : offset + len(piece)] for piece, offset in kept)
 
 
@@ -58,7 +58,7 @@ def test_small_pieces_share_a_mapping_and_nothing_else_stays_mapped(
     monkeypatch.setattr(stored_file.mmap, "mmap", Counting)
     file = StoredFile(tmp_path / "file")
     kept = [file.read(offset, 100) for offset in range(0, 10 * WINDOW - 100, 1000)]
-    # Each window once, and those pieces that lie in two.
+    # Each window once, plus the pieces that cross two windows.
     assert len(made) <= 20
     assert sum(made) <= 10 * WINDOW + 10 * 2 * mmap.ALLOCATIONGRANULARITY
     del kept

@@ -1,4 +1,4 @@
-"""Strict JSON: what holding a value against the rules costs."""
+"""Strict JSON: the cost of checking a value."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_a_long_name_is_not_repeated_for_every_member_below_it() -> None:
     parse_strict(text)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    # With a path for each member these were 900 MB.
+    # A path for each member would need 900 MB.
     assert peak < 100 * len(text)
 
 

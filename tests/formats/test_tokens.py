@@ -1,4 +1,4 @@
-"""Which tokens there are, which are special, and what goes around a text: as transformers has it, whatever file says it."""
+"""The tokens, special tokens and tokens around a text are those of transformers, for all combinations of files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def as_files(values: Mapping[str, Any]) -> dict[str, Array]:
 
 
 def as_folder(values: Mapping[str, Any], folder: Path) -> Any:
-    """The tokenizer of these files as transformers loads it."""
+    """Return the tokenizer that transformers loads from these files."""
     for name, value in {**values, "config": {"model_type": "llama"}}.items():
         (folder / f"{name}.json").write_text(json.dumps(value))
     return AutoTokenizer.from_pretrained(folder)
@@ -109,7 +109,7 @@ def test_added_tokens_are_those_of_transformers(name: str, stories: dict[str, An
         expected = theirs(text).input_ids
         assert ours.encode(text) == (expected[1:] if text.startswith("<s>") else expected), text
         assert ours.decode(expected, skip_special_tokens=True) == theirs.decode(expected, skip_special_tokens=True)
-    # What the writers of other formats see is what the library made of it.
+    # Writers of other formats get the result of the library.
     stored = read_tokenizer(as_files(values))
     assert stored is not None
     assert {item["content"]: item["id"] for item in stored.tokenizer["added_tokens"]} == theirs.get_added_vocab()

@@ -1,4 +1,4 @@
-"""The tables of docs/tokens.md name what the code knows, no more and no less."""
+"""The tables of docs/tokens.md match the code exactly."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ TEXTS = ["Once<|im_start|>upon<x>a time</s>", "Once", "<|im_start|>", "[PAD513]"
 
 
 def model_folder(original: Path, folder: Path, *, rows: int, **files: Mapping[str, Any]) -> Path:
-    """stories260K with that many embeddings and members of JSON files changed."""
+    """Return stories260K with another number of embeddings and changed members of JSON files."""
     shutil.copytree(original, folder)
     weights = load_file(folder / "model.safetensors")
     embedding = weights["model.embed_tokens.weight"]

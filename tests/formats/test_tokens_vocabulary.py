@@ -1,4 +1,4 @@
-"""Tokenizers built from SentencePiece models and from `vocab.json` with `merges.txt` cut texts as the originals do."""
+"""Tokenizers built from SentencePiece models and from `vocab.json` with `merges.txt` split texts like the originals."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_model_gives_the_ids_of_its_tokenizer_json(stories_folder: Path, stori
     built = build_tokenizer_files({"tokenizer.model": blob(stories_model)})
     ours = tokenizer_of({name: blob(content) for name, content in built.items()})
     original = tokenizer_of({"tokenizer.json": blob((stories_folder / "tokenizer.json").read_bytes())})
-    # A second space in front is the difference between SentencePiece and the library's Metaspace.
+    # SentencePiece and the library's Metaspace differ if a text begins with a space.
     for text in (stories_text.read_text(encoding="utf-8"), "x</s>y<s>", *TEXTS):
         assert ours.encode(text) == original.encode(text)
     assert ours.special_tokens == {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
@@ -76,7 +76,7 @@ def test_the_artefact_carries_what_was_built(stories_folder: Path, tmp_path: Pat
     text = stories_text.read_text(encoding="utf-8")[:2000].strip()
     ids = tokenizer_of(open_source(stories_folder).files).encode(text)
     assert tokenizer_of(source.files).encode(text) == ids
-    # An artefact that was written before, without it, is read just so.
+    # An older output, written without it, is read in the same way.
     assert tokenizer_of({name: array for name, array in source.files.items() if name != "tokenizer.json"}).encode(text) == ids
     write_dense_gguf(source, tmp_path / "m.gguf")
     assert tokenizer_of(open_source(tmp_path / "m.gguf").files).encode(text) == ids
@@ -111,7 +111,7 @@ def test_a_space_before_the_text_alone_where_the_configuration_is_not_legacy(sto
 
 
 def train(**options: Any) -> tuple[Any, bytes]:
-    """A SentencePiece model of that library's own, and its bytes."""
+    """Train a SentencePiece model with its own library; return it and its bytes."""
     sentencepiece = pytest.importorskip("sentencepiece")
     from io import BytesIO
 
@@ -135,7 +135,7 @@ def train(**options: Any) -> tuple[Any, bytes]:
 @pytest.mark.parametrize("spaces", [True, False])
 @pytest.mark.parametrize("fallback", [True, False])
 def test_ids_are_those_of_sentencepiece(kind: str, rules: str, spaces: bool, fallback: bool) -> None:
-    """`spaces`: one is put in front of a text, and extra ones stay."""
+    """`spaces`: a space is inserted before a text, and repeated spaces are kept."""
     theirs, content = train(
         model_type=kind,
         normalization_rule_name=rules,
@@ -151,7 +151,7 @@ def test_ids_are_those_of_sentencepiece(kind: str, rules: str, spaces: bool, fal
     def check(text: str) -> None:
         ids = ours.encode(text, add_special_tokens=False)
         assert ids == theirs.encode(text)
-        # Unknown tokens are left out by us and shown by them.
+        # We skip unknown tokens, they print them.
         if theirs.unk_id() not in ids:
             assert ours.decode(ids) == theirs.decode(ids)
 
@@ -173,7 +173,7 @@ def test_t5_has_its_sentinels_and_ends_a_text(tmp_path: Path) -> None:
     assert ours.encode("x")[-1] == ours.eos_id == 1
 
 
-# Files that are not sound
+# Invalid files
 
 
 def field(number: int, content: bytes) -> bytes:
@@ -261,7 +261,7 @@ def test_a_vocabulary_with_merges(tokenizer_class: str, model_type: str, says: b
     assert ours.special_tokens == theirs.special_tokens_map
 
 
-# Why there is none
+# Reasons why there is no tokenizer
 
 
 BYTE_FILES = {"vocab.json": '{"a": 0, "b": 1, "ab": 2}', "merges.txt": "a b\n"}
