@@ -89,8 +89,7 @@ def measured(
         windows = cut(reference, arguments)
         quality = evaluate(load(output, kernel="dense", selftest=True), windows, reference=reference)
     predicted = sum(
-        losses[name].cost(row_scale=treatment.row_scale) * plan.expected_error(name)
-        for name, treatment in plan.treatments.items()
+        losses[name].cost(row_scale=scheme.row_scale) * plan.expected_error(name) for name, scheme in plan.schemes.items()
     )
     return {
         "linears": report.bits_per_weight["linears"],

@@ -94,10 +94,10 @@ def first_blocks(source: Model, blocks: int, path: Path) -> Model:
     """The source with its first blocks clustered, in a file, so that nothing is computed twice."""
     plan = plan_fixed(source, cluster_dim=DIM, num_clusters=CLUSTERS, share="none", embedding_bits=16)
     chosen = {}
-    for name, treatment in plan.treatments.items():
+    for name, scheme in plan.schemes.items():
         index = block_index(name)
         if index is not None and index < blocks:
-            chosen[name] = treatment
+            chosen[name] = scheme
     write_packed(cluster_model(source, Plan(chosen)), path)
     return open_source(path)
 

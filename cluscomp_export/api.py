@@ -367,17 +367,9 @@ def _conversion_options(keywords: ConversionKeywords) -> ConversionOptions:
     from cluscomp_export.planning.sizes import parse_bytes
 
     names = {"dim": "cluster_dim", "clusters": "num_clusters"}
-    levels: dict[str, dict[str, Any]] = {"blockwise": {}, "recovery": {}}
-    others: dict[str, Any] = {}
-    for name, value in keywords.items():
-        level, _, setting = name.partition("_")
-        if level in levels:
-            levels[level]["rate" if setting == "lr" else setting] = value
-        else:
-            others[names.get(name, name)] = value
+    others: dict[str, Any] = {names.get(name, name): value for name, value in keywords.items()}
     others["plan"] = _path(keywords.get("plan"))
     calibration, budget = keywords.get("calibration"), keywords.get("budget")
     others["calibration"] = None if calibration is None else str(calibration)
     others["budget"] = parse_bytes(budget) if isinstance(budget, str) else budget
-    others |= levels
     return ConversionOptions(**others)

@@ -1,7 +1,7 @@
-"""What a conversion has finished so far, kept beside its output until that is there: a rerun goes on from it.
+"""What a conversion has finished so far, kept beside its output until that is there: a rerun resumes from it.
 
-Each unit of work, a name and some arrays, is a safetensors file of its own. It gets its name when it is complete, and is taken
-up again only if it is unharmed and belongs to the same conversion: a SHA-256 in the file covers what the conversion is, the
+Each unit of work, a name and some arrays, is a safetensors file of its own. It gets its name when it is complete, and is used
+again only if it is undamaged and belongs to the same conversion: a SHA-256 in the file covers what the conversion is, the
 unit's name and the arrays. Anything else is as good as absent, so a rerun can only be slower, never wrong.
 """
 
@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from cluscomp_export.store import ArraySpecs
 from cluscomp_formats.errors import InvalidFileError, Problem, StorageError
 from cluscomp_formats.files.atomic import storage_error
 from cluscomp_formats.files.leftovers import shown_name, try_lock
@@ -25,14 +26,11 @@ from cluscomp_formats.safetensors.mapped_shards import open_shard
 from cluscomp_formats.safetensors.writer import header_bytes, lay_out
 from cluscomp_formats.strict_json import canonical_json
 
-__all__ = ["Forms", "WorkFolder", "fingerprint", "work_folder", "work_path"]
+__all__ = ["WorkFolder", "fingerprint", "work_folder", "work_path"]
 
 _UNIT = re.compile(r"([0-9a-f]{16})-[0-9a-f]{32}\.(safetensors|part)")
 _CHECKSUM = "sha256"
-_CHECKSUM_FORM = ("uint8", (32,))
-
-Forms = Mapping[str, tuple[str, tuple[int, ...]]]
-"""Dtype, a key of `DTYPES`, and shape of arrays, by name."""
+_CHECKSUM_SPEC = ("uint8", (32,))
 
 
 def work_path(output: Path) -> Path:
@@ -58,7 +56,6 @@ class WorkFolder:
         self.path = path
         self.conversion = ""
         self._saved: set[str] = set()
-        self._reused: set[str] = set()
         self._sound: set[str] = set()
 
     def begin(self, conversion: str) -> tuple[int, int]:
@@ -76,38 +73,38 @@ class WorkFolder:
                 deleted += file.suffix == ".safetensors"
         return kept, deleted
 
-    def load(self, name: str, forms: Forms) -> dict[str, AnyArray] | None:
-        """The arrays of a unit, None if it has not been finished, is damaged or holds other arrays than `forms`.
+    def load(self, name: str, specs: ArraySpecs) -> dict[str, AnyArray] | None:
+        """The arrays of a unit, None if it has not been finished, is damaged or holds other arrays than `specs`.
 
         Raises StorageError if it was sound before: what depends on it would not be what it was computed from.
         """
-        arrays = self._read(name, forms)
+        arrays = self._read(name, specs)
         if arrays is None and name in self._sound:
             message, remedy = "a finished part is gone or was changed while it was needed", "run the same command again"
             raise StorageError(Problem("unit_changed", message, str(self._file(name)), remedy=remedy))
-        if arrays is not None and name not in self._saved:
-            self._reused.add(name)
+        if arrays is not None:
+            self._sound.add(name)
         return arrays
 
-    def holds(self, name: str, forms: Forms) -> bool:
-        """Whether a unit is there, sound and of these `forms`."""
-        if self._read(name, forms) is None:
-            return False
-        self._sound.add(name)
-        return True
+    def holds(self, name: str, specs: ArraySpecs) -> bool:
+        """Whether a unit is there, undamaged and of these `specs`. Reads it the first time."""
+        if name not in self._sound and self._read(name, specs) is not None:
+            self._sound.add(name)
+        return name in self._sound
 
     def discard(self, names: Iterable[str]) -> int:
         """Delete units, those that are there: how many. Raises StorageError."""
-        files = [file for file in map(self._file, names) if file.exists()]
-        for file in files:
-            _delete(file)
-        return len(files)
+        found = [name for name in names if self._file(name).exists()]
+        for name in found:
+            _delete(self._file(name))
+        self._sound.difference_update(found)
+        return len(found)
 
-    def _read(self, name: str, forms: Forms) -> dict[str, AnyArray] | None:
+    def _read(self, name: str, specs: ArraySpecs) -> dict[str, AnyArray] | None:
         try:
             shard = open_shard(self._file(name))
             stored = {key: (entry.dtype, entry.shape) for key, entry in shard.entries.items()}
-            if stored != _stored_forms(forms):
+            if stored != _stored_specs(specs):
                 return None
             arrays = {}
             for key, entry in shard.entries.items():
@@ -148,8 +145,8 @@ class WorkFolder:
 
     @property
     def reused(self) -> int:
-        """Units of an earlier attempt that were taken up again."""
-        return len(self._reused)
+        """Units of an earlier attempt that were used again."""
+        return len(self._sound - self._saved)
 
     @property
     def empty(self) -> bool:
@@ -190,8 +187,8 @@ class WorkFolder:
                 yield self.path / name, match[1]
 
     def _checksum(self, name: str, stored: Mapping[str, AnyArray]) -> bytes:
-        forms = {key: [values.dtype.name, list(values.shape)] for key, values in stored.items()}
-        checksum = hashlib.sha256(canonical_json([self.conversion, name, forms]).encode())
+        specs = {key: [values.dtype.name, list(values.shape)] for key, values in stored.items()}
+        checksum = hashlib.sha256(canonical_json([self.conversion, name, specs]).encode())
         for key in sorted(stored):
             checksum.update(stored[key].reshape(-1).view(np.uint8).data)
         return checksum.digest()
@@ -253,5 +250,5 @@ def _array_name(key: str) -> str:
     return key.removeprefix("array.")
 
 
-def _stored_forms(forms: Forms) -> dict[str, tuple[str, tuple[int, ...]]]:
-    return {**{_key(array): form for array, form in forms.items()}, _CHECKSUM: _CHECKSUM_FORM}
+def _stored_specs(specs: ArraySpecs) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {**{_key(array): spec for array, spec in specs.items()}, _CHECKSUM: _CHECKSUM_SPEC}

@@ -13,8 +13,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from cluscomp_export.compression.codebook_rounding import round_centroids
-from cluscomp_export.compression.error_feedback import Goal
+from cluscomp_export.codebook_rounding import round_centroids
+from cluscomp_export.compression.moments import Target
 from cluscomp_export.planning import CodebookPlan
 from cluscomp_export.progress import Progress, silent
 from cluscomp_formats.errors import InvalidFileError, Problem
@@ -91,7 +91,7 @@ class Encoding:
     """Encodes a matrix of `out_features` rows.
 
     `vectors` `[in_features * groups, cluster_dim]` are those of the transposed, padded matrix, its rows divided by `scale`
-    `[out_features]` if that is given; `fitted` is what the `Fit` of its codebook gave. With a `goal` codes are chosen with
+    `[out_features]` if that is given; `fitted` is what the `Fit` of its codebook gave. With a `target` codes are chosen with
     error feedback, else each vector gets its nearest centroid, and `energy` `[in_features]` says how much the input channels
     count when scales are refitted.
     """
@@ -101,7 +101,7 @@ class Encoding:
     fitted: Mapping[str, AnyArray]
     energy: Floats
     out_features: int
-    goal: Goal | None
+    target: Target | None
     computing: Computing
 
     def run(self, on_progress: Progress = silent) -> dict[str, AnyArray]:
@@ -110,17 +110,17 @@ class Encoding:
         step = self.fitted["step"]
         centroids = self.fitted["centroids"].astype(np.float32) * step
         factors = np.ones(out_features)
-        if self.goal is None:
+        if self.target is None:
             codes = assign(self.vectors, centroids, threads=threads, device=device).reshape(len(self.energy), -1)
             if self.scale is not None:
                 factors = _scale_factors(self.vectors, centroids[codes], self.energy, out_features)
         else:
-            weights, correction = self.vectors.reshape(len(self.energy), -1), self.goal.correction
+            weights, correction = self.vectors.reshape(len(self.energy), -1), self.target.correction
             if correction is not None:
                 weights = weights.copy()
                 weights[:, :out_features] += correction if self.scale is None else correction / self.scale
-            importance = _importance(self.goal.importance, self.scale, out_features)
-            codes, factors = self.goal.moments.encode(weights, centroids, importance, threads=threads, device=device)
+            importance = _importance(self.target.importance, self.scale, out_features)
+            codes, factors = self.target.moments.encode(weights, centroids, importance, threads=threads, device=device)
         row_scale = np.empty(0) if self.scale is None else np.clip(self.scale * factors * step, *SCALE_RANGE)
         return {"codes": codes, "row_scale": row_scale.astype(np.float16)}
 

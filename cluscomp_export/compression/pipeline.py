@@ -1,470 +1,459 @@
-"""Turn a plan into a clustered model whose codebooks and codes are computed when a writer asks for them.
+"""From a plan to a compressed model: fit the codebooks, encode and tune block by block, keep every result in a store.
 
-Memory stays bounded: a codebook with row scales is fitted on a seeded sample of its tensors' vectors, and codes are made one
-tensor at a time, in the order in which writers read them.
+`compress` reads from top to bottom. Each step is a unit of work (a codebook, a matrix, a tuned block). Its arrays are saved in
+a store as soon as they are computed, and loaded from there if an interrupted run has saved them. The result is a lazy model
+over the store.
+
+Memory stays bounded: a codebook with row scales is fitted on a seeded sample of its tensors' vectors, matrices are encoded one
+at a time, and only one block is in memory at a time.
 """
 
 from __future__ import annotations
 
-import functools
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from cluscomp_export.compression.codebook_rounding import LEAST_STEP
-from cluscomp_export.compression.error_feedback import ErrorFeedback, Goal, block_index
-from cluscomp_export.compression.fit_encode import SCALE_RANGE, Computing, Encoding, Fit, Method
+from cluscomp_export.compression.error_feedback import Streams, head_target, input_targets, output_targets
+from cluscomp_export.compression.fit_encode import Computing
+from cluscomp_export.compression.jobs import Jobs
+from cluscomp_export.compression.moments import Target
 from cluscomp_export.compression.unit_order import UnitOrder, discard_void
-from cluscomp_export.compression.workers.local import Job, Workers
-from cluscomp_export.planning import CodebookPlan, Plan, Treatment
+from cluscomp_export.compression.workers.base import Job, Workers
+from cluscomp_export.planning import CodebookPlan, Plan, TensorScheme
+from cluscomp_export.planning.planned_model import model_of_plan
 from cluscomp_export.progress import Progress, silent
-from cluscomp_export.training.loop import Curve, Trained, curve_array, curve_entries, curve_form
-from cluscomp_export.work_folder import Forms, WorkFolder
+from cluscomp_export.sources.linears import block_index, logits_tensor
+from cluscomp_export.store import ArraySpecs, MemoryStore, Store
+from cluscomp_export.training.blockwise import BlockwiseOptions, tune_block
+from cluscomp_export.training.loop import Curve, curve_array, curve_entries, curve_specs
 from cluscomp_formats.architectures import describe
-from cluscomp_formats.errors import InvalidFileError, Problem
-from cluscomp_formats.ir import AnyArray, Array, ClusteredWeight, Codebook, DenseTensor, Model, Stage, Tensor
-from cluscomp_formats.parameters import codebook_name, norm_name, parameters, row_scale_name
+from cluscomp_formats.ir import AnyArray, Array, Model, Tensor
+from cluscomp_formats.parameters import codebook_name, parameters, with_parameters
+from cluscomp_runtime.blocks import HALVES, BlockRunner
 from cluscomp_runtime.memory import trim_heap
 
-__all__ = ["FIT_VECTORS_PER_CLUSTER", "cluster_model", "dense_as_stored", "unit_bytes"]
+__all__ = ["BlockByBlock", "Compressed", "compress"]
 
 Floats = npt.NDArray[np.float32]
 
-FIT_VECTORS_PER_CLUSTER = 64
-"""A codebook with row scales is fitted on at most this many vectors per cluster."""
-
-_CURVE = "curve"
-"""Of a tuned block's arrays the one that is no parameter."""
-
-WEAKEST_ROW = SCALE_RANGE[0] / LEAST_STEP
-"""With a codebook of int8 no row counts as weaker: its scale, times the step, would leave the range of float16."""
+CURVE = "curve"
+"""The array of a tuned block's unit that is not a parameter."""
 
 
-def cluster_model(
+@dataclass(frozen=True)
+class BlockByBlock:
+    """How blocks are compressed in order, on the activations of the model as compressed so far.
+
+    `windows`, int64 `[windows, tokens]`, are token ids of the calibration text. With `feedback` codes are chosen with error
+    feedback, else each vector gets its nearest centroid; `importance` `[out_features]` weights the rows of matrices, by name.
+    `tuning` trains each block after it is encoded; None leaves that out.
+    """
+
+    windows: torch.Tensor
+    feedback: bool = True
+    importance: Mapping[str, Floats] = field(default_factory=dict)
+    tuning: BlockwiseOptions | None = None
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A lazy model over the store, and the loss curve of each block's tuning: empty if the block was left as it was."""
+
+    model: Model
+    curves: Mapping[int, Curve]
+
+
+def compress(
     source: Model,
     plan: Plan,
     *,
-    method: Method = "fast",
-    seed: int = 0,
-    threads: int | None = None,
-    device: str = "cpu",
-    energies: Mapping[str, Floats] | None = None,
-    feedback: ErrorFeedback | None = None,
+    computing: Computing | None = None,
+    moments: Mapping[str, Floats] | None = None,
+    blocks: BlockByBlock | None = None,
     provenance: Mapping[str, Any] | None = None,
-    work: WorkFolder | None = None,
+    store: Store | None = None,
     workers: Workers | None = None,
     on_progress: Progress = silent,
-) -> Model:
-    """A lazy model with the plan's tensors clustered and all others dense; without `workers` nothing is computed yet.
+) -> Compressed:
+    """Cluster the tensors of `plan`; all others stay dense.
 
-    Shapes and sizes are known at once, so the result also serves to predict sizes. Reading a codebook fits it (once); reading
-    codes or scales encodes that tensor (the last one is kept), so reading in the order of `Model.payloads()` does each tensor
-    once; with `feedback` it encodes all blocks up to that tensor's, and keeps them in `work` or, without that, in memory. What
-    `work` holds already is not done again, and what is done is kept there. Raises InvalidFileError, on reading, for weights
-    that are not finite or out of float16's range, StorageError if `work` cannot be written.
+    `moments` are activation second moments of input channels, `[in_features]` by tensor; without any, channels count alike.
+    `blocks` has error feedback and tuning; without it every matrix is encoded by itself. `workers` run the jobs, with their own
+    number of threads, else this process does; the result is the same. Units that `store` (memory, unless given) holds are not
+    computed again.
 
-    `workers`, which need a `work`, compute everything at once, with their own number of threads; reading then takes it from
-    there. The result is the same. Raises what `Workers.run` does, too.
+    Raises InvalidFileError for weights that are not finite or do not fit float16, StorageError if the store fails,
+    UnsupportedError for `blocks` of an architecture the runtime does not know, InvalidRequestError for token ids the model does
+    not have, and what `Workers.run` raises.
     """
-    computing = Computing(method, seed, threads, device)
-    clustering = _Clustering(source, plan, energies or {}, computing, feedback, work, workers, on_progress)
-    codebooks = {book.name: clustering.codebook(book) for book in plan.codebooks}
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in source.tensors.items():
-        treatment = plan.treatments.get(name)
-        if treatment is not None:
-            tensors[name] = clustering.weight(name, treatment, codebooks[treatment.codebook.name])
-        else:
-            tensors[name] = clustering.dense(tensor) if isinstance(tensor, DenseTensor) else tensor
-    clustering.tensors.update(tensors)
-    if work is not None:
-        clustering.discard_void(work)
-    if workers is not None:
-        clustering.compute_all()
-    return Model(source.config, tensors, source.files, provenance or {})
+    run = _Compression(
+        source, plan, computing or Computing(), moments or {}, blocks, store or MemoryStore(), workers, on_progress
+    )
+    run.discard_void_units()
+    run.fit_codebooks()
+    run.encode_matrices()
+    if blocks is not None and not run.blocks_are_finished():
+        run.compress_blocks(blocks)
+    return run.result(provenance)
 
 
-def unit_bytes(model: Model) -> dict[str, int]:
-    """What the units of work of a model from `cluster_model` take on the disk, headers not counted: `codebooks`, `tensors`, and
-    of these the `scales`."""
-    weights = model.clustered.values()
-    codes = sum(stage.codes.nbytes for weight in weights for stage in weight.stages)
-    extras = sum(array.nbytes for weight in weights for _, array in weight.extra_arrays)
-    return {
-        "codebooks": sum(book.values.nbytes for book in model.codebooks.values()),
-        "tensors": codes + extras,
-        "scales": extras,
-    }
-
-
-def dense_as_stored(tensor: DenseTensor) -> DenseTensor:
-    """The tensor as it is stored: matrices of float32 and float64 as float16, everything else as it was."""
-    if tensor.values.dtype not in ("float32", "float64") or len(tensor.shape) < 2:
-        return tensor
-
-    def load() -> npt.NDArray[np.float16]:
-        values = tensor.decode()
-        with np.errstate(over="ignore"):
-            narrow = values.astype(np.float16)
-        if not np.isfinite(narrow).all():
-            found, expected = f"{np.abs(values).max():g}", f"finite values up to {SCALE_RANGE[1]:g}"
-            raise InvalidFileError(Problem("out_of_range", "does not fit float16", None, tensor.name, found, expected))
-        return narrow
-
-    return DenseTensor(tensor.name, Array(tensor.shape, "float16", load))
-
-
-class _Clustering:
-    """Does the work behind the lazy arrays. Keeps the shared codebooks, the last of the others and the last tensor encoded,
-    with error feedback also what belongs to the block that is being done."""
+class _Compression:
+    """The state of one `compress`: what is in the store, and the arrays that the current step needs in memory."""
 
     def __init__(
         self,
         source: Model,
         plan: Plan,
-        energies: Mapping[str, Floats],
         computing: Computing,
-        feedback: ErrorFeedback | None,
-        work: WorkFolder | None,
+        moments: Mapping[str, Floats],
+        blocks: BlockByBlock | None,
+        store: Store,
         workers: Workers | None,
         on_progress: Progress,
     ) -> None:
         self.source = source
         self.plan = plan
-        self.energies = energies
         self.computing = computing
-        self.feedback = feedback
-        self.work = work
+        self.tuning = None if blocks is None else blocks.tuning
+        self.units = _Units(plan, store)
         self.workers = workers
         self.on_progress = on_progress
-        self.tensors: dict[str, Tensor] = {}
-        self.tuned: tuple[int, dict[str, AnyArray] | None] | None = None
-        self.held: dict[str, dict[str, AnyArray]] = {}
-        self.shared: dict[str, dict[str, AnyArray]] = {}
-        self.fitted: tuple[str, dict[str, AnyArray]] | None = None
-        self.encoded: tuple[str, npt.NDArray[np.uint16], npt.NDArray[np.float16]] | None = None
+        self.jobs = Jobs(source, plan, moments, on_progress)
+        self.untuned = model_of_plan(source, plan, self.units.read)
+        self.curves: dict[int, Curve] = {}
+        self.in_order = _encoded_in_order(source, plan, blocks)
+        self.head = next((name for name in self.in_order if block_index(name) is None), None)
+        found = {index for name in source.tensors if (index := block_index(name)) is not None}
+        self.block_indices = sorted(found) if blocks is not None else []
 
-    def codebook(self, book: CodebookPlan) -> Codebook:
-        def load() -> AnyArray:
-            if _blocks(book) == {index}:
-                return self._tuned_value(codebook_name(book.name), book.members[0], lambda: self._fit(book)["centroids"])
-            return self._fit(book)["centroids"]
+    # The steps of `compress`, in their order.
 
-        index = block_index(book.members[0])
-        return Codebook(book.name, Array((book.num_clusters, book.cluster_dim), book.dtype, load))
-
-    def weight(self, name: str, treatment: Treatment, codebook: Codebook) -> ClusteredWeight:
-        out_features, in_features = treatment.shape
-        shape = (in_features, -(-out_features // codebook.cluster_dim))
-        codes = Array(shape, "uint16", lambda: self._codes(name)[0])
-        scale = None
-        if treatment.row_scale:
-            load = lambda: self._tuned_value(row_scale_name(name), name, lambda: self._codes(name)[1])  # noqa: E731
-            scale = Array((out_features,), "float16", load)
-        return ClusteredWeight(name, treatment.shape, (Stage(codebook, codes),), row_scale=scale)
-
-    def dense(self, tensor: DenseTensor) -> DenseTensor:
-        stored = dense_as_stored(tensor)
-        values = stored.values
-        load = lambda: self._tuned_value(norm_name(tensor.name), tensor.name, values.read)  # noqa: E731
-        return replace(stored, values=Array(values.shape, values.dtype, load))
-
-    def _vectors(self, name: str) -> tuple[Floats, Floats | None]:
-        """Vectors `[num_vectors, cluster_dim]` of the transposed, padded weight, and the row scales `[out_features]` that
-        were divided out (root mean square of each row; 1 for a row of zeros)."""
-        treatment = self.plan.treatments[name]
-        weight = self.source.tensors[name].decode()
-        # Quantised tensors are decoded in pieces, whose space the heap would keep while the most is needed.
-        trim_heap()
-        scale = None
-        if treatment.row_scale:
-            rms = np.sqrt(np.mean(np.square(weight, dtype=np.float64), axis=1)).astype(np.float32)
-            scale = np.where(rms == 0, np.float32(1), rms).astype(np.float32)
-            if treatment.codebook.dtype == "int8":
-                scale = np.maximum(scale, np.float32(WEAKEST_ROW))
-            if scale.min() < SCALE_RANGE[0] or scale.max() > SCALE_RANGE[1]:
-                found = f"rows of root mean square {scale.min():g} to {scale.max():g}"
-                expected = f"{SCALE_RANGE[0]:g} to {SCALE_RANGE[1]:g}, the range of float16"
-                # Without row scales the centroids are as large as the weights.
-                small = scale.max() <= SCALE_RANGE[1]
-                remedy = "use --share none, which needs no row scales" if small else "no codebook holds it; get a sound copy"
-                raise InvalidFileError(Problem("out_of_range", "row scales do not fit", None, name, found, expected, remedy))
-            weight = np.divide(weight, scale[:, None], dtype=np.float32)
-        dim = treatment.codebook.cluster_dim
-        padded = np.zeros((weight.shape[1], -(-weight.shape[0] // dim) * dim), dtype=np.float32)
-        padded[:, : weight.shape[0]] = weight.T
-        return padded.reshape(-1, dim), scale
-
-    def _weights(self, name: str, num_vectors: int) -> Floats:
-        """One weight per vector `[num_vectors]`: the energy of its input channel, 1 where that is not known."""
-        energy = self.energies.get(name)
-        if energy is None:
-            return np.ones(num_vectors, dtype=np.float32)
-        return np.repeat(energy, num_vectors // len(energy))
-
-    def _sample(self, book: CodebookPlan) -> tuple[Floats, Floats | None]:
-        """The vectors a codebook is fitted on, and their weights if there are any energies.
-
-        All vectors of a matrix without row scales (the paper's setting), else a sample.
-        """
-        limit = FIT_VECTORS_PER_CLUSTER * book.num_clusters
-        shapes = {name: self.plan.treatments[name].shape for name in book.members}
-        counts = {name: shape[1] * -(-shape[0] // book.cluster_dim) for name, shape in shapes.items()}
-        share = min(1.0, limit / sum(counts.values()))
-        samples, weights = [], []
-        for done, name in enumerate(book.members):
-            self.on_progress(f"reading {book.name}", done, len(book.members))
-            vectors, scale = self._vectors(name)
-            weight = self._weights(name, len(vectors))
-            if scale is not None and share < 1:
-                # Seeded by name as well: the sample of a tensor does not depend on the order of the tensors.
-                generator = np.random.default_rng([self.computing.seed, zlib.crc32(name.encode())])
-                size = max(1, round(share * len(vectors)))
-                chosen = np.sort(generator.choice(len(vectors), size, replace=False, shuffle=False))
-                vectors, weight = vectors[chosen], weight[chosen]
-            samples.append(vectors)
-            weights.append(weight)
-        weighted = any(name in self.energies for name in book.members)
-        return np.concatenate(samples), np.concatenate(weights) if weighted else None
-
-    def discard_void(self, work: WorkFolder) -> None:
-        """Delete the finished units that cannot be used, because others that they were computed from are not there."""
-        forms = {_tensor_unit(name): self._forms(name) for name in self.plan.treatments}
-        chained = [name for name in self.plan.treatments if self._is_fed_back(name)]
-        steps: list[Mapping[str, Forms]] = []
-        blocks = {index for name in self.tensors if (index := block_index(name)) is not None}
-        for index in sorted(blocks) if self.feedback is not None else ():
-            units = [[_tensor_unit(name) for name in step.weights] for step in describe(self.source.config).blocks[index].steps]
-            steps += [{unit: forms[unit] for unit in step if unit in forms} for step in units]
-            if self.feedback is not None and self.feedback.tuning is not None:
-                steps.append({_block_unit(index): self._tuned_forms(index)})
-        steps.append({_tensor_unit(name): forms[_tensor_unit(name)] for name in chained if block_index(name) is None})
+    def discard_void_units(self) -> None:
+        """Delete the finished units that cannot be used, because others that they were computed from are absent."""
+        schemes = self.plan.schemes
+        specs = {_tensor_unit(name): _tensor_specs(scheme) for name, scheme in schemes.items()}
+        steps: list[Mapping[str, ArraySpecs]] = []
+        for index in self.block_indices:
+            names = ([_tensor_unit(name) for name in step.weights] for step in describe(self.source.config).blocks[index].steps)
+            steps += [{unit: specs[unit] for unit in step if unit in specs} for step in names]
+            if self.tuning is not None:
+                steps.append({_block_unit(index): self._block_specs(index)})
+        if self.head is not None:
+            steps.append({_tensor_unit(self.head): specs[_tensor_unit(self.head)]})
         order = UnitOrder(
-            codebooks={_codebook_unit(book): _codebook_forms(book) for book in self.plan.codebooks},
-            alone={unit: forms[unit] for name in self.plan.treatments if name not in chained and (unit := _tensor_unit(name))},
+            codebooks={_codebook_unit(book): _codebook_specs(book) for book in self.plan.codebooks},
+            alone={unit: specs[unit] for name in schemes if name not in self.in_order and (unit := _tensor_unit(name))},
             steps=steps,
-            codebook_of={_tensor_unit(name): _codebook_unit(each.codebook) for name, each in self.plan.treatments.items()},
+            codebook_of={_tensor_unit(name): _codebook_unit(scheme.codebook) for name, scheme in schemes.items()},
         )
-        count = discard_void(work, order, from_scratch=work.started)
+        store = self.units.store
+        count = discard_void(store, order, from_scratch=store.started)
         if count:
             self.on_progress(f"discarding {count} parts that were computed from missing ones", count, count)
 
-    def compute_all(self) -> None:
-        """Have the workers compute every unit of work that is not there yet."""
-        books = {_codebook_unit(book): book for book in self.plan.codebooks}
-        units = [unit for unit, book in books.items() if self._known(unit, _codebook_forms(book)) is None]
+    def fit_codebooks(self) -> None:
+        """Fit every codebook that is not in the store."""
+        books = {
+            _codebook_unit(book): book
+            for book in self.plan.codebooks
+            if not self.units.store.holds(_codebook_unit(book), _codebook_specs(book))
+        }
         # The largest first: the last ones keep fewer workers waiting.
-        units.sort(key=lambda unit: -books[unit].num_clusters * len(books[unit].members))
-        for _ in self._arriving("fitting codebooks", units, lambda unit, how: self._fit_job(books[unit], how)):
-            pass
-        fed_back = [name for name in self.plan.treatments if self._is_fed_back(name)]
+        units = sorted(books, key=lambda unit: -books[unit].num_clusters * len(books[unit].members))
+        self._run("fitting codebooks", units, lambda unit, how: self.jobs.fit(books[unit], how))
+
+    def encode_matrices(self) -> None:
+        """Encode the matrices that do not depend on others.
+
+        Those of a codebook come one after the other: a search among the same centroids is set up once.
+        """
         members = [name for book in self.plan.codebooks for name in book.members]
-        names = {_tensor_unit(name): name for name in members if name not in fed_back}
-        units = [unit for unit, name in names.items() if self._known(unit, self._forms(name)) is None]
-        for _ in self._arriving("encoding matrices", units, lambda unit, how: self._encoding_job(names[unit], None, how)):
-            pass
-        for name in fed_back:
-            if self._known(_tensor_unit(name), self._forms(name)) is None or self._awaits_tuning(name):
-                self._reach(name)
+        self._encode("encoding matrices", {name: None for name in members if name not in self.in_order})
 
-    def _arriving(
-        self, stage: str, units: Sequence[str], prepare: Callable[[str, Computing], Job]
-    ) -> Iterator[tuple[str, dict[str, AnyArray]]]:
-        """What the workers make of these units, each kept as it arrives."""
-        if self.workers is None or self.work is None:
-            raise ValueError("workers need a work folder to keep their results in")
-        self.on_progress(stage, 0, len(units))
-        for done, (unit, arrays) in enumerate(self.workers.run(units, prepare), 1):
-            self.work.save(unit, arrays)
-            self.on_progress(stage, done, len(units))
-            yield unit, arrays
+    def blocks_are_finished(self) -> bool:
+        """Whether all that is compressed in order is in the store."""
+        store = self.units.store
+        blocks = self.block_indices if self.tuning is not None else ()
+        encoded = all(store.holds(_tensor_unit(name), _tensor_specs(self.plan.schemes[name])) for name in self.in_order)
+        return encoded and all(store.holds(_block_unit(index), self._block_specs(index)) for index in blocks)
 
-    def _known(self, unit: str, forms: Forms) -> dict[str, AnyArray] | None:
-        """The arrays of a finished unit of work."""
-        found = self.held.get(unit)
-        return found if found is not None or self.work is None else self.work.load(unit, forms)
+    def compress_blocks(self, blocks: BlockByBlock) -> None:
+        """Encode and tune the blocks in order, then encode the head."""
+        runner = BlockRunner(self.source)
+        streams = Streams.start(runner, blocks.windows)
+        for index in range(runner.num_blocks):
+            self.on_progress("block by block", index, runner.num_blocks)
+            streams = self._compress_block(runner, index, streams, blocks)
+            # The heap would keep more of the many arrays of all sizes than the next block takes.
+            trim_heap()
+        self.on_progress("block by block", runner.num_blocks, runner.num_blocks)
+        self.units.hold(())
+        if self.head is not None:
+            self._encode("encoding matrices", {self.head: head_target(runner, streams.compressed)})
 
-    def _finished(self, unit: str, forms: Forms, prepare: Callable[[], Job]) -> dict[str, AnyArray]:
-        """The arrays of a unit of work, computed unless they were before."""
-        arrays = self._known(unit, forms)
-        if arrays is None:
-            arrays = prepare().run(self.on_progress)
-            if self.work is not None:
-                self.work.save(unit, arrays)
-            elif self.feedback is not None:
-                self.held[unit] = arrays
-        return arrays
+    def result(self, provenance: Mapping[str, Any] | None) -> Compressed:
+        """The model over the store, and the curves of the blocks that were tuned."""
+        self.units.hold(())
+        model = Model(self.source.config, self.untuned.tensors, self.source.files, provenance or {})
+        if self.tuning is None:
+            return Compressed(model, {})
+        arrays: dict[str, Array] = {}
+        for index in self.block_indices:
+            arrays |= self._tuned(index)
+            if index not in self.curves:
+                self.curves[index] = curve_entries(self._block_arrays(index)[CURVE])
+        return Compressed(with_parameters(model, arrays), dict(sorted(self.curves.items())))
 
-    def _fit(self, book: CodebookPlan) -> dict[str, AnyArray]:
-        """What a `Fit` of the codebook gives."""
-        if book.name in self.shared:
-            return self.shared[book.name]
-        if self.fitted is None or self.fitted[0] != book.name:
-            unit, forms = _codebook_unit(book), _codebook_forms(book)
-            arrays = self._finished(unit, forms, lambda: self._fit_job(book, self.computing))
-            self.fitted = (book.name, arrays)
-            if book.shared:
-                self.shared[book.name] = arrays
-        return self.fitted[1]
+    # One block.
 
-    def _fit_job(self, book: CodebookPlan, computing: Computing) -> Fit:
-        points, weights = self._sample(book)
-        return Fit(book, points, weights, computing)
+    def _compress_block(self, runner: BlockRunner, index: int, streams: Streams, blocks: BlockByBlock) -> Streams:
+        """Encode and tune a block, unless that is done; returns the streams after it."""
+        steps = runner.description.blocks[index].steps
+        names = [name for step in steps for name in step.weights if name in self.plan.schemes]
+        self.units.hold(names)
+        tensors = {name: tensor for name, tensor in self.untuned.tensors.items() if block_index(name) == index}
+        tuned = blocks.tuning is not None and self.units.store.holds(_block_unit(index), self._block_specs(index))
+        after = streams
+        for half in HALVES if not tuned else ():
+            after = self._compress_half(runner, index, half, tensors, after, blocks)
+        if blocks.tuning is None:
+            return after
+        if tuned:
+            original: Sequence[torch.Tensor] = runner.past(index, self.source.tensors, streams.original, self.computing.device)
+            trained = True
+        else:
+            original = after.original
+            trained = self._tune(runner, index, tensors, streams.compressed, original, blocks.tuning)
+        self.curves[index] = curve_entries(self._block_arrays(index)[CURVE])
+        if not trained:
+            return after
+        block = with_parameters(Model(self.source.config, tensors), self._tuned(index))
+        return Streams(original, runner.past(index, block.tensors, streams.compressed, self.computing.device))
 
-    def _codes(self, name: str) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.float16]]:
-        if self.encoded is None or self.encoded[0] != name:
-            unit, forms = _tensor_unit(name), self._forms(name)
-            arrays = self._known(unit, forms)
-            if arrays is None:
-                self._reach(name)
-                if self.work is not None and not self._is_fed_back(name):
-                    self._encode_members(self.plan.treatments[name].codebook)
-                arrays = self._finished(unit, forms, lambda: self._encoding_job(name, None, self.computing))
-            self.encoded = (name, arrays["codes"], arrays["row_scale"])
-        return self.encoded[1:]
+    def _compress_half(
+        self,
+        runner: BlockRunner,
+        index: int,
+        name: str,
+        tensors: Mapping[str, Tensor],
+        streams: Streams,
+        blocks: BlockByBlock,
+    ) -> Streams:
+        """Encode the matrices of half a block; returns the streams after it."""
+        device = self.computing.device
+        original = runner.half(index, name, self.source.tensors, device)
+        after = [original(batch.to(device)).cpu() for batch in streams.original]
+        missing = self._not_encoded(original.readers)
+        if missing:
+            targets = (
+                input_targets(original, streams, self.source.tensors, blocks.importance, device) if blocks.feedback else {}
+            )
+            self._encode("encoding matrices", {name: targets.get(name) for name in missing})
+        # The output projection has no codes yet: it is the original's.
+        partly = {**tensors, original.writer: self.source.tensors[original.writer]}
+        compressed = runner.half(index, name, partly, device)
+        inputs = [compressed.mixed(compressed.normed(batch.to(device))).cpu() for batch in streams.compressed]
+        del compressed
+        missing = self._not_encoded((original.writer,))
+        if missing:
+            targets = output_targets(original, streams, inputs, after, blocks.importance, device) if blocks.feedback else {}
+            self._encode("encoding matrices", {name: targets.get(name) for name in missing})
+        compressed = runner.half(index, name, tensors, device)
+        pairs = zip(streams.compressed, inputs, strict=True)
+        return Streams(after, [compressed.written(batch.to(device), x.to(device)).cpu() for batch, x in pairs])
 
-    def _encode_members(self, book: CodebookPlan) -> None:
-        """Have the matrices of a codebook encoded one after the other: a search among the same centroids is set up once."""
-        members = [name for name in book.members if not self._is_fed_back(name)]
-        for done, name in enumerate(members):
-            self.on_progress("encoding matrices", done, len(members))
-            job = functools.partial(self._encoding_job, name, None, self.computing)
-            self._finished(_tensor_unit(name), self._forms(name), job)
+    def _tune(
+        self,
+        runner: BlockRunner,
+        index: int,
+        tensors: Mapping[str, Tensor],
+        before: Sequence[torch.Tensor],
+        after: Sequence[torch.Tensor],
+        tuning: BlockwiseOptions,
+    ) -> bool:
+        """Train a block to give the stream `after` it for the one `before` it, and keep its parameters. Whether any changed."""
+        trained = tune_block(
+            runner,
+            index,
+            tensors,
+            before,
+            after,
+            tuning,
+            fixed=self._shared_codebooks(index),
+            original=self.source.tensors,
+            device=self.computing.device,
+            on_progress=self.on_progress,
+        )
+        arrays = {name: array.read() for name, array in self._tunable(index).items()}
+        if trained is not None:
+            arrays |= {name: trained.values[name] for name in arrays if name in trained.values}
+        arrays[CURVE] = curve_array(() if trained is None else trained.curve, tuning.most_checks)
+        self.units.store.save(_block_unit(index), arrays)
+        return trained is not None
 
-    def _is_fed_back(self, name: str) -> bool:
-        """Whether the tensor gets its codes in the order of the model."""
-        return self.feedback is not None and self.feedback.serves(name)
+    # Jobs and units.
 
-    def _forms(self, name: str) -> Forms:
-        treatment = self.plan.treatments[name]
-        out_features, in_features = treatment.shape
-        return {
-            "codes": ("uint16", (in_features, -(-out_features // treatment.codebook.cluster_dim))),
-            "row_scale": ("float16", (out_features if treatment.row_scale else 0,)),
+    def _not_encoded(self, names: Sequence[str]) -> list[str]:
+        schemes = self.plan.schemes
+        return [name for name in names if name in schemes and not self.units.holds_in_memory(name)]
+
+    def _encode(self, stage: str, targets: Mapping[str, Target | None]) -> None:
+        """Encode matrices that do not depend on each other and are not in the store."""
+        schemes = self.plan.schemes
+        names = {
+            _tensor_unit(name): name
+            for name in targets
+            if not self.units.store.holds(_tensor_unit(name), _tensor_specs(schemes[name]))
         }
 
-    def _encoding_job(self, name: str, goal: Goal | None, computing: Computing) -> Encoding:
-        treatment = self.plan.treatments[name]
-        out_features, in_features = treatment.shape
-        fitted = self._fit(treatment.codebook)
-        vectors, scale = self._vectors(name)
-        return Encoding(vectors, scale, fitted, self._weights(name, in_features), out_features, goal, computing)
+        def job(unit: str, how: Computing) -> Job:
+            name = names[unit]
+            return self.jobs.encoding(name, targets[name], self.units.fitted(schemes[name].codebook), how)
 
-    def _reach(self, name: str) -> None:
-        """Block by block: have all blocks done up to that of the tensor."""
-        if self.feedback is not None and self.feedback.covers(name):
-            self.feedback.reach(name, self)
-            if self.work is not None and block_index(name) is None:
-                # The head was the last of all.
-                self.held = {}
+        self._run(stage, list(names), job)
 
-    def take_up(self, index: int | None) -> None:
-        """Take up what is finished of a block that is about to be done, or with None of what is outside of all."""
-        if self.work is not None:
-            self.held = {}
-        for name in self.plan.treatments:
-            if block_index(name) == index:
-                arrays = self._known(_tensor_unit(name), self._forms(name))
-                if arrays is not None:
-                    self.held[_tensor_unit(name)] = arrays
+    def _run(self, stage: str, units: Sequence[str], job: Callable[[str, Computing], Job]) -> None:
+        """Run the jobs of units, here or by the workers, and keep each result as it arrives."""
+        for done, (unit, arrays) in enumerate(self._results(stage, units, job), 1):
+            self.units.save(unit, arrays)
+            self.on_progress(stage, done, len(units))
 
-    def is_encoded(self, name: str) -> bool:
-        """Whether a matrix of the block has its codes."""
-        return name not in self.plan.treatments or _tensor_unit(name) in self.held
-
-    def encode(self, goals: Mapping[str, Goal | None]) -> None:
-        """Choose the codes of matrices none of which depends on another."""
-        names = {_tensor_unit(name): name for name in goals}
-        prepare = lambda unit, how: self._encoding_job(names[unit], goals[names[unit]], how)  # noqa: E731
-        if self.workers is not None:
-            self.held.update(self._arriving("encoding matrices", list(names), prepare))
+    def _results(
+        self, stage: str, units: Sequence[str], job: Callable[[str, Computing], Job]
+    ) -> Iterator[tuple[str, dict[str, AnyArray]]]:
+        if not units:
             return
-        for unit, name in names.items():
-            self.held[unit] = self._finished(unit, self._forms(name), functools.partial(prepare, unit, self.computing))
+        self.on_progress(stage, 0, len(units))
+        if self.workers is not None:
+            yield from self.workers.run(units, job)
+            return
+        for unit in units:
+            yield unit, job(unit, self.computing).run(self.on_progress)
 
-    def is_tuned(self, index: int) -> bool:
-        """Whether a block has been tuned."""
-        return self._tuned(index) is not None
+    # What tuning changes.
 
-    def keep_tuned(self, index: int, tuned: Trained | None) -> None:
-        """Keep what the tuning of a block gave; what it did not train stays."""
-        current = {name: array.read() for name, array in self._tunable(index).items()}
-        arrays = (
-            current if tuned is None else {**current, **{name: tuned.values[name] for name in current if name in tuned.values}}
-        )
-        arrays[_CURVE] = curve_array(() if tuned is None else tuned.curve, self._curve_rows())
-        if self.work is not None:
-            self.work.save(_block_unit(index), arrays)
-        else:
-            self.held[_block_unit(index)] = arrays
-        self.tuned = (index, arrays)
-
-    def curve(self, index: int) -> Curve:
-        """The losses of a block's tuning; empty if it was left alone."""
-        tuned = self._tuned(index)
-        return [] if tuned is None else curve_entries(tuned[_CURVE])
-
-    def fixed_codebooks(self, index: int) -> list[str]:
+    def _shared_codebooks(self, index: int) -> list[str]:
         """The codebooks of a block that other blocks use as well."""
-        return [book.name for book in self.plan.codebooks if index in _blocks(book) and len(_blocks(book)) > 1]
+        used = {book.name: {block_index(name) for name in book.members} for book in self.plan.codebooks}
+        return [name for name, blocks in used.items() if index in blocks and len(blocks) > 1]
 
     def _tunable(self, index: int) -> dict[str, Array]:
-        """What of a block can be tuned, by the names of its parameters."""
-        block = {name: tensor for name, tensor in self.tensors.items() if block_index(name) == index}
-        fixed = {codebook_name(name) for name in self.fixed_codebooks(index)}
+        """The parameters of a block that tuning may change, by name."""
+        block = {name: tensor for name, tensor in self.untuned.tensors.items() if block_index(name) == index}
+        fixed = {codebook_name(name) for name in self._shared_codebooks(index)}
         found = parameters(Model(self.source.config, block))
         return {name: array for name, array in found.items() if name not in fixed}
 
-    def _tuned(self, index: int) -> dict[str, AnyArray] | None:
-        if self.tuned is None or self.tuned[0] != index or self.tuned[1] is None:
-            self.tuned = (index, self._known(_block_unit(index), self._tuned_forms(index)))
-        return self.tuned[1]
+    def _block_specs(self, index: int) -> ArraySpecs:
+        rows = 0 if self.tuning is None else self.tuning.most_checks
+        specs = {name: (array.dtype, array.shape) for name, array in self._tunable(index).items()}
+        return {**specs, CURVE: curve_specs(rows)}
 
-    def _tuned_forms(self, index: int) -> Forms:
-        forms = {name: (array.dtype, array.shape) for name, array in self._tunable(index).items()}
-        forms[_CURVE] = curve_form(self._curve_rows())
-        return forms
+    def _block_arrays(self, index: int) -> dict[str, AnyArray]:
+        return self.units.load(_block_unit(index), self._block_specs(index))
 
-    def _curve_rows(self) -> int:
-        return 0 if self.feedback is None or self.feedback.tuning is None else self.feedback.tuning.most_checks
+    def _tuned(self, index: int) -> dict[str, Array]:
+        """The parameters of a tuned block, read when they are needed."""
 
-    def _tuned_value(self, parameter: str, tensor: str, before: Callable[[], AnyArray]) -> AnyArray:
-        """A parameter of the block that `tensor` belongs to: as tuned if that has been done, else as `before`."""
-        index = block_index(tensor)
-        if self.feedback is None or self.feedback.tuning is None or index is None:
-            return before()
-        if self._awaits_tuning(tensor):
-            self._reach(tensor)
-        tuned = self._tuned(index)
-        return before() if tuned is None or parameter not in tuned else tuned[parameter]
+        def reader(name: str) -> Callable[[], AnyArray]:
+            return lambda: self._block_arrays(index)[name]
 
-    def _awaits_tuning(self, name: str) -> bool:
-        """Whether the block of a tensor is yet to be tuned."""
-        index = block_index(name)
-        tunes = self.feedback is not None and self.feedback.tuning is not None
-        return tunes and index is not None and self._tuned(index) is None
+        return {name: Array(array.shape, array.dtype, reader(name)) for name, array in self._tunable(index).items()}
 
 
-def _blocks(book: CodebookPlan) -> set[int | None]:
-    """The blocks that use a codebook; None stands for what is outside of all."""
-    return {block_index(name) for name in book.members}
+class _Units:
+    """Reads units of a plan from the store.
+
+    Keeps in memory: shared codebooks, the matrices of the current block, and the last unit read of each kind.
+    """
+
+    def __init__(self, plan: Plan, store: Store) -> None:
+        self.store = store
+        self._specs = {_codebook_unit(book): _codebook_specs(book) for book in plan.codebooks}
+        self._specs |= {_tensor_unit(name): _tensor_specs(scheme) for name, scheme in plan.schemes.items()}
+        self._shared = {_codebook_unit(book) for book in plan.codebooks if book.shared}
+        self._kept: dict[str, dict[str, AnyArray]] = {}
+        self._block: dict[str, dict[str, AnyArray]] = {}
+        self._block_units: set[str] = set()
+        self._last: dict[str, tuple[str, dict[str, AnyArray]]] = {}
+
+    def hold(self, names: Sequence[str]) -> None:
+        """Keep the matrices of these names in memory, those in the store at once, others when they are saved; no others."""
+        self._block = {}
+        self._block_units = {_tensor_unit(name) for name in names}
+        for unit in self._block_units:
+            arrays = self.store.load(unit, self._specs[unit])
+            if arrays is not None:
+                self._block[unit] = arrays
+
+    def holds_in_memory(self, name: str) -> bool:
+        """Whether a matrix named in `hold` is encoded."""
+        return _tensor_unit(name) in self._block
+
+    def save(self, unit: str, arrays: dict[str, AnyArray]) -> None:
+        """Keep a finished unit."""
+        self.store.save(unit, arrays)
+        if unit in self._block_units:
+            self._block[unit] = arrays
+
+    def read(self, item: CodebookPlan | str, array: str) -> AnyArray:
+        """An array of a codebook, or of the matrix of a name."""
+        unit = _tensor_unit(item) if isinstance(item, str) else _codebook_unit(item)
+        return self.load(unit, self._specs[unit])[array]
+
+    def fitted(self, book: CodebookPlan) -> dict[str, AnyArray]:
+        """The arrays of a codebook's unit."""
+        unit = _codebook_unit(book)
+        return self.load(unit, self._specs[unit])
+
+    def load(self, unit: str, specs: ArraySpecs) -> dict[str, AnyArray]:
+        """The arrays of a unit that has been computed."""
+        found = self._kept.get(unit) or self._block.get(unit)
+        if found is not None:
+            return found
+        kind = unit.partition(" ")[0]
+        if kind in self._last and self._last[kind][0] == unit:
+            return self._last[kind][1]
+        arrays = self.store.load(unit, specs)
+        if arrays is None:
+            raise RuntimeError(f"{unit} is read before it was computed")
+        if unit in self._shared:
+            self._kept[unit] = arrays
+        else:
+            self._last[kind] = (unit, arrays)
+        return arrays
 
 
-def _block_unit(index: int) -> str:
-    return f"block {index}"
+def _encoded_in_order(source: Model, plan: Plan, blocks: BlockByBlock | None) -> list[str]:
+    """The matrices that depend on those before them in the model: of blocks and, with error feedback, the head."""
+    if blocks is None:
+        return []
+    head = logits_tensor(source) if blocks.feedback else None
+    return [name for name in plan.schemes if block_index(name) is not None or name == head]
 
 
 def _codebook_unit(book: CodebookPlan) -> str:
     return f"codebook {book.name}"
 
 
-def _codebook_forms(book: CodebookPlan) -> Forms:
+def _codebook_specs(book: CodebookPlan) -> ArraySpecs:
     return {"centroids": (book.dtype, (book.num_clusters, book.cluster_dim)), "step": ("float32", (1,))}
 
 
 def _tensor_unit(name: str) -> str:
     return f"tensor {name}"
+
+
+def _tensor_specs(scheme: TensorScheme) -> ArraySpecs:
+    out_features, in_features = scheme.shape
+    codes = (in_features, -(-out_features // scheme.codebook.cluster_dim))
+    return {"codes": ("uint16", codes), "row_scale": ("float16", (out_features if scheme.row_scale else 0,))}
+
+
+def _block_unit(index: int) -> str:
+    return f"block {index}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from cluscomp_export.work_folder import Forms, WorkFolder
+from cluscomp_export.store import ArraySpecs, Store
 
 __all__ = ["UnitOrder", "discard_void"]
 
@@ -24,34 +24,34 @@ class UnitOrder:
     of a step in any order; `trainings` last. `codebook_of` has for matrices the unit of their codebook.
     """
 
-    codebooks: Mapping[str, Forms]
-    alone: Mapping[str, Forms]
-    steps: Sequence[Mapping[str, Forms]]
+    codebooks: Mapping[str, ArraySpecs]
+    alone: Mapping[str, ArraySpecs]
+    steps: Sequence[Mapping[str, ArraySpecs]]
     codebook_of: Mapping[str, str]
     trainings: Sequence[str] = field(default=("training", "recovery"))
 
 
-def discard_void(work: WorkFolder, order: UnitOrder, *, from_scratch: bool) -> int:
+def discard_void(store: Store, order: UnitOrder, *, from_scratch: bool) -> int:
     """Delete the units that are void: how many. `from_scratch` says that what all are computed from was measured anew.
 
     Reads every finished unit once. Raises StorageError.
     """
     if from_scratch:
         names = [*order.codebooks, *order.alone, *(name for step in order.steps for name in step), *order.trainings]
-        return work.discard(names)
-    return work.discard(list(_void(work, order)))
+        return store.discard(names)
+    return store.discard(list(_void(store, order)))
 
 
-def _void(work: WorkFolder, order: UnitOrder) -> Iterator[str]:
-    lost = {name for name, forms in order.codebooks.items() if not work.holds(name, forms)}
+def _void(store: Store, order: UnitOrder) -> Iterator[str]:
+    lost = {name for name, specs in order.codebooks.items() if not store.holds(name, specs)}
     gap = False
     for step in order.steps:
         unsound = [
-            name for name, forms in step.items() if gap or order.codebook_of.get(name) in lost or not work.holds(name, forms)
+            name for name, specs in step.items() if gap or order.codebook_of.get(name) in lost or not store.holds(name, specs)
         ]
         yield from unsound
         gap = gap or bool(unsound)
-    unsound = [name for name, forms in order.alone.items() if order.codebook_of[name] in lost or not work.holds(name, forms)]
+    unsound = [name for name, specs in order.alone.items() if order.codebook_of[name] in lost or not store.holds(name, specs)]
     yield from unsound
     if gap or unsound:
         yield from order.trainings

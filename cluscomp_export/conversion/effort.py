@@ -1,45 +1,39 @@
-"""What an effort means: which levels of work a compression goes through, and with which settings."""
+"""The phases of a compression and their settings: what `effort` means, and what single options change of it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, TypeVar
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TypeVar
 
+from cluscomp_export.conversion.options import ConversionOptions
 from cluscomp_export.ranges import MOST, MOST_RATE, MOST_SEED, check_range
 from cluscomp_export.training.blockwise import BlockwiseOptions
 from cluscomp_export.training.loop import fast_precision
 from cluscomp_export.training.recovery import RecoveryOptions
 
-__all__ = ["Effort", "Levels", "levels_of"]
-
-Effort = Literal["fast", "balanced", "best"]
+__all__ = ["FAST", "Phases", "phases_of"]
 
 WINDOWS = 64
-"""Windows of the calibration text that error feedback and block-wise tuning see; four times as many with `best`."""
+"""Windows of the calibration text for error feedback and block-wise tuning; four times as many with `best`."""
 
-_RANGES = {
-    "rate": (0, MOST_RATE, True),
-    "same_input": (0, MOST, False),
-    "held_out": (0, 1 - 2**-10, True),
-    "warmup": (0, MOST, False),
-}
-"""Of settings, the others are counted from 1: the least, the most, whether the least itself is out of range."""
+_LEAST_SHARE = 2.0**-10
+"""Of the windows that are trained on: a larger share held out would leave none."""
 
 _Options = TypeVar("_Options", BlockwiseOptions, RecoveryOptions)
 
 
 @dataclass(frozen=True)
-class Levels:
-    """Error feedback or nearest centroids, then block-wise tuning, then recovery; None leaves a level out.
+class Phases:
+    """Error feedback or nearest centroids, then block-wise tuning, then recovery; None leaves a phase out.
 
-    `windows` of 512 tokens of the calibration text are used for all but the last.
+    `windows` of the calibration text are used by all phases except recovery.
     """
 
     feedback: bool
     blockwise: BlockwiseOptions | None
     recovery: RecoveryOptions | None
-    windows: int
+    windows: int = WINDOWS
 
     @property
     def block_by_block(self) -> bool:
@@ -52,7 +46,7 @@ class Levels:
         return self.block_by_block or self.recovery is not None
 
     def seen(self, token_ids: Sequence[int]) -> Sequence[int]:
-        """The part of a text that anything is measured on or fitted to: recovery judges itself by the rest."""
+        """The part of a text that is measured and fitted on: recovery judges itself by the rest."""
         held_out = 0 if self.recovery is None else self.recovery.held_out(len(token_ids))
         return token_ids[: max(1, len(token_ids) - held_out)]
 
@@ -68,42 +62,84 @@ class Levels:
         return found
 
 
-def levels_of(
-    effort: Effort,
-    *,
-    feedback: bool | None = None,
-    windows: int | None = None,
-    blockwise: Mapping[str, Any] | None = None,
-    recovery: Mapping[str, Any] | None = None,
-    seed: int = 0,
-) -> Levels:
-    """The levels of an effort, changed by what is given: None, and settings that are None, are the effort's own.
+FAST = Phases(feedback=False, blockwise=None, recovery=None)
+"""Clustering only, the one choice without a calibration text."""
 
-    `blockwise` are settings of `BlockwiseOptions`, `recovery` of `RecoveryOptions`; 0 `epochs` or 0 `steps` leave a level out,
-    any other setting puts it in. Raises InvalidRequestError for values that are out of range.
+
+def phases_of(options: ConversionOptions) -> Phases:
+    """The phases of the effort that `options` ask for, changed by their other options.
+
+    0 `blockwise_epochs` or `recovery_steps` leave a phase out; any other option of a phase puts it in. Raises
+    InvalidRequestError for values that are out of range.
     """
-    check_range("seed", seed, 0, MOST_SEED)
-    if windows is not None:
-        check_range("calibration_windows", windows, 1, MOST)
-    usual = 4 * WINDOWS if effort == "best" else WINDOWS
-    with_precision = RecoveryOptions(seed=seed, precision=fast_precision())
-    return Levels(
-        feedback=effort != "fast" if feedback is None else feedback,
-        blockwise=_level("blockwise", "epochs", BlockwiseOptions(seed=seed), effort != "fast", blockwise or {}),
-        recovery=_level("recovery", "steps", with_precision, effort == "best", recovery or {}),
-        windows=usual if windows is None else windows,
+    _check_ranges(options)
+    bare = options.calibration == "none" or options.cluster_dim is not None
+    effort = options.effort or ("fast" if bare else "balanced")
+    blockwise = {
+        "epochs": options.blockwise_epochs,
+        "batch": options.blockwise_batch,
+        "rate": options.blockwise_lr,
+        "schedule": options.blockwise_schedule,
+        "same_input": options.blockwise_same_input,
+        "held_out": options.blockwise_held_out,
+        "patience": options.blockwise_patience,
+        "precision": options.blockwise_precision,
+    }
+    recovery = {
+        "steps": options.recovery_steps,
+        "batch": options.recovery_batch,
+        "context": options.recovery_context,
+        "rate": options.recovery_lr,
+        "schedule": options.recovery_schedule,
+        "warmup": options.recovery_warmup,
+        "checks": options.recovery_checks,
+        "patience": options.recovery_patience,
+        "precision": options.recovery_precision,
+    }
+    windows = options.calibration_windows
+    usual = RecoveryOptions(seed=options.seed, precision=fast_precision())
+    return Phases(
+        feedback=effort != "fast" if options.feedback is None else options.feedback,
+        blockwise=_phase(BlockwiseOptions(seed=options.seed), "epochs", blockwise, included=effort != "fast"),
+        recovery=_phase(usual, "steps", recovery, included=effort == "best"),
+        windows=(4 * WINDOWS if effort == "best" else WINDOWS) if windows is None else windows,
     )
 
 
-def _level(name: str, amount: str, default: _Options, included: bool, settings: Mapping[str, Any]) -> _Options | None:
-    given = {key: value for key, value in settings.items() if value is not None}
+def _phase(usual: _Options, amount: str, settings: Mapping[str, Any], *, included: bool) -> _Options | None:
+    """The settings of a phase, None to leave it out."""
+    given = {name: value for name, value in settings.items() if value is not None}
     if given.get(amount) == 0 or not (included or given):
         return None
-    unknown = sorted(set(given) - {field.name for field in fields(default)})
-    if unknown:
-        raise TypeError(f"{type(default).__name__} has no {', '.join(unknown)}")
-    for key, value in given.items():
-        if isinstance(value, int | float):
-            least, most, above = _RANGES.get(key, (1, MOST, False))
-            check_range(f"{name}_{'lr' if key == 'rate' else key}", value, least, most, above=above)
-    return replace(default, **given)
+    return replace(usual, **given)
+
+
+def _check_ranges(options: ConversionOptions) -> None:
+    """Raises InvalidRequestError."""
+    check_range("seed", options.seed, 0, MOST_SEED)
+    counted: dict[str, float | None] = {
+        "calibration_windows": options.calibration_windows,
+        "blockwise_batch": options.blockwise_batch,
+        "blockwise_patience": options.blockwise_patience,
+        "recovery_batch": options.recovery_batch,
+        "recovery_context": options.recovery_context,
+        "recovery_checks": options.recovery_checks,
+        "recovery_patience": options.recovery_patience,
+    }
+    for option, value in counted.items():
+        if value is not None:
+            check_range(option, value, 1, MOST)
+    from_zero: dict[str, float | None] = {
+        "blockwise_epochs": options.blockwise_epochs,
+        "blockwise_same_input": options.blockwise_same_input,
+        "recovery_steps": options.recovery_steps,
+        "recovery_warmup": options.recovery_warmup,
+    }
+    for option, value in from_zero.items():
+        if value is not None:
+            check_range(option, value, 0, MOST)
+    for option, rate in (("blockwise_lr", options.blockwise_lr), ("recovery_lr", options.recovery_lr)):
+        if rate is not None:
+            check_range(option, rate, 0, MOST_RATE, above=True)
+    if options.blockwise_held_out is not None:
+        check_range("blockwise_held_out", options.blockwise_held_out, 0, 1 - _LEAST_SHARE, above=True)

@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cluscomp_export.conversion.convert import faults_of, record_self_test, run_own_self_test
 from cluscomp_export.conversion.finite_values import scan_dense
 from cluscomp_export.conversion.output_format import output_format
+from cluscomp_export.conversion.self_test import SelfTestRecorder, run_own_self_test
+from cluscomp_export.conversion.source_faults import faults_of
 from cluscomp_export.outputs import check_apart
 from cluscomp_export.progress import Progress, silent
 from cluscomp_export.sources import open_source
@@ -75,14 +76,8 @@ def merge(
     fmt.check_model(merged)
     warnings = [*fmt.notes(merged)]
     scan_dense(model, model_path, on_progress)
-    run_own_self_test(model, model_path, warnings, on_progress)
-    record: Mapping[str, Any] | None = None
-
-    def self_test(written: Model) -> Mapping[str, Any] | None:
-        nonlocal record
-        record = record_self_test(written, warnings, on_progress)
-        return record
-
+    warnings += run_own_self_test(model, model_path, on_progress)
+    self_test = SelfTestRecorder(None, on_progress)
     with faults_of(model_path):
         written = fmt.write(
             merged,
@@ -97,9 +92,9 @@ def merge(
         base=base,
         digest=written.digest,
         weights=shares,
-        self_test=record is not None,
+        self_test=self_test.record is not None,
         seconds=time.perf_counter() - started,
-        warnings=tuple(warnings),
+        warnings=(*warnings, *self_test.warnings),
     )
 
 

@@ -6,9 +6,9 @@ import math
 from typing import Any, Literal, get_args
 
 from cluscomp_export.compression.fit_encode import Method
-from cluscomp_export.compression.workers.local import parse_workers
-from cluscomp_export.conversion.effort import Effort
-from cluscomp_export.conversion.options import ConversionOptions
+from cluscomp_export.compression.workers.base import parse_workers
+from cluscomp_export.conversion.effort import phases_of
+from cluscomp_export.conversion.options import ConversionOptions, Effort
 from cluscomp_export.planning import CODEBOOK_DTYPES, Share
 from cluscomp_export.threads import check_threads
 from cluscomp_formats.errors import InvalidRequestError, Problem
@@ -24,7 +24,7 @@ def check_options(options: ConversionOptions, fmt: Format) -> None:
     problem = _no_choice(options) or _contradiction(options, fmt) or _out_of_range(options)
     if problem:
         raise InvalidRequestError(problem)
-    options.levels()
+    phases_of(options)
     check_threads(options.threads)
     if options.workers is not None:
         parse_workers(options.workers)
@@ -78,8 +78,8 @@ def _contradiction(options: ConversionOptions, fmt: Format) -> Problem | None:
         message = "the size in this format does not follow from codebooks, or cannot be predicted"
         remedy = "convert with --bits, or to packed, hf, gguf or onnx"
         return Problem("bad_option", message, found=f"--budget --to {options.to}", remedy=remedy)
-    if options.calibration == "none" and options.levels().needs_text:
-        remedy = "give a text, or --effort fast and none of the options of other levels"
+    if options.calibration == "none" and phases_of(options).needs_text:
+        remedy = "give a text, or --effort fast and none of the options of other phases"
         return Problem("bad_option", "this effort needs a calibration text", found="--calibration none", remedy=remedy)
     return None
 

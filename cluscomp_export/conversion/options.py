@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cluscomp_export.calibration.activations import read_text, shipped_text
 from cluscomp_export.compression.fit_encode import Method
-from cluscomp_export.conversion.effort import Effort, Levels, levels_of
 from cluscomp_export.planning import Share
+from cluscomp_export.training.loop import Precision, Schedule
 
-__all__ = ["ConversionOptions"]
+__all__ = ["ConversionOptions", "Effort"]
 
-_LEVELS = ("feedback", "calibration_windows", "blockwise", "recovery")
-"""What changes an effort; `Levels.recorded` tells the result."""
+Effort = Literal["fast", "balanced", "best"]
+
+_PHASES = (
+    "effort",
+    "feedback",
+    "calibration_windows",
+    "blockwise_epochs",
+    "blockwise_batch",
+    "blockwise_lr",
+    "blockwise_schedule",
+    "blockwise_same_input",
+    "blockwise_held_out",
+    "blockwise_patience",
+    "blockwise_precision",
+    "recovery_steps",
+    "recovery_batch",
+    "recovery_context",
+    "recovery_lr",
+    "recovery_schedule",
+    "recovery_warmup",
+    "recovery_checks",
+    "recovery_patience",
+    "recovery_precision",
+)
+"""Options that decide on the phases of a compression; `Phases.recorded` has the outcome."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +53,8 @@ class ConversionOptions:
     is expected to be best, with recovery 16. `calibration` is a text file whose activations weight the clustering, "none", or
     None: the text the package ships with `bits`, none with the paper's setting. `effort="fast"` only clusters; "balanced",
     the default where there is a calibration text, also chooses codes with error feedback and tunes block by block; "best"
-    then trains codebooks, scales and norms end to end. `feedback`, `calibration_windows`, `blockwise` and `recovery` change
-    the effort: see `levels_of`.
+    then trains codebooks, scales and norms end to end. `feedback`, `calibration_windows` and the options of
+    block-wise tuning and recovery change the effort: see `effort.phases_of`.
     `gguf_type` decodes for stock llama.cpp. `workers`, what `parse_workers` takes, cluster in parallel, else this process
     does. `threads` are those of all work, with workers of each of them; `workers`, `threads` and `device` do not change the
     result of clustering, but that of error feedback and trainings may depend on threads and device.
@@ -54,8 +75,23 @@ class ConversionOptions:
     feedback: bool | None = None
     calibration_windows: int | None = None
     calibration_context: int | None = None
-    blockwise: Mapping[str, Any] = field(default_factory=dict)
-    recovery: Mapping[str, Any] = field(default_factory=dict)
+    blockwise_epochs: int | None = None
+    blockwise_batch: int | None = None
+    blockwise_lr: float | None = None
+    blockwise_schedule: Schedule | None = None
+    blockwise_same_input: float | None = None
+    blockwise_held_out: float | None = None
+    blockwise_patience: int | None = None
+    blockwise_precision: Precision | None = None
+    recovery_steps: int | None = None
+    recovery_batch: int | None = None
+    recovery_context: int | None = None
+    recovery_lr: float | None = None
+    recovery_schedule: Schedule | None = None
+    recovery_warmup: int | None = None
+    recovery_checks: int | None = None
+    recovery_patience: int | None = None
+    recovery_precision: Precision | None = None
     method: Method = "fast"
     seed: int = 0
     to: str = "packed"
@@ -73,16 +109,13 @@ class ConversionOptions:
     def asks_clustering(self) -> bool:
         """Whether any option says how to cluster."""
         how = (*self.targets().values(), self.num_clusters, self.share, self.embedding_bits, self.codebook_bits)
-        windows = (self.calibration_windows, self.calibration_context)
-        levels = (self.effort, self.feedback, *windows, *self.blockwise.values(), *self.recovery.values())
-        given = (*how, self.sensitivity, self.calibration, *levels)
-        return any(value is not None for value in given)
+        text = (self.sensitivity, self.calibration, self.calibration_context)
+        return any(value is not None for value in (*how, *text, *self._phases().values()))
 
     @property
-    def asks_levels(self) -> bool:
-        """Whether any option asks for levels of work by name."""
-        given = (self.effort, self.feedback, *self.blockwise.values(), *self.recovery.values())
-        return any(value is not None for value in given)
+    def asks_phases(self) -> bool:
+        """Whether any option asks for phases by name."""
+        return any(value is not None for name, value in self._phases().items() if name != "calibration_windows")
 
     @property
     def allocates(self) -> bool:
@@ -104,25 +137,6 @@ class ConversionOptions:
             "--dim": self.cluster_dim,
         }
 
-    def levels(self) -> Levels:
-        """What to go through if there is a calibration text. Raises InvalidRequestError."""
-        bare = self.calibration == "none" or self.cluster_dim is not None
-        return levels_of(
-            self.effort or ("fast" if bare else "balanced"),
-            feedback=self.feedback,
-            windows=self.calibration_windows,
-            blockwise=self.blockwise,
-            recovery=self.recovery,
-            seed=self.seed,
-        )
-
-    def calibration_text(self) -> str | None:
-        """The text to calibrate on, if any. Raises InvalidFileError."""
-        bare = self.cluster_dim is not None and not self.levels().needs_text
-        if self.calibration == "none" or (self.calibration is None and bare):
-            return None
-        return shipped_text() if self.calibration is None else read_text(Path(self.calibration))
-
     def files(self) -> list[Path]:
         """The files that the options name."""
         text = None if self.calibration in (None, "none") else self.calibration
@@ -130,7 +144,10 @@ class ConversionOptions:
 
     def recorded(self) -> dict[str, Any]:
         """The options that determine the result, for the provenance."""
-        without_effect = {"threads", "device", "workers", "plan", "effort", *_LEVELS}
+        without_effect = {"threads", "device", "workers", "plan", *_PHASES}
         if self.budget is None:
             without_effect.add("to")
         return {key: value for key, value in asdict(self).items() if value is not None and key not in without_effect}
+
+    def _phases(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _PHASES}

@@ -43,10 +43,10 @@ def explain(prepared: Prepared) -> PlanReport:
     for row in rows:
         name = row["name"]
         if sensitivities is not None and name in sensitivities:
-            scaled = plan is None or name not in plan.treatments or plan.treatments[name].row_scale
+            scaled = plan is None or name not in plan.schemes or plan.schemes[name].row_scale
             row["sensitivity"] = sensitivities[name].cost(row_scale=scaled)
-        if plan is not None and name in plan.treatments:
-            row["codebook_bits"] = plan.treatments[name].codebook.value_bits
+        if plan is not None and name in plan.schemes:
+            row["codebook_bits"] = plan.schemes[name].codebook.value_bits
             row["expected_error"] = plan.expected_error(name)
             if "sensitivity" in row:
                 row["loss"] = row["sensitivity"] * row["expected_error"]

@@ -10,12 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from cluscomp_export.calibration.activations import calibration_context, calibration_tokens, calibration_windows, most_windows
+from cluscomp_export.calibration.activations import (
+    calibration_context,
+    calibration_tokens,
+    calibration_windows,
+    most_windows,
+    read_text,
+    shipped_text,
+)
 from cluscomp_export.calibration.fisher import WINDOWS
 from cluscomp_export.calibration.runnable import calibration_fault, prediction_fault
 from cluscomp_export.calibration.sensitivity import measure_sensitivities, sensitive_tensors
-from cluscomp_export.compression.pipeline import cluster_model
-from cluscomp_export.conversion.effort import levels_of
+from cluscomp_export.conversion.effort import FAST, Phases, phases_of
 from cluscomp_export.conversion.finite_values import scan_source
 from cluscomp_export.conversion.memory import Peak, conversion_memory, memory_warnings, process_bytes
 from cluscomp_export.conversion.option_checks import check_options
@@ -33,11 +39,12 @@ from cluscomp_export.planning import (
     plan_loss,
 )
 from cluscomp_export.planning.plan_file import plan_value, read_plan
+from cluscomp_export.planning.planned_model import planned_model
 from cluscomp_export.planning.sizes import Sizes, model_sizes
 from cluscomp_export.progress import Progress, silent
 from cluscomp_export.sources import CONFIG_ONLY, files_left_behind, open_source, source_bytes
+from cluscomp_export.store import Store
 from cluscomp_export.threads import torch_threads
-from cluscomp_export.work_folder import WorkFolder
 from cluscomp_formats.errors import ClusCompError, InvalidRequestError, Problem
 from cluscomp_formats.format import Format
 from cluscomp_formats.ir import AnyArray, Model
@@ -61,14 +68,16 @@ MAX_NAMED = 8
 class Prepared:
     """A conversion that has been planned.
 
-    `text` is what to calibrate on, if anything. `model` tells sizes, `plan` is None when a clustered source is only repacked,
-    `memory` is what each phase needs at most.
+    `text` is what to calibrate on, if anything, `phases` what the compression goes through. `plan` is None when a clustered
+    source is only repacked. `model` is the planned model, of shapes only, or that source. `memory` is what each phase needs at
+    most.
     `file_bytes` is the size of the artefact, at most; None where the format cannot tell. `sensitivities` are what the plan was
     made with, None if every weight counted alike. `process_bytes` is the memory of the process itself, on top of every phase.
     """
 
     source: Model
     text: str | None
+    phases: Phases
     plan: Plan | None
     model: Model
     sizes: Sizes
@@ -103,33 +112,31 @@ def prepare(
     if not to_plan:
         check_device(options.device)
     source = open_source(source_path, to_plan=to_plan)
-    warnings: list[str] = []
-    text = None if source.clustered else _calibration_text(source, options, warnings)
+    if source.clustered and options.asks_clustering:
+        remedy = "convert the original model instead, or drop the clustering options to repack it as it is"
+        raise InvalidRequestError(
+            Problem("already_clustered", "the source is clustered already", str(source_path), remedy=remedy)
+        )
+    text, without_text = (None, None) if source.clustered else _calibration_text(source, options)
+    phases = FAST if text is None else phases_of(options)
     context = calibration_context(source, options.calibration_context)
     plan = sensitivities = None
-    if source.clustered:
-        if options.asks_clustering:
-            remedy = "convert the original model instead, or drop the clustering options to repack it as it is"
-            raise InvalidRequestError(
-                Problem("already_clustered", "the source is clustered already", str(source_path), remedy=remedy)
-            )
-        model = source
-    else:
-        provenance = provenance_of(source, options, text, NO_DIGEST)
+    model = source
+    if not source.clustered:
+        provenance = provenance_of(source, options, text, phases, NO_DIGEST)
         if measure and options.measures:
             scan_source(source, source_path, on_progress)
         if measure:
             with torch_threads(options.torch_threads):
                 sensitivities = sensitivities_of(source, options, text, None, on_progress)
         plan = make_plan(source, options, fmt, provenance, sensitivities)
-        model = cluster_model(source, plan, provenance=provenance)
+        model = planned_model(source, plan, provenance)
     sizes = model_sizes(model)
     record = model.self_test or longest_record(source)
     artefact = None if fmt.size is None else fmt.size(replace(model, self_test=record))
     only_config = source.provenance.get("format") == CONFIG_ONLY
     source_size = model_sizes(source).payload_bytes if only_config else source_bytes(source_path)
-    levels = levels_of("fast") if text is None else options.levels()
-    process = process_bytes(measures=options.measures, levels=None if plan is None else levels)
+    process = process_bytes(measures=options.measures, phases=None if plan is None else phases)
     memory = conversion_memory(
         source,
         model,
@@ -137,43 +144,49 @@ def prepare(
         output_bytes=sizes.payload_bytes if artefact is None else artefact,
         calibrated=text is not None,
         measures=options.measures,
-        levels=levels,
-        windows=most_windows(text or "", options.levels().windows, context),
+        phases=phases,
+        windows=most_windows(text or "", phases.windows, context),
         context=context,
         cuda=options.device.startswith("cuda"),
     )
+    warnings = [] if without_text is None else [without_text]
     warnings += [] if only_config else tokenizer_warnings(source)
     warnings += [*fmt.notes(model), *_warnings(sizes, source_size), *_file_warnings(source, source_path)]
     warnings += memory_warnings(memory, options.device, process)
     warnings += _plan_warnings(source, options, model) if plan is not None else []
-    return Prepared(source, text, plan, model, sizes, artefact, source_size, sensitivities, memory, process, tuple(warnings))
+    return Prepared(
+        source, text, phases, plan, model, sizes, artefact, source_size, sensitivities, memory, process, tuple(warnings)
+    )
 
 
-def _calibration_text(source: Model, options: ConversionOptions, warnings: list[str]) -> str | None:
-    """The text to calibrate on, None with a warning where the source cannot be run on it and no option insists.
+def _calibration_text(source: Model, options: ConversionOptions) -> tuple[str | None, str | None]:
+    """The text to calibrate on, or None, with a warning where no option insists on one and the source cannot be run on it.
 
-    Raises what says why it cannot, with the options that insist.
+    Raises the error that says why it cannot, with the options that insist on it.
     """
-    text = options.calibration_text()
-    if text is None:
-        return None
+    phases = phases_of(options)
+    if options.calibration == "none":
+        return None, None
+    if options.calibration is None and options.cluster_dim is not None and not phases.needs_text:
+        # The paper's setting needs none.
+        return None, None
+    text = shipped_text() if options.calibration is None else read_text(Path(options.calibration))
     insists = {
         "--match-loss": options.match_loss is not None,
         "--sensitivity": options.sensitivity == "measured",
         "--calibration": options.calibration is not None,
-        "--effort and its levels": options.levels().needs_text and options.asks_levels,
+        "--effort and its options": phases.needs_text and options.asks_phases,
     }
     fault = calibration_fault(source, text)
     if fault is not None:
         _refuse(fault, insists, "matrices are then clustered without a calibration text, as by --effort fast")
-        warnings.append(f"clustered without a calibration text: {fault.problems[0].message}")
-        return None
+        return None, f"clustered without a calibration text: {fault.problems[0].message}"
     without = prediction_fault(source)
     if without is not None:
-        insists["--calibration"] = insists["--effort and its levels"] = False
-        insists["recovery, as of --effort best"] = options.levels().recovery is not None
+        insists["--calibration"] = insists["--effort and its options"] = False
+        insists["recovery, as of --effort best"] = phases.recovery is not None
         _refuse(without, insists, "--effort balanced and --bits need no predictions")
-    return text
+    return text, None
 
 
 def _refuse(fault: ClusCompError, insists: Mapping[str, bool], instead: str) -> None:
@@ -183,7 +196,7 @@ def _refuse(fault: ClusCompError, insists: Mapping[str, bool], instead: str) -> 
         raise type(fault)([replace(problem, remedy=remedy) for problem in fault.problems])
 
 
-def provenance_of(source: Model, options: ConversionOptions, text: str | None, digest: str) -> dict[str, Any]:
+def provenance_of(source: Model, options: ConversionOptions, text: str | None, phases: Phases, digest: str) -> dict[str, Any]:
     """What a conversion records: the source, of that digest, and all options that determine the result."""
     recorded = options.recorded()
     if text is not None:
@@ -191,17 +204,16 @@ def provenance_of(source: Model, options: ConversionOptions, text: str | None, d
     if options.plan is not None:
         plan = canonical_json(plan_value(read_plan(options.plan, source)))
         recorded["plan"] = f"sha256:{hashlib.sha256(plan.encode()).hexdigest()}"
-    levels = levels_of("fast") if text is None else options.levels()
     return {
         "tool": "cluscomp-export",
         "version": __version__,
         "source": {**source.provenance, "digest": digest},
-        "options": {**recorded, **levels.recorded()},
+        "options": {**recorded, **phases.recorded()},
     }
 
 
 def sensitivities_of(
-    source: Model, options: ConversionOptions, text: str | None, work: WorkFolder | None, on_progress: Progress
+    source: Model, options: ConversionOptions, text: str | None, store: Store | None, on_progress: Progress
 ) -> Mapping[str, Sensitivity] | None:
     """How much each tensor matters, if the plan is to be made from it; computed unless an earlier attempt has done so.
 
@@ -210,20 +222,20 @@ def sensitivities_of(
     if not options.measures or text is None:
         return None
     names = sensitive_tensors(source)
-    forms = {key: ("float64", (len(names),)) for key in ("relative", "flat")}
-    found = None if work is None else work.load("sensitivities", forms)
+    specs = {key: ("float64", (len(names),)) for key in ("relative", "flat")}
+    found = None if store is None else store.load("sensitivities", specs)
     if found is not None:
         pairs = zip(names, found["relative"].tolist(), found["flat"].tolist(), strict=True)
         return {name: Sensitivity(relative, flat) for name, relative, flat in pairs}
     context = calibration_context(source, options.calibration_context)
-    windows = calibration_windows(options.levels().seen(calibration_tokens(source, text)), WINDOWS, context)
+    windows = calibration_windows(phases_of(options).seen(calibration_tokens(source, text)), WINDOWS, context)
     sensitivities = measure_sensitivities(source, windows, seed=options.seed, on_progress=on_progress)
-    if work is not None:
+    if store is not None:
         arrays: dict[str, AnyArray] = {
             "relative": np.array([sensitivities[name].relative for name in names]),
             "flat": np.array([sensitivities[name].flat for name in names]),
         }
-        work.save("sensitivities", arrays)
+        store.save("sensitivities", arrays)
     return sensitivities
 
 
@@ -242,14 +254,14 @@ def make_plan(
     if options.plan is not None:
         return read_plan(options.plan, source)
     share, codebook_bits = options.share, options.codebook_bits
-    if codebook_bits is None and options.levels().recovery is not None:
+    if codebook_bits is None and phases_of(options).recovery is not None:
         # Recovery moves most values by less than a step of int8.
         codebook_bits = 16
     if options.budget is not None and fmt.size is not None:
         size, record = fmt.size, longest_record(source)
 
         def size_of(plan: Plan) -> int:
-            return size(replace(cluster_model(source, plan, provenance=provenance), self_test=record))
+            return size(replace(planned_model(source, plan, provenance), self_test=record))
 
         return plan_budget(
             source,

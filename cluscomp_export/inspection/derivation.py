@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cluscomp_export.compression.pipeline import dense_as_stored
+from cluscomp_export.planning.planned_model import dense_as_stored
 from cluscomp_export.progress import Progress
 from cluscomp_formats.ir import Array, ClusteredWeight, DenseTensor, Model
 from cluscomp_formats.parameters import norm_name, parameters

@@ -5,7 +5,7 @@
 """
 
 from cluscomp_export.planning.candidates import CLUSTER_DIMS, CODEBOOK_DTYPES, Sensitivity, expected_error
-from cluscomp_export.planning.plan import CodebookPlan, Plan, Share, Treatment
+from cluscomp_export.planning.plan import CodebookPlan, Plan, Share, TensorScheme
 from cluscomp_export.planning.targets import embedding_tensors, plan_bits, plan_budget, plan_fixed, plan_loss
 
 __all__ = [
@@ -15,7 +15,7 @@ __all__ = [
     "Plan",
     "Sensitivity",
     "Share",
-    "Treatment",
+    "TensorScheme",
     "embedding_tensors",
     "expected_error",
     "plan_bits",

@@ -8,7 +8,7 @@ from typing import Literal
 
 from cluscomp_export.planning.candidates import CODEBOOK_DTYPES, ROUNDING_ERROR, expected_error, mixing, num_vectors
 
-__all__ = ["CodebookPlan", "Plan", "Share", "Treatment"]
+__all__ = ["CodebookPlan", "Plan", "Share", "TensorScheme"]
 
 Share = Literal["none", "kind", "model"]
 
@@ -37,7 +37,7 @@ class CodebookPlan:
 
 
 @dataclass(frozen=True)
-class Treatment:
+class TensorScheme:
     """How one clustered tensor is stored. `shape` is `(out_features, in_features)`."""
 
     shape: tuple[int, int]
@@ -49,16 +49,16 @@ class Treatment:
 class Plan:
     """Treatments of the tensors to be clustered; every other tensor stays dense."""
 
-    treatments: Mapping[str, Treatment]
+    schemes: Mapping[str, TensorScheme]
 
     def expected_error(self, name: str) -> float:
         """Squared error that is expected of a clustered tensor, relative to its weights'."""
-        book = self.treatments[name].codebook
-        vectors = sum(num_vectors(self.treatments[member].shape, book.cluster_dim) for member in book.members)
+        book = self.schemes[name].codebook
+        vectors = sum(num_vectors(self.schemes[member].shape, book.cluster_dim) for member in book.members)
         clustering = mixing(book.members) * expected_error(book.cluster_dim, book.num_clusters, vectors)
         return clustering + ROUNDING_ERROR[book.value_bits]
 
     @property
     def codebooks(self) -> tuple[CodebookPlan, ...]:
         """Every codebook once, in order of first use."""
-        return tuple({treatment.codebook.name: treatment.codebook for treatment in self.treatments.values()}.values())
+        return tuple({scheme.codebook.name: scheme.codebook for scheme in self.schemes.values()}.values())

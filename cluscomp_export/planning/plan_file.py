@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cluscomp_export.planning.candidates import CODEBOOK_DTYPES, Size, num_vectors
-from cluscomp_export.planning.plan import CodebookPlan, Plan, Treatment
+from cluscomp_export.planning.plan import CodebookPlan, Plan, TensorScheme
 from cluscomp_formats.errors import InvalidFileError, Problem
 from cluscomp_formats.files.atomic import atomic_write
 from cluscomp_formats.files.regular_file import read_whole
@@ -38,8 +38,7 @@ def plan_value(plan: Plan) -> dict[str, Any]:
             for book in plan.codebooks
         },
         "tensors": {
-            name: {"codebook": treatment.codebook.name, "row_scale": treatment.row_scale}
-            for name, treatment in plan.treatments.items()
+            name: {"codebook": scheme.codebook.name, "row_scale": scheme.row_scale} for name, scheme in plan.schemes.items()
         },
     }
 
@@ -114,10 +113,10 @@ class _Reader:
                 uses[use["codebook"]][name] = use["row_scale"] is True
         if not uses and not self.problems:
             self.fault("the plan clusters nothing", None, {}, "at least one tensor")
-        treatments: dict[str, Treatment] = {}
+        schemes: dict[str, TensorScheme] = {}
         for codebook, size in sizes.items():
-            treatments.update(self.treatments(codebook, size, uses.get(codebook, {})))
-        return Plan({name: treatments[name] for name in self.model.tensors if name in treatments})
+            schemes.update(self.schemes(codebook, size, uses.get(codebook, {})))
+        return Plan({name: schemes[name] for name in self.model.tensors if name in schemes})
 
     def entries(self, top: Mapping[str, Any], key: str) -> list[tuple[str, Any]]:
         if isinstance(top[key], dict):
@@ -147,7 +146,7 @@ class _Reader:
         self.fault("the model has no matrix of this name to cluster", name, found, "a matrix of floats")
         return False
 
-    def treatments(self, codebook: str, size: Size, uses: Mapping[str, bool]) -> dict[str, Treatment]:
+    def schemes(self, codebook: str, size: Size, uses: Mapping[str, bool]) -> dict[str, TensorScheme]:
         if not uses:
             self.fault("no tensor uses this codebook", codebook, "none", "at least one")
             return {}
@@ -164,4 +163,4 @@ class _Reader:
             self.fault("more clusters than vectors", codebook, num_clusters, f"at most {vectors}")
         members = tuple(name for name in self.model.tensors if name in uses)
         book = CodebookPlan(codebook, cluster_dim, num_clusters, members, value_bits)
-        return {name: Treatment(shapes[name], book, row_scale) for name, row_scale in uses.items()}
+        return {name: TensorScheme(shapes[name], book, row_scale) for name, row_scale in uses.items()}

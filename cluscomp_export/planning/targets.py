@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from cluscomp_export.planning.allocation import Chain, Either, Pick, Scope, Separate, allocate
 from cluscomp_export.planning.candidates import DENSE, Group, Member, Sensitivity, Size, num_vectors
-from cluscomp_export.planning.plan import CodebookPlan, Plan, Share, Treatment
+from cluscomp_export.planning.plan import CodebookPlan, Plan, Share, TensorScheme
 from cluscomp_export.sources.linears import embedding_tensor, head_tensor, kind, linear_tensors
 from cluscomp_formats.errors import InvalidRequestError, Problem, UnsupportedError
 from cluscomp_formats.ir import MAX_CLUSTERS, ClusteredWeight, DenseTensor, Model
@@ -42,10 +42,10 @@ def plan_fixed(
         found = f"`dim={cluster_dim}` `clusters={num_clusters}`"
         expected = f"`dim` of at least 1, `clusters` from 1 to {MAX_CLUSTERS}"
         raise InvalidRequestError(Problem("bad_option", "impossible codebook size", found=found, expected=expected))
-    treatments = {}
+    schemes = {}
     for group in _shared_groups(_linears(model, None), share, codebook_bits):
-        treatments.update(_treatments(group, (cluster_dim, num_clusters, min(group.value_widths))))
-    return Plan({**_in_order(model, treatments), **_plan_embeddings(model, embedding_bits, codebook_bits, None)})
+        schemes.update(_schemes(group, (cluster_dim, num_clusters, min(group.value_widths))))
+    return Plan({**_in_order(model, schemes), **_plan_embeddings(model, embedding_bits, codebook_bits, None)})
 
 
 def plan_bits(
@@ -210,25 +210,25 @@ def _all_scopes(
     return [linears, Separate(_embedding_groups(model, codebook_bits, sensitivities))]
 
 
-def _treatments(group: Group, size: Size) -> dict[str, Treatment]:
+def _schemes(group: Group, size: Size) -> dict[str, TensorScheme]:
     cluster_dim, num_clusters, value_bits = size
     vectors = sum(num_vectors(member.shape, cluster_dim) for member in group.members)
     names = tuple(member.name for member in group.members)
     codebook = CodebookPlan(group.name, cluster_dim, min(num_clusters, vectors), names, value_bits)
-    return {member.name: Treatment(member.shape, codebook, group.row_scale) for member in group.members}
+    return {member.name: TensorScheme(member.shape, codebook, group.row_scale) for member in group.members}
 
 
-def _picked(picks: Sequence[Pick]) -> dict[str, Treatment]:
-    treatments: dict[str, Treatment] = {}
+def _picked(picks: Sequence[Pick]) -> dict[str, TensorScheme]:
+    schemes: dict[str, TensorScheme] = {}
     for pick in picks:
         if pick.size != DENSE:
-            treatments.update(_treatments(pick.group, pick.size))
-    return treatments
+            schemes.update(_schemes(pick.group, pick.size))
+    return schemes
 
 
-def _in_order(model: Model, treatments: Mapping[str, Treatment]) -> dict[str, Treatment]:
+def _in_order(model: Model, schemes: Mapping[str, TensorScheme]) -> dict[str, TensorScheme]:
     """In the order of the model's tensors."""
-    return {name: treatments[name] for name in model.tensors if name in treatments}
+    return {name: schemes[name] for name in model.tensors if name in schemes}
 
 
 def _plan_of(model: Model, picks: Sequence[Pick]) -> Plan:
@@ -237,11 +237,11 @@ def _plan_of(model: Model, picks: Sequence[Pick]) -> Plan:
 
 def _plan_embeddings(
     model: Model, bits: float, codebook_bits: int | None, sensitivities: Sensitivities | None
-) -> dict[str, Treatment]:
+) -> dict[str, TensorScheme]:
     """Embedding and untied head at no more than `bits` per weight; 16 keeps them dense."""
-    treatments: dict[str, Treatment] = {}
+    schemes: dict[str, TensorScheme] = {}
     if bits >= 16:
-        return treatments
+        return schemes
     for group in _embedding_groups(model, codebook_bits, sensitivities):
         picks, _ = allocate([Separate([group])], budget=bits * group.members[0].num_weights)
         if picks is None:
@@ -252,5 +252,5 @@ def _plan_embeddings(
                 found=f"`embedding_bits={bits:g}`",
             )
             raise InvalidRequestError(problem)
-        treatments.update(_picked(picks))
-    return treatments
+        schemes.update(_picked(picks))
+    return schemes

@@ -13,7 +13,7 @@ import re
 
 from cluscomp_formats.ir import FLOAT_DTYPES, ClusteredWeight, Model, Tensor
 
-__all__ = ["embedding_tensor", "head_tensor", "kind", "linear_tensors", "logits_tensor"]
+__all__ = ["block_index", "embedding_tensor", "head_tensor", "kind", "linear_tensors", "logits_tensor"]
 
 _LLAMA_LINEAR = re.compile(r"(?:.*\.)?layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)\.weight")
 _OPT_LINEAR = re.compile(r"(?:.*\.)?decoder\.layers\.\d+\.(?:self_attn\.(?:[qkv]|out)_proj|fc[12])\.weight")
@@ -34,9 +34,16 @@ _NOT_LINEAR = re.compile(r"embed|wte|wpe|norm|(?:^|\.)ln_|lm_head|score|classifi
 _NOT_LINEAR_ENDINGS = (".mlp.gate.weight", ".block_sparse_moe.gate.weight", ".gate.wg.weight", ".indexer.weights_proj.weight")
 """Routers of mixtures of experts, and token selection of sparse attention: tiny, and every token depends on them."""
 
+_BLOCK = re.compile(r"model\.layers\.(\d+)\..*")
 _LAYER = re.compile(r"\.\d+\.")
 _EXPERTS = ".experts."
 _EXPERT = re.compile(r"\.experts\.\d+\.")
+
+
+def block_index(name: str) -> int | None:
+    """The number of the decoder block that a tensor belongs to, or None."""
+    match = _BLOCK.fullmatch(name)
+    return None if match is None else int(match[1])
 
 
 def linear_tensors(model: Model) -> list[str]:

@@ -288,7 +288,7 @@ def _prepare(model_path: Path, options: TuneOptions) -> _Prepared:
         predictions=sum(sum(example.scored) for example in data.kept),
         held_out_examples=len(data.held_out),
         parameters=dict(counts),
-        delta_bytes=sum(math.prod(shape) * DTYPES[dtype].itemsize for dtype, shape in trainable.forms().values()),
+        delta_bytes=sum(math.prod(shape) * DTYPES[dtype].itemsize for dtype, shape in trainable.specs().values()),
         model_bytes=source_bytes(model_path),
         warnings=data.warnings,
     )

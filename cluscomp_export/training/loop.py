@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from cluscomp_export.progress import Progress, silent
+from cluscomp_export.store import ArraySpecs, Store
 from cluscomp_export.training.parameters import Trainable
-from cluscomp_export.work_folder import Forms, WorkFolder
 from cluscomp_formats.errors import InvalidRequestError, Problem
 from cluscomp_formats.ir import AnyArray, Model
 
@@ -32,7 +32,7 @@ __all__ = [
     "TrainingOptions",
     "curve_array",
     "curve_entries",
-    "curve_form",
+    "curve_specs",
     "fast_precision",
     "finite_curve",
     "rate_factor",
@@ -114,7 +114,7 @@ Curve = Sequence[Mapping[str, float]]
 """One entry per check: the `step`, the mean loss of the steps before it (`train`), the loss on what is `held_out`."""
 
 
-def curve_form(rows: int) -> tuple[str, tuple[int, ...]]:
+def curve_specs(rows: int) -> tuple[str, tuple[int, ...]]:
     """Dtype and shape of a `curve_array`."""
     return "float64", (rows, 3)
 
@@ -190,7 +190,7 @@ class Training(Generic[Batch]):
         held_out: Sequence[Batch],
         options: TrainingOptions,
         *,
-        work: WorkFolder | None = None,
+        work: Store | None = None,
         name: str = "training",
         on_progress: Progress = silent,
     ) -> None:
@@ -338,11 +338,11 @@ class Training(Generic[Batch]):
                 }
         return True
 
-    def _forms(self) -> Forms:
+    def _forms(self) -> ArraySpecs:
         options = self.options
         forms: dict[str, tuple[str, tuple[int, ...]]] = {
             "step": ("int64", (1,)),
-            "curve": curve_form(options.most_checks),
+            "curve": curve_specs(options.most_checks),
             "losses": ("float64", (options.every,)),
         }
         for name, values in self.student.parameters.items():

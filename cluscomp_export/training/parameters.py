@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cluscomp_export.compression.codebook_rounding import LARGEST
+from cluscomp_export.codebook_rounding import LARGEST
 from cluscomp_export.sources.linears import embedding_tensor, head_tensor
 from cluscomp_formats.architectures import check_tensors, describe
 from cluscomp_formats.errors import InvalidRequestError, Problem
@@ -104,7 +104,7 @@ class Trainable:
         known = parameters(self.model)
         return with_parameters(self.model, {name: Array.of(array, known[name].dtype) for name, array in values.items()})
 
-    def forms(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def specs(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Dtype of storage, a key of `cluscomp_formats.ir.DTYPES`, and shape of every parameter, by name."""
         known = parameters(self.model)
         return {name: (known[name].dtype, known[name].shape) for name in self.parameters}

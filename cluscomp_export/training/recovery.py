@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 from cluscomp_export.progress import Progress, silent
+from cluscomp_export.store import Store
 from cluscomp_export.training.loop import Trained, Training, TrainingOptions
 from cluscomp_export.training.losses import Batch, PredictionLoss
 from cluscomp_export.training.parameters import TrainableModel
-from cluscomp_export.work_folder import WorkFolder
 from cluscomp_formats.errors import InvalidRequestError, Problem
 from cluscomp_formats.ir import Model
 from cluscomp_runtime.language_model import LanguageModel
@@ -52,7 +52,7 @@ def recover(
     options: RecoveryOptions,
     on_progress: Progress = silent,
     *,
-    work: WorkFolder | None = None,
+    work: Store | None = None,
 ) -> Trained:
     """Train a clustered model towards its source on a text of `token_ids`, on its decoder's device. Its codes stay.
 

@@ -94,7 +94,7 @@ def test_windows_that_cannot_be_are_refused(asked: int, short_context: Path) -> 
 
 
 def test_a_model_of_few_positions_goes_through_all_levels(short_context: Path, tmp_path: Path) -> None:
-    options = ConversionOptions(bits=3, share="none", effort="best", blockwise={"epochs": 1}, recovery={"steps": 1})
+    options = ConversionOptions(bits=3, share="none", effort="best", blockwise_epochs=1, recovery_steps=1)
     report = convert(short_context, tmp_path / "out.clus", options)
     assert {"recovery", "block 0"} < set(report.curves)
 
@@ -113,8 +113,8 @@ def test_all_that_is_measured_sees_windows_of_that_length(
 
         monkeypatch.setattr(f"{module}.{name}", seeing)
 
-    for name in ("channel_energies", "row_importance", "ErrorFeedback"):
-        see("cluscomp_export.conversion.convert", name)
+    for name in ("channel_energies", "row_importance", "BlockByBlock"):
+        see("cluscomp_export.conversion.compress_source", name)
     see("cluscomp_export.conversion.prepare", "measure_sensitivities")
     options = ConversionOptions(bits=3, calibration_context=64, calibration_windows=5, sensitivity="measured")
     output = tmp_path / "out.clus"
@@ -122,7 +122,7 @@ def test_all_that_is_measured_sees_windows_of_that_length(
     assert shapes == {
         "channel_energies": (6, 64),
         "row_importance": (2, 64),
-        "ErrorFeedback": (5, 64),
+        "BlockByBlock": (5, 64),
         "measure_sensitivities": (4, 64),
     }
     assert open_packed(output).provenance["options"]["calibration_context"] == 64

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from model_builders import tiny_llama
 
-from cluscomp_export.compression.codebook_rounding import round_centroids
-from cluscomp_export.compression.pipeline import cluster_model
+from cluscomp_export.codebook_rounding import round_centroids
+from cluscomp_export.compression.fit_encode import Computing
+from cluscomp_export.compression.pipeline import compress
 from cluscomp_export.planning import expected_error, plan_fixed
 from cluscomp_export.planning.candidates import adaptation
+from cluscomp_export.planning.planned_model import planned_model
 from cluscomp_formats.errors import InvalidFileError
 from cluscomp_formats.ir import Array, DenseTensor, Model
 
@@ -28,7 +30,7 @@ def only_weight(model: Model) -> np.ndarray:
 def test_as_many_clusters_as_vectors_lose_only_the_rounding_to_float16() -> None:
     source = tiny_llama()
     plan = plan_fixed(source, cluster_dim=4, num_clusters=65536, share="none", embedding_bits=16)
-    clustered = cluster_model(source, plan)
+    clustered = compress(source, plan).model
     for name in clustered.clustered:
         wanted = source.tensors[name].decode().astype(np.float16).astype(np.float32)
         np.testing.assert_array_equal(clustered.tensors[name].decode(), wanted)
@@ -40,14 +42,14 @@ def test_vectors_run_along_the_out_axis_of_one_input_channel() -> None:
     weight = columns[[0, 1, 2, 1, 0, 2]].T.copy()
     source = model_of(weight)
     plan = plan_fixed(source, cluster_dim=4, num_clusters=3, share="none", embedding_bits=16)
-    np.testing.assert_array_equal(only_weight(cluster_model(source, plan)), weight)
+    np.testing.assert_array_equal(only_weight(compress(source, plan).model), weight)
 
 
 def test_rows_that_do_not_fill_a_vector_are_padded_and_cut_off() -> None:
     weight = np.random.default_rng(0).normal(size=(7, 5)).astype(np.float16).astype(np.float32)
     source = model_of(weight)
     plan = plan_fixed(source, cluster_dim=4, num_clusters=64, share="none", embedding_bits=16)
-    clustered = cluster_model(source, plan)
+    clustered = compress(source, plan).model
     assert next(iter(clustered.clustered.values())).stages[0].codes.shape == (5, 2)
     np.testing.assert_array_equal(only_weight(clustered), weight)
 
@@ -57,7 +59,7 @@ def test_the_error_is_what_theory_expects(share: str) -> None:
     weight = np.random.default_rng(1).normal(0, 0.02, (256, 512)).astype(np.float32)
     source = model_of(weight)
     plan = plan_fixed(source, cluster_dim=4, num_clusters=256, share=share, embedding_bits=16)  # type: ignore[arg-type]
-    decoded = only_weight(cluster_model(source, plan))
+    decoded = only_weight(compress(source, plan).model)
     error = float(np.square(decoded - weight).mean() / np.square(weight).mean())
     # Zador's formula is asymptotic: at 256 clusters of dimension 4 it is right to about a tenth.
     gaussian = expected_error(4, 256, weight.size // 4) / adaptation(256)
@@ -69,7 +71,7 @@ def test_row_scales_absorb_rows_of_different_size() -> None:
     weight = (generator.normal(size=(64, 256)) * np.geomspace(1e-3, 1, 64)[:, None]).astype(np.float32)
     source = model_of(weight)
     plan = plan_fixed(source, cluster_dim=4, num_clusters=256, share="model", embedding_bits=16)
-    decoded = only_weight(cluster_model(source, plan))
+    decoded = only_weight(compress(source, plan).model)
     relative = np.square(decoded - weight).mean(1) / np.square(weight).mean(1)
     assert relative.max() < 3 * expected_error(4, 256, weight.size // 4)
 
@@ -84,7 +86,7 @@ def test_codebooks_of_int8_lose_no_more_than_their_step(tails: float) -> None:
     errors = {}
     for bits in (8, 16):
         plan = plan_fixed(source, cluster_dim=2, num_clusters=1024, share="kind", embedding_bits=16, codebook_bits=bits)
-        model = cluster_model(source, plan)
+        model = compress(source, plan).model
         errors[bits] = float(np.mean(np.square(only_weight(model) - wanted).mean(1) / energy))
         weight = next(iter(model.clustered.values()))
         assert weight.stages[0].codebook.values.dtype == {8: "int8", 16: "float16"}[bits]
@@ -114,15 +116,15 @@ def test_a_row_of_zeros_stays_zero_and_a_tiny_row_is_refused_by_name() -> None:
     weight[3] = 0
     source = model_of(weight)
     plan = plan_fixed(source, cluster_dim=1, num_clusters=64, share="model", embedding_bits=16)
-    assert np.abs(only_weight(cluster_model(source, plan))[3]).max() < 0.1
+    assert np.abs(only_weight(compress(source, plan).model)[3]).max() < 0.1
     # With a step folded in, its scale would leave float16: it counts as stronger than it is, and errs by itself at most.
     weight[3] = 1e-6
-    assert np.abs(only_weight(cluster_model(source, plan))[3]).max() < 3e-6
+    assert np.abs(only_weight(compress(source, plan).model)[3]).max() < 3e-6
     weight[3] = 1e-12
-    assert np.abs(only_weight(cluster_model(source, plan))[3]).max() < 3e-6
+    assert np.abs(only_weight(compress(source, plan).model)[3]).max() < 3e-6
     plan = plan_fixed(source, cluster_dim=1, num_clusters=64, share="model", embedding_bits=16, codebook_bits=16)
     with pytest.raises(InvalidFileError) as caught:
-        only_weight(cluster_model(source, plan))
+        only_weight(compress(source, plan).model)
     problem = caught.value.problems[0]
     assert (problem.kind, problem.tensor) == ("out_of_range", "model.layers.0.mlp.up_proj.weight")
 
@@ -131,36 +133,35 @@ def test_a_row_of_zeros_stays_zero_and_a_tiny_row_is_refused_by_name() -> None:
 def test_same_seed_same_model_whatever_the_order_of_reading(share: str) -> None:
     source = tiny_llama()
     plan = plan_fixed(source, cluster_dim=2, num_clusters=16, share=share, embedding_bits=6)  # type: ignore[arg-type]
-    first, second = cluster_model(source, plan, threads=1), cluster_model(source, plan, threads=2)
+    first, second = (compress(source, plan, computing=Computing(threads=count)).model for count in (1, 2))
     second.tensors[NAME].decode()
     assert first.digest() == second.digest()
 
 
-def test_nothing_is_computed_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("clustering ran")
-
-    monkeypatch.setattr("cluscomp_export.compression.fit_encode.kmeans", refuse)
+def test_a_planned_model_has_shapes_and_no_values() -> None:
     source = tiny_llama()
-    model = cluster_model(source, plan_fixed(source, cluster_dim=4, num_clusters=16, share="kind", embedding_bits=16))
+    plan = plan_fixed(source, cluster_dim=4, num_clusters=16, share="kind", embedding_bits=16)
+    model = planned_model(source, plan)
     assert model.clustered[NAME].stages[0].codes.shape == (24, 10)
+    with pytest.raises(RuntimeError, match="compress the source first"):
+        model.clustered[NAME].stages[0].codes.read()
 
 
-def test_reading_in_payload_order_encodes_each_tensor_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_tensor_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from cluscomp_export.compression import fit_encode as jobs
 
     calls: list[int] = []
     assign = jobs.assign
     monkeypatch.setattr(jobs, "assign", lambda *a, **k: (calls.append(1), assign(*a, **k))[1])
     source = tiny_llama()
-    model = cluster_model(source, plan_fixed(source, cluster_dim=4, num_clusters=16, share="kind", embedding_bits=16))
+    model = compress(source, plan_fixed(source, cluster_dim=4, num_clusters=16, share="kind", embedding_bits=16)).model
     model.digest()
     assert len(calls) == 14
 
 
 def test_dense_matrices_become_float16_and_vectors_keep_their_dtype() -> None:
     source = tiny_llama()
-    model = cluster_model(source, plan_fixed(source, cluster_dim=4, num_clusters=16, share="kind", embedding_bits=16))
+    model = compress(source, plan_fixed(source, cluster_dim=4, num_clusters=16, share="kind", embedding_bits=16)).model
     assert model.tensors["model.embed_tokens.weight"].values.dtype == "float16"  # type: ignore[union-attr]
     assert model.tensors["model.norm.weight"].values.dtype == "float32"  # type: ignore[union-attr]
 
@@ -171,7 +172,7 @@ def test_a_dense_value_beyond_float16_is_refused_by_name() -> None:
     values = source.tensors[name].decode().copy()
     values[0, 0] = 1e6
     source = Model(source.config, {**source.tensors, name: DenseTensor(name, Array.of(values))})
-    model = cluster_model(source, plan_fixed(source, cluster_dim=4, num_clusters=16, share="kind", embedding_bits=16))
+    model = compress(source, plan_fixed(source, cluster_dim=4, num_clusters=16, share="kind", embedding_bits=16)).model
     with pytest.raises(InvalidFileError) as caught:
         model.digest()
     assert caught.value.problems[0].tensor == name

@@ -78,7 +78,7 @@ def test_all_work_keeps_to_the_threads_asked_for_and_says_so_to_torch(
     workers: str | None, expected: int, stories_folder: Path, tmp_path: Path
 ) -> None:
     seen: set[int] = set()
-    few = {"calibration_windows": 2, "recovery": {"steps": 1}}
+    few = {"calibration_windows": 2, "recovery_steps": 1}
     options = ConversionOptions(bits=4, effort="best", threads=3, workers=workers, **few)
     with torch_threads(2):
         convert(
@@ -229,19 +229,22 @@ def test_whatever_stops_it_leaves_at_most_finished_work(
 
     output, options = tmp_path / "out.clus", ConversionOptions(bits=4, embedding_bits=8)
     with monkeypatch.context() as patch:
-        patch.setattr("cluscomp_export.conversion.convert.channel_energies", stop)
+        patch.setattr("cluscomp_export.conversion.compress_source.channel_energies", stop)
         with pytest.raises((type(error), ClusCompError)):
             convert(stories_folder, output, options)
     assert list(tmp_path.iterdir()) == []
     with monkeypatch.context() as patch:
-        patch.setattr("cluscomp_export.compression.error_feedback.assign_with_feedback", stop)
+        patch.setattr("cluscomp_export.compression.moments.assign_with_feedback", stop)
         with pytest.raises((type(error), ClusCompError)):
             convert(stories_folder, output, options)
     assert list(tmp_path.iterdir()) == [work_path(output)]
-    # Energies, importance of rows, the codebook that is written first and that of the first matrix in the order of the model.
-    assert len(list(work_path(output).iterdir())) == 4
+    plan = prepare(stories_folder, options).plan
+    assert plan is not None
+    # Second moments, importance of rows, and the codebooks.
+    kept = 2 + len(plan.codebooks)
+    assert len(list(work_path(output).iterdir())) == kept
     report = convert(stories_folder, output, options)
-    assert report.reused == 4
+    assert report.reused == kept
     assert output.read_bytes() == packed.read_bytes()
     assert list(tmp_path.iterdir()) == [output]
 
@@ -268,7 +271,7 @@ def test_work_is_taken_up_with_other_threads_and_not_with_other_options(
     output = tmp_path / "out.clus"
     options = ConversionOptions(cluster_dim=4, num_clusters=16, threads=1)
     kept = interrupted(stories_folder, output, options, monkeypatch)
-    assert kept == 10 + 9
+    assert kept == 35 + 9
     stages: list[str] = []
     report = convert(
         stories_folder, output, replace(options, threads=2), on_progress=lambda stage, done, total: stages.append(stage)
@@ -294,9 +297,9 @@ def test_memory_that_runs_out_is_an_error_with_a_remedy_and_the_work_is_kept(
     def run_out(*_: object, **__: object) -> None:
         raise fault
 
-    output, options = tmp_path / "out.clus", ConversionOptions(bits=3, effort="fast", recovery={"steps": 1})
+    output, options = tmp_path / "out.clus", ConversionOptions(bits=3, effort="fast", recovery_steps=1)
     with monkeypatch.context() as patch:
-        patch.setattr("cluscomp_export.conversion.convert.recover", run_out)
+        patch.setattr("cluscomp_export.conversion.compress_source.recover", run_out)
         with pytest.raises(UnsupportedError, match="run it again with more memory") as caught:
             convert(stories_folder, output, options)
     assert caught.value.problems[0].kind == "out_of_memory"
@@ -316,7 +319,7 @@ def test_recovery_is_where_the_device_says(stories_folder: Path, tmp_path: Path,
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Training, "run", run)
-    options = ConversionOptions(bits=3, effort="fast", recovery={"steps": 1}, device="cpu:0")
+    options = ConversionOptions(bits=3, effort="fast", recovery_steps=1, device="cpu:0")
     with pytest.raises(KeyboardInterrupt):
         convert(stories_folder, tmp_path / "out.clus", options)
     assert places == {torch.device("cpu:0")}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,15 +12,21 @@ import pytest
 import torch
 
 from cluscomp_export.calibration.activations import calibration_tokens, calibration_windows, read_text
-from cluscomp_export.compression.error_feedback import ErrorFeedback, Goal, InputMoments, block_index
+from cluscomp_export.compression.fit_encode import Encoding
+from cluscomp_export.compression.jobs import Jobs
+from cluscomp_export.compression.moments import InputMoments, Target
+from cluscomp_export.compression.pipeline import BlockByBlock, compress
+from cluscomp_export.conversion import prepare as prepare_module
 from cluscomp_export.conversion.convert import ConversionOptions, convert
-from cluscomp_export.conversion.effort import Effort, levels_of
+from cluscomp_export.conversion.effort import phases_of
+from cluscomp_export.conversion.options import Effort
 from cluscomp_export.evaluation.evaluate import evaluate_files
+from cluscomp_export.planning import plan_fixed
 from cluscomp_export.sources import open_source
-from cluscomp_export.training.loop import Curve, Trained
+from cluscomp_export.sources.linears import block_index
 from cluscomp_export.work_folder import work_path
 from cluscomp_formats.errors import InvalidRequestError
-from cluscomp_formats.ir import Array, DenseTensor, Model, Tensor
+from cluscomp_formats.ir import Model, Tensor
 from cluscomp_formats.packed import open_packed
 from cluscomp_kernels.kmeans import feedback_factor
 from cluscomp_kernels.kmeans.reference import feedback_codes
@@ -46,36 +53,21 @@ def test_blocks_one_by_one_are_the_model(stories_folder: Path) -> None:
     assert names == {name for name in source.tensors if block_index(name) is not None and "norm" not in name}
 
 
-class Recording:
-    """A `BlockWork` that keeps goals and replaces every matrix by what `decode` makes of it."""
+def compressed(
+    source: Model, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch, *, feedback: bool = True, embedding_bits: float = 16
+) -> tuple[dict[str, Target | None], dict[str, Tensor]]:
+    """What each matrix was encoded for, in order, and the compressed matrices of the blocks."""
+    targets: dict[str, Target | None] = {}
+    encoding = Jobs.encoding
 
-    def __init__(self, source: Model, decode: Callable[[Floats], Floats]) -> None:
-        self.tensors = dict(source.tensors)
-        self.goals: dict[str, Goal | None] = {}
-        self.decode = decode
+    def recorded(self: Jobs, name: str, target: Target | None, *rest: Any) -> Encoding:
+        targets[name] = target
+        return encoding(self, name, target, *rest)
 
-    def take_up(self, index: int | None) -> None:
-        pass
-
-    def is_encoded(self, name: str) -> bool:
-        return name in self.goals
-
-    def encode(self, goals: Mapping[str, Goal | None]) -> None:
-        self.goals.update(goals)
-        for name in goals:
-            self.tensors[name] = DenseTensor(name, Array.of(self.decode(self.tensors[name].decode())))
-
-    def is_tuned(self, index: int) -> bool:
-        return False
-
-    def keep_tuned(self, index: int, tuned: Trained | None) -> None:
-        raise AssertionError
-
-    def curve(self, index: int) -> Curve:
-        raise AssertionError
-
-    def fixed_codebooks(self, index: int) -> list[str]:
-        return []
+    monkeypatch.setattr(Jobs, "encoding", recorded)
+    plan = plan_fixed(source, cluster_dim=2, num_clusters=16, share="kind", embedding_bits=embedding_bits)
+    model = compress(source, plan, blocks=BlockByBlock(ids, feedback)).model
+    return targets, {name: tensor for name, tensor in model.tensors.items() if block_index(name) is not None}
 
 
 def inputs_of(source: Model, tensors: Mapping[str, Tensor], ids: torch.Tensor, matrix: str) -> torch.Tensor:
@@ -86,68 +78,67 @@ def inputs_of(source: Model, tensors: Mapping[str, Tensor], ids: torch.Tensor, m
     return torch.cat(seen)
 
 
-def test_readers_aim_at_what_the_original_gives_for_the_originals_input(stories_folder: Path) -> None:
+def test_input_projections_aim_at_what_the_original_gives_for_the_originals_input(
+    stories_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, ids = open_source(stories_folder), torch.arange(1, 241).reshape(6, 40)  # two batches
-    work = Recording(source, lambda weight: weight + 0.1 * np.sin(1e3 * weight))
     name = "model.layers.1.mlp.up_proj.weight"
-    ErrorFeedback(source, ids).reach(name, work)
+    targets, tensors = compressed(source, ids, monkeypatch)
     wanted = inputs_of(source, {}, ids, name)
     # Up to this matrix, the compressed model.
-    given = inputs_of(source, {**work.tensors, name: source.tensors[name]}, ids, name)
+    given = inputs_of(source, {**tensors, name: source.tensors[name]}, ids, name)
     scale = given.square().mean(1, keepdim=True).sqrt()
     x, error = given / scale, (wanted - given) / scale
     damped = x.t() @ x / len(x)
     damped += 0.1 * damped.diagonal().mean() * torch.eye(len(damped), dtype=torch.float64)
     weight = torch.from_numpy(source.tensors[name].decode().astype(np.float64))
     correction = torch.linalg.solve(damped, x.t() @ error @ weight.t() / len(x))
-    goal = work.goals[name]
-    assert goal is not None
-    assert goal.moments is getattr(work.goals[name.replace("up", "gate")], "moments", None)
+    target = targets[name]
+    assert target is not None
+    assert target.moments is getattr(targets[name.replace("up", "gate")], "moments", None)
     # Activations are float32: their rounding, against corrections of this size.
-    torch.testing.assert_close(goal.moments.damped, damped, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(torch.from_numpy(goal.correction).double(), correction, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(target.moments.damped, damped, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.from_numpy(target.correction).double(), correction, rtol=1e-3, atol=1e-4)
     assert correction.abs().max() > 0.01
 
 
-def test_a_writer_aims_at_the_originals_residual_stream(stories_folder: Path) -> None:
+def test_an_output_projection_aims_at_the_originals_residual_stream(
+    stories_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, ids = open_source(stories_folder), torch.arange(1, 241).reshape(6, 40)
-    work = Recording(source, lambda weight: weight + 0.1 * np.sin(1e3 * weight))
     name = "model.layers.0.self_attn.o_proj.weight"
-    ErrorFeedback(source, ids).reach(name, work)
+    targets, tensors = compressed(source, ids, monkeypatch)
     embedded = BlockRunner(source).embed(ids).flatten(0, -2).double()
     weight = torch.from_numpy(source.tensors[name].decode().astype(np.float64))
     stream = embedded + inputs_of(source, {}, ids, name) @ weight.t()
-    given = inputs_of(source, {**work.tensors, name: source.tensors[name]}, ids, name)
+    given = inputs_of(source, {**tensors, name: source.tensors[name]}, ids, name)
     scale = stream.square().mean(1, keepdim=True).sqrt()
     x, error = given / scale, (stream - embedded - given @ weight.t()) / scale
     damped = x.t() @ x / len(x)
     damped += 0.1 * damped.diagonal().mean() * torch.eye(len(damped), dtype=torch.float64)
-    goal = work.goals[name]
-    assert goal is not None
+    target = targets[name]
+    assert target is not None
     correction = torch.linalg.solve(damped, x.t() @ error / len(x))
-    torch.testing.assert_close(goal.moments.damped, damped, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(torch.from_numpy(goal.correction).double(), correction, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(target.moments.damped, damped, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.from_numpy(target.correction).double(), correction, rtol=1e-3, atol=1e-4)
 
 
-def test_the_head_comes_last_and_aims_at_itself(stories_folder: Path) -> None:
+def test_the_head_comes_last_and_aims_at_itself(stories_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, ids = open_source(stories_folder), torch.arange(1, 241).reshape(6, 40)
-    work = Recording(source, lambda weight: weight + 0.1 * np.sin(1e3 * weight))
-    feedback, name = ErrorFeedback(source, ids), "model.embed_tokens.weight"
+    name = "model.embed_tokens.weight"
     assert "lm_head.weight" not in source.tensors
-    assert feedback.serves(name)
-    feedback.reach(name, work)
-    assert not feedback.covers(name)
-    assert list(work.goals)[-1] == name
-    assert len(work.goals) == 1 + 7 * source.config["num_hidden_layers"]
-    goal = work.goals[name]
-    assert goal is not None
-    assert goal.correction is None
+    targets, tensors = compressed(source, ids, monkeypatch, embedding_bits=6)
+    assert list(targets)[-1] == name
+    assert len(targets) == 1 + 7 * source.config["num_hidden_layers"]
+    target = targets[name]
+    assert target is not None
+    assert target.correction is None
     # For blocks the embedding is the original's.
-    given = inputs_of(source, {**work.tensors, name: source.tensors[name]}, ids, name)
+    given = inputs_of(source, {**tensors, name: source.tensors[name]}, ids, name)
     x = given / given.square().mean(1, keepdim=True).sqrt()
     damped = x.t() @ x / len(x)
     damped += 0.1 * damped.diagonal().mean() * torch.eye(len(damped), dtype=torch.float64)
-    torch.testing.assert_close(goal.moments.damped, damped, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(target.moments.damped, damped, rtol=1e-4, atol=1e-5)
 
 
 def test_rows_are_encoded_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,18 +148,17 @@ def test_rows_are_encoded_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = torch.from_numpy(rng.standard_normal((100, 24)))
     moments = InputMoments(inputs.t() @ inputs)
     whole = moments.encode(weights, centroids, np.ones(29, np.float32), threads=1, device="cpu")
-    monkeypatch.setattr("cluscomp_export.compression.error_feedback.PIECE_BYTES", 4 * 24 * 3 * 4)
+    monkeypatch.setattr("cluscomp_export.compression.moments.PIECE_BYTES", 4 * 24 * 3 * 4)
     pieces = moments.encode(weights, centroids, np.ones(29, np.float32), threads=1, device="cpu")
     np.testing.assert_array_equal(pieces[0], whole[0])
     np.testing.assert_allclose(pieces[1], whole[1], rtol=1e-6)
 
 
-def test_without_feedback_there_are_no_goals(stories_folder: Path) -> None:
+def test_without_feedback_there_are_no_targets(stories_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_source(stories_folder)
-    work = Recording(source, lambda weight: weight)
-    ErrorFeedback(source, torch.arange(1, 41).reshape(2, 20), feedback=False).reach("model.layers.1.mlp.up_proj.weight", work)
-    assert len(work.goals) == 14
-    assert set(work.goals.values()) == {None}
+    targets, _ = compressed(source, torch.arange(1, 41).reshape(2, 20), monkeypatch, feedback=False)
+    assert len(targets) == 35
+    assert set(targets.values()) == {None}
 
 
 def test_moments_of_inputs_that_are_zero_still_encode() -> None:
@@ -226,13 +216,13 @@ def test_feedback_brings_the_model_closer_to_its_source(
     assert kl["balanced"] < 0.9 * kl["fast"]
 
 
-def test_the_provenance_names_the_levels(made: dict[str, Path]) -> None:
+def test_the_provenance_names_the_phases(made: dict[str, Path]) -> None:
     fast, balanced = (open_packed(made[effort]).provenance["options"] for effort in ("fast", "balanced"))
     assert fast["feedback"] is False
     assert "blockwise" not in fast
     assert balanced["feedback"] is True
     assert balanced["blockwise"]["epochs"] == 2
-    assert balanced["calibration_windows"] == levels_of("balanced").windows
+    assert balanced["calibration_windows"] == phases_of(ConversionOptions(effort="balanced")).windows
 
 
 def test_an_interrupted_conversion_ends_with_the_same_bytes(
@@ -254,11 +244,11 @@ def test_an_interrupted_conversion_ends_with_the_same_bytes(
             convert(stories_folder, output, options)
     assert set(blocks) == {0, 1, 2, 3}
     kept = len(list(work_path(output).glob("*.safetensors")))
-    # The energies, codebooks, and three blocks of seven matrices, each block with what its tuning gave.
+    # Second moments, codebooks, and three blocks of seven matrices, each block with what its tuning gave.
     assert kept > 3 * 8
     report = convert(stories_folder, output, options)
-    # Codebooks before their tuning are not asked for again, what the second attempt made itself does not count.
-    assert report.reused == kept - 3 * 7
+    # What the second attempt made itself does not count.
+    assert report.reused == kept
     assert output.read_bytes() == made["balanced"].read_bytes()
 
 
@@ -272,7 +262,7 @@ def test_a_conversion_that_is_all_but_written_runs_no_block_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("cluscomp_export.conversion.convert.record_self_test", interrupt)
+        patch.setattr("cluscomp_export.conversion.self_test.make_self_test", interrupt)
         with pytest.raises(KeyboardInterrupt):
             convert(stories_folder, output, options)
     monkeypatch.setattr(BlockRunner, "half", interrupt)
@@ -288,7 +278,9 @@ def test_feedback_without_a_text_is_refused(stories_folder: Path, tmp_path: Path
 def test_feedback_takes_a_text_shorter_than_a_window(stories_folder: Path, stories_text: Path) -> None:
     source = open_source(stories_folder)
     windows = calibration_windows(calibration_tokens(source, read_text(stories_text)[:50]), 1)
-    assert ErrorFeedback(source, windows).covers("model.layers.4.mlp.up_proj.weight")
+    plan = plan_fixed(source, cluster_dim=2, num_clusters=64, share="kind", embedding_bits=16)
+    model = compress(source, plan, blocks=BlockByBlock(windows)).model
+    assert np.isfinite(model.tensors["model.layers.4.mlp.up_proj.weight"].decode()).all()
 
 
 def test_windows_are_bounded_and_spread_over_the_text() -> None:
@@ -303,12 +295,12 @@ def test_windows_are_bounded_and_spread_over_the_text() -> None:
 def test_recovery_is_judged_by_text_that_feedback_has_not_seen(
     effort: Effort, held_out: int, stories_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def seen(source: Model, windows: torch.Tensor, *_: object, **__: object) -> None:
-        token_ids = calibration_tokens(source, options.calibration_text() or "")
+    def seen(windows: torch.Tensor, *_: object) -> None:
+        token_ids = calibration_tokens(open_source(stories_folder), prepare_module.shipped_text())
         assert torch.equal(windows, calibration_windows(token_ids[: len(token_ids) - held_out], 10**6))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cluscomp_export.conversion.convert.ErrorFeedback", seen)
+    monkeypatch.setattr("cluscomp_export.conversion.compress_source.BlockByBlock", seen)
     options = ConversionOptions(bits=4, effort=effort, calibration_windows=10**6)
     with pytest.raises(KeyboardInterrupt):
         convert(stories_folder, tmp_path / "out.clus", options)

@@ -13,11 +13,12 @@ from tamper_loop import options_for, tamper
 
 from cluscomp_export.compression.unit_order import UnitOrder, discard_void
 from cluscomp_export.conversion.effort import Effort
-from cluscomp_export.work_folder import Forms, WorkFolder, fingerprint, work_folder
+from cluscomp_export.store import ArraySpecs
+from cluscomp_export.work_folder import WorkFolder, fingerprint, work_folder
 from cluscomp_formats.errors import StorageError
 
 ARRAYS = {"values": np.arange(4, dtype=np.float32)}
-FORMS: Forms = {"values": ("float32", (4,))}
+FORMS: ArraySpecs = {"values": ("float32", (4,))}
 BOOKS = ("codebook a", "codebook b", "codebook e")
 UNITS = (*BOOKS, "q", "k", "o", "block 0", "q1", "block 1", "embedding", "training", "recovery")
 ORDER = UnitOrder(

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from cluscomp_export.compression.workers.local import parse_workers
+from cluscomp_export.compression.workers.base import parse_workers
 from cluscomp_export.conversion.convert import ConversionOptions, prepare
-from cluscomp_export.conversion.effort import levels_of
+from cluscomp_export.conversion.effort import phases_of
 from cluscomp_export.ranges import MOST, MOST_RATE, MOST_SEED, check_range
 from cluscomp_export.threads import MOST_THREADS, check_threads, torch_threads
 from cluscomp_export.training.finetuning import TuneOptions, plan_tuning
@@ -52,16 +53,16 @@ def test_what_lies_outside(value: float) -> None:
         {"device": "meta"},
         {"device": "hpu"},
         {"device": ""},
-        *({"blockwise": {"rate": rate}} for rate in (0, -1, math.nan, math.inf, 1e308)),
-        *({"blockwise": {"held_out": share}} for share in (0, 1, -1, math.nan, math.inf)),
-        *({"blockwise": {"same_input": weight}} for weight in (-1, math.nan, math.inf)),
-        *({level: {"batch": number}} for level in ("blockwise", "recovery") for number in (0, -1, HUGE)),
-        *({level: {"patience": number}} for level in ("blockwise", "recovery") for number in (0, HUGE)),
-        {"blockwise": {"epochs": HUGE}},
-        {"recovery": {"steps": HUGE}},
-        {"recovery": {"warmup": -1}},
-        {"recovery": {"context": HUGE}},
-        {"recovery": {"rate": math.inf}},
+        *({"blockwise_lr": rate} for rate in (0, -1, math.nan, math.inf, 1e308)),
+        *({"blockwise_held_out": share} for share in (0, 1, -1, math.nan, math.inf)),
+        *({"blockwise_same_input": weight} for weight in (-1, math.nan, math.inf)),
+        *({f"{phase}_batch": number} for phase in ("blockwise", "recovery") for number in (0, -1, HUGE)),
+        *({f"{phase}_patience": number} for phase in ("blockwise", "recovery") for number in (0, HUGE)),
+        {"blockwise_epochs": HUGE},
+        {"recovery_steps": HUGE},
+        {"recovery_warmup": -1},
+        {"recovery_context": HUGE},
+        {"recovery_lr": math.inf},
     ],
     ids=str,
 )
@@ -89,7 +90,8 @@ def test_tuning(options: dict[str, Any], tmp_path: Path, stories_text: Path) -> 
 
 
 def test_what_is_usual_is_in_range() -> None:
-    levels_of("best", windows=MOST, blockwise={"epochs": 5, "rate": 1e-2}, recovery={"steps": 96, "warmup": 0}, seed=MOST_SEED)
+    usual = ConversionOptions(effort="best", calibration_windows=MOST, blockwise_epochs=5, blockwise_lr=1e-2, seed=MOST_SEED)
+    phases_of(replace(usual, recovery_steps=96, recovery_warmup=0))
 
 
 def test_threads_by_the_million() -> None:

@@ -14,7 +14,8 @@ from death_signal import death_signal
 from joblib.externals.loky import get_reusable_executor
 
 from cluscomp_export.compression.fit_encode import Computing
-from cluscomp_export.compression.workers.local import open_workers, parse_workers
+from cluscomp_export.compression.workers.base import parse_workers
+from cluscomp_export.compression.workers.opening import open_workers
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs kill and fork")
 

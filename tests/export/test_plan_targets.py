@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from model_builders import tiny_llama
 
 from cluscomp_export.calibration.sensitivity import sensitive_tensors
-from cluscomp_export.compression.pipeline import cluster_model
 from cluscomp_export.conversion.convert import ConversionOptions, convert, prepare
 from cluscomp_export.conversion.output_format import output_format
 from cluscomp_export.planning import Plan, Sensitivity, plan_bits, plan_budget, plan_loss
 from cluscomp_export.planning.plan_file import read_plan, write_plan
+from cluscomp_export.planning.planned_model import planned_model
 from cluscomp_export.planning.sizes import model_sizes, parse_bytes
 from cluscomp_export.sources import open_source
 from cluscomp_formats.errors import InvalidFileError, InvalidRequestError
@@ -39,13 +39,13 @@ def invented(source: Model, seed: int = 0, spread: float = 2.0) -> dict[str, Sen
 
 def loss_of(plan: Plan, sensitivities: dict[str, Sensitivity]) -> float:
     return sum(
-        sensitivities[name].cost(row_scale=treatment.row_scale) * plan.expected_error(name)
-        for name, treatment in plan.treatments.items()
+        sensitivities[name].cost(row_scale=scheme.row_scale) * plan.expected_error(name)
+        for name, scheme in plan.schemes.items()
     )
 
 
 def linear_bits(source: Model, plan: Plan) -> float:
-    return model_sizes(cluster_model(source, plan)).bits_per_weight()["linears"]
+    return model_sizes(planned_model(source, plan)).bits_per_weight()["linears"]
 
 
 @given(seed=st.integers(0, 100), bits=st.sampled_from([2.5, 3, 4, 6]), share=st.sampled_from([None, "none", "kind"]))
@@ -66,7 +66,7 @@ def test_what_matters_most_errs_least() -> None:
     vital = "model.layers.3.mlp.up_proj.weight"
     sensitivities[vital] = Sensitivity(100.0, 100.0)
     plan = plan_bits(source, bits=3, share=None, embedding_bits=16, sensitivities=sensitivities)
-    errors = {name: plan.expected_error(name) for name in plan.treatments if name.endswith("up_proj.weight")}
+    errors = {name: plan.expected_error(name) for name in plan.schemes if name.endswith("up_proj.weight")}
     assert errors.pop(vital) < min(errors.values())
 
 
@@ -75,7 +75,7 @@ def test_row_scales_are_left_out_only_where_that_costs_little() -> None:
     for flat, expected in ((1.0, False), (30.0, True)):
         sensitivities = {name: replace(value, flat=flat * value.relative) for name, value in invented(source, spread=0).items()}
         plan = plan_bits(source, bits=4, share="none", embedding_bits=16, codebook_bits=16, sensitivities=sensitivities)
-        assert {treatment.row_scale for treatment in plan.treatments.values()} == {expected}
+        assert {scheme.row_scale for scheme in plan.schemes.values()} == {expected}
 
 
 def test_a_smaller_loss_takes_more_bits_and_is_kept() -> None:
@@ -85,7 +85,7 @@ def test_a_smaller_loss_takes_more_bits_and_is_kept() -> None:
     for loss in (3.0, 1.0, 0.3, 0.1):
         plan = plan_loss(source, loss=loss, share=None, sensitivities=sensitivities)
         assert loss_of(plan, sensitivities) <= loss
-        sizes.append(model_sizes(cluster_model(source, plan)).all_bits)
+        sizes.append(model_sizes(planned_model(source, plan)).all_bits)
     assert sizes == sorted(sizes)
     assert sizes[0] < sizes[-1]
 
@@ -98,7 +98,7 @@ def test_an_impossible_loss_tells_the_least_one() -> None:
 
 
 def payload_bytes(source: Model) -> Callable[[Plan], int]:
-    return lambda plan: model_sizes(cluster_model(source, plan)).payload_bytes
+    return lambda plan: model_sizes(planned_model(source, plan)).payload_bytes
 
 
 @given(budget=st.integers(12_000, 60_000), seed=st.integers(0, 20))

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_builders import tiny_llama
 
-from cluscomp_export.compression.pipeline import cluster_model
 from cluscomp_export.planning import CLUSTER_DIMS, expected_error, plan_bits, plan_fixed
 from cluscomp_export.planning.candidates import adaptation
+from cluscomp_export.planning.planned_model import planned_model
 from cluscomp_export.planning.sizes import model_sizes
 from cluscomp_formats.errors import InvalidRequestError, UnsupportedError
 from cluscomp_formats.ir import Array, DenseTensor, Model
@@ -28,14 +28,14 @@ def test_a_budget_is_never_exceeded(bits: float, share: str | None) -> None:
         # The smallest codebook, 4 clusters, with row scales takes less than this even on these small matrices.
         assert bits < 2
         return
-    assert model_sizes(cluster_model(source, plan)).bits_per_weight()["linears"] <= bits
+    assert model_sizes(planned_model(source, plan)).bits_per_weight()["linears"] <= bits
 
 
 @pytest.mark.parametrize("codebook_bits", [8, 16])
 def test_sizes_count_codes_codebooks_scales_and_what_stays_dense(codebook_bits: int) -> None:
     source = tiny_llama(hidden=24, intermediate=40, layers=1, vocabulary=50)
     plan = plan_fixed(source, cluster_dim=4, num_clusters=32, share="kind", embedding_bits=16, codebook_bits=codebook_bits)
-    sizes = model_sizes(cluster_model(source, plan))
+    sizes = model_sizes(planned_model(source, plan))
     # q, k, v, o, gate, up, down: [out, in]; 5-bit codes, a codebook of 32 x 4 and float16 row scales for each.
     shapes = [(24, 24), (8, 24), (8, 24), (24, 24), (40, 24), (40, 24), (24, 40)]
     weights = sum(out * into for out, into in shapes)
@@ -48,8 +48,8 @@ def test_the_paper_setting_has_a_float16_codebook_per_matrix_and_no_scales() -> 
     source = tiny_llama()
     plan = plan_fixed(source, cluster_dim=4, num_clusters=16, share="none", embedding_bits=16, codebook_bits=8)
     assert {book.dtype for book in plan.codebooks} == {"float16"}
-    assert len(plan.codebooks) == len(plan.treatments) == 14
-    assert not any(treatment.row_scale for treatment in plan.treatments.values())
+    assert len(plan.codebooks) == len(plan.schemes) == 14
+    assert not any(scheme.row_scale for scheme in plan.schemes.values())
 
 
 def test_codebooks_are_int8_where_that_buys_more_than_it_costs() -> None:
@@ -74,16 +74,16 @@ def test_sharing_by_kind_joins_the_layers() -> None:
 
 def test_more_clusters_than_vectors_are_not_planned() -> None:
     plan = plan_fixed(tiny_llama(), cluster_dim=4, num_clusters=65536, share="none", embedding_bits=16)
-    assert plan.treatments["model.layers.0.self_attn.k_proj.weight"].codebook.num_clusters == 2 * 24
+    assert plan.schemes["model.layers.0.self_attn.k_proj.weight"].codebook.num_clusters == 2 * 24
 
 
 def test_embeddings_are_clustered_on_request() -> None:
     source = tiny_llama(vocabulary=400)
-    assert "model.embed_tokens.weight" not in plan_bits(source, bits=4, share=None, embedding_bits=16).treatments
+    assert "model.embed_tokens.weight" not in plan_bits(source, bits=4, share=None, embedding_bits=16).schemes
     plan = plan_bits(source, bits=4, share=None, embedding_bits=6)
-    treatment = plan.treatments["model.embed_tokens.weight"]
-    tensor = cluster_model(source, plan).clustered["model.embed_tokens.weight"]
-    assert treatment.row_scale
+    scheme = plan.schemes["model.embed_tokens.weight"]
+    tensor = planned_model(source, plan).clustered["model.embed_tokens.weight"]
+    assert scheme.row_scale
     assert tensor.own_bits + 8 * tensor.stages[0].codebook.values.nbytes <= 6 * 400 * 24
 
 

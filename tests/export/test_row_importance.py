@@ -103,13 +103,13 @@ def test_a_conversion_that_goes_on_does_not_measure_again(
         raise KeyboardInterrupt
 
     output = tmp_path / "out.clus"
-    options = ConversionOptions(bits=3, effort="balanced", blockwise={"epochs": 0})
+    options = ConversionOptions(bits=3, effort="balanced", blockwise_epochs=0)
     with monkeypatch.context() as patch:
-        patch.setattr("cluscomp_export.compression.error_feedback.assign_with_feedback", stop)
+        patch.setattr("cluscomp_export.compression.moments.assign_with_feedback", stop)
         with pytest.raises(KeyboardInterrupt):
             convert(stories_folder, output, options)
     monkeypatch.setattr(convert_module, "row_importance", stop)
     convert(stories_folder, output, options)
     with pytest.raises(KeyboardInterrupt):
         convert(stories_folder, tmp_path / "other.clus", options)
-    convert(stories_folder, tmp_path / "fast.clus", replace(options, effort="fast", blockwise={}))
+    convert(stories_folder, tmp_path / "fast.clus", replace(options, effort="fast", blockwise_epochs=None))

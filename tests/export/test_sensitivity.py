@@ -15,9 +15,10 @@ from noise_costs import divergence
 from cluscomp_export.calibration.activations import calibration_tokens, calibration_windows, read_text
 from cluscomp_export.calibration.sensitivity import measure_sensitivities, sensitive_tensors
 from cluscomp_export.calibration.trial_errors import trial_errors
-from cluscomp_export.conversion import convert as convert_module
+from cluscomp_export.conversion import compress_source as compress_module
 from cluscomp_export.conversion import prepare as preparing
 from cluscomp_export.conversion.convert import ConversionOptions, convert
+from cluscomp_export.conversion.effort import phases_of
 from cluscomp_export.sources import open_source
 from cluscomp_export.threads import torch_threads
 from cluscomp_formats.errors import InvalidRequestError, Problem, UnsupportedError
@@ -114,7 +115,7 @@ def test_a_conversion_that_goes_on_does_not_measure_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(convert_module, "channel_energies", stop)
+        patch.setattr(compress_module, "channel_energies", stop)
         with pytest.raises(KeyboardInterrupt):
             convert(stories_folder, tmp_path / "out.clus", options)
     with monkeypatch.context() as patch:
@@ -138,7 +139,7 @@ def test_they_are_not_measured_on_what_recovery_judges_by(
     with pytest.raises(KeyboardInterrupt):
         convert(stories_folder, tmp_path / "out.clus", options)
     token_ids = calibration_tokens(stories, read_text(stories_text))
-    recovery = options.levels().recovery
+    recovery = phases_of(options).recovery
     assert recovery is not None
     assert seen[0].tolist() == calibration_windows(token_ids[: -recovery.held_out(len(token_ids))], 4).tolist()
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from cluscomp_export.calibration.activations import read_text
-from cluscomp_export.compression.pipeline import cluster_model
+from cluscomp_export.compression.pipeline import compress
 from cluscomp_export.conversion.convert import ConversionOptions, convert, prepare
-from cluscomp_export.conversion.effort import levels_of
+from cluscomp_export.conversion.effort import phases_of
 from cluscomp_export.evaluation.evaluate import evaluate
 from cluscomp_export.planning import plan_bits
 from cluscomp_export.sources import open_source
@@ -37,7 +38,7 @@ def source(stories_folder: Path) -> Model:
 @pytest.fixture(scope="module")
 def clustered(source: Model) -> Model:
     """At 3 bits per weight, everything read."""
-    lazy = cluster_model(source, plan_bits(source, bits=3, share="kind", embedding_bits=16))
+    lazy = compress(source, plan_bits(source, bits=3, share="kind", embedding_bits=16)).model
     return TrainableModel(lazy).with_values({})
 
 
@@ -106,8 +107,9 @@ def test_the_precision_is_the_fast_one_unless_asked_for(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     assert fast_precision() == precision
-    assert levels_of("best").recorded()["recovery"]["precision"] == precision
-    assert levels_of("best", recovery={"precision": "float32"}).recorded()["recovery"]["precision"] == "float32"
+    assert phases_of(ConversionOptions(effort="best")).recorded()["recovery"]["precision"] == precision
+    asked = ConversionOptions(effort="best", recovery_precision="float32")
+    assert phases_of(asked).recorded()["recovery"]["precision"] == "float32"
 
 
 def test_the_same_training_gives_the_same_digest(clustered: Model, source: Model, token_ids: list[int]) -> None:
@@ -185,8 +187,8 @@ def test_norms_in_half_precision_are_stored_as_such(clustered: Model) -> None:
 def test_convert_with_all_effort(
     source: Model, stories_folder: Path, stories_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few = {"steps": 24, "context": 64, "rate": 3e-3, "checks": 3}
-    options = ConversionOptions(bits=3, share="kind", calibration=str(stories_text), effort="best", recovery=few)
+    few: dict[str, Any] = {"recovery_steps": 24, "recovery_context": 64, "recovery_lr": 3e-3, "recovery_checks": 3}
+    options = ConversionOptions(bits=3, share="kind", calibration=str(stories_text), effort="best", **few)
     outputs = tmp_path / "best.clus", tmp_path / "again.clus"
     report = convert(stories_folder, outputs[0], options)
     curve = report.curves["recovery"]
@@ -203,7 +205,7 @@ def test_convert_with_all_effort(
 
     with monkeypatch.context() as patch:
         patch.setattr(Training, "step", counted)
-        patch.setattr("cluscomp_export.conversion.convert.record_self_test", interrupt)
+        patch.setattr("cluscomp_export.conversion.self_test.make_self_test", interrupt)
         for _ in range(2):
             with pytest.raises(KeyboardInterrupt):
                 convert(stories_folder, outputs[1], options)

@@ -49,7 +49,7 @@ def test_fast_works_everywhere(opt: Path, tmp_path: Path, options: dict[str, Any
     [
         ({"effort": "balanced"}, "--effort"),
         ({"effort": "best"}, "--effort"),
-        ({"blockwise": {"epochs": 2}}, "--effort and its levels"),
+        ({"blockwise_epochs": 2}, "--effort and its options"),
         ({"sensitivity": "measured"}, "--sensitivity"),
         ({"match_loss": 0.1}, "--match-loss"),
         ({"sensitivity": "measured", "effort": "best"}, "--sensitivity and --effort"),

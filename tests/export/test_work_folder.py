@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from cluscomp_export.work_folder import Forms, WorkFolder, fingerprint, remove_work, work_folder, work_path
+from cluscomp_export.store import ArraySpecs
+from cluscomp_export.work_folder import WorkFolder, fingerprint, remove_work, work_folder, work_path
 from cluscomp_formats.errors import StorageError
 
 ARRAYS = {
@@ -19,7 +20,7 @@ ARRAYS = {
     "sha256": np.ones((2, 1), dtype=np.float32),
     "none": np.empty(0, dtype=np.float16),
 }
-FORMS: Forms = {name: (values.dtype.name, values.shape) for name, values in ARRAYS.items()}
+FORMS: ArraySpecs = {name: (values.dtype.name, values.shape) for name, values in ARRAYS.items()}
 CONVERSION = fingerprint({"seed": 0})
 
 
@@ -40,7 +41,7 @@ def units(output: Path) -> list[Path]:
     return sorted(work_path(output).iterdir())
 
 
-def load(output: Path, name: str = "unit", forms: Forms = FORMS, conversion: str = CONVERSION) -> object:
+def load(output: Path, name: str = "unit", forms: ArraySpecs = FORMS, conversion: str = CONVERSION) -> object:
     with contextlib.suppress(StopError), work_folder(output) as work:
         work.conversion = conversion
         found = work.load(name, forms)

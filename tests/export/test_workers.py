@@ -19,7 +19,8 @@ from dying_job import DyingJob
 from safetensors.numpy import load_file, save_file
 
 from cluscomp_export.compression.fit_encode import Computing
-from cluscomp_export.compression.workers.local import WorkerChoice, open_workers, parse_workers
+from cluscomp_export.compression.workers.base import WorkerChoice, parse_workers
+from cluscomp_export.compression.workers.opening import open_workers
 from cluscomp_export.conversion.convert import ConversionOptions, convert
 from cluscomp_export.work_folder import work_path
 from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, WorkersLostError
@@ -31,7 +32,7 @@ OPTIONS: dict[str, Any] = {
     "share": "none",
     "calibration": str(TEXT),
     "calibration_windows": 2,
-    "blockwise": {"epochs": 0},
+    "blockwise_epochs": 0,
 }
 """A codebook for each of the 35 matrices, codes with error feedback. No training: its last bits may depend on the threads."""
 

@@ -26,9 +26,9 @@ from kill_loop import OPEN
 from cluscomp_export.conversion.convert import ConversionOptions, convert
 
 LEVELS = {
-    "packed": {"blockwise": {"epochs": 2}},
+    "packed": {"blockwise_epochs": 2},
     "hf": {"effort": "fast"},
-    "gguf": {"effort": "best", "recovery": {"steps": 4}},
+    "gguf": {"effort": "best", "recovery_steps": 4},
     "onnx": {"effort": "fast", "share": "none"},
 }
 """Formats to write, with work of every kind between them."""

@@ -11,10 +11,11 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 from cluscomp_export.conversion.convert import ConversionOptions, convert
-from cluscomp_export.conversion.effort import Effort
+from cluscomp_export.conversion.options import Effort
 from cluscomp_export.work_folder import WorkFolder, work_path
 from cluscomp_formats.ir import AnyArray
 
@@ -62,12 +63,11 @@ def tamper(source: Path, folder: Path, options: ConversionOptions, every: int = 
 
 
 def options_for(effort: Effort, *, windows: int = 4, context: int = 128) -> ConversionOptions:
-    """Few windows, and every level of the effort; codebooks of their own, so that blocks are tuned."""
-    levels = {} if effort == "fast" else {"calibration_windows": windows}
-    recovery = {"steps": 2, "batch": 1, "context": 64} if effort == "best" else {}
-    return ConversionOptions(
-        bits=3, share="none", effort=effort, threads=1, calibration_context=context, recovery=recovery, **levels
-    )
+    """Few windows, and every phase of the effort; codebooks of their own, so that blocks are tuned."""
+    phases: dict[str, Any] = {} if effort == "fast" else {"calibration_windows": windows}
+    if effort == "best":
+        phases |= {"recovery_steps": 2, "recovery_batch": 1, "recovery_context": 64}
+    return ConversionOptions(bits=3, share="none", effort=effort, threads=1, calibration_context=context, **phases)
 
 
 if __name__ == "__main__":

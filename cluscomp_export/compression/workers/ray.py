@@ -16,7 +16,7 @@ from ray.util.joblib.ray_backend import RayBackend
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluscomp_export.compression.workers.local import STREAMING, Workers
+from cluscomp_export.compression.workers.base import STREAMING, Workers
 from cluscomp_formats.errors import InvalidRequestError, Problem
 from cluscomp_formats.ir import AnyArray
 

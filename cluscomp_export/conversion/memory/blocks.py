@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from cluscomp_export.calibration.activations import BATCH
 from cluscomp_export.calibration.fisher import EMBEDDING, HEAD_TOKENS, WINDOWS, head_name
-from cluscomp_export.compression.error_feedback import PIECE_BYTES, block_index
+from cluscomp_export.compression.moments import PIECE_BYTES
 from cluscomp_export.conversion.memory.matrices import (
     clustered_decoding,
     encoding,
@@ -20,6 +20,7 @@ from cluscomp_export.conversion.memory.matrices import (
 )
 from cluscomp_export.planning import Plan
 from cluscomp_export.sources import embedding_tensor, head_tensor, logits_tensor
+from cluscomp_export.sources.linears import block_index
 from cluscomp_export.training.blockwise import BlockwiseOptions
 from cluscomp_export.training.recovery import RecoveryOptions, teacher_kernel
 from cluscomp_formats.architectures import DecoderDescription
@@ -136,7 +137,7 @@ def error_feedback(
     stream = 4 * windows * context * description.hidden_size
     tokens = min(windows, BATCH) * context
     running = _layer_activations(description, tokens, 4)
-    codes = sum(2 * num_vectors(plan.treatments[name]) for name in names if name in plan.treatments)
+    codes = sum(2 * num_vectors(plan.schemes[name]) for name in names if name in plan.schemes)
     device = host = 0
     for branch in description.blocks[index].branches:
         inputs = [[linear.weight for linear in step.groups[0]] for step in branch.part.steps]
@@ -159,13 +160,13 @@ def error_feedback(
         else:
             beside = (half + goals[0], half + mixed + goals[1], 2 * half + mixed + placing)
             host = max(host, computing[0], mixed + computing[1], mixed + computing[2], *beside)
-    outside = Plan({name: treatment for name, treatment in plan.treatments.items() if block_index(name) is None})
+    outside = Plan({name: scheme for name, scheme in plan.schemes.items() if block_index(name) is None})
     device_outside, host_outside = encoding(source, outside, cuda=cuda)
     host = max(5 * stream + codes + host, 2 * stream + host_outside, embedding(source, description, windows, context))
     head = logits_tensor(source)
-    if head is not None and head in plan.treatments:
-        making, vectors = making_vectors(source, head, plan.treatments[head])
-        encoded = vectors + 2 * num_vectors(plan.treatments[head]) + 6 * min(PIECE_BYTES, vectors)
+    if head is not None and head in plan.schemes:
+        making, vectors = making_vectors(source, head, plan.schemes[head])
+        encoded = vectors + 2 * num_vectors(plan.schemes[head]) + 6 * min(PIECE_BYTES, vectors)
         host = max(host, 2 * stream + 24 * description.hidden_size**2 + max(making, encoded))
     return max(device, device_outside), host
 
@@ -197,8 +198,8 @@ def _encoding(source: Model, plan: Plan, width: int, names: Sequence[str]) -> in
     corrections = sum(4 * width * source.tensors[name].shape[0] for name in names)
     squares, most = width**2, 0
     for name in names:
-        if name in plan.treatments:
-            making, vectors = making_vectors(source, name, plan.treatments[name])
+        if name in plan.schemes:
+            making, vectors = making_vectors(source, name, plan.schemes[name])
             factoring, searching, fitting = 24 * squares + 2 * vectors, 16 * squares + 4 * vectors, 12 * squares + 5 * vectors
             most = max(most, 8 * squares + making, factoring, searching, fitting)
     return corrections + most

@@ -6,9 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from cluscomp_export.calibration.runnable import decoder_description
-from cluscomp_export.compression.error_feedback import block_index
-from cluscomp_export.compression.pipeline import unit_bytes
-from cluscomp_export.conversion.effort import Levels
+from cluscomp_export.conversion.effort import Phases
 from cluscomp_export.conversion.memory.blocks import (
     calibration,
     embedding,
@@ -21,6 +19,7 @@ from cluscomp_export.conversion.memory.blocks import (
 )
 from cluscomp_export.conversion.memory.matrices import checking, encoding, fitting, writing
 from cluscomp_export.planning import Plan
+from cluscomp_export.sources.linears import block_index
 from cluscomp_formats.ir import Model
 from cluscomp_runtime.memory import device_bytes, physical_bytes
 
@@ -70,14 +69,14 @@ def conversion_memory(
     output_bytes: int,
     calibrated: bool,
     measures: bool = False,
-    levels: Levels,
+    phases: Phases,
     windows: int,
     context: int,
     cuda: bool = False,
 ) -> tuple[Peak, ...]:
     """The phases of a conversion in their order.
 
-    `model` is what `cluster_model(source, plan)` describes, or the source itself where it is only repacked (`plan=None`);
+    `model` is the `planned_model(source, plan)`, or the source itself where it is only repacked (`plan=None`);
     `output_bytes` the size of what is written. `calibrated` says whether there is a calibration text, of which blocks see as
     many `windows` of `context` tokens, `measures` whether sensitivities are measured on it, `cuda` whether the device is one.
     """
@@ -91,37 +90,37 @@ def conversion_memory(
     if calibrated and description is not None:
         disk = sum(4 * tensor.shape[1] for tensor in source.tensors.values() if len(tensor.shape) == 2)
         rows.append(("calibration", 0, calibration(source, description, windows, context), disk))
-        if levels.feedback:
+        if phases.feedback:
             disk += sum(4 * tensor.shape[0] for name, tensor in source.tensors.items() if block_index(name) is not None)
             if predicts:
                 rows.append(("row importance", 0, row_importance(source, description, context), disk))
-    sizes = unit_bytes(model)
+    sizes = _unit_bytes(model)
     disk += sizes["codebooks"]
     rows.append(("fitting codebooks", *fitting(source, plan, calibrated=calibrated, cuda=cuda), disk))
     disk += sizes["tensors"]
-    if description is None or not levels.block_by_block:
+    if description is None or not phases.block_by_block:
         rows.append(("choosing codes", *encoding(source, plan, cuda=cuda), disk + output_bytes))
     else:
         rows.append(("error feedback", *error_feedback(source, model, plan, description, windows, context, cuda=cuda), disk))
-        if levels.blockwise is not None:
+        if phases.blockwise is not None:
             # The values of a tuned block are kept beside those it started with.
             disk += sizes["codebooks"] + sizes["scales"]
             shared = [book.name for book in plan.codebooks if len({block_index(name) for name in book.members}) > 1]
-            block, streams = tuning(model, description, levels.blockwise, windows, context, shared)
+            block, streams = tuning(model, description, phases.blockwise, windows, context, shared)
             device, host = (block, streams) if cuda else (0, block + streams)
             rows.append(("block-wise tuning", device, max(host, embedding(source, description, windows, context)), disk))
-    if levels.recovery is not None and description is not None and predicts:
-        rows.append(("recovery", *recovery(source, model, description, levels.recovery, cuda=cuda), disk))
+    if phases.recovery is not None and description is not None and predicts:
+        rows.append(("recovery", *recovery(source, model, description, phases.recovery, cuda=cuda), disk))
     rows.append(("writing", 0, writing(source, model), disk + output_bytes))
     rows += _self_test(model, disk + output_bytes)
     return tuple(_with_heap(rows))
 
 
-def process_bytes(*, measures: bool, levels: Levels | None) -> int:
-    """The fixed part of a conversion on the host, which comes on top of every phase; `levels` is None where nothing is
+def process_bytes(*, measures: bool, phases: Phases | None) -> int:
+    """The fixed part of a conversion on the host, which comes on top of every phase; `phases` is None where nothing is
     clustered. A small model takes little else."""
-    trains = levels is not None and (levels.blockwise is not None or levels.recovery is not None)
-    gradients = measures or trains or (levels is not None and levels.feedback)
+    trains = phases is not None and (phases.blockwise is not None or phases.recovery is not None)
+    gradients = measures or trains or (phases is not None and phases.feedback)
     return PROCESS_BYTES + GRADIENT_BYTES * gradients + OPTIMIZER_BYTES * trains
 
 
@@ -149,3 +148,15 @@ def memory_warnings(peaks: Sequence[Peak], device: str, process: int = PROCESS_B
 def _self_test(model: Model, disk: int) -> list[tuple[str, int, int, int]]:
     description = decoder_description(model)
     return [] if description is None else [("self-test", 0, self_test(model, description), disk)]
+
+
+def _unit_bytes(model: Model) -> dict[str, int]:
+    """Bytes of the units of work on the disk, headers not counted: `codebooks`, `tensors`, and of these the `scales`."""
+    weights = model.clustered.values()
+    codes = sum(stage.codes.nbytes for weight in weights for stage in weight.stages)
+    extras = sum(array.nbytes for weight in weights for _, array in weight.extra_arrays)
+    return {
+        "codebooks": sum(book.values.nbytes for book in model.codebooks.values()),
+        "tensors": codes + extras,
+        "scales": extras,
+    }

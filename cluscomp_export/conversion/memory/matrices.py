@@ -3,8 +3,8 @@ docstring."""
 
 from __future__ import annotations
 
-from cluscomp_export.compression.pipeline import FIT_VECTORS_PER_CLUSTER
-from cluscomp_export.planning import CodebookPlan, Plan, Treatment
+from cluscomp_export.compression.jobs import FIT_VECTORS_PER_CLUSTER
+from cluscomp_export.planning import CodebookPlan, Plan, TensorScheme
 from cluscomp_formats.ir import DTYPES, ClusteredWeight, DenseTensor, Model, Tensor
 from cluscomp_kernels.kmeans.native_engine import list_length
 from cluscomp_kernels.kmeans.torch_engine import DISTANCES_PER_CHUNK
@@ -84,18 +84,18 @@ def looking_up(source: Model, tensor: Tensor) -> int:
     return 2 * tensor.values.nbytes
 
 
-def making_vectors(source: Model, name: str, treatment: Treatment) -> tuple[int, int]:
+def making_vectors(source: Model, name: str, scheme: TensorScheme) -> tuple[int, int]:
     """Bytes while the vectors of a matrix are made, and what they take (4 P): the matrix decoded; with row scales its squares
     as float64, then both the matrix and the scaled one; the transpose into filled up vectors."""
     decoding, decoded = reading(source, source.tensors[name])
-    held = 4 * num_vectors(treatment) * treatment.codebook.cluster_dim
-    squares = 3 * decoded if treatment.row_scale else 0
+    held = 4 * num_vectors(scheme) * scheme.codebook.cluster_dim
+    squares = 3 * decoded if scheme.row_scale else 0
     return max(decoding, squares, 2 * decoded, decoded + held), held
 
 
-def num_vectors(treatment: Treatment) -> int:
-    out_features, in_features = treatment.shape
-    return in_features * -(-out_features // treatment.codebook.cluster_dim)
+def num_vectors(scheme: TensorScheme) -> int:
+    out_features, in_features = scheme.shape
+    return in_features * -(-out_features // scheme.codebook.cluster_dim)
 
 
 def fitting(source: Model, plan: Plan, *, calibrated: bool, cuda: bool) -> tuple[int, int]:
@@ -115,15 +115,15 @@ def _fitting(source: Model, plan: Plan, book: CodebookPlan, *, calibrated: bool,
     the points, sorted by code as float32 and, with their weights, as float64 twice; codes, order, distances and shares as
     integers and floats of 8 bytes (100 bytes).
     """
-    treatments = {name: plan.treatments[name] for name in book.members}
-    counts = {name: num_vectors(treatment) for name, treatment in treatments.items()}
+    schemes = {name: plan.schemes[name] for name in book.members}
+    counts = {name: num_vectors(scheme) for name, scheme in schemes.items()}
     dim, clusters, total = book.cluster_dim, book.num_clusters, sum(counts.values())
-    scaled = any(treatment.row_scale for treatment in treatments.values())
+    scaled = any(scheme.row_scale for scheme in schemes.values())
     points = min(total, FIT_VECTORS_PER_CLUSTER * clusters) if scaled else total
     row = 4 * dim + (4 if calibrated else 0)
     most = 0
-    for name, treatment in treatments.items():
-        making, held = making_vectors(source, name, treatment)
+    for name, scheme in schemes.items():
+        making, held = making_vectors(source, name, scheme)
         drawing = held + (12 if points < total else 4) * counts[name]
         most = max(most, making, drawing)
     # Weights of 1 are made even if nothing is calibrated.
@@ -145,15 +145,13 @@ def encoding(source: Model, plan: Plan, *, cuda: bool) -> tuple[int, int]:
     order by cluster old and new (18 bytes); then, for the scales, the decoded vectors. The codes of the tensor before are still
     kept (2 V). On a GPU the vectors, codes and distances, and the distances of a chunk to all centroids."""
     host = device = before = 0
-    for name, treatment in plan.treatments.items():
-        making, held = making_vectors(source, name, treatment)
-        vectors = num_vectors(treatment)
-        centroids = 16 * treatment.codebook.num_clusters * treatment.codebook.cluster_dim
-        lists = (
-            4 * treatment.codebook.num_clusters * list_length(treatment.codebook.cluster_dim, treatment.codebook.num_clusters)
-        )
+    for name, scheme in plan.schemes.items():
+        making, held = making_vectors(source, name, scheme)
+        vectors = num_vectors(scheme)
+        centroids = 16 * scheme.codebook.num_clusters * scheme.codebook.cluster_dim
+        lists = 4 * scheme.codebook.num_clusters * list_length(scheme.codebook.cluster_dim, scheme.codebook.num_clusters)
         searching = held + 18 * vectors + lists
-        scaling = 2 * held + 2 * vectors if treatment.row_scale else 0
+        scaling = 2 * held + 2 * vectors if scheme.row_scale else 0
         host = max(host, before + centroids + max(making, searching, scaling))
         device = max(device, held + 8 * vectors + 2 * DISTANCES_PER_CHUNK * 12)
         before = 2 * vectors
@@ -163,7 +161,7 @@ def encoding(source: Model, plan: Plan, *, cuda: bool) -> tuple[int, int]:
 def feedback_search(plan: Plan) -> int:
     """On a GPU the search of error feedback holds the codebook, 64 channels of the weights three times, and the distances of a
     chunk to all centroids."""
-    widest = max(treatment.shape[0] for treatment in plan.treatments.values())
+    widest = max(scheme.shape[0] for scheme in plan.schemes.values())
     codebook = max(4 * book.num_clusters * book.cluster_dim for book in plan.codebooks)
     return codebook + 3 * 64 * 4 * widest + 2 * DISTANCES_PER_CHUNK * 12
 
