@@ -28,12 +28,12 @@ from measuring import quality_cells, quality_parser
 
 from cluscomp_export.calibration.activations import calibration_tokens, calibration_windows, read_text, shipped_text
 from cluscomp_export.cli.terminal import print_table, say
-from cluscomp_export.compression.error_feedback import block_index
-from cluscomp_export.compression.pipeline import cluster_model
+from cluscomp_export.compression.pipeline import compress
 from cluscomp_export.evaluation.evaluate import evaluate, tokenize, tokenizer_of
 from cluscomp_export.evaluation.protocols import choose_protocol
 from cluscomp_export.planning import Plan, plan_fixed
 from cluscomp_export.sources import open_source
+from cluscomp_export.sources.linears import block_index
 from cluscomp_export.threads import torch_threads
 from cluscomp_export.training import RecoveryOptions, TrainableModel, recover
 from cluscomp_export.training.blockwise import BlockwiseOptions, relative_error, tune_block
@@ -98,7 +98,7 @@ def first_blocks(source: Model, blocks: int, path: Path) -> Model:
         index = block_index(name)
         if index is not None and index < blocks:
             chosen[name] = scheme
-    write_packed(cluster_model(source, Plan(chosen)), path)
+    write_packed(compress(source, Plan(chosen)).model, path)
     return open_source(path)
 
 

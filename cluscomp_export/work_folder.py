@@ -57,6 +57,7 @@ class WorkFolder:
         self.conversion = ""
         self._saved: set[str] = set()
         self._sound: set[str] = set()
+        self._loaded: set[str] = set()
 
     def begin(self, conversion: str) -> tuple[int, int]:
         """Keep the units of the conversion with this fingerprint, delete all others. How many were kept, and deleted.
@@ -83,7 +84,7 @@ class WorkFolder:
             message, remedy = "a finished part is gone or was changed while it was needed", "run the same command again"
             raise StorageError(Problem("unit_changed", message, str(self._file(name)), remedy=remedy))
         if arrays is not None:
-            self._sound.add(name)
+            self._loaded.add(name)
         return arrays
 
     def holds(self, name: str, specs: ArraySpecs) -> bool:
@@ -98,6 +99,7 @@ class WorkFolder:
         for name in found:
             _delete(self._file(name))
         self._sound.difference_update(found)
+        self._loaded.difference_update(found)
         return len(found)
 
     def _read(self, name: str, specs: ArraySpecs) -> dict[str, AnyArray] | None:
@@ -146,7 +148,7 @@ class WorkFolder:
     @property
     def reused(self) -> int:
         """Units of an earlier attempt that were used again."""
-        return len(self._sound - self._saved)
+        return len((self._sound | self._loaded) - self._saved)
 
     @property
     def empty(self) -> bool:
@@ -251,4 +253,6 @@ def _array_name(key: str) -> str:
 
 
 def _stored_specs(specs: ArraySpecs) -> dict[str, tuple[str, tuple[int, ...]]]:
-    return {**{_key(array): spec for array, spec in specs.items()}, _CHECKSUM: _CHECKSUM_SPEC}
+    # Stored as numpy holds it: bfloat16 as uint16.
+    stored = {_key(array): (DTYPES[dtype].name, tuple(shape)) for array, (dtype, shape) in specs.items()}
+    return {**stored, _CHECKSUM: _CHECKSUM_SPEC}

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from tamper_loop import options_for, tamper
 
 from cluscomp_export.compression.unit_order import UnitOrder, discard_void
-from cluscomp_export.conversion.effort import Effort
+from cluscomp_export.conversion.options import Effort
 from cluscomp_export.store import ArraySpecs
 from cluscomp_export.work_folder import WorkFolder, fingerprint, work_folder
 from cluscomp_formats.errors import StorageError

@@ -13,9 +13,9 @@ from noise_costs import divergence
 
 from cluscomp_export.calibration.activations import calibration_tokens, calibration_windows, read_text
 from cluscomp_export.calibration.row_importance import block_matrices, row_importance
-from cluscomp_export.compression.error_feedback import Goal, InputMoments
 from cluscomp_export.compression.fit_encode import LEAST_IMPORTANCE, Computing, Encoding
-from cluscomp_export.conversion import convert as convert_module
+from cluscomp_export.compression.moments import InputMoments, Target
+from cluscomp_export.conversion import compress_source as compress_module
 from cluscomp_export.conversion.convert import ConversionOptions, convert
 from cluscomp_export.sources import open_source
 from cluscomp_export.threads import torch_threads
@@ -87,12 +87,12 @@ def test_errors_of_rows_that_were_scaled_down_count_more() -> None:
     expected = np.empty((24, 4), np.uint16)
     expected[order] = feedback_codes(weights[order], centroids, factor, 10, counts)
     fitted = {"centroids": centroids, "step": np.ones(1, dtype=np.float32)}
-    goal = Goal(moments, importance=importance)
+    goal = Target(moments, importance=importance)
     job = Encoding(weights.reshape(-1, 3), scale, fitted, np.ones(24, dtype=np.float32), 10, goal, Computing(threads=1))
     np.testing.assert_array_equal(job.run()["codes"], expected)
-    alike = replace(job, goal=Goal(moments)).run()["codes"]
+    alike = replace(job, target=Target(moments)).run()["codes"]
     assert (alike != expected).mean() > 0.1
-    nothing = replace(job, goal=Goal(moments, importance=np.zeros(10, dtype=np.float32))).run()["codes"]
+    nothing = replace(job, target=Target(moments, importance=np.zeros(10, dtype=np.float32))).run()["codes"]
     np.testing.assert_array_equal(nothing, alike)
 
 
@@ -108,7 +108,7 @@ def test_a_conversion_that_goes_on_does_not_measure_again(
         patch.setattr("cluscomp_export.compression.moments.assign_with_feedback", stop)
         with pytest.raises(KeyboardInterrupt):
             convert(stories_folder, output, options)
-    monkeypatch.setattr(convert_module, "row_importance", stop)
+    monkeypatch.setattr(compress_module, "row_importance", stop)
     convert(stories_folder, output, options)
     with pytest.raises(KeyboardInterrupt):
         convert(stories_folder, tmp_path / "other.clus", options)
