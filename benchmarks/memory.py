@@ -59,8 +59,8 @@ SYNTHETIC = {
 """The first has the blocks of TinyLlama-1.1B; the tokenizer is that of a small model."""
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "a codebook each": {"cluster_dim": 8, "num_clusters": 1024, "effort": "balanced"},
-    "shared by kind": {"cluster_dim": 8, "num_clusters": 1024, "effort": "balanced", "share": "kind"},
+    "a codebook each": {"dim": 8, "clusters": 1024, "effort": "balanced"},
+    "shared by kind": {"dim": 8, "clusters": 1024, "effort": "balanced", "share": "kind"},
 }
 """Few clusters, for the sake of time; `benchmarks/kmeans.py` has the full number."""
 

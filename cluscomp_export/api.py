@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, Unpack
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict, Unpack
 
 from cluscomp_formats.progress import Progress, silent
 
 if TYPE_CHECKING:
     from cluscomp_export.conversion.convert import ConversionReport
     from cluscomp_export.conversion.merge import MergeReport
-    from cluscomp_export.conversion.options import ConversionOptions
     from cluscomp_export.conversion.plan_report import PlanReport
     from cluscomp_export.evaluation.evaluate import Evaluation, TaskEvaluation
     from cluscomp_export.inspection.inspect import DeltaInspection, Inspection
@@ -157,8 +156,9 @@ def convert(
     OutputExistsError, StorageError, SelfTestError, WorkersLostError.
     """
     from cluscomp_export.conversion.convert import convert as run
+    from cluscomp_export.conversion.options import ConversionOptions
 
-    chosen = _conversion_options(options)
+    chosen = ConversionOptions(**options)
     return run(Path(source), Path(output), chosen, force=force, on_progress=on_progress, on_warning=on_warning)
 
 
@@ -175,6 +175,7 @@ def plan(
     `save` writes the plan as JSON, for `convert(..., plan=...)`; `force` replaces a file that exists. Unless sensitivities are
     measured, a folder that holds a `config.json` is enough as `source`. Raises what `convert` does before its work.
     """
+    from cluscomp_export.conversion.options import ConversionOptions
     from cluscomp_export.conversion.plan_report import explain
     from cluscomp_export.conversion.prepare import prepare
     from cluscomp_export.outputs import check_apart
@@ -182,7 +183,7 @@ def plan(
     from cluscomp_formats.errors import InvalidRequestError, Problem
     from cluscomp_formats.files.atomic import check_output
 
-    chosen, file = _conversion_options(options), _path(save)
+    chosen, file = ConversionOptions(**options), _path(save)
     if file is not None:
         check_apart([file], [Path(source), *chosen.files()])
         check_output(file, force=force)
@@ -360,16 +361,3 @@ def open_source(path: StrPath, *, delta: StrPath | None = None) -> Model:
 
 def _path(path: StrPath | None) -> Path | None:
     return None if path is None else Path(path)
-
-
-def _conversion_options(keywords: ConversionKeywords) -> ConversionOptions:
-    from cluscomp_export.conversion.options import ConversionOptions
-    from cluscomp_export.planning.sizes import parse_bytes
-
-    names = {"dim": "cluster_dim", "clusters": "num_clusters"}
-    others: dict[str, Any] = {names.get(name, name): value for name, value in keywords.items()}
-    others["plan"] = _path(keywords.get("plan"))
-    calibration, budget = keywords.get("calibration"), keywords.get("budget")
-    others["calibration"] = None if calibration is None else str(calibration)
-    others["budget"] = parse_bytes(budget) if isinstance(budget, str) else budget
-    return ConversionOptions(**others)

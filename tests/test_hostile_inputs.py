@@ -71,7 +71,7 @@ OUTPUTS = {
 def known(stories_folder: Path, stories_text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What the commands in the tables name."""
     folder = tmp_path_factory.mktemp("known")
-    convert(stories_folder, folder / "model", ConversionOptions(cluster_dim=4, num_clusters=16))
+    convert(stories_folder, folder / "model", ConversionOptions(dim=4, clusters=16))
     options = TuneOptions(text=stories_text, context=16, steps=1, batch=1)
     tune(folder / "model", folder / "delta", options)
     names = {"SOURCE": stories_folder, "TEXT": stories_text, "MODEL": folder / "model", "DELTA": folder / "delta"}

@@ -302,21 +302,13 @@ def convert(
         files = [Path(name) for name in (options["plan"], options["calibration"]) if name not in (None, "none")]
         check_apart([output, report_path], [source, *files])
         check_output(report_path, force=force)
-    told: list[str] = []
-
-    def tell(text: str) -> None:
-        told.append(text)
-        warn(text)
-
     try:
         with ProgressDisplay() as progress:
-            report = api.convert(source, output, force=force, on_progress=progress, on_warning=tell, **options)
+            report = api.convert(source, output, force=force, on_progress=progress, on_warning=warn, **options)
     except BaseException:
         if os.path.isdir(work_path(output)):  # noqa: PTH112 - Path.is_dir raises
             say(f"finished work is kept in {work_path(output)}: run the same command again to resume")
         raise
-    for text in report.warnings[len(told) :]:
-        warn(text)
     if report.reused:
         say(f"resumed an interrupted conversion (reused {report.reused} finished units)")
     if report_path is not None:

@@ -10,7 +10,7 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from cluscomp_runtime.memory import memory_faults
 
 __all__ = ["ConversionOptions", "ConversionReport", "Prepared", "convert", "prepare"]
 
-_MEMORY_REMEDY = "run it again with more memory free, or with --device cpu if a GPU was full: what is finished has been kept"
+_MEMORY_REMEDY = "free memory, or use `device='cpu'` if a GPU was full, and run it again: finished work has been kept"
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def convert(
 ) -> ConversionReport:
     """Convert `source_path` and write `output`. The output is complete or not there, and the source is never touched.
 
-    `on_warning` gets the warnings that are known before the work; the report has all of them.
+    `on_warning` gets each warning as soon as it is known; the report has all of them.
 
     A compression that fails or is interrupted leaves what it has finished in a folder beside the output (`work_path`); the same
     call resumes it and ends with the same bytes. Raises what `prepare` and `compress_source` do, OutputExistsError,
@@ -84,8 +84,14 @@ def convert(
     # Shows early what cannot be done; sensitivities are measured later, once the source has been checked.
     prepared = prepare(source_path, options, measure=False)
     fmt.check_model(prepared.model)
-    for warning in prepared.warnings:
-        on_warning(warning)
+    warnings: list[str] = []
+
+    def warn(texts: Sequence[str]) -> None:
+        warnings.extend(texts)
+        for text in texts:
+            on_warning(text)
+
+    warn(prepared.warnings)
     with contextlib.ExitStack() as unfinished:
         unfinished.enter_context(memory_faults(_MEMORY_REMEDY))
         unfinished.enter_context(torch_threads(options.torch_threads))
@@ -99,6 +105,7 @@ def convert(
         else:
             with faults_of(source_path):
                 result = compress_source(prepared, source_path, options, fmt, work, on_progress)
+        warn(result.warnings)
         self_test = SelfTestRecorder(result.model.self_test, on_progress)
         with faults_of(source_path):
             written = fmt.write(
@@ -108,6 +115,7 @@ def convert(
                 self_test=self_test,
                 on_progress=on_progress,
             )
+    warn(self_test.warnings)
     return ConversionReport(
         output=str(output),
         file_bytes=written.file_bytes,
@@ -118,7 +126,7 @@ def convert(
         curves={name: finite_curve(curve) for name, curve in result.curves.items() if curve},
         reused=work.reused if work is not None else 0,
         seconds=time.perf_counter() - started,
-        warnings=(*prepared.warnings, *result.warnings, *self_test.warnings),
+        warnings=tuple(warnings),
     )
 
 

@@ -73,7 +73,7 @@ def phases_of(options: ConversionOptions) -> Phases:
     InvalidRequestError for values that are out of range.
     """
     _check_ranges(options)
-    bare = options.calibration == "none" or options.cluster_dim is not None
+    bare = options.calibration == "none" or options.dim is not None
     effort = options.effort or ("fast" if bare else "balanced")
     blockwise = {
         "epochs": options.blockwise_epochs,

@@ -1,4 +1,4 @@
-"""Whether the options of a conversion make sense, alone and together; looked at before anything else."""
+"""Are the options of a conversion valid, alone and together? Checked before anything else."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Sensitivity = Literal["measured", "equal"]
 
 
 def check_options(options: ConversionOptions, fmt: Format) -> None:
-    """Raises InvalidRequestError for options that contradict each other, or one that is out of range or no choice there is."""
+    """Raises InvalidRequestError for options that contradict each other, and for invalid values."""
     problem = _no_choice(options) or _contradiction(options, fmt) or _out_of_range(options)
     if problem:
         raise InvalidRequestError(problem)
@@ -31,7 +31,7 @@ def check_options(options: ConversionOptions, fmt: Format) -> None:
 
 
 def _no_choice(options: ConversionOptions) -> Problem | None:
-    """Values that the command line would not let through."""
+    """Values that are not among the choices."""
     choices: dict[str, tuple[Any, object]] = {
         "effort": (options.effort, Effort),
         "share": (options.share, Share),
@@ -42,56 +42,55 @@ def _no_choice(options: ConversionOptions) -> Problem | None:
         known = get_args(kind)
         if value is not None and value not in known:
             expected = ", ".join(known)
-            return Problem("bad_option", f"--{option} has no such choice", found=repr(value)[:200], expected=expected)
+            return Problem("bad_option", f"`{option}` has no such choice", found=repr(value)[:200], expected=expected)
     return None
 
 
 def _contradiction(options: ConversionOptions, fmt: Format) -> Problem | None:
     """Options that do not go together."""
-    targets = [option for option, value in options.targets().items() if value is not None]
-    target = targets[0] if targets else "--bits"
+    targets = [f"`{option}`" for option, value in options.targets().items() if value is not None]
+    target = targets[0] if targets else "`bits`"
     if len(targets) > 1:
         message = f"{' and '.join(targets)} exclude each other"
-        return Problem("bad_option", message, found=" ".join(targets), remedy="give one of them")
-    if (options.cluster_dim is None) != (options.num_clusters is None):
-        return Problem("bad_option", "--dim and --clusters go together", remedy="give both, or --bits")
-    if target not in ("--bits", "--dim") and options.embedding_bits is not None:
-        message = f"{target} says what becomes of the embedding, too"
-        remedy = "drop --embedding-bits, or give --bits"
-        return Problem("bad_option", message, found=f"{target} --embedding-bits", remedy=remedy)
+        return Problem("bad_option", message, found=", ".join(targets), remedy="give one of them")
+    if (options.dim is None) != (options.clusters is None):
+        return Problem("bad_option", "`dim` and `clusters` go together", remedy="give both, or `bits`")
+    if target not in ("`bits`", "`dim`") and options.embedding_bits is not None:
+        message = f"{target} determines the embedding, too"
+        remedy = "leave out `embedding_bits`, or give `bits`"
+        return Problem("bad_option", message, found=f"{target} and `embedding_bits`", remedy=remedy)
     if options.plan is not None:
-        for option, value in (("--share", options.share), ("--codebook-bits", options.codebook_bits)):
+        for option, value in (("`share`", options.share), ("`codebook_bits`", options.codebook_bits)):
             if value is not None:
-                return Problem(
-                    "bad_option", "--plan says that already", found=option, remedy=f"drop {option}, or edit the plan"
-                )
+                message, remedy = f"`plan` determines {option} already", f"leave out {option}, or edit the plan"
+                return Problem("bad_option", message, found=f"`plan` and {option}", remedy=remedy)
     if options.sensitivity is not None and not options.allocates:
-        remedy = "drop --sensitivity, or give --bits, --budget or --match-loss"
-        return Problem("bad_option", "there is nothing to allocate", found=f"{target} --sensitivity", remedy=remedy)
+        remedy = "leave out `sensitivity`, or give `bits`, `budget` or `match_loss`"
+        return Problem("bad_option", "there is nothing to allocate", found=f"{target} and `sensitivity`", remedy=remedy)
     if options.match_loss is not None and options.sensitivity == "equal":
-        remedy = "drop --sensitivity"
-        return Problem("bad_option", "--match-loss needs measured sensitivities", found="--sensitivity equal", remedy=remedy)
+        message, remedy = "`match_loss` needs measured sensitivities", "leave out `sensitivity`"
+        return Problem("bad_option", message, found="`sensitivity='equal'`", remedy=remedy)
     if options.calibration == "none" and options.measures:
-        remedy = "give a text"
-        return Problem("bad_option", "sensitivities are measured on a text", found="--calibration none", remedy=remedy)
-    if options.budget is not None and (fmt.size is None or options.gguf_type is not None):
+        message, remedy = "sensitivities are measured on a text", "give a text"
+        return Problem("bad_option", message, found="`calibration='none'`", remedy=remedy)
+    if options.budget_bytes is not None and (fmt.size is None or options.gguf_type is not None):
         message = "the size in this format does not follow from codebooks, or cannot be predicted"
-        remedy = "convert with --bits, or to packed, hf, gguf or onnx"
-        return Problem("bad_option", message, found=f"--budget --to {options.to}", remedy=remedy)
+        remedy = "give `bits` instead, or convert to packed, hf, gguf or onnx"
+        return Problem("bad_option", message, found=f"`budget` and `to={options.to!r}`", remedy=remedy)
     if options.calibration == "none" and phases_of(options).needs_text:
-        remedy = "give a text, or --effort fast and none of the options of other phases"
-        return Problem("bad_option", "this effort needs a calibration text", found="--calibration none", remedy=remedy)
+        remedy = "give a text, or `effort='fast'` without options of other phases"
+        return Problem("bad_option", "this effort needs a calibration text", found="`calibration='none'`", remedy=remedy)
     return None
 
 
 def _out_of_range(options: ConversionOptions) -> Problem | None:
-    for option, bits in (("--bits", options.bits), ("--embedding-bits", options.embedding_bits)):
+    for option, bits in (("`bits`", options.bits), ("`embedding_bits`", options.embedding_bits)):
         if bits is not None and not 0 < bits <= 16:
             return Problem("bad_option", f"{option} is out of range", found=f"{bits:g}", expected="more than 0, at most 16")
     if options.match_loss is not None and not 0 < options.match_loss < math.inf:
         found = f"{options.match_loss:g}"
-        return Problem("bad_option", "--match-loss is out of range", found=found, expected="a positive number")
+        return Problem("bad_option", "`match_loss` is out of range", found=found, expected="a positive number")
     if options.codebook_bits not in (None, *CODEBOOK_DTYPES):
         found, expected = str(options.codebook_bits), " or ".join(map(str, CODEBOOK_DTYPES))
-        return Problem("bad_option", "--codebook-bits is out of range", found=found, expected=expected)
+        return Problem("bad_option", "`codebook_bits` is out of range", found=found, expected=expected)
     return None

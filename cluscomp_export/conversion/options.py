@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
 from cluscomp_export.compression.fit_encode import Method
 from cluscomp_export.planning import Share
+from cluscomp_export.planning.sizes import parse_bytes
 from cluscomp_export.training.loop import Precision, Schedule
 
 __all__ = ["ConversionOptions", "Effort"]
@@ -61,16 +63,16 @@ class ConversionOptions:
     """
 
     bits: float | None = None
-    cluster_dim: int | None = None
-    num_clusters: int | None = None
-    budget: int | None = None
+    dim: int | None = None
+    clusters: int | None = None
+    budget: int | str | None = None
     match_loss: float | None = None
-    plan: Path | None = None
+    plan: str | PathLike[str] | None = None
     share: Share | None = None
     embedding_bits: float | None = None
     codebook_bits: int | None = None
     sensitivity: Literal["measured", "equal"] | None = None
-    calibration: str | None = None
+    calibration: str | PathLike[str] | None = None
     effort: Effort | None = None
     feedback: bool | None = None
     calibration_windows: int | None = None
@@ -108,7 +110,7 @@ class ConversionOptions:
     @property
     def asks_clustering(self) -> bool:
         """Whether any option says how to cluster."""
-        how = (*self.targets().values(), self.num_clusters, self.share, self.embedding_bits, self.codebook_bits)
+        how = (*self.targets().values(), self.clusters, self.share, self.embedding_bits, self.codebook_bits)
         text = (self.sensitivity, self.calibration, self.calibration_context)
         return any(value is not None for value in (*how, *text, *self._phases().values()))
 
@@ -120,34 +122,50 @@ class ConversionOptions:
     @property
     def allocates(self) -> bool:
         """Whether the planner chooses the sizes of codebooks."""
-        return self.cluster_dim is None and self.plan is None
+        return self.dim is None and self.plan is None
 
     @property
     def measures(self) -> bool:
         """Whether the plan needs sensitivities."""
         return self.allocates and (self.sensitivity == "measured" or self.match_loss is not None)
 
+    @property
+    def budget_bytes(self) -> int | None:
+        """The budget as a number. Raises InvalidRequestError for a text that is not a size."""
+        return parse_bytes(self.budget) if isinstance(self.budget, str) else self.budget
+
+    @property
+    def plan_file(self) -> Path | None:
+        """The plan to follow."""
+        return None if self.plan is None else Path(self.plan)
+
+    @property
+    def text_file(self) -> Path | None:
+        """The calibration text that is named."""
+        return None if self.calibration in (None, "none") else Path(self.calibration)
+
     def targets(self) -> dict[str, Any]:
-        """What a plan can aim at, by option; at most one may be given."""
+        """The targets that a plan can have, by option; at most one may be given."""
         return {
-            "--bits": self.bits,
-            "--budget": self.budget,
-            "--match-loss": self.match_loss,
-            "--plan": self.plan,
-            "--dim": self.cluster_dim,
+            "bits": self.bits,
+            "budget": self.budget,
+            "match_loss": self.match_loss,
+            "plan": self.plan,
+            "dim": self.dim,
         }
 
     def files(self) -> list[Path]:
         """The files that the options name."""
-        text = None if self.calibration in (None, "none") else self.calibration
-        return [Path(name) for name in (text, self.plan) if name is not None]
+        return [file for file in (self.text_file, self.plan_file) if file is not None]
 
     def recorded(self) -> dict[str, Any]:
         """The options that determine the result, for the provenance."""
         without_effect = {"threads", "device", "workers", "plan", *_PHASES}
         if self.budget is None:
             without_effect.add("to")
-        return {key: value for key, value in asdict(self).items() if value is not None and key not in without_effect}
+        names = {"dim": "cluster_dim", "clusters": "num_clusters"}
+        values = asdict(self) | {"budget": self.budget_bytes}
+        return {names.get(key, key): value for key, value in values.items() if value is not None and key not in without_effect}
 
     def _phases(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _PHASES}

@@ -30,7 +30,7 @@ def output_format(to: str, gguf_type: str | None = None) -> Format:
     fmt = _with_graph(find_format(to))
     if gguf_type is not None:
         if to != "gguf":
-            raise InvalidRequestError(Problem("bad_option", "--gguf-type needs --to gguf", found=f"--to {to}"))
+            raise InvalidRequestError(Problem("bad_option", "`gguf_type` needs `to='gguf'`", found=f"`to={to!r}`"))
         return dense_format(fmt, gguf_type)
     if not fmt.writable:
         expected = ", ".join(output_formats())

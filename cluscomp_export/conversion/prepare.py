@@ -98,7 +98,7 @@ def prepare(
     to_plan: bool = False,
     measure: bool = True,
 ) -> Prepared:
-    """Open, measure what the plan needs, and plan. What `--dry-run` shows.
+    """Open, measure what the plan needs, and plan.
 
     `to_plan` asks for nothing but the plan: the source may be a folder with a `config.json` and no weights, the device another
     machine's. Only shapes are read, unless the plan needs sensitivities; without `measure` it is made as if every weight
@@ -113,7 +113,7 @@ def prepare(
         check_device(options.device)
     source = open_source(source_path, to_plan=to_plan)
     if source.clustered and options.asks_clustering:
-        remedy = "convert the original model instead, or drop the clustering options to repack it as it is"
+        remedy = "convert the original model, or leave out the clustering options to repack this one"
         raise InvalidRequestError(
             Problem("already_clustered", "the source is clustered already", str(source_path), remedy=remedy)
         )
@@ -167,25 +167,25 @@ def _calibration_text(source: Model, options: ConversionOptions) -> tuple[str | 
     phases = phases_of(options)
     if options.calibration == "none":
         return None, None
-    if options.calibration is None and options.cluster_dim is not None and not phases.needs_text:
+    if options.calibration is None and options.dim is not None and not phases.needs_text:
         # The paper's setting needs none.
         return None, None
-    text = shipped_text() if options.calibration is None else read_text(Path(options.calibration))
+    text = shipped_text() if options.text_file is None else read_text(options.text_file)
     insists = {
-        "--match-loss": options.match_loss is not None,
-        "--sensitivity": options.sensitivity == "measured",
-        "--calibration": options.calibration is not None,
-        "--effort and its options": phases.needs_text and options.asks_phases,
+        "`match_loss`": options.match_loss is not None,
+        "`sensitivity`": options.sensitivity == "measured",
+        "`calibration`": options.calibration is not None,
+        "`effort` and its options": phases.needs_text and options.asks_phases,
     }
     fault = calibration_fault(source, text)
     if fault is not None:
-        _refuse(fault, insists, "matrices are then clustered without a calibration text, as by --effort fast")
+        _refuse(fault, insists, "matrices are then clustered without a calibration text, as with `effort='fast'`")
         return None, f"clustered without a calibration text: {fault.problems[0].message}"
     without = prediction_fault(source)
     if without is not None:
-        insists["--calibration"] = insists["--effort and its options"] = False
-        insists["recovery, as of --effort best"] = phases.recovery is not None
-        _refuse(without, insists, "--effort balanced and --bits need no predictions")
+        insists["`calibration`"] = insists["`effort` and its options"] = False
+        insists["recovery, as in `effort='best'`"] = phases.recovery is not None
+        _refuse(without, insists, "`effort='balanced'` and `bits` need no predictions")
     return text, None
 
 
@@ -201,8 +201,8 @@ def provenance_of(source: Model, options: ConversionOptions, text: str | None, p
     recorded = options.recorded()
     if text is not None:
         recorded["calibration"] = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
-    if options.plan is not None:
-        plan = canonical_json(plan_value(read_plan(options.plan, source)))
+    if options.plan_file is not None:
+        plan = canonical_json(plan_value(read_plan(options.plan_file, source)))
         recorded["plan"] = f"sha256:{hashlib.sha256(plan.encode()).hexdigest()}"
     return {
         "tool": "cluscomp-export",
@@ -251,13 +251,13 @@ def make_plan(
     Raises InvalidRequestError for what cannot be met, InvalidFileError for a bad plan file, UnsupportedError if there is
     nothing to cluster.
     """
-    if options.plan is not None:
-        return read_plan(options.plan, source)
+    if options.plan_file is not None:
+        return read_plan(options.plan_file, source)
     share, codebook_bits = options.share, options.codebook_bits
     if codebook_bits is None and phases_of(options).recovery is not None:
         # Recovery moves most values by less than a step of int8.
         codebook_bits = 16
-    if options.budget is not None and fmt.size is not None:
+    if options.budget_bytes is not None and fmt.size is not None:
         size, record = fmt.size, longest_record(source)
 
         def size_of(plan: Plan) -> int:
@@ -265,7 +265,7 @@ def make_plan(
 
         return plan_budget(
             source,
-            budget=options.budget,
+            budget=options.budget_bytes,
             size_of=size_of,
             share=share,
             codebook_bits=codebook_bits,
@@ -277,11 +277,11 @@ def make_plan(
     embedding_bits = options.embedding_bits
     if embedding_bits is None:
         embedding_bits = max((stored.get(name, 16.0) for name in embedding_tensors(source)), default=16.0)
-    if options.cluster_dim is not None and options.num_clusters is not None:
+    if options.dim is not None and options.clusters is not None:
         return plan_fixed(
             source,
-            cluster_dim=options.cluster_dim,
-            num_clusters=options.num_clusters,
+            cluster_dim=options.dim,
+            num_clusters=options.clusters,
             share=share or "none",
             embedding_bits=embedding_bits,
             codebook_bits=codebook_bits,
@@ -300,7 +300,7 @@ def _plan_warnings(source: Model, options: ConversionOptions, model: Model) -> l
     """What the plan leaves out that one may have expected, and where the result will not run."""
     warnings = []
     if options.embedding_bits is not None and not embedding_tensors(source):
-        warnings.append("--embedding-bits has no effect: no tensor is called like an embedding or a head")
+        warnings.append("`embedding_bits` has no effect: no tensor has the name of an embedding or a head")
     left = {name: tensor.num_weights for name, tensor in model.tensors.items() if len(tensor.shape) > 2}
     share = sum(left.values()) / max(1, sum(tensor.num_weights for tensor in model.tensors.values()))
     if share > LARGE_SHARE:
@@ -331,10 +331,10 @@ def _warnings(sizes: Sizes, source_file_bytes: int) -> list[str]:
     warnings = []
     if sizes.payload_bytes > source_file_bytes:
         dense = (
-            "; --embedding-bits 8 or 4 clusters the embedding and the head" if sizes.all_bits > 2 * sizes.linear_bits else ""
+            "; `embedding_bits=8` or 4 clusters the embedding and the head" if sizes.all_bits > 2 * sizes.linear_bits else ""
         )
         warnings.append(
             f"the artefact ({sizes.payload_bytes / 1e6:.1f} MB) will be larger than the source "
-            f"({source_file_bytes / 1e6:.1f} MB): ask for fewer --bits{dense}"
+            f"({source_file_bytes / 1e6:.1f} MB): use fewer `bits`{dense}"
         )
     return warnings

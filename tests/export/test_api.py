@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
+import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import click
 import pytest
 
 import cluscomp_export
-from cluscomp_export import ConversionKeywords, InvalidRequestError, TuneKeywords, convert, tune
+from cluscomp_export import ConversionKeywords, InvalidRequestError, TuneKeywords, convert, plan, tune
 from cluscomp_export.cli.main import cli
 from cluscomp_export.cli.messages import with_flags
+from cluscomp_export.conversion.options import ConversionOptions
+from cluscomp_export.training.finetuning import TuneOptions
 
-PAGE = Path(__file__).parents[2] / "docs" / "python.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "python.md"
+DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+FLAG = re.compile(r"(^|[\s(`'])--[a-z]")
+COMMAND = re.compile(r"cluscomp-export|pip install|^--remove-destination$")
 OF_THE_COMMAND = {"as_json", "dry_run", "force", "report_path", "save"}
 """Options that are not part of how to convert or tune."""
 
@@ -45,6 +54,27 @@ def test_keywords_are_named_like_flags(command: str, keywords: type) -> None:
         assert options[name].opts == [f"--{name.replace('_', '-')}"]
 
 
+def test_keywords_are_the_fields_of_the_options() -> None:
+    assert [field.name for field in fields(TuneOptions)] == list(TuneKeywords.__annotations__)
+    assert {field.name for field in fields(ConversionOptions)} == set(ConversionKeywords.__annotations__)
+
+
+def test_the_library_says_no_flags() -> None:
+    """Its messages name fields; whole commands of a shell may be in them."""
+    found = []
+    for package in ("cluscomp_export", "formats", "kernels", "runtime"):
+        for file in (ROOT / package).rglob("*.py"):
+            tree = ast.parse(file.read_text(encoding="utf-8"))
+            texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+            docstrings = {ast.get_docstring(node, clean=False) for node in ast.walk(tree) if isinstance(node, DOCUMENTED)}
+            found += [
+                (file.name, text)
+                for text in texts
+                if text not in docstrings and FLAG.search(text) and not COMMAND.search(text) and file.parent.name != "cli"
+            ]
+    assert found == []
+
+
 def test_importing_is_cheap() -> None:
     code = "import sys, cluscomp_export.cli.main; sys.exit(bool({'torch', 'transformers', 'onnx'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -60,6 +90,27 @@ def test_unknown_options_are_python_errors(stories_folder: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"bits": 3, "budget": 10**6}, "`bits` and `budget` exclude each other"),
+        ({"dim": 4}, "`dim` and `clusters` go together"),
+        ({"bits": -1}, "`bits` is out of range"),
+        ({"blockwise_lr": -1.0}, "`blockwise_lr` is out of range"),
+        ({"effort": "huge"}, "`effort` has no such choice"),
+        ({"budget": "much"}, "`budget` is not a size"),
+        ({"threads": 0}, "`threads` is out of range"),
+        ({"gguf_type": "f16"}, "`gguf_type` needs `to='gguf'`"),
+        ({"plan": "plan.json", "share": "kind"}, "`plan` determines `share` already"),
+    ],
+)
+def test_errors_of_conversions_name_the_field(options: ConversionKeywords, message: str, tmp_path: Path) -> None:
+    for run in (lambda: plan(tmp_path, **options), lambda: convert(tmp_path, tmp_path.with_suffix(".clus"), **options)):
+        with pytest.raises(InvalidRequestError) as caught:
+            run()
+        assert caught.value.problems[0].message == message
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
         ({"text": "a", "chat": "b"}, "give either `text` or `chat`"),
         ({}, "give either `text` or `chat`"),
         ({"text": "a", "kl": 0.5}, "`reference` and `kl` go together"),
@@ -67,7 +118,7 @@ def test_unknown_options_are_python_errors(stories_folder: Path, tmp_path: Path)
         ({"text": "a", "train": ["codes"]}, "`train` names kinds of parameters"),
     ],
 )
-def test_errors_name_the_field(options: TuneKeywords, message: str, tmp_path: Path) -> None:
+def test_errors_of_tunings_name_the_field(options: TuneKeywords, message: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         tune(tmp_path / "model.clus", tmp_path / "my.delta", **options)
     assert caught.value.problems[0].message == message

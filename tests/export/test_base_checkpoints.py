@@ -19,7 +19,7 @@ from cluscomp_export.sources import open_source
 from cluscomp_formats.errors import InvalidFileError, UnsupportedError
 from cluscomp_runtime import load
 
-LOSSLESS: dict[str, Any] = {"cluster_dim": 4, "num_clusters": 60000}
+LOSSLESS: dict[str, Any] = {"dim": 4, "clusters": 60000}
 """A cluster for every vector: what is left of the error is that of float16."""
 
 
@@ -115,7 +115,7 @@ def test_the_graph_of_a_model_without_a_head_gives_hidden_states(save: Any, tmp_
 def test_recovery_needs_predictions(save: Any) -> None:
     with pytest.raises(UnsupportedError, match="no head") as error:
         prepare(save(), ConversionOptions(bits=4, effort="best"))
-    assert "--effort balanced" in (error.value.problems[0].remedy or "")
+    assert "`effort='balanced'`" in (error.value.problems[0].remedy or "")
 
 
 @pytest.mark.parametrize("tied", [False, True])

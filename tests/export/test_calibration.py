@@ -142,7 +142,7 @@ def test_calibration_brings_the_model_closer_to_its_source(stories_folder: Path,
 
 
 def test_the_paper_setting_is_not_calibrated(stories_folder: Path, tmp_path: Path) -> None:
-    convert(stories_folder, tmp_path / "out.clus", ConversionOptions(cluster_dim=4, num_clusters=64))
+    convert(stories_folder, tmp_path / "out.clus", ConversionOptions(dim=4, clusters=64))
     assert "calibration" not in open_packed(tmp_path / "out.clus").provenance["options"]
 
 

@@ -15,7 +15,7 @@ from cluscomp_formats.errors import ClusCompError, InvalidFileError, OutputExist
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="open files cannot be removed elsewhere")
 
-OPTIONS = ConversionOptions(cluster_dim=4, num_clusters=16)
+OPTIONS = ConversionOptions(dim=4, clusters=16)
 
 
 @pytest.fixture

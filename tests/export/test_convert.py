@@ -108,7 +108,7 @@ def test_the_source_is_untouched(stories_folder: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(stories_folder, source)
     before = folder_digest(source)
-    convert(source, tmp_path / "out.clus", ConversionOptions(cluster_dim=4, num_clusters=64))
+    convert(source, tmp_path / "out.clus", ConversionOptions(dim=4, clusters=64))
     assert folder_digest(source) == before
 
 
@@ -155,7 +155,7 @@ def test_a_bfloat16_source_is_checked_by_its_bits(stories_folder: Path, tmp_path
 def test_an_existing_output_is_kept_unless_forced(stories_folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.clus"
     output.write_text("precious")
-    options = ConversionOptions(cluster_dim=4, num_clusters=64)
+    options = ConversionOptions(dim=4, clusters=64)
     with pytest.raises(OutputExistsError):
         convert(stories_folder, output, options)
     assert output.read_text(encoding="utf-8") == "precious"
@@ -174,9 +174,9 @@ def test_the_source_is_never_the_output(packed: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        ConversionOptions(cluster_dim=4),
-        ConversionOptions(num_clusters=4),
-        ConversionOptions(bits=3, cluster_dim=4, num_clusters=16),
+        ConversionOptions(dim=4),
+        ConversionOptions(clusters=4),
+        ConversionOptions(bits=3, dim=4, clusters=16),
         ConversionOptions(bits=0),
         ConversionOptions(bits=17),
         ConversionOptions(embedding_bits=0),
@@ -269,7 +269,7 @@ def test_work_is_taken_up_with_other_threads_and_not_with_other_options(
     stories_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "out.clus"
-    options = ConversionOptions(cluster_dim=4, num_clusters=16, threads=1)
+    options = ConversionOptions(dim=4, clusters=16, threads=1)
     kept = interrupted(stories_folder, output, options, monkeypatch)
     assert kept == 35 + 9
     stages: list[str] = []
@@ -278,7 +278,7 @@ def test_work_is_taken_up_with_other_threads_and_not_with_other_options(
     )
     assert report.reused == kept
     assert f"resuming with {kept} finished parts" in stages
-    for changed in ({"seed": 1}, {"num_clusters": 8}, {"calibration": str(stories_folder.with_suffix(".txt"))}):
+    for changed in ({"seed": 1}, {"clusters": 8}, {"calibration": str(stories_folder.with_suffix(".txt"))}):
         output.unlink()
         interrupted(stories_folder, output, options, monkeypatch)
         report = convert(stories_folder, output, replace(options, **changed))  # type: ignore[arg-type]
@@ -328,7 +328,7 @@ def test_recovery_is_where_the_device_says(stories_folder: Path, tmp_path: Path,
 def test_work_on_another_source_is_not_taken_up(stories_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, output = tmp_path / "source", tmp_path / "out.clus"
     shutil.copytree(stories_folder, source)
-    options = ConversionOptions(cluster_dim=4, num_clusters=16)
+    options = ConversionOptions(dim=4, clusters=16)
     interrupted(source, output, options, monkeypatch)
     tensors = load_file(source / "model.safetensors")
     tensors["model.norm.weight"][0] += 1
@@ -339,7 +339,7 @@ def test_work_on_another_source_is_not_taken_up(stories_folder: Path, tmp_path: 
 def test_work_that_outlived_its_output_is_removed(
     stories_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output, options = tmp_path / "out.clus", ConversionOptions(cluster_dim=4, num_clusters=16)
+    output, options = tmp_path / "out.clus", ConversionOptions(dim=4, clusters=16)
     with monkeypatch.context() as patch:
         patch.setattr("cluscomp_export.work_folder.WorkFolder.remove", lambda _: None)
         convert(stories_folder, output, options)
@@ -357,7 +357,7 @@ def test_work_that_outlived_its_output_is_removed(
 def test_a_second_conversion_to_the_same_output_is_refused(stories_folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.clus"
     with work_folder(output), pytest.raises(StorageError) as caught:
-        convert(stories_folder, output, ConversionOptions(cluster_dim=4, num_clusters=16))
+        convert(stories_folder, output, ConversionOptions(dim=4, clusters=16))
     assert caught.value.problems[0].kind == "busy"
 
 

@@ -29,7 +29,7 @@ NORM = norm_name("model.norm.weight")
 @pytest.fixture(scope="module")
 def artefact(stories_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("artefact") / "stories.clus"
-    options = ConversionOptions(cluster_dim=8, num_clusters=16, effort="fast", threads=1)
+    options = ConversionOptions(dim=8, clusters=16, effort="fast", threads=1)
     convert(stories_folder, output, options)
     return output
 

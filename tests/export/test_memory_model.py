@@ -29,7 +29,7 @@ source, output, text, small = map(Path, sys.argv[1:5])
 measured = sys.argv[5] == "measured"
 # Libraries make their buffers when they are first used; that is the process, not the conversion.
 convert(small, output, ConversionOptions(bits=4, calibration=str(text), threads=1), force=True)
-chosen = {"bits": 2, "effort": "fast", "sensitivity": "measured"} if measured else {"cluster_dim": 8, "num_clusters": 64}
+chosen = {"bits": 2, "effort": "fast", "sensitivity": "measured"} if measured else {"dim": 8, "clusters": 64}
 options = ConversionOptions(calibration=str(text), threads=1, **{"effort": "balanced", **chosen})
 prepared = prepare(source, options, measure=False)
 

@@ -206,7 +206,7 @@ def test_an_unknown_architecture_is_refused() -> None:
 @pytest.mark.smollm2
 def test_smollm2_speaks_the_same_tokens(smollm2_three_blocks: Path, tmp_path: Path) -> None:
     # A few clusters: what is under test is the graph, not the quality.
-    options = ConversionOptions(cluster_dim=4, num_clusters=64, share="kind", to="onnx")
+    options = ConversionOptions(dim=4, clusters=64, share="kind", to="onnx")
     convert(smollm2_three_blocks, tmp_path / "onnx", options)
     ours = load(tmp_path / "onnx")
     assert ours.tokenizer is not None

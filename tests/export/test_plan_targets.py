@@ -149,7 +149,7 @@ def test_a_budget_holds_for_the_artefact_as_written(to: str, stories_folder: Pat
 
 @pytest.mark.parametrize("to", FORMATS)
 def test_the_predicted_size_is_that_of_the_artefact(to: str, stories_folder: Path, tmp_path: Path) -> None:
-    options = ConversionOptions(cluster_dim=3, num_clusters=100, share="kind", embedding_bits=6, to=to)
+    options = ConversionOptions(dim=3, clusters=100, share="kind", embedding_bits=6, to=to)
     prepared = prepare(stories_folder, options)
     written = convert(stories_folder, tmp_path / "out", options).file_bytes
     assert prepared.file_bytes is not None
@@ -163,7 +163,7 @@ def test_the_predicted_size_is_that_of_the_artefact(to: str, stories_folder: Pat
 
 
 def test_the_predicted_size_of_a_dense_gguf_file_is_exact(stories_folder: Path, tmp_path: Path) -> None:
-    options = ConversionOptions(cluster_dim=4, num_clusters=16, to="gguf", gguf_type="q8_0")
+    options = ConversionOptions(dim=4, clusters=16, to="gguf", gguf_type="q8_0")
     assert prepare(stories_folder, options).file_bytes == convert(stories_folder, tmp_path / "out", options).file_bytes
 
 
@@ -172,16 +172,16 @@ def test_the_predicted_size_of_a_dense_gguf_file_is_exact(stories_folder: Path, 
     [
         (ConversionOptions(bits=3, budget=10**6), "exclude each other"),
         (ConversionOptions(match_loss=0.1, budget=10**6), "exclude each other"),
-        (ConversionOptions(budget=10**6, cluster_dim=4, num_clusters=16), "exclude each other"),
-        (ConversionOptions(budget=10**6, embedding_bits=4), "the embedding, too"),
+        (ConversionOptions(budget=10**6, dim=4, clusters=16), "exclude each other"),
+        (ConversionOptions(budget=10**6, embedding_bits=4), "determines the embedding, too"),
         (ConversionOptions(match_loss=0.1, calibration="none"), "measured on a text"),
         (ConversionOptions(match_loss=-1), "out of range"),
         (ConversionOptions(match_loss=0.1, sensitivity="equal"), "needs measured"),
         (ConversionOptions(budget=10**6, to="gguf", gguf_type="f16"), "does not follow from codebooks"),
-        (ConversionOptions(cluster_dim=4, num_clusters=16, sensitivity="measured"), "nothing to allocate"),
-        (ConversionOptions(plan=Path("plan.json"), share="kind"), "--plan says"),
-        (ConversionOptions(plan=Path("plan.json"), codebook_bits=8), "--plan says"),
-        (ConversionOptions(plan=Path("plan.json"), embedding_bits=8), "the embedding, too"),
+        (ConversionOptions(dim=4, clusters=16, sensitivity="measured"), "nothing to allocate"),
+        (ConversionOptions(plan=Path("plan.json"), share="kind"), "`plan` determines"),
+        (ConversionOptions(plan=Path("plan.json"), codebook_bits=8), "`plan` determines"),
+        (ConversionOptions(plan=Path("plan.json"), embedding_bits=8), "determines the embedding, too"),
         (ConversionOptions(plan=Path("plan.json"), bits=3), "exclude each other"),
     ],
 )

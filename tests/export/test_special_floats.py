@@ -55,7 +55,7 @@ def test_a_configuration_with_infinity_is_converted_opened_and_run(tmp_path: Pat
     stored = json.loads((source / "config.json").read_text()) | {"time_step_limit": [0.0, None]}
     (source / "config.json").write_text(json.dumps(stored).replace("null]", f"{form}]", 1))
     assert transformers.AutoConfig.from_pretrained(source).time_step_limit == [0.0, math.inf]
-    convert(source, tmp_path / "hf", ConversionOptions(cluster_dim=4, num_clusters=60000, to="hf"))
+    convert(source, tmp_path / "hf", ConversionOptions(dim=4, clusters=60000, to="hf"))
     assert transformers.AutoConfig.from_pretrained(tmp_path / "hf").time_step_limit == [0.0, math.inf]
     ids = torch.randint(0, 64, (1, 8))
     with torch.no_grad():

@@ -39,7 +39,7 @@ Forgery = Callable[[Model], Model]
 @pytest.fixture(scope="module")
 def honest(stories_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("honest") / "stories.clus"
-    options = ConversionOptions(cluster_dim=4, num_clusters=256, effort="fast", threads=1)
+    options = ConversionOptions(dim=4, clusters=256, effort="fast", threads=1)
     convert(stories_folder, output, options)
     return output
 
@@ -261,7 +261,7 @@ def test_side_files_that_say_nothing_about_text_are_told_of(stories_folder: Path
     assert any("only the second has the side files notes.txt" in reason for reason in result.reasons)
 
 
-FEW_BITS = {"cluster_dim": 8, "num_clusters": 16, "threads": 1}
+FEW_BITS = {"dim": 8, "clusters": 16, "threads": 1}
 
 
 @pytest.mark.parametrize(

@@ -47,12 +47,12 @@ def test_fast_works_everywhere(opt: Path, tmp_path: Path, options: dict[str, Any
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"effort": "balanced"}, "--effort"),
-        ({"effort": "best"}, "--effort"),
-        ({"blockwise_epochs": 2}, "--effort and its options"),
-        ({"sensitivity": "measured"}, "--sensitivity"),
-        ({"match_loss": 0.1}, "--match-loss"),
-        ({"sensitivity": "measured", "effort": "best"}, "--sensitivity and --effort"),
+        ({"effort": "balanced"}, "`effort`"),
+        ({"effort": "best"}, "`effort`"),
+        ({"blockwise_epochs": 2}, "`effort` and its options"),
+        ({"sensitivity": "measured"}, "`sensitivity`"),
+        ({"match_loss": 0.1}, "`match_loss`"),
+        ({"sensitivity": "measured", "effort": "best"}, "`sensitivity` and `effort`"),
     ],
 )
 def test_what_needs_a_calibration_is_refused_before_the_work_with_all_that_asks_for_it(
@@ -72,7 +72,7 @@ def test_a_source_without_a_tokenizer_is_no_reason_to_fail_unless_a_text_is_give
     assert any("no tokenizer" in text for text in prepared.warnings)
     with pytest.raises(InvalidRequestError, match="no tokenizer") as error:
         prepare(tmp_path / "source", ConversionOptions(bits=4, calibration=str(stories_text)))
-    assert "leave out --calibration" in (error.value.problems[0].remedy or "")
+    assert "leave out `calibration`" in (error.value.problems[0].remedy or "")
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_found_before_the_work(tmp_path: Path, stories_folder: Path) -> None:
@@ -134,7 +134,7 @@ def test_embedding_bits_that_find_nothing_are_told(opt: Path) -> None:
     tensors = {name.replace("embed_tokens", "lexicon"): values for name, values in load_file(path).items()}
     save_file(tensors, path, metadata={"format": "pt"})
     prepared = prepare(opt, ConversionOptions(bits=4, embedding_bits=8, calibration="none"))
-    assert any("--embedding-bits has no effect" in text for text in prepared.warnings)
+    assert any("`embedding_bits` has no effect" in text for text in prepared.warnings)
 
 
 @pytest.mark.parametrize(("size", "share"), [(1e-9, "none"), (1e6, None)])
@@ -144,10 +144,10 @@ def test_weights_past_float16_end_in_a_way_out_or_in_none(tmp_path: Path, size: 
         for layer in peer.model.layers:
             layer.mlp.up_proj.weight.mul_(0).add_(size)
     peer.save_pretrained(tmp_path / "source")
-    options = {"cluster_dim": 4, "num_clusters": 16, "calibration": "none"}
+    options = {"dim": 4, "clusters": 16, "calibration": "none"}
     with pytest.raises(InvalidFileError, match="row scales do not fit") as error:
         convert(tmp_path / "source", tmp_path / "out.clus", ConversionOptions(**options, share="kind", codebook_bits=16))
-    assert ("--share none" in (error.value.problems[0].remedy or "")) == (share == "none")
+    assert ("`share='none'`" in (error.value.problems[0].remedy or "")) == (share == "none")
     if share is not None:
         convert(tmp_path / "source", tmp_path / "out.clus", ConversionOptions(**options, share=share))
 

@@ -147,7 +147,7 @@ def test_an_error_of_a_job_is_the_error_of_the_conversion(stories_folder: Path, 
     name = "model.layers.2.mlp.up_proj.weight"
     tensors[name] = tensors[name] + np.float32(1e6)
     save_file(tensors, source / "model.safetensors")
-    options = ConversionOptions(cluster_dim=2, num_clusters=8, workers="threads:2")
+    options = ConversionOptions(dim=2, clusters=8, workers="threads:2")
     with pytest.raises(InvalidFileError, match="centroids do not fit float16") as caught:
         convert(source, tmp_path / "out.clus", options)
     assert caught.value.problems[0].tensor == name.removesuffix(".weight")

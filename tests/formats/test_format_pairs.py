@@ -58,7 +58,7 @@ def test_every_pair_keeps_every_byte_of_smollm2(
 ) -> None:
     made = {name: tmp_path / name for name in FORMATS}
     # A few clusters, and no calibration: what is under test is the formats, not the quality.
-    convert(smollm2_three_blocks, made["packed"], ConversionOptions(cluster_dim=4, num_clusters=64, share="kind"))
+    convert(smollm2_three_blocks, made["packed"], ConversionOptions(dim=4, clusters=64, share="kind"))
     for name in FORMATS[1:]:
         convert(made["packed"], made[name], ConversionOptions(to=name))
     expected = {name: contents(path) for name, path in made.items()}
@@ -123,7 +123,7 @@ def test_a_dense_gguf_holds_the_decoded_weights(artefacts: dict[str, Path], tmp_
 
 
 def test_a_gguf_type_needs_the_gguf_format(artefacts: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(InvalidRequestError, match="--to gguf"):
+    with pytest.raises(InvalidRequestError, match="`to='gguf'`"):
         convert(artefacts["packed"], tmp_path / "out", ConversionOptions(gguf_type="f16"))
 
 

@@ -70,7 +70,7 @@ def attempt(source: Path, output: Path, to: str, kill_at: tuple[str, int] | None
 
         jobs.kmeans = counted
         sys.addaudithook(points.audit)
-        options = ConversionOptions(cluster_dim=4, num_clusters=clusters, to=to, threads=1)
+        options = ConversionOptions(dim=4, clusters=clusters, to=to, threads=1)
         try:
             convert(source, output, options, force=True, on_progress=lambda *_: points.point("progress"))
             os.write(send, json.dumps(points.passed).encode())
