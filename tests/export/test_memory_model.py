@@ -142,7 +142,7 @@ def test_the_phases_are_those_of_the_effort(tmp_path: Path) -> None:
         "recovery",
         *after,
     ]
-    paper = peaks("Mistral-7B", tmp_path, cluster_dim=8, num_clusters=65500)
+    paper = peaks("Mistral-7B", tmp_path, dim=8, clusters=65500)
     assert [*paper] == ["checking the source", "fitting codebooks", "choosing codes", *after]
 
 
