@@ -18,10 +18,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cluscomp_export.progress import Progress, silent
 from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem
 from cluscomp_formats.files.regular_file import read_whole
 from cluscomp_formats.ir import Model
+from cluscomp_formats.progress import Progress, silent
 from cluscomp_formats.tokens import no_tokenizer
 from cluscomp_runtime.language_model import observe_inputs
 from cluscomp_runtime.tokenizer import Tokenizer

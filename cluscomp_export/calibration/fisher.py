@@ -15,9 +15,9 @@ from collections.abc import Callable
 
 import torch
 
-from cluscomp_export.progress import Progress, silent
 from cluscomp_formats.architectures import check_tensors, describe
 from cluscomp_formats.ir import Array, DenseTensor, Model
+from cluscomp_formats.progress import Progress, silent
 from cluscomp_runtime.decoder import Decoder, DecoderLayer, Positions
 from cluscomp_runtime.generate import check_prompt
 from cluscomp_runtime.linear import MatrixBuilder, decoded

@@ -16,8 +16,8 @@ import torch
 
 from cluscomp_export.calibration.activations import normalised, token_shares
 from cluscomp_export.calibration.fisher import FisherPass
-from cluscomp_export.progress import Progress, silent
 from cluscomp_formats.ir import Model, Tensor
+from cluscomp_formats.progress import Progress, silent
 from cluscomp_runtime.decoder import Positions
 from cluscomp_runtime.linear import DenseLinear, MatrixBuilder, decoded
 

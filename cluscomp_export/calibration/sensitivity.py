@@ -21,8 +21,8 @@ from cluscomp_export.calibration.activations import token_shares
 from cluscomp_export.calibration.fisher import EMBEDDING, HEAD, FisherPass
 from cluscomp_export.calibration.trial_errors import trial_errors
 from cluscomp_export.planning import Sensitivity
-from cluscomp_export.progress import Progress, silent
 from cluscomp_formats.ir import Model, Tensor
+from cluscomp_formats.progress import Progress, silent
 from cluscomp_runtime.decoder import Positions
 from cluscomp_runtime.linear import DenseLinear, MatrixBuilder, decoded
 

@@ -16,9 +16,9 @@ import numpy.typing as npt
 from cluscomp_export.codebook_rounding import round_centroids
 from cluscomp_export.compression.moments import Target
 from cluscomp_export.planning import CodebookPlan
-from cluscomp_export.progress import Progress, silent
 from cluscomp_formats.errors import InvalidFileError, Problem
 from cluscomp_formats.ir import AnyArray
+from cluscomp_formats.progress import Progress, silent
 from cluscomp_kernels.kmeans import assign, kmeans
 
 __all__ = ["SCALE_RANGE", "Computing", "Encoding", "Fit", "Method"]

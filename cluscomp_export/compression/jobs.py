@@ -12,9 +12,9 @@ from cluscomp_export.codebook_rounding import LEAST_STEP
 from cluscomp_export.compression.fit_encode import SCALE_RANGE, Computing, Encoding, Fit
 from cluscomp_export.compression.moments import Target
 from cluscomp_export.planning import CodebookPlan, Plan
-from cluscomp_export.progress import Progress, silent
 from cluscomp_formats.errors import InvalidFileError, Problem
 from cluscomp_formats.ir import AnyArray, Model
+from cluscomp_formats.progress import Progress, silent
 from cluscomp_runtime.memory import trim_heap
 
 __all__ = ["FIT_VECTORS_PER_CLUSTER", "Jobs"]

@@ -26,7 +26,6 @@ from cluscomp_export.compression.unit_order import UnitOrder, discard_void
 from cluscomp_export.compression.workers.base import Job, Workers
 from cluscomp_export.planning import CodebookPlan, Plan, TensorScheme
 from cluscomp_export.planning.planned_model import model_of_plan
-from cluscomp_export.progress import Progress, silent
 from cluscomp_export.sources.linears import block_index, logits_tensor
 from cluscomp_export.store import ArraySpecs, MemoryStore, Store
 from cluscomp_export.training.blockwise import BlockwiseOptions, tune_block
@@ -34,6 +33,7 @@ from cluscomp_export.training.loop import Curve, curve_array, curve_entries, cur
 from cluscomp_formats.architectures import describe
 from cluscomp_formats.ir import AnyArray, Array, Model, Tensor
 from cluscomp_formats.parameters import codebook_name, parameters, with_parameters
+from cluscomp_formats.progress import Progress, silent
 from cluscomp_runtime.blocks import HALVES, BlockRunner
 from cluscomp_runtime.memory import trim_heap
 

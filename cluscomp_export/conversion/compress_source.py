@@ -29,13 +29,13 @@ from cluscomp_export.compression.workers.opening import open_workers
 from cluscomp_export.conversion.finite_values import scan_source
 from cluscomp_export.conversion.options import ConversionOptions
 from cluscomp_export.conversion.prepare import Prepared, make_plan, provenance_of, sensitivities_of
-from cluscomp_export.progress import Progress
 from cluscomp_export.store import ArraySpecs, Store
 from cluscomp_export.training import RecoveryOptions, TrainableModel, recover
 from cluscomp_export.training.loop import Curve, curve_array, curve_entries, curve_specs
 from cluscomp_export.work_folder import WorkFolder, fingerprint
 from cluscomp_formats.format import Format
 from cluscomp_formats.ir import AnyArray, Model
+from cluscomp_formats.progress import Progress
 from cluscomp_runtime.language_model import check_device
 
 __all__ = ["CompressedSource", "compress_source"]

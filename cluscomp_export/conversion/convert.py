@@ -23,12 +23,12 @@ from cluscomp_export.conversion.self_test import SelfTestRecorder, run_own_self_
 from cluscomp_export.conversion.source_faults import faults_of
 from cluscomp_export.outputs import check_apart
 from cluscomp_export.planning.sizes import model_sizes
-from cluscomp_export.progress import Progress, silent
 from cluscomp_export.sources import open_source
 from cluscomp_export.threads import torch_threads
 from cluscomp_export.training.loop import Curve, finite_curve
 from cluscomp_export.work_folder import WorkFolder, fingerprint, remove_work, work_folder, work_path
 from cluscomp_formats.errors import ClusCompError, OutputExistsError, Problem, StorageError
+from cluscomp_formats.progress import Progress, silent
 from cluscomp_runtime.memory import memory_faults
 
 __all__ = ["ConversionOptions", "ConversionReport", "Prepared", "convert", "prepare"]

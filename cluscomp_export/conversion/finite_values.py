@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from cluscomp_export.progress import Progress, silent
 from cluscomp_formats.errors import InvalidFileError, Problem
 from cluscomp_formats.ir import FLOAT_DTYPES, AnyArray, Array, DenseTensor, Model
+from cluscomp_formats.progress import Progress, silent
 from cluscomp_formats.sections.payloads import is_finite
 
 __all__ = ["scan_dense", "scan_source"]

@@ -14,13 +14,13 @@ from cluscomp_export.conversion.output_format import output_format
 from cluscomp_export.conversion.self_test import SelfTestRecorder, run_own_self_test
 from cluscomp_export.conversion.source_faults import faults_of
 from cluscomp_export.outputs import check_apart
-from cluscomp_export.progress import Progress, silent
 from cluscomp_export.sources import open_source
 from cluscomp_export.training.finetuning import checked_digest
 from cluscomp_formats.delta import combine, open_delta
 from cluscomp_formats.errors import InvalidFileError, Problem
 from cluscomp_formats.files.stored_file import StoredFile
 from cluscomp_formats.ir import Model
+from cluscomp_formats.progress import Progress, silent
 from cluscomp_formats.version import __version__
 from cluscomp_runtime.memory import memory_faults
 

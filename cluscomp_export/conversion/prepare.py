@@ -41,13 +41,13 @@ from cluscomp_export.planning import (
 from cluscomp_export.planning.plan_file import plan_value, read_plan
 from cluscomp_export.planning.planned_model import planned_model
 from cluscomp_export.planning.sizes import Sizes, model_sizes
-from cluscomp_export.progress import Progress, silent
 from cluscomp_export.sources import CONFIG_ONLY, files_left_behind, open_source, source_bytes
 from cluscomp_export.store import Store
 from cluscomp_export.threads import torch_threads
 from cluscomp_formats.errors import ClusCompError, InvalidRequestError, Problem
 from cluscomp_formats.format import Format
 from cluscomp_formats.ir import AnyArray, Model
+from cluscomp_formats.progress import Progress, silent
 from cluscomp_formats.sections.digest import NO_DIGEST
 from cluscomp_formats.strict_json import canonical_json
 from cluscomp_formats.version import __version__

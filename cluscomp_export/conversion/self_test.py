@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from cluscomp_export.conversion.source_faults import faults_of
-from cluscomp_export.progress import Progress
 from cluscomp_formats.errors import Problem, SelfTestError, UnsupportedError
 from cluscomp_formats.ir import Model
+from cluscomp_formats.progress import Progress
 from cluscomp_runtime.selftest import check_against_weights, make_self_test
 
 __all__ = ["SelfTestRecorder", "run_own_self_test"]

@@ -23,11 +23,11 @@ from cluscomp_export.calibration.activations import read_text
 from cluscomp_export.evaluation.protocols import Join, choose_protocol
 from cluscomp_export.evaluation.protocols import Protocol as ScoringProtocol
 from cluscomp_export.evaluation.statistics import Scores, TokenScores
-from cluscomp_export.progress import Progress, silent
 from cluscomp_export.sources import open_source
 from cluscomp_formats.architectures import describe
 from cluscomp_formats.errors import InvalidRequestError, Problem, UnsupportedError
 from cluscomp_formats.ir import Model
+from cluscomp_formats.progress import Progress, silent
 from cluscomp_formats.sections.digest import check_claim
 from cluscomp_formats.version import __version__
 from cluscomp_runtime import LanguageModel

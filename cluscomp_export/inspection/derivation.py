@@ -24,9 +24,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cluscomp_export.planning.planned_model import dense_as_stored
-from cluscomp_export.progress import Progress
 from cluscomp_formats.ir import Array, ClusteredWeight, DenseTensor, Model
 from cluscomp_formats.parameters import norm_name, parameters
+from cluscomp_formats.progress import Progress
 
 __all__ = ["Objections", "TensorError", "compare_tensors", "compare_with_source", "is_trained"]
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from cluscomp_export.progress import Progress, silent
 from cluscomp_formats.errors import InvalidFileError, Problem
 from cluscomp_formats.ir import FLOAT_DTYPES, AnyArray, Array, ClusteredWeight, DigestBuilder, Model
+from cluscomp_formats.progress import Progress, silent
 from cluscomp_formats.sections.digest import hash_payload
 from cluscomp_formats.sections.payloads import Payload, is_finite, stored_payloads
 

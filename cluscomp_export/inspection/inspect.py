@@ -13,12 +13,12 @@ import numpy as np
 from cluscomp_export.inspection.derivation import compare_tensors
 from cluscomp_export.inspection.health import CodebookHealth, Health, check_health, codebook_users
 from cluscomp_export.planning.sizes import model_sizes, tensor_rows
-from cluscomp_export.progress import Progress, silent
 from cluscomp_export.sources import open_source, source_bytes
 from cluscomp_formats.delta import open_delta
 from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem
 from cluscomp_formats.ir import Array, Model
 from cluscomp_formats.parameters import KINDS, kind_of, parameters
+from cluscomp_formats.progress import Progress, silent
 from cluscomp_formats.registry import detect
 from cluscomp_kernels.clus_linear import choose_path, paths
 from cluscomp_runtime.memory import memory_faults

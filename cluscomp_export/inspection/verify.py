@@ -17,11 +17,11 @@ from typing import Any, Literal
 from cluscomp_export.inspection.derivation import TensorError, compare_tensors, compare_with_source, is_trained
 from cluscomp_export.inspection.judging_outputs import OutputComparison, chosen_sequences, compare_outputs
 from cluscomp_export.inspection.onnxruntime import OnnxSession
-from cluscomp_export.progress import Progress, silent
 from cluscomp_export.sources import open_source
 from cluscomp_formats.errors import ClusCompError, Problem, SelfTestError, UnsupportedError
 from cluscomp_formats.ir import Model
 from cluscomp_formats.onnx import looks_onnx
+from cluscomp_formats.progress import Progress, silent
 from cluscomp_runtime import LanguageModel
 from cluscomp_runtime.memory import is_memory_fault, memory_faults
 from cluscomp_runtime.selftest import (

@@ -21,11 +21,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from cluscomp_export.progress import Progress, silent
 from cluscomp_export.training.loop import Precision, Schedule, Trained, Training, TrainingOptions
 from cluscomp_export.training.parameters import TrainableBlock
 from cluscomp_formats.ir import Tensor
 from cluscomp_formats.parameters import kind_of
+from cluscomp_formats.progress import Progress, silent
 from cluscomp_runtime.blocks import HALVES, BlockRunner
 
 __all__ = ["BlockwiseOptions", "relative_error", "tune_block"]

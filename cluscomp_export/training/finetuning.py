@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 from cluscomp_export.outputs import check_apart
-from cluscomp_export.progress import Progress, silent
 from cluscomp_export.ranges import MOST, MOST_RATE, MOST_SEED, check_range
 from cluscomp_export.sources import open_source, source_bytes
 from cluscomp_export.training.data import TuningData, read_data
@@ -34,6 +33,7 @@ from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Probl
 from cluscomp_formats.files.atomic import check_output
 from cluscomp_formats.ir import DTYPES, Model
 from cluscomp_formats.parameters import kind_of
+from cluscomp_formats.progress import Progress, silent
 from cluscomp_formats.sections.digest import check_claim
 from cluscomp_formats.tokens import no_tokenizer
 from cluscomp_formats.version import __version__

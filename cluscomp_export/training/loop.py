@@ -16,11 +16,11 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 import numpy as np
 import torch
 
-from cluscomp_export.progress import Progress, silent
 from cluscomp_export.store import ArraySpecs, Store
 from cluscomp_export.training.parameters import Trainable
 from cluscomp_formats.errors import InvalidRequestError, Problem
 from cluscomp_formats.ir import AnyArray, Model
+from cluscomp_formats.progress import Progress, silent
 
 __all__ = [
     "RATE_OF_ROOT",

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from cluscomp_export.progress import Progress, silent
 from cluscomp_export.store import Store
 from cluscomp_export.training.loop import Trained, Training, TrainingOptions
 from cluscomp_export.training.losses import Batch, PredictionLoss
 from cluscomp_export.training.parameters import TrainableModel
 from cluscomp_formats.errors import InvalidRequestError, Problem
 from cluscomp_formats.ir import Model
+from cluscomp_formats.progress import Progress, silent
 from cluscomp_runtime.language_model import LanguageModel
 
 __all__ = ["RecoveryOptions", "recover", "teacher_kernel"]

@@ -7,7 +7,7 @@ import signal
 from typing import Any
 
 from cluscomp_export.compression.fit_encode import Computing
-from cluscomp_export.progress import Progress, silent
+from cluscomp_formats.progress import Progress, silent
 
 
 class DyingJob:

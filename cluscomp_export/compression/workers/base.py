@@ -20,10 +20,10 @@ from typing import Any, Literal, Protocol
 import joblib
 
 from cluscomp_export.compression.fit_encode import Computing
-from cluscomp_export.progress import Progress, silent
 from cluscomp_export.threads import check_threads
 from cluscomp_formats.errors import InvalidRequestError, Problem, WorkersLostError
 from cluscomp_formats.ir import AnyArray
+from cluscomp_formats.progress import Progress, silent
 from cluscomp_formats.version import __version__
 from cluscomp_kernels.kmeans.clustering import compute_path
 

@@ -12,7 +12,7 @@ from joblib.externals.loky.process_executor import BrokenProcessPool
 from cluscomp_export.compression.fit_encode import Computing
 from cluscomp_export.compression.workers.base import STREAMING, WorkerChoice, Workers
 from cluscomp_export.compression.workers.orphans import end_with
-from cluscomp_export.progress import Progress
+from cluscomp_formats.progress import Progress
 
 __all__ = ["LocalWorkers"]
 

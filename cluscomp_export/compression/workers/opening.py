@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from cluscomp_export.compression.fit_encode import Computing
 from cluscomp_export.compression.workers.base import WorkerChoice, Workers
 from cluscomp_export.compression.workers.local import LocalWorkers
-from cluscomp_export.progress import Progress, silent
 from cluscomp_formats.errors import InvalidRequestError, Problem
+from cluscomp_formats.progress import Progress, silent
 
 __all__ = ["open_workers"]
 
