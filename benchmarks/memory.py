@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,16 +31,19 @@ from cluscomp_export.calibration.activations import calibration_tokens, calibrat
 from cluscomp_export.calibration.fisher import WINDOWS
 from cluscomp_export.calibration.row_importance import row_importance
 from cluscomp_export.cli.terminal import print_table, say
-from cluscomp_export.compression.error_feedback import ErrorFeedback
-from cluscomp_export.compression.pipeline import cluster_model
-from cluscomp_export.conversion.convert import ConversionOptions, Prepared, convert, prepare, scan_source
-from cluscomp_export.conversion.effort import Effort, levels_of
+from cluscomp_export.compression.fit_encode import Computing
+from cluscomp_export.compression.jobs import Jobs
+from cluscomp_export.compression.pipeline import BlockByBlock, compress
+from cluscomp_export.conversion.convert import ConversionOptions, Prepared, convert, prepare
+from cluscomp_export.conversion.effort import phases_of
+from cluscomp_export.conversion.finite_values import scan_source
 from cluscomp_export.conversion.memory import Peak, conversion_memory
+from cluscomp_export.conversion.options import Effort
 from cluscomp_export.conversion.output_format import output_format
 from cluscomp_export.training import RecoveryOptions, TrainableModel, recover
 from cluscomp_export.training.blockwise import BlockwiseOptions
 from cluscomp_export.work_folder import WorkFolder, work_path
-from cluscomp_formats.ir import Model
+from cluscomp_formats.ir import AnyArray, Model
 from cluscomp_formats.packed import open_packed
 from cluscomp_formats.progress import silent
 from cluscomp_runtime.memory import return_freed_arrays
@@ -80,12 +83,21 @@ class Stand:
     def calibration(self, windows: int) -> torch.Tensor:
         return calibration_windows(calibration_tokens(self.prepared.source, shipped_text()), windows, self.context)
 
-    def clustered(self, feedback: ErrorFeedback | None = None) -> Model:
-        source, plan = self.prepared.source, self.prepared.plan
-        assert plan is not None
+    def moments(self) -> Mapping[str, AnyArray] | None:
+        source = self.prepared.source
         shapes = {name: ("float32", (tensor.shape[1],)) for name, tensor in source.tensors.items() if len(tensor.shape) == 2}
-        energies = self.work.load("energies", shapes)
-        return cluster_model(source, plan, energies=energies, feedback=feedback, work=self.work, threads=self.options.threads)
+        return self.work.load("energies", shapes)
+
+    def compressed(self, tuning: BlockwiseOptions | None = None, *, block_by_block: bool = False) -> Model:
+        """The compressed model; what the work folder has is not computed again."""
+        prepared = self.prepared
+        assert prepared.plan is not None
+        blocks = BlockByBlock(self.calibration(self.windows), tuning=tuning) if block_by_block else None
+        computing = Computing(threads=self.options.threads)
+        moments = self.moments()
+        return compress(
+            prepared.source, prepared.plan, computing=computing, moments=moments, blocks=blocks, store=self.work
+        ).model
 
 
 def open_work(path: Path) -> WorkFolder:
@@ -99,14 +111,15 @@ def feedback_path(output: Path) -> Path:
     return output.with_name("feedback")
 
 
-def without_codes(stand: Stand) -> WorkFolder:
-    """A work folder with the codebooks alone: both ways to choose codes keep them under the same names."""
-    work = open_work(feedback_path(stand.output))
-    for name, codebook in stand.clustered().codebooks.items():
-        forms = {"centroids": (codebook.values.dtype, codebook.values.shape), "step": ("float32", (1,))}
-        arrays = stand.work.load(f"codebook {name}", forms)
-        assert arrays is not None, f"{name} has not been fitted"
-        work.save(f"codebook {name}", arrays)
+def codebooks_of(stand: Stand, path: Path) -> WorkFolder:
+    """A work folder with the codebooks of another alone: both ways to choose codes keep them under the same names."""
+    work = open_work(path)
+    assert stand.prepared.plan is not None
+    for book in stand.prepared.plan.codebooks:
+        specs = {"centroids": (book.dtype, (book.num_clusters, book.cluster_dim)), "step": ("float32", (1,))}
+        arrays = stand.work.load(f"codebook {book.name}", specs)
+        assert arrays is not None, f"{book.name} has not been fitted"
+        work.save(f"codebook {book.name}", arrays)
     return work
 
 
@@ -115,7 +128,7 @@ def check(stand: Stand) -> None:
 
 
 def calibrate(stand: Stand) -> None:
-    # Energies of more windows than are run at a time take longer, not more memory.
+    # Second moments of more windows than are run at a time take longer, not more memory.
     stand.work.save("energies", channel_energies(stand.prepared.source, stand.calibration(stand.windows)))
 
 
@@ -124,35 +137,34 @@ def weigh_rows(stand: Stand) -> None:
 
 
 def fit(stand: Stand) -> None:
-    for codebook in stand.clustered().codebooks.values():
-        codebook.values.read()
+    """The jobs that `compress` runs first, one after the other."""
+    plan, computing = stand.prepared.plan, Computing(threads=stand.options.threads)
+    assert plan is not None
+    jobs = Jobs(stand.prepared.source, plan, stand.moments() or {})
+    for book in plan.codebooks:
+        stand.work.save(f"codebook {book.name}", jobs.fit(book, computing).run())
 
 
 def encode(stand: Stand) -> None:
-    for weight in stand.clustered().clustered.values():
-        weight.stages[0].codes.read()
+    stand.compressed()
 
 
 def encode_with_feedback(stand: Stand) -> None:
-    feedback = ErrorFeedback(stand.prepared.source, stand.calibration(stand.windows))
-    for weight in stand.clustered(feedback).clustered.values():
-        weight.stages[0].codes.read()
+    stand.compressed(block_by_block=True)
 
 
 def tune(stand: Stand) -> None:
     """On codes that are there: the blocks are run, but nothing is encoded."""
-    feedback = ErrorFeedback(stand.prepared.source, stand.calibration(stand.windows), BlockwiseOptions(epochs=1))
-    for codebook in stand.clustered(feedback).clustered.values():
-        codebook.stages[0].codes.read()
+    stand.compressed(BlockwiseOptions(epochs=1), block_by_block=True)
 
 
 def train(stand: Stand) -> None:
     token_ids = calibration_tokens(stand.prepared.source, shipped_text())
-    recover(TrainableModel(stand.clustered()), stand.prepared.source, token_ids, RecoveryOptions(steps=2, checks=1))
+    recover(TrainableModel(stand.compressed()), stand.prepared.source, token_ids, RecoveryOptions(steps=2, checks=1))
 
 
 def write(stand: Stand) -> None:
-    output_format(stand.options.to).write(stand.clustered(), stand.output, force=True, self_test=None, on_progress=silent)
+    output_format(stand.options.to).write(stand.compressed(), stand.output, force=True, self_test=None, on_progress=silent)
 
 
 def self_test(stand: Stand) -> None:
@@ -184,7 +196,7 @@ def predictions(stand: Stand) -> dict[str, Peak]:
             prepared.plan,
             output_bytes=prepared.sizes.payload_bytes,
             calibrated=True,
-            levels=levels_of(effort),
+            phases=phases_of(ConversionOptions(effort=effort)),
             windows=stand.windows,
             context=stand.context,
         )
@@ -217,7 +229,7 @@ def child(request: dict[str, Any]) -> None:
         path, output, options, request["windows"], request["context"], prepare(path, options), open_work(work_path(output))
     )
     if request["phase"] == "error feedback":
-        stand = replace(stand, work=without_codes(stand))
+        stand = replace(stand, work=codebooks_of(stand, feedback_path(output)))
     elif request["phase"] == "block-wise tuning":
         stand = replace(stand, work=open_work(feedback_path(output)))
     expected = predictions(stand)[request["phase"]]
