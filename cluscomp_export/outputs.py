@@ -1,4 +1,4 @@
-"""What a command writes is neither what it reads nor written twice: told before any work."""
+"""Checks, before the job, that a command does not write to its inputs or write two outputs to one place."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["check_apart"]
 
 
 def check_apart(outputs: Iterable[Path | None], inputs: Iterable[Path | None]) -> None:
-    """Hold the outputs of a command against its inputs and against each other; None stands for what is not asked for.
+    """Check the outputs of a command against its inputs and against each other. None stands for an output or input not given.
 
-    An output may be no input and none of the files that a model is read from, whatever links lead there, and neither lie in an
-    input folder nor hold an input. Nor may two outputs be one, or one lie in another. Raises InvalidRequestError, StorageError.
+    An output must not be an input or a file of an input model, also through links. It must not be inside an input folder or
+    contain an input. Two outputs must not be the same, or one inside the other. Raises InvalidRequestError, StorageError.
     """
     wanted = [path for path in outputs if path is not None]
     given = [path for path in inputs if path is not None and os.path.lexists(path)]
@@ -25,22 +25,22 @@ def check_apart(outputs: Iterable[Path | None], inputs: Iterable[Path | None]) -
     for number, output in enumerate(wanted):
         for other in wanted[:number]:
             if _within(output, other) or _within(other, output):
-                message, remedy = "two outputs of this command are in one place", "name another file for one of them"
+                message, remedy = "two outputs of this command have the same place", "name another file for one of them"
                 problems.append(Problem("one_output", message, str(output), found=str(other), remedy=remedy))
     if problems:
         raise InvalidRequestError(problems[0])
 
 
 def _clash(output: Path, path: Path) -> Problem | None:
-    """What is wrong with an output beside that input. Raises StorageError."""
+    """The conflict between an output and an input, if any. Raises StorageError."""
     kind, message, remedy = "output_is_source", "the output is one of the inputs", "name another output"
     found = path
     if not _same(output, path):
         if _within(output, path):
-            kind, message = "output_in_source", "the output lies in the source's folder, which is never changed"
-            remedy = f"name a place outside of {path}"
+            kind, message = "output_in_source", "the output is inside the source's folder, which is never changed"
+            remedy = f"name a place outside {path}"
         elif _within(path, output):
-            kind, message = "source_in_output", "the source lies in the output"
+            kind, message = "source_in_output", "the source is inside the output"
         else:
             file = _same_file(output, path)
             if file is None:
@@ -50,7 +50,7 @@ def _clash(output: Path, path: Path) -> Problem | None:
 
 
 def _same_file(output: Path, path: Path) -> Path | None:
-    """The file among those read with an input that the output is: links lead there, as in the cache of the Hugging Face Hub."""
+    """The file of an input that is also the output, through a link as in the cache of the Hugging Face Hub."""
     if not os.path.lexists(output):
         return None
     try:
@@ -66,12 +66,12 @@ def _files(path: Path) -> Iterator[Path]:
     for folder, names, files in os.walk(path):
         yield from (Path(folder, name) for name in files)
         if Path(folder) != path:
-            # No format is deeper.
+            # No format has deeper folders.
             names.clear()
 
 
 def _within(path: Path, folder: Path) -> bool:
-    """Whether two paths are the same, or one lies in the other."""
+    """Whether `path` is `folder` or inside it."""
     return _real(path).is_relative_to(_real(folder))
 
 
@@ -79,7 +79,7 @@ def _same(first: Path, second: Path) -> bool:
     if _real(first) == _real(second):
         return True
     try:
-        # A hard link, or a name that differs in what the file system does not tell.
+        # A hard link, or a name that the file system treats as the same.
         return first.samefile(second)
     except (OSError, ValueError):
         return False
@@ -89,5 +89,5 @@ def _real(path: Path) -> Path:
     try:
         return Path(os.path.realpath(path))
     except (OSError, ValueError):
-        # Who makes the output says what is wrong with its name.
+        # The writer reports invalid names.
         return path

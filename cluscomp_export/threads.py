@@ -1,4 +1,4 @@
-"""How many threads torch computes with."""
+"""The number of threads of torch."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from cluscomp_formats.errors import InvalidRequestError, Problem
 __all__ = ["MOST_THREADS", "check_threads", "torch_threads"]
 
 MOST_THREADS = max(256, 4 * (os.cpu_count() or 1))
-"""Of threads, and of processes that work here. More only wait for each other, and by the million they end the process."""
+"""The most threads or worker processes. More only wait for each other, and millions end the process."""
 
 
 def check_threads(number: int | None, option: str = "threads") -> None:
-    """Raise InvalidRequestError for a number of threads or processes that no machine like this one can use."""
+    """Raise InvalidRequestError for a number of threads or processes that this machine cannot use."""
     if number is not None and not 1 <= number <= MOST_THREADS:
         expected = f"1 to {MOST_THREADS}; this machine has {os.cpu_count()} cores"
         raise InvalidRequestError(Problem("bad_option", f"`{option}` is out of range", found=str(number), expected=expected))
@@ -25,9 +25,10 @@ def check_threads(number: int | None, option: str = "threads") -> None:
 
 @contextmanager
 def torch_threads(number: int | None) -> Iterator[None]:
-    """Let torch compute with `number` threads in the block, or with as many as before if None.
+    """In this context torch computes with `number` threads, or with as many as before if None.
 
-    It is told that number, too: untold, the libraries behind it may use fewer, and the last bits of a training depend on that.
+    The number is always set explicitly. Otherwise the libraries behind torch may use fewer threads, and the last bits of a
+    training depend on that.
     Raises InvalidRequestError for what `check_threads` refuses.
     """
     check_threads(number)

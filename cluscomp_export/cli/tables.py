@@ -1,4 +1,4 @@
-"""The tables that show a model: its tensors, its codebooks, its worst tensors, and the facts about it."""
+"""Tables that describe models, plans and scores."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def print_tensors(rows: Rows) -> None:
 
 
 def print_plan(report: PlanReport) -> None:
-    """The report of `explain`: the tensors by kind and setting, what the columns mean, memory and totals."""
+    """The report of a plan: tensors by kind and setting, the meaning of the columns, memory and totals."""
     merged: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in report.tensors:
         how = f"dim {row['dim']} x {row['clusters']}" if row["kind"] == "clustered" else row["dtype"]
@@ -68,21 +68,21 @@ def print_plan(report: PlanReport) -> None:
         ],
     )
     show(
-        "its bits: of a value of the codebook; bits: of a weight, codebook not counted; error: squared, of the weights' squares"
+        "its bits: per value of the codebook; bits: per weight, without the codebook; error: squared, relative to the weights'"
     )
     if report.predicted_loss is None:
-        show("Every weight counts alike.")
+        show("All weights count alike.")
     else:
-        show("sensitivity: nats per token that an error of 1 would cost; loss: sensitivity times error, as a share")
+        show("sensitivity: nats per token for an error of 1; loss: sensitivity times error, as a share of the total")
     show()
     print_memory(report.memory)
-    show(f"MB at most; on the host beside the process itself (about {report.process_bytes / 1e6:.0f} MB)")
+    show(f"MB at most; on the host in addition to the process itself (about {report.process_bytes / 1e6:.0f} MB)")
     show()
     bits = report.bits_per_weight
     show(f"bits per weight: {bits['linears']:.2f} (linear layers), {bits['all']:.2f} (everything)")
     size, bound = report.file_bytes, " at most"
     if size is None:
-        size, bound = report.payload_bytes, ", headers not counted"
+        size, bound = report.payload_bytes, " without headers"
     show(f"predicted size: {size / 1e6:.3f} MB ({size:,} bytes){bound}; source: {report.source_file_bytes / 1e6:.1f} MB")
     if report.predicted_loss is not None:
         show(
@@ -115,14 +115,14 @@ def print_inspection(report: Inspection) -> None:
         _print_worst(report)
     show()
     bits = report.bits_per_weight
-    unread = "not looked for (--quick)"
+    unread = "not checked (--quick)"
     facts = {
         "format": report.format,
         "architecture": report.architecture,
         "weights": f"{report.weights / 1e6:.1f} million",
         "file": f"{report.file_bytes / 1e6:.1f} MB",
         "bits per weight": f"{bits['linears']:.2f} (linear layers), {bits['all']:.2f} (everything)",
-        "digest": report.digest or (unread if report.quick else "none: not everything could be read"),
+        "digest": report.digest or (unread if report.quick else "none: some values could not be read"),
         "problems": unread if report.quick else len(report.problems) or "none",
         "self-test record": "yes" if report.self_test else "no",
         "made by": f"{report.provenance.get('tool', 'unknown')} {report.provenance.get('version', '')}",
@@ -167,7 +167,7 @@ def print_delta(report: DeltaInspection) -> None:
 
 
 def _print_codebooks(rows: Rows) -> None:
-    """One line per kind of codebook: counts are summed, entropy and share are those of the worst."""
+    """One line per kind of codebook, with the sum of the counts and the worst entropy and share."""
     merged: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
         merged.setdefault((kind(row["name"]), row["dim"], row["clusters"], row["dtype"], row["code_bits"]), []).append(row)
@@ -191,7 +191,7 @@ def _print_codebooks(rows: Rows) -> None:
 
 
 def _merge(merge: Callable[[Iterable[Any]], Any], rows: Rows, member: str, form: str) -> str:
-    """One value for all rows, a question mark if one of them is not known."""
+    """One value for all rows; a question mark if one of them is unknown."""
     values = [row[member] for row in rows]
     return "?" if None in values else format(merge(values), form)
 

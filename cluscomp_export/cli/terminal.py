@@ -22,17 +22,17 @@ __all__ = ["ProgressDisplay", "print_json", "print_table", "say", "show", "write
 
 
 LINE_SECONDS = 60.0
-"""How often progress is told where there is no terminal to show bars on: rare enough for a log."""
+"""Interval of progress lines where there is no terminal for bars: rare enough for a log."""
 SPEED_SECONDS = 3600.0
-"""The estimate of the time left looks back so far: steps of large models take minutes."""
+"""How far back the estimate of the remaining time looks: steps of large models take minutes."""
 EARLIEST_ESTIMATE = 0.05
-"""Share of a stage that must be done before a line tells the time left."""
+"""Share of a phase that must be done before a line reports the remaining time."""
 
 
 class ProgressDisplay:
-    """One bar per stage of a long job; a line now and then where standard error is not a terminal.
+    """One bar per phase of a long job; a line per minute where standard error is not a terminal.
 
-    Call it as `(stage, done, total)`.
+    It is a `Progress`.
     """
 
     def __init__(self, prefix: str = "") -> None:
@@ -64,38 +64,38 @@ class ProgressDisplay:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._progress.stop()
 
-    def __call__(self, stage: str, done: int, total: int) -> None:
+    def __call__(self, phase: str, done: int, total: int) -> None:
         # "clustering q_proj" and "clustering k_proj" share a bar: only one of them runs at a time.
-        key = stage.split(" ", 1)[0]
+        key = phase.split(" ", 1)[0]
         if key not in self._tasks:
             self._tasks[key] = self._progress.add_task("", total=total)
-        # Stages name tensors of a file of any origin.
-        self._progress.update(self._tasks[key], description=printable(self._prefix + stage), completed=done, total=total)
+        # Phases contain names from untrusted files.
+        self._progress.update(self._tasks[key], description=printable(self._prefix + phase), completed=done, total=total)
         if self._progress.disable and total > 1 and time.monotonic() - self._told >= LINE_SECONDS:
             self._told = time.monotonic()
             left = next(task.time_remaining for task in self._progress.tasks if task.id == self._tasks[key])
-            # Too early it misleads: what is written first may have been computed for minutes.
+            # Too early it misleads.
             about = f", about {max(1, round(left / 60))} min left" if left and done >= EARLIEST_ESTIMATE * total else ""
-            say(printable(f"{self._prefix}{stage}: {done}/{total}{about}"))
+            say(printable(f"{self._prefix}{phase}: {done}/{total}{about}"))
 
 
 def say(text: str) -> None:
-    """Text for the person, on standard error, without what a terminal would obey."""
+    """Text on standard error, with control characters escaped."""
     show(text, err=True)
 
 
 def show(text: str = "", *, end: str = "\n", raw: bool = False, err: bool = False) -> None:
-    """Text on standard output; what a terminal would obey is escaped unless `raw`, as is what the stream cannot encode."""
+    """Text on standard output. Control characters are escaped unless `raw`, as is what the stream cannot encode."""
     shown = (text if raw else displayable(text)) + end
     stream = sys.stderr if err else sys.stdout
     encoding = getattr(stream, "encoding", None) or "utf-8"
-    # Not click.echo: into a pipe it drops colours, which are raw, too.
+    # Not click.echo, which drops colours if the output is a pipe; `raw` keeps them.
     stream.write(shown.encode(encoding, "backslashreplace").decode(encoding))
     stream.flush()
 
 
 def _json_document(value: Mapping[str, Any]) -> str:
-    """A JSON document for people and machines: indented, keys in order."""
+    """A JSON document, indented, with sorted keys."""
     return json.dumps(value, indent=2, sort_keys=True, default=str)
 
 
@@ -117,6 +117,6 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None
         table.add_column(title, justify="left" if position == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*(Text(printable(str(cell))) for cell in row))
-    # A pipe has no width: never cut a table that is not on a terminal.
+    # A pipe has no width: a table is cut on terminals only.
     console = Console()
     Console(width=None if console.is_terminal else 400).print(table)

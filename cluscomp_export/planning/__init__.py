@@ -1,7 +1,7 @@
-"""Decide, before any work, how each tensor is stored: which (cluster_dim, num_clusters), which codebook, or dense.
+"""Decide, before the long job, how each tensor is stored: which (cluster_dim, num_clusters), which codebook, or dense.
 
-`candidates` knows what a codebook takes and how much it errs, `allocation` finds the best choice at a size or a loss,
-`targets` turns what was asked for into such a choice, `plan` is the result and `plan_file` its file.
+`candidates` has the size and expected error of a codebook. `allocation` finds the best choice for a size or a loss, `targets`
+turns the options into such a choice. `plan` is the result, `plan_file` its file.
 """
 
 from cluscomp_export.planning.candidates import CLUSTER_DIMS, CODEBOOK_DTYPES, Sensitivity, expected_error

@@ -1,10 +1,9 @@
-"""The choice with the least expected loss at a size, or the smallest at a loss: a Lagrangian relaxation.
+"""The choice with the least expected loss at a size, or the smallest size at a loss: a Lagrangian relaxation.
 
-At a price per bit everything decides by itself (Shoham & Gersho 1988): every codebook takes the candidate with the least
-`loss + price * bits`, and matrices are put together or apart so that the sum over their codebooks is least. The price rises
-until the total fits. Which matrices share a codebook is searched among runs of matrices in the order of how much a weight of
-theirs matters (`Chain`): among matrices of a kind nothing else about a matrix speaks for one codebook or another, so some
-division into runs is the best of all.
+At a given price per bit, all choices are independent (Shoham & Gersho 1988): every codebook takes the candidate with the least
+`loss + price * bits`, and matrices are grouped so that the sum over their codebooks is least. The price rises until the total
+fits. To decide which matrices share a codebook, the matrices are ordered by sensitivity per weight and divided into runs
+(`Chain`). Matrices of a kind differ in nothing else that matters for sharing, so the best division is one into runs.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from cluscomp_export.planning.candidates import SIZES, Group, Member, Size, Tabl
 __all__ = ["Chain", "Either", "Pick", "Scope", "Separate", "allocate"]
 
 MAX_ATOMS = 32
-"""Matrices in a chain are first put together in at most so many runs: the search takes its square."""
+"""Matrices of a chain are first grouped into at most so many runs; the search is quadratic in them."""
 
 PRICES = (1e-30, 1e12)
 PRICE_STEPS = 60
@@ -30,7 +29,7 @@ PRICE_STEPS = 60
 
 @dataclass(frozen=True)
 class Pick:
-    """A candidate taken for a group: `row` and `column` of a table."""
+    """A candidate chosen for a group: `row` and `column` of a table."""
 
     table: Table
     row: int
@@ -42,7 +41,7 @@ class Pick:
 
     @property
     def size(self) -> Size:
-        """What is taken, or `DENSE`."""
+        """The chosen size, or `DENSE`."""
         return SIZES[self.column]
 
     @property
@@ -55,15 +54,15 @@ class Pick:
 
 
 class Scope(Protocol):
-    """Some matrices, and all ways to store them that are looked at."""
+    """Some matrices, and the ways to store them among which to choose."""
 
     def best(self, price: float) -> list[Pick]:
-        """The picks with the least `loss + price * bits`; of infinitely many bits if there is no way."""
+        """The picks with the least `loss + price * bits`; with infinitely many bits if there is no way."""
         ...
 
 
 class Separate:
-    """Groups that are given; with several lists of equal length, each group in one of these ways."""
+    """Fixed groups. With several lists of equal length, each group is stored in the best of these ways."""
 
     def __init__(self, *ways: Sequence[Group]) -> None:
         self.tables = [Table(groups) for groups in ways]
@@ -76,7 +75,7 @@ class Separate:
 
 
 class Chain:
-    """Matrices divided into groups of row-scaled matrices in whichever way is best, among runs of like sensitivity."""
+    """Row-scaled matrices divided into groups in the best way, among runs of similar sensitivity."""
 
     def __init__(self, name: str, members: Sequence[Member], codebook_bits: int | None = None) -> None:
         ordered = sorted(members, key=lambda member: (-member.loss / member.num_weights, member.name))
@@ -112,7 +111,7 @@ class Chain:
 
 
 def _atoms(ordered: Sequence[Member]) -> list[list[Member]]:
-    """Consecutive runs of about equally many weights, at most `MAX_ATOMS`."""
+    """Consecutive runs with about equal numbers of weights, at most `MAX_ATOMS` of them."""
     if len(ordered) <= MAX_ATOMS:
         return [[member] for member in ordered]
     total = sum(member.num_weights for member in ordered)
@@ -125,7 +124,7 @@ def _atoms(ordered: Sequence[Member]) -> list[list[Member]]:
 
 
 class Either:
-    """Different divisions of the same matrices, each a list of scopes: the cheapest is taken."""
+    """Different divisions of the same matrices, each a list of scopes; the cheapest is chosen."""
 
     def __init__(self, alternatives: Sequence[Sequence[Scope]]) -> None:
         self.alternatives = alternatives
@@ -138,9 +137,9 @@ class Either:
 def allocate(
     scopes: Sequence[Scope], *, budget: float | None = None, loss: float | None = None
 ) -> tuple[list[Pick] | None, list[Pick]]:
-    """The picks that lose least within `budget` bits, or take the fewest bits within `loss`; None if there are none.
+    """The picks with the least loss within `budget` bits, or the fewest bits within `loss`; None if there are none.
 
-    Also the outermost picks in the direction of the limit: the smallest of all for a budget, the most exact for a loss.
+    Also returns the extreme picks: the smallest of all for a budget, the most exact for a loss.
     """
 
     def choose(price: float) -> list[Pick]:
@@ -150,7 +149,7 @@ def allocate(
         within = budget is None or sum(pick.bits for pick in picks) <= budget
         return within and (loss is None or sum(pick.loss for pick in picks) <= loss)
 
-    # A dear bit holds the budget, a cheap one holds the loss.
+    # A high price per bit meets the budget, a low price meets the loss.
     good, bad = (PRICES[1], PRICES[0]) if budget is not None else PRICES
     outermost = picks = choose(good)
     if not fits(picks):
@@ -166,9 +165,9 @@ def allocate(
 
 
 def _filled(picks: list[Pick], budget: float) -> list[Pick]:
-    """What the relaxation leaves of the budget buys what gains most per bit.
+    """Spend the rest of the budget on the candidates that gain most per bit.
 
-    It only knows the candidates on the convex hull, and at one price all matrices that are alike take the same.
+    The relaxation finds candidates on the convex hull only, and at one price similar matrices all take the same.
     """
     bits = np.array([pick.table.bits[pick.row] for pick in picks])
     losses = np.array([pick.table.loss[pick.row] for pick in picks])
@@ -178,7 +177,7 @@ def _filled(picks: list[Pick], budget: float) -> list[Pick]:
         spent, lost = bits[rows, columns], losses[rows, columns]
         left = budget - float(spent.sum())
         costs, gains = bits - spent[:, None], lost[:, None] - losses
-        # Below that it is rounding.
+        # Smaller gains are rounding.
         better = (costs <= left) & (gains > 1e-9 * lost[:, None])
         if not better.any():
             return [Pick(pick.table, pick.row, int(column)) for pick, column in zip(picks, columns, strict=True)]

@@ -1,4 +1,4 @@
-"""What a codebook takes, in bits, and how much it is expected to err.
+"""Size in bits and expected error of every codebook that a plan can choose.
 
 The error comes from the asymptotic theory of vector quantisation (`expected_error`).
 """
@@ -42,23 +42,24 @@ CLUSTER_COUNTS = tuple(sorted({count for bits in range(2, 17) for count in (2**b
 ROW_SCALE_BITS = 16
 
 CODEBOOK_DTYPES = {8: "int8", 16: "float16"}
-"""How codebooks are stored, by the bits of a value; int8 needs row scales, which take in what a step is worth."""
+"""How codebooks are stored, by bits per value. int8 needs row scales, which absorb the size of a step."""
 ROUNDING_ERROR = {8: 1e-4, 16: 0.0}
-"""What rounding the centroids adds to `expected_error`: a twelfth of the squared step of int8, nothing for float16."""
+"""Added to `expected_error` for rounding of centroids: a twelfth of the squared step for int8, nothing for float16."""
 
 Size = tuple[int, int, int]
 """Cluster_dim, num_clusters, bits per value of the codebook."""
 
 DENSE: Size = (0, 0, 0)
-"""Stands among the sizes for a tensor that is not clustered."""
+"""The size that stands for a tensor that is not clustered."""
 
 SIZES: tuple[Size, ...] = (*itertools.product(CLUSTER_DIMS, CLUSTER_COUNTS, CODEBOOK_DTYPES), DENSE)
 """All candidates."""
 
 MIXED_KINDS = 1.3
-"""The error of a codebook for matrices of different kinds, in units of that of a codebook for each kind. Distributions differ,
-though every row is scaled to unit variance: 1.05 (dim 2) to 1.15 (dim 4) on SmolLM2 without activations. With them the clusters
-are shared out among seven kinds that each would adapt to their own (`adaptation`): 2.8 doublings fewer, another 1.17."""
+"""The error of one codebook for matrices of different kinds, relative to one codebook per kind. Distributions differ, although
+every row is scaled to unit variance: 1.05 (dim 2) to 1.15 (dim 4) on SmolLM2 without activations. With activations, the
+clusters are distributed among seven kinds, each of which would adapt to its own (`adaptation`): 2.8 doublings fewer, another
+1.17."""
 
 # Normalised second moments of the best known lattice quantisers: Conway & Sloane, Sphere Packings, Lattices and Groups,
 # table 2.3; dimensions 9 and 10 from Agrell & Allen 2023.
@@ -82,8 +83,8 @@ def expected_error(cluster_dim: int, num_clusters: int, num_vectors: int) -> flo
     """Mean squared error per weight of a codebook for the weights of a language model, scaled to variance 1.
 
     Zador's asymptotic formula `G_d * ||f||_{d/(d+2)} * n^(-2/d)` with the Gaussian's norm `2 pi ((d+2)/d)^((d+2)/2)`, times
-    what real matrices have of that (`adaptation`), times the share of vectors that are not centroids themselves: as many
-    clusters as vectors lose nothing. Other dimensions than `CLUSTER_DIMS` take the constant of the next lower one.
+    the factor of real matrices (`adaptation`), times the share of vectors that are not centroids themselves: with as many
+    clusters as vectors there is no error. Dimensions that are not in `CLUSTER_DIMS` use the constant of the next lower one.
     """
     d = cluster_dim
     constant = LATTICE_SECOND_MOMENT[max(known for known in LATTICE_SECOND_MOMENT if known <= d)]
@@ -93,27 +94,27 @@ def expected_error(cluster_dim: int, num_clusters: int, num_vectors: int) -> flo
 
 
 def adaptation(num_clusters: int) -> float:
-    """The error of a codebook of a real matrix over that of one for Gaussian weights.
+    """The error of a codebook for a real matrix, relative to one for Gaussian weights.
 
-    Channels differ in scale and in how much they count, and the more clusters there are, the better they adapt to it. A line
-    through what the o, up and down matrices of SmolLM2 err, clustered with activations as weights, at cluster_dims from 1 to 8
-    (docs/lab-notes.md): it hardly depends on the cluster_dim.
+    Channels differ in scale and in importance, and more clusters adapt to that better. The formula is a line fitted to the
+    errors of the o, up and down matrices of SmolLM2, clustered with activations as weights, at cluster_dims from 1 to 8
+    (docs/lab-notes.md); it hardly depends on the cluster_dim.
     """
     return 1.31 - 0.053 * (math.log2(num_clusters) - 4)
 
 
 def mixing(names: Iterable[str]) -> float:
-    """By what factor the error of a codebook grows with the matrices of these names sharing it."""
+    """The factor by which the error of a codebook grows if the matrices of these names share it."""
     return MIXED_KINDS if len({kind(name) for name in names}) > 1 else 1.0
 
 
 def num_vectors(shape: tuple[int, int], cluster_dim: int) -> int:
-    """Vectors of a matrix `(out_features, in_features)` in the reference layout, where they run along the out axis."""
+    """Vectors of a matrix `(out_features, in_features)` in the paper's layout, where they run along the out axis."""
     return shape[1] * -(-shape[0] // cluster_dim)
 
 
 def value_widths(codebook_bits: int | None, *, row_scale: bool) -> tuple[int, ...]:
-    """The bits per value that a codebook may have where `codebook_bits` are asked for, or any with None."""
+    """The bits per value that a codebook may have: `codebook_bits`, or any if None."""
     if not row_scale:
         return (16,)
     return tuple(CODEBOOK_DTYPES) if codebook_bits is None else (codebook_bits,)
@@ -129,9 +130,9 @@ _ROUNDING_ERROR = np.array([ROUNDING_ERROR[width] for _, _, width in SIZES[:-1]]
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What errors of one matrix `[out_features, in_features]` cost.
+    """The loss from errors of one matrix `[out_features, in_features]`.
 
-    `relative`: nats per token for a relative squared error of 1, spread as a codebook for scaled rows spreads it.
+    `relative`: nats per token for a relative squared error of 1, distributed as with a codebook for scaled rows.
     `flat`: the same for a codebook without row scales.
     """
 
@@ -145,8 +146,7 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class Member:
-    """A matrix to be stored: its name and shape, and what a relative squared error of 1 costs: alike in every row, or spread
-    evenly, as it comes with and without row scales."""
+    """A matrix to store: its name and shape, and the loss from a relative squared error of 1, with and without row scales."""
 
     name: str
     shape: tuple[int, int]
@@ -160,9 +160,9 @@ class Member:
 
 @dataclass(frozen=True)
 class Group:
-    """Matrices that use one codebook, called `name`, of `codebook_bits` per value, or of whichever pay if that is None.
+    """Matrices that use one codebook, named `name`, with `codebook_bits` per value, or the best if None.
 
-    `dense_bits` is what they take unclustered, None if that is not wanted.
+    `dense_bits` is their size if not clustered; None if they must be clustered.
     """
 
     name: str
@@ -179,13 +179,13 @@ class Group:
 class Table:
     """Bits and expected loss of every candidate for every group, float64 `[groups, len(SIZES)]`.
 
-    Infinitely many bits stand for what cannot be: more clusters than vectors, values of a width or dense where that is not
-    wanted.
+    Infinitely many bits stand for impossible choices: more clusters than vectors, a width that is not allowed, dense where the
+    matrices must be clustered.
     """
 
     def __init__(self, groups: Sequence[Group]) -> None:
         self.groups = tuple(groups)
-        # By group and dimension, then by group and candidate.
+        # First by group and dimension, then by group and candidate.
         by_dim = np.array(
             [[float(sum(num_vectors(m.shape, dim) for m in group.members)) for dim in CLUSTER_DIMS] for group in groups]
         )

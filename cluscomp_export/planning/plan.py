@@ -15,7 +15,7 @@ Share = Literal["none", "kind", "model"]
 
 @dataclass(frozen=True)
 class CodebookPlan:
-    """A codebook to be made: `num_clusters` centroids of `cluster_dim` for the tensors named in `members`.
+    """A codebook to make: `num_clusters` centroids of `cluster_dim` for the tensors named in `members`.
 
     `value_bits` is a key of `CODEBOOK_DTYPES`.
     """
@@ -32,7 +32,7 @@ class CodebookPlan:
 
     @property
     def shared(self) -> bool:
-        """Whether several tensors use it; their rows are then scaled to unit variance."""
+        """Whether several tensors use it. Their rows are then scaled to unit variance."""
         return len(self.members) > 1
 
 
@@ -52,7 +52,7 @@ class Plan:
     schemes: Mapping[str, TensorScheme]
 
     def expected_error(self, name: str) -> float:
-        """Squared error that is expected of a clustered tensor, relative to its weights'."""
+        """Expected squared error of a clustered tensor, relative to its squared weights."""
         book = self.schemes[name].codebook
         vectors = sum(num_vectors(self.schemes[member].shape, book.cluster_dim) for member in book.members)
         clustering = mixing(book.members) * expected_error(book.cluster_dim, book.num_clusters, vectors)

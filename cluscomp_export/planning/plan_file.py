@@ -1,11 +1,11 @@
-"""A plan as a JSON file, to be read, edited and used again.
+"""A plan as a JSON file, to read, edit and use again.
 
     {"version": 1,
      "codebooks": {"linears": {"dim": 4, "clusters": 4096, "value_bits": 8}},
      "tensors": {"model.layers.0.mlp.down_proj.weight": {"codebook": "linears", "row_scale": true}}}
 
-Tensors that are not listed stay dense. `value_bits` is 8 for a codebook of int8, whose tensors all need row scales, and 16 for
-float16. A file is taken only if all of it is understood and fits the model.
+Tensors that are not listed stay dense. `value_bits` is 8 for an int8 codebook, whose tensors all need row scales, and 16 for
+float16. A file with unknown members, or one that does not fit the model, is refused.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def write_plan(plan: Plan, path: Path, *, force: bool = False) -> None:
 
 
 def read_plan(path: Path, model: Model) -> Plan:
-    """The plan in a file, for `model`. Raises InvalidFileError with everything that is wrong with it."""
+    """The plan in a file, for `model`. Raises InvalidFileError with all its problems."""
     reader = _Reader(str(path), model)
     plan = reader.plan(_json(path))
     if reader.problems:
@@ -74,7 +74,7 @@ def _json(path: Path) -> Any:
 
 
 class _Reader:
-    """Turns the JSON value into a plan and collects what is wrong with it."""
+    """Turns the JSON value into a plan and collects its problems."""
 
     def __init__(self, file: str, model: Model) -> None:
         self.file = file
@@ -89,7 +89,7 @@ class _Reader:
         if isinstance(value, dict) and value.keys() == set(keys):
             return value
         found = sorted(value) if isinstance(value, dict) else value
-        self.fault(f"{what} is not what it should be", name, found, f"an object with {', '.join(keys)}")
+        self.fault(f"{what} has missing or unknown members", name, found, f"an object with {', '.join(keys)}")
         return None
 
     def plan(self, value: Any) -> Plan:
@@ -97,7 +97,7 @@ class _Reader:
         if top is None:
             return Plan({})
         if top["version"] != VERSION:
-            self.fault("a plan of another version", None, top["version"], str(VERSION))
+            self.fault("the plan has another version", None, top["version"], str(VERSION))
             return Plan({})
         sizes = {name: size for name, entry in self.entries(top, "codebooks") if (size := self.size(name, entry))}
         uses: dict[str, dict[str, bool]] = defaultdict(dict)
@@ -131,10 +131,10 @@ class _Reader:
         limits = {"dim": MAX_DIM, "clusters": MAX_CLUSTERS}
         for key, most in limits.items():
             if type(value[key]) is not int or not 1 <= value[key] <= most:
-                self.fault(f"an impossible {key}", name, value[key], f"a whole number from 1 to {most}")
+                self.fault(f"{key} is out of range", name, value[key], f"an integer from 1 to {most}")
                 return None
         if type(value["value_bits"]) is not int or value["value_bits"] not in CODEBOOK_DTYPES:
-            self.fault("an impossible value_bits", name, value["value_bits"], " or ".join(map(str, CODEBOOK_DTYPES)))
+            self.fault("value_bits is out of range", name, value["value_bits"], " or ".join(map(str, CODEBOOK_DTYPES)))
             return None
         return value["dim"], value["clusters"], value["value_bits"]
 
@@ -143,7 +143,7 @@ class _Reader:
         if isinstance(tensor, DenseTensor) and len(tensor.shape) == 2 and tensor.values.dtype in FLOAT_DTYPES:
             return True
         found = "no such tensor" if tensor is None else f"a tensor of shape {list(tensor.shape)}"
-        self.fault("the model has no matrix of this name to cluster", name, found, "a matrix of floats")
+        self.fault("the model has no dense matrix with this name", name, found, "a matrix of floats")
         return False
 
     def schemes(self, codebook: str, size: Size, uses: Mapping[str, bool]) -> dict[str, TensorScheme]:
@@ -153,7 +153,7 @@ class _Reader:
         cluster_dim, num_clusters, value_bits = size
         if CODEBOOK_DTYPES[value_bits] == "int8" and not all(uses.values()):
             unscaled = next(name for name, row_scale in uses.items() if not row_scale)
-            self.fault("a codebook of int8 needs row scales", unscaled, False, "row_scale true, or value_bits 16")
+            self.fault("an int8 codebook needs row scales", unscaled, False, "row_scale true, or value_bits 16")
         shapes = {}
         for name in uses:
             out_features, in_features = self.model.tensors[name].shape

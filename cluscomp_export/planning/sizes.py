@@ -1,4 +1,4 @@
-"""What a model takes, counted from its shapes alone: the one count behind plans, `inspect` and `convert`."""
+"""Size of a model, counted from its shapes; used by plans, `inspect` and `convert`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def parse_bytes(text: str) -> int:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Weights and bits of a model; a codebook counts once, where it is used.
+    """Weights and bits of a model. A shared codebook counts once.
 
     `linear_bits` are the codes, scales, outliers, codebooks (or dense values) of the linear layers of the decoder blocks;
     `all_bits` those of every tensor; `payload_bytes` adds the side files.
@@ -47,7 +47,7 @@ class Sizes:
     payload_bytes: int
 
     def bits_per_weight(self) -> dict[str, float]:
-        """`{"all": ..., "linears": ...}`; 0 where there are no weights."""
+        """`{"all": ..., "linears": ...}`; 0 without weights."""
         pairs = {"all": (self.all_bits, self.all_weights), "linears": (self.linear_bits, self.linear_weights)}
         return {name: bits / weights if weights else 0.0 for name, (bits, weights) in pairs.items()}
 
@@ -63,7 +63,7 @@ def _bits(tensors: Iterable[Tensor]) -> int:
 
 
 def model_sizes(model: Model) -> Sizes:
-    """Count a model; costs no IO."""
+    """The sizes of a model; reads no payload."""
     linears = [model.tensors[name] for name in linear_tensors(model)]
     everything = list(model.tensors.values())
     all_bits = _bits(everything)

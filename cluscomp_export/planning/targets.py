@@ -1,7 +1,7 @@
-"""From what is asked for (a codebook size, bits per weight, a size, a loss) to a plan.
+"""Make a plan from its target: a codebook size, bits per weight, a file size or a loss.
 
-`sensitivities` tell what errors of a tensor cost; without them every weight counts alike, and what is minimised is the squared
-error.
+`sensitivities` are the losses from errors of each tensor. Without them all weights count alike, and the squared error is
+minimised.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def plan_fixed(
     if not (1 <= num_clusters <= MAX_CLUSTERS and cluster_dim >= 1):
         found = f"`dim={cluster_dim}` `clusters={num_clusters}`"
         expected = f"`dim` of at least 1, `clusters` from 1 to {MAX_CLUSTERS}"
-        raise InvalidRequestError(Problem("bad_option", "impossible codebook size", found=found, expected=expected))
+        raise InvalidRequestError(Problem("bad_option", "the codebook size is out of range", found=found, expected=expected))
     schemes = {}
     for group in _shared_groups(_linears(model, None), share, codebook_bits):
         schemes.update(_schemes(group, (cluster_dim, num_clusters, min(group.value_widths))))
@@ -57,10 +57,10 @@ def plan_bits(
     codebook_bits: int | None = None,
     sensitivities: Sensitivities | None = None,
 ) -> Plan:
-    """The choice with the least expected loss at no more than `bits` per weight of the linear layers, all they need counted.
+    """The choice with the least expected loss at no more than `bits` per weight of the linear layers, codebooks included.
 
-    `share=None` lets the planner say which matrices share a codebook. `codebook_bits`, 8 or 16 per value of a codebook, is
-    whichever pays if None; without row scales it is always 16. Raises InvalidRequestError if nothing fits the budget,
+    With `share=None`, the planner decides which matrices share a codebook. `codebook_bits` is 8 or 16 per value of a codebook,
+    the better one if None; without row scales it is always 16. Raises InvalidRequestError if nothing fits the budget,
     UnsupportedError if there is nothing to cluster.
     """
     members = _linears(model, sensitivities)
@@ -84,10 +84,10 @@ def plan_budget(
     codebook_bits: int | None = None,
     sensitivities: Sensitivities | None = None,
 ) -> Plan:
-    """The choice with the least expected loss whose artefact is at most `budget` bytes; embedding and head take part.
+    """The choice with the least expected loss whose artefact is at most `budget` bytes, embedding and head included.
 
-    `size_of` gives the bytes of a plan's artefact, at most. Raises InvalidRequestError, which tells the smallest size there
-    is, UnsupportedError if there is nothing to cluster.
+    `size_of` gives an upper bound of the bytes of a plan's artefact. Raises InvalidRequestError, which names the smallest
+    possible size, UnsupportedError if there is nothing to cluster.
     """
     scopes = _all_scopes(model, share, codebook_bits, sensitivities)
     _, smallest = allocate(scopes, budget=0.0)
@@ -97,8 +97,8 @@ def plan_budget(
         found, expected = f"{budget} bytes", f"at least {least} bytes"
         message = "not even the smallest codebooks fit this budget"
         raise InvalidRequestError(Problem("budget_too_small", message, None, None, found, expected, remedy))
-    # Headers and padding, which depend on the plan, are not among the bits: correct these by what is left over, or where that
-    # leads out of what is known to fit and not to fit, halve the distance.
+    # Headers and padding depend on the plan and are not part of the bits. Correct the bits by the rest of the budget; if that
+    # leaves the interval between the largest that fits and the smallest that does not, bisect.
     best, low, high = smallest, sum(pick.bits for pick in smallest), math.inf
     bits = low + 8.0 * (budget - least)
     for _ in range(BUDGET_STEPS):
@@ -119,22 +119,22 @@ def plan_budget(
 def plan_loss(
     model: Model, *, loss: float, share: Share | None, sensitivities: Sensitivities, codebook_bits: int | None = None
 ) -> Plan:
-    """The fewest bits whose expected loss is at most `loss`; embedding and head take part.
+    """The fewest bits whose expected loss is at most `loss`, embedding and head included.
 
-    Raises InvalidRequestError, which tells the least loss there is, UnsupportedError if there is nothing to cluster.
+    Raises InvalidRequestError, which names the least possible loss, UnsupportedError if there is nothing to cluster.
     """
     picks, finest = allocate(_all_scopes(model, share, codebook_bits, sensitivities), loss=loss)
     if picks is None:
         least = sum(pick.loss for pick in finest)
         found, expected = f"`match_loss={loss:g}`", f"at least {least:.3g}"
         raise InvalidRequestError(
-            Problem("loss_too_small", "no codebooks lose as little", None, None, found, expected, "allow more loss")
+            Problem("loss_too_small", "no codebooks have so little loss", None, None, found, expected, "allow more loss")
         )
     return _plan_of(model, picks)
 
 
 def embedding_tensors(model: Model) -> list[str]:
-    """Names of the embedding and of the head, where it is not tied to the embedding."""
+    """Names of the embedding and of the head, if the head is not tied to the embedding."""
     return [name for name in (embedding_tensor(model), head_tensor(model)) if name is not None]
 
 
@@ -155,7 +155,7 @@ def _linears(model: Model, sensitivities: Sensitivities | None) -> list[Member]:
         raise UnsupportedError(Problem("no_linears", "no linear layer was found to cluster", remedy=remedy))
     clustered = [name for name in names if isinstance(model.tensors[name], ClusteredWeight)]
     if clustered:
-        remedy = "convert the original model; an artefact that is already clustered is only repacked, without `bits` or `dim`"
+        remedy = "convert the original model; a clustered one can only be repacked, without `bits` or `dim`"
         problem = Problem("already_clustered", "the source is already clustered", tensor=clustered[0], remedy=remedy)
         raise InvalidRequestError(problem)
     return [_member(model, name, sensitivities) for name in names]
@@ -173,7 +173,7 @@ def _by_kind(members: Sequence[Member]) -> dict[str, list[Member]]:
 
 
 def _shared_groups(members: Sequence[Member], share: Share, codebook_bits: int | None) -> list[Group]:
-    """The matrices by the codebook they would use."""
+    """The matrices grouped by the codebook that they use."""
     if share == "none":
         return [Group(_module(member.name), (member,), row_scale=False) for member in members]
     by_name = {"linears": list(members)} if share == "model" else _by_kind(members)
@@ -192,7 +192,7 @@ def _linear_scope(members: Sequence[Member], share: Share | None, codebook_bits:
 
 
 def _embedding_groups(model: Model, codebook_bits: int | None, sensitivities: Sensitivities | None) -> list[Group]:
-    """Embedding and untied head, a codebook and row scales each, or dense as `convert` stores them."""
+    """Embedding and untied head, each with a codebook and row scales, or dense as `convert` stores them."""
     groups = []
     for name in embedding_tensors(model):
         tensor = model.tensors[name]

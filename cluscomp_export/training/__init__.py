@@ -1,4 +1,4 @@
-"""Training what a clustered model stores beside its codes."""
+"""Train what a clustered model stores in addition to its codes."""
 
 from cluscomp_export.training.loop import Trained, TrainingOptions
 from cluscomp_export.training.parameters import TrainableModel

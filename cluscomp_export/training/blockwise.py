@@ -1,16 +1,16 @@
-"""Block-wise tuning: the parameters of one block trained so that it gives what the original block gives.
+"""Block-wise tuning: train the parameters of one block so that its output is that of the original block.
 
-The second level of ClusComp (Liao et al., arXiv 2503.13089): codes stay as they are; codebooks, and here row scales and norms
-too, are trained. The loss is the squared error of what flows out of the block in the compressed model, for what flows into it
-there, against what flows out of the block in the original model; the paper's second loss is against what the original block
-makes of the same input. A block whose codebooks other blocks use as well is left alone: scales and norms by themselves gain
-nothing after error feedback.
+This is the second phase of ClusComp (Liao et al., arXiv 2503.13089). Codes are fixed; codebooks, and here also row scales and
+norms, are trained. The loss is the squared error of the block's output in the compressed model, with its inputs there, compared
+with the block's output in the original model. The paper's second loss compares with the output of the original block for the
+same input. A block that shares all its codebooks with other blocks is skipped: scales and norms alone gain nothing after error
+feedback.
 
-Errors count relative to each token's energy: the first token of a text can have a thousand times that of the others. Some
-windows are held out, and decide which state is kept, the one before the training included.
+Errors are relative to each token's sum of squares: the first token of a text can have a thousand times that of the others. Some
+windows are held out and decide which state is kept; the state before the training is one of them.
 
-One block is on the device at a time: its codes, float32 master values of its parameters with their gradients and both moments
-of Adam, and the activations of a batch. What flows between blocks stays in the memory of the host.
+One block is on the device at a time: its codes, float32 master values of its parameters with gradients and both moments of
+Adam, and the activations of a batch. Activations between blocks stay in host memory.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ __all__ = ["BlockwiseOptions", "relative_error", "tune_block"]
 
 @dataclass(frozen=True)
 class BlockwiseOptions:
-    """`epochs` over the windows that are not held out, in batches of `batch`; `rate` is relative to a parameter's size.
+    """`epochs` over the windows that are not held out, in batches of `batch`; `rate` is relative to each parameter's magnitude.
 
-    `same_input` weighs the second loss; 0 leaves it out. `held_out` is a share of the windows; `patience` epochs in a row
-    without progress on them end the training of a block. `precision` is that of `TrainingOptions`.
+    `same_input` is the weight of the second loss; 0 disables it. `held_out` is a share of the windows; `patience` epochs
+    without improvement on them end the training of a block. `precision` is that of `TrainingOptions`.
     """
 
     epochs: int = 2
@@ -51,24 +51,24 @@ class BlockwiseOptions:
 
     @property
     def most_checks(self) -> int:
-        """Entries of the longest curve there can be: one before the training, one at the end of every epoch."""
+        """Most entries that a curve can have: one before the training, one at the end of every epoch."""
         return self.epochs + 1
 
 
 @dataclass(frozen=True)
 class _Windows:
-    """What flows into a block and what shall flow out, `[windows, tokens, hidden_size]`, one such for each loss."""
+    """Inputs of a block, and target outputs for each loss; all `[windows, tokens, hidden_size]`."""
 
     given: torch.Tensor
-    wanted: tuple[torch.Tensor, ...]
+    targets: tuple[torch.Tensor, ...]
 
     @property
     def count(self) -> int:
-        """How many windows; all have the same number of tokens."""
+        """Number of windows; all have the same number of tokens."""
         return len(self.given)
 
     def take(self, chosen: torch.Tensor) -> _Windows:
-        return _Windows(self.given[chosen], tuple(wanted[chosen] for wanted in self.wanted))
+        return _Windows(self.given[chosen], tuple(target[chosen] for target in self.targets))
 
 
 def tune_block(
@@ -76,7 +76,7 @@ def tune_block(
     index: int,
     tensors: Mapping[str, Tensor],
     given: Sequence[torch.Tensor],
-    wanted: Sequence[torch.Tensor],
+    targets: Sequence[torch.Tensor],
     options: BlockwiseOptions,
     *,
     fixed: Collection[str] = (),
@@ -84,11 +84,11 @@ def tune_block(
     device: str = "cpu",
     on_progress: Progress = silent,
 ) -> Trained | None:
-    """Train block `index` of a model with these `tensors`; None if no codebook is its own, or there is too little to train on.
+    """Train block `index` of a model with these `tensors`; None if it has no codebook of its own, or too few windows.
 
-    `given` is what flows into it and `wanted` what shall flow out, batches `[windows, tokens, hidden_size]`; `fixed` names the
-    codebooks to leave alone. `original` holds the tensors of the original model, for `same_input`. A loss that is not finite
-    ends the training; the best state before it is kept.
+    `given` are its inputs and `targets` the outputs to reach, batches `[windows, tokens, hidden_size]`. `fixed` names codebooks
+    that are not trained. `original` has the tensors of the original model, for `same_input`. A loss that is not finite ends the
+    training with the best state before it.
     """
     count = sum(len(batch) for batch in given)
     held_out = max(1, round(options.held_out * count))
@@ -97,15 +97,15 @@ def tune_block(
     with torch.inference_mode(False):
         place = torch.device(device)
         block = TrainableBlock(runner, index, tensors, fixed, device=place)
-        # Before the activations are copied.
+        # Checked before the activations are copied.
         if not any(kind_of(name) == "codebook" for name in block.parameters):
             return None
-        wanteds = [wanted]
+        all_targets = [targets]
         if options.same_input > 0 and original is not None:
             attention, feed_forward = (runner.half(index, half, original, device) for half in HALVES)
-            wanteds.append([feed_forward(attention(batch.to(device))).cpu() for batch in given])
-        # Tensors made in inference mode cannot take part in a training: copies can.
-        windows = _Windows(torch.cat(list(given)).clone(), tuple(torch.cat(list(batches)).clone() for batches in wanteds))
+            all_targets.append([feed_forward(attention(batch.to(device))).cpu() for batch in given])
+        # Tensors made in inference mode cannot be trained with; copies can.
+        windows = _Windows(torch.cat(list(given)).clone(), tuple(torch.cat(list(batches)).clone() for batches in all_targets))
         per_epoch = -(-(count - held_out) // options.batch)
 
         def batch(step: int) -> _Windows:
@@ -117,7 +117,7 @@ def tune_block(
             found = block(batch.given.to(place))
             weights = (1.0, options.same_input)
             errors = [
-                weight * relative_error(found, target.to(place)) for weight, target in zip(weights, batch.wanted, strict=False)
+                weight * relative_error(found, target.to(place)) for weight, target in zip(weights, batch.targets, strict=False)
             ]
             return torch.stack(errors).sum()
 
@@ -135,7 +135,7 @@ def tune_block(
         return Training(block, loss, batch, kept, training, name=f"tuning block {index}", on_progress=on_progress).run()
 
 
-def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Mean over tokens of the squared error over the energy of what is wanted, both `[..., tokens, features]`."""
-    energy = wanted.square().sum(-1).clamp(min=torch.finfo(wanted.dtype).tiny)
-    return ((found - wanted).square().sum(-1) / energy).mean()
+def relative_error(found: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean over tokens of the squared error divided by the target's sum of squares, both `[..., tokens, features]`."""
+    squares = target.square().sum(-1).clamp(min=torch.finfo(target.dtype).tiny)
+    return ((found - target).square().sum(-1) / squares).mean()

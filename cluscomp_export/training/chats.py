@@ -1,10 +1,10 @@
-"""Chats to train on: a file with one JSON object a line, each in one of the customary forms.
+"""Chats to train on: a file with one JSON object per line, in one of three common forms.
 
 - `{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}, ...]}`
 - `{"prompt": "...", "completion": "..."}`
 - `{"question": "...", "answer": "..."}`
 
-The latter two are a user's message and the assistant's. Other members of the object are ignored, and so are empty lines.
+The last two are a user's message and the assistant's. Other members of the object and empty lines are ignored.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ PAIRS = (("prompt", "completion"), ("question", "answer"))
 
 @dataclass(frozen=True)
 class ChatLine:
-    """The messages of a line, and its number from 1 on."""
+    """The messages of a line, and its number, counted from 1."""
 
     number: int
     messages: Sequence[Mapping[str, Any]]
 
 
 def read_chats(path: Path) -> list[ChatLine]:
-    """All chats of a file. Raises InvalidFileError with a problem for every bad line, or if there is no chat at all."""
+    """All chats of a file. Raises InvalidFileError with a problem per invalid line, or if there is no chat."""
     chats: list[ChatLine] = []
     problems: list[Problem] = []
     # JSON has no byte order mark; some editors write one.
@@ -49,7 +49,7 @@ def read_chats(path: Path) -> list[ChatLine]:
         else:
             chats.append(ChatLine(number, found))
     if not (chats or problems):
-        problems.append(Problem("no_chats", "the file holds no chat", str(path), expected="a JSON object in each line"))
+        problems.append(Problem("no_chats", "the file contains no chat", str(path), expected="a JSON object per line"))
     if problems:
         raise InvalidFileError(problems)
     return chats
@@ -61,11 +61,11 @@ def _line_problem(path: Path, number: int, message: str, found: str | None = Non
 
 
 def _messages(text: str) -> list[dict[str, Any]] | str:
-    """The messages of a line, or what is wrong with it."""
+    """The messages of a line, or its problem."""
     try:
         value = parse_strict(text.encode())
     except StrictJsonError as error:
-        return f"no JSON: {error}"
+        return f"not valid JSON: {error}"
     if not isinstance(value, dict):
         return "not a JSON object"
     if "messages" in value:
@@ -74,24 +74,24 @@ def _messages(text: str) -> list[dict[str, Any]] | str:
             return "messages is not a list of objects"
         for index, message in enumerate(messages):
             if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
-                return f"message {index} has no role or no content that is a text"
+                return f"message {index} has no role, or its content is not a text"
         if all(message["role"] != ASSISTANT for message in messages):
-            return "no message is the assistant's, so there is nothing to learn"
+            return "no message is from the assistant, so there is nothing to learn"
         return messages
     for asked, answered in PAIRS:
         if asked in value and answered in value:
             if not (isinstance(value[asked], str) and isinstance(value[answered], str)):
                 return f"{asked} or {answered} is not a text"
             return [{"role": "user", "content": value[asked]}, {"role": ASSISTANT, "content": value[answered]}]
-    return "neither messages nor a prompt with its completion nor a question with its answer"
+    return "no messages, no prompt with completion and no question with answer"
 
 
 def chat_examples(chats: Sequence[ChatLine], template: str, tokenizer: Tokenizer, path: Path) -> list[Example]:
-    """The chats through the model's template, each a row of tokens of which the assistant's count.
+    """The chats as the model's template renders them, one row of tokens each, of which the assistant's are scored.
 
-    What counts is what the template's generation blocks write. Where it has none, it is what the template adds to the messages
-    before an assistant's one, its turn opened, to make the messages with it: content and end of turn. Raises InvalidFileError
-    with a problem for every line that the template does not take or that tells no such difference.
+    Scored is what the generation blocks of the template write. In a template without them, it is the text that an assistant's
+    message adds after the opening of its turn: content and end of turn. Raises InvalidFileError with a problem for every line
+    that the template refuses, or for which that text cannot be found.
     """
     special = tokenizer.special_tokens
     whole = render_chats(template, [Chat(line.messages, prompt=False) for line in chats], special_tokens=special)
@@ -110,26 +110,26 @@ def chat_examples(chats: Sequence[ChatLine], template: str, tokenizer: Tokenizer
             continue
         ids, where = tokenizer.encode_with_spans(rendered.text)
         learnt = [any(end > first and begin < last for first, last in spans) for begin, end in where]
-        # The prediction made at a token is that of the next one.
+        # The prediction at a token is that of the next one.
         examples.append(Example(tuple(ids), (*learnt[1:], False)))
     if problems:
         raise InvalidFileError(problems)
     if not any(any(example.scored) for example in examples):
-        raise InvalidRequestError(Problem("nothing_to_learn", "no token of any chat is the assistant's", str(path)))
+        raise InvalidRequestError(Problem("nothing_to_learn", "no chat has a token of the assistant", str(path)))
     return examples
 
 
 def _turns(line: ChatLine) -> list[int]:
-    """Where the assistant speaks. A first message of it has nothing before it that a template could take."""
+    """Positions of the assistant's messages. A first message is left out: a template cannot render what precedes it."""
     return [index for index, message in enumerate(line.messages) if message["role"] == ASSISTANT and index]
 
 
 def _learnt(
     line: ChatLine, rendered: Rendered | ClusCompError, outcomes: Iterator[Rendered | ClusCompError]
 ) -> Sequence[tuple[int, int]] | str:
-    """Characters of the whole chat that are the assistant's, or what is wrong with it.
+    """Spans of characters of the whole chat that are the assistant's, or the chat's problem.
 
-    Without generation blocks, `outcomes` gives for each of its turns the chat before it and up to its end.
+    Without generation blocks, `outcomes` has, for each of its turns, the chat before the turn and the chat up to its end.
     """
     if isinstance(rendered, ClusCompError):
         return rendered.problems[0].message
@@ -144,6 +144,6 @@ def _learnt(
             fault = fault or error.problems[0].message
         elif isinstance(before, Rendered) and isinstance(after, Rendered):
             if not (after.text.startswith(before.text) and rendered.text.startswith(after.text)):
-                fault = fault or "the chat template writes a chat otherwise once it goes on"
+                fault = fault or "the chat template changes earlier text when a chat continues"
             spans.append((len(before.text), len(after.text)))
     return fault or spans

@@ -1,4 +1,4 @@
-"""The files a model is tuned on: examples to train on, and others that are held out."""
+"""The files of a finetuning: examples to train on, and held-out examples."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from cluscomp_runtime.tokenizer import Tokenizer
 __all__ = ["TuningData", "read_data"]
 
 MAX_HELD_OUT_TOKENS = 4096
-"""Tokens evaluated at a check: the first of those held out. More would soon take longer than the training."""
+"""Held-out tokens evaluated at a check, the first ones. More would soon take longer than the training."""
 
 
 @dataclass(frozen=True)
 class TuningData:
-    """Examples to train on and held out, a JSON description of where they come from, and what is to be said about them."""
+    """Examples to train on, held-out examples, a JSON description of their origin, and warnings."""
 
     kept: Sequence[Example]
     held_out: Sequence[Example]
@@ -36,7 +36,7 @@ class TuningData:
 def read_data(
     path: Path, held_out: float | Path, model: Model, tokenizer: Tokenizer, *, chat: bool, context: int, seed: int
 ) -> TuningData:
-    """Read a text or a file of chats, for a model; no example is longer than `context` tokens.
+    """Read a text or a file of chats for a model. No example is longer than `context` tokens.
 
     `held_out` is a share of the examples, or another such file. Raises InvalidFileError and InvalidRequestError for files that
     cannot be used.
@@ -52,10 +52,13 @@ def read_data(
         unseen = read(held_out)
         description["held_out"] = _sha256(held_out)
     elif len(examples) < 2:
-        message, remedy = "there is nothing to hold out", "use more data, a smaller `context`, or a file as `held_out`"
+        message, remedy = (
+            "there are too few examples to hold one out",
+            "use more data, a smaller `context`, or a file as `held_out`",
+        )
         raise InvalidRequestError(Problem("too_few_examples", message, str(path), None, "1 example", "at least 2", remedy))
     else:
-        # The end of a text is less like the rest of it than windows in between: a fairer test.
+        # The end of a text resembles the rest less than windows in between do: a fairer test.
         examples, unseen = split(examples, held_out, seed if chat else None)
     ends = itertools.accumulate(len(example.ids) for example in unseen)
     few = max(1, sum(end <= MAX_HELD_OUT_TOKENS for end in ends))

@@ -1,4 +1,4 @@
-"""What a model is tuned on: rows of tokens, some of whose predictions count, drawn in batches."""
+"""Training examples: rows of tokens with the predictions that are scored, and batches of them."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ __all__ = ["Example", "cut", "make_batch", "shuffled_batches", "split", "text_ex
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids, and for each whether the prediction made there, of the next token, counts; never at the last."""
+    """Token ids, and for each whether the prediction of the next token is scored there; never at the last."""
 
     ids: tuple[int, ...]
     scored: tuple[bool, ...]
 
 
 def text_examples(tokenizer: Tokenizer, text: str, context: int) -> list[Example]:
-    """A text cut into windows of `context` tokens, the last perhaps shorter; every prediction in them counts.
+    """A text cut into windows of `context` tokens, the last one possibly shorter; every prediction is scored.
 
-    Where the tokenizer begins a text with a token for that, the windows have it in place of their first token, as in `eval`.
+    If the tokenizer adds a begin token, it replaces the first token of each window, as in `eval`.
     """
     ids = tokenizer.encode(text)
     begin = ids[:1] if ids[:1] == [tokenizer.bos_id] else []
@@ -35,7 +35,7 @@ def text_examples(tokenizer: Tokenizer, text: str, context: int) -> list[Example
 
 
 def cut(examples: Sequence[Example], context: int) -> list[Example]:
-    """The examples cut to `context` tokens, without those of which nothing that counts is left."""
+    """The examples cut to `context` tokens, without those that have no scored prediction left."""
     parts = [
         Example(example.ids[:context], (*example.scored[: context - 1], False)[: len(example.ids)]) for example in examples
     ]
@@ -43,7 +43,7 @@ def cut(examples: Sequence[Example], context: int) -> list[Example]:
 
 
 def split(examples: Sequence[Example], share: float, seed: int | None) -> tuple[list[Example], list[Example]]:
-    """Examples to train on, and a share of them, at least one, held out: the last ones, or with `seed` random ones."""
+    """Split into examples to train on and a share, at least one, that is held out: the last, or with `seed` random ones."""
     order = np.arange(len(examples)) if seed is None else np.random.default_rng(seed).permutation(len(examples))
     count = min(len(examples) - 1, max(1, round(share * len(examples))))
     kept, held_out = np.split(order, [len(examples) - count])
@@ -51,7 +51,7 @@ def split(examples: Sequence[Example], share: float, seed: int | None) -> tuple[
 
 
 def shuffled_batches(examples: Sequence[Example], size: int, seed: int) -> Callable[[int], Batch]:
-    """Batches by number: all examples in random order, then all in another order, and so on."""
+    """Batches by number. Each epoch has all examples in another random order."""
 
     def batch(step: int) -> Batch:
         chosen = []
@@ -64,7 +64,7 @@ def shuffled_batches(examples: Sequence[Example], size: int, seed: int) -> Calla
 
 
 def make_batch(examples: Sequence[Example]) -> Batch:
-    """Examples as one batch, short ones filled up. What follows a token does not reach it, since attention is causal."""
+    """Examples as one batch, short ones padded at the end. Attention is causal, so padding has no effect."""
     longest = max(len(example.ids) for example in examples)
     ids = torch.zeros((len(examples), longest), dtype=torch.int64)
     scored = torch.zeros((len(examples), longest), dtype=torch.bool)

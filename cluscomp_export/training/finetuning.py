@@ -1,8 +1,9 @@
-"""Finetuning: a clustered model's codebooks, row scales and norms trained on a text or on chats, kept as a delta.
+"""Finetuning: train a clustered model's codebooks, row scales and norms on a text or on chats; the result is a delta.
 
-The downstream level of ClusComp (Liao et al., arXiv 2503.13089): codes stay, so that the result is small and goes with the
-model in any format. Memory: codes at 16 bits, embedding and head in the precision of the activations, the activations between
-blocks, one window's logits a few times, four float32 copies of what is trained; with a reference, also that as float32.
+This is the downstream phase of ClusComp (Liao et al., arXiv 2503.13089). Codes are fixed, so that the result is small and
+applies to the model in any format. Memory: codes at 16 bits, embedding and head in the precision of the activations, the
+activations between blocks, a few copies of one window's logits, four float32 copies of the trained parameters; with a
+reference, that model as float32.
 """
 
 from __future__ import annotations
@@ -121,14 +122,14 @@ class TuneOptions:
 
 @dataclass(frozen=True)
 class TunePlan:
-    """A finetuning before any training: `steps`, examples and the predictions among them that count, the size of the delta."""
+    """A finetuning before any training: steps, examples, scored predictions among them, the size of the delta."""
 
     steps: int
     examples: int
     predictions: int
     held_out_examples: int
     parameters: Mapping[str, int]
-    """Values to train by kind."""
+    """Number of values to train, by kind."""
     delta_bytes: int
     model_bytes: int
     warnings: tuple[str, ...]
@@ -138,8 +139,8 @@ class TunePlan:
 class TuneReport:
     """What `tune` did: the delta, digests of the model and of the model with it, the curve of `Trained`.
 
-    `held_out` is the loss on held-out examples before and after, in nats per token. `resumed_at` is the step that an
-    interrupted attempt had reached, 0 if there was none.
+    `held_out` is the loss on held-out examples before and after, in nats per token. `resumed_at` is the step from which
+    an interrupted training was resumed, otherwise 0.
     """
 
     output: str
@@ -176,10 +177,10 @@ def plan_tuning(model_path: Path, options: TuneOptions) -> TunePlan:
 def tune(
     model_path: Path, output: Path, options: TuneOptions, *, force: bool = False, on_progress: Progress = silent
 ) -> TuneReport:
-    """Train and write the delta; the model is not touched.
+    """Train and write the delta; the model is not changed.
 
-    An interrupted training goes on from its last checkpoint, kept in a folder beside the output (`work_path`), when the same
-    call is made again, and ends with the same bytes on the same machine and number of threads. Raises InvalidRequestError for
+    An interrupted training keeps its last checkpoint in a folder next to the output (`work_path`). The same call resumes it
+    and produces the same bytes on the same machine with the same number of threads. Raises InvalidRequestError for
     options that do not fit, InvalidFileError for a damaged model, bad lines in a file of chats or other data that cannot be
     used, UnsupportedError, OutputExistsError, StorageError.
     """
@@ -226,7 +227,7 @@ def tune(
         file_bytes = write_delta(delta, output, force=force)
     losses = [entry["held_out"] for entry in result.curve]
     if not arrays:
-        warnings.append("nothing lowered the loss on held-out examples: the delta is empty; try a smaller rate or more steps")
+        warnings.append("no step lowered the loss on held-out examples: the delta is empty; use a smaller `lr` or more steps")
     return TuneReport(
         output=str(output),
         file_bytes=file_bytes,
@@ -247,7 +248,7 @@ def tune(
 
 
 def checked_digest(model: Model, path: Path, on_progress: Progress = silent) -> str:
-    """The model's digest, computed. Raises InvalidFileError if its file claims another."""
+    """Compute the model's digest. Raises InvalidFileError if its file claims another one."""
     on_progress("computing the digest", 0, 1)
     digest = model.digest()
     on_progress("computing the digest", 1, 1)
@@ -325,7 +326,7 @@ def _check_options(options: TuneOptions) -> None:
 def _check_ids(examples: Sequence[Example], vocab_size: int, path: Path) -> None:
     largest = max(max(example.ids) for example in examples)
     if largest >= vocab_size:
-        message = "the tokenizer has tokens that the model does not"
+        message = "the tokenizer has tokens that the model does not have"
         found, expected = f"token {largest}", f"below {vocab_size}"
         raise InvalidFileError(Problem("token_out_of_range", message, str(path), None, found, expected))
 
@@ -334,12 +335,12 @@ def _check_tokenizer(model: Model, original: Model, path: Path) -> None:
     name = "tokenizer.json"
     if name in original.files and original.files[name].read().tobytes() == model.files[name].read().tobytes():
         return
-    message, remedy = "the reference has another tokenizer, or none", "give the model that this one was made from"
+    message, remedy = "the reference has a different tokenizer, or none", "give the model from which this one was made"
     raise InvalidRequestError(Problem("other_tokenizer", message, str(path), remedy=remedy))
 
 
 def _recorded(options: TuneOptions, how: TrainingOptions, reference: str | None) -> dict[str, Any]:
-    """The options that determine the result, without the names of files."""
+    """The options that determine the result, without file names."""
     return {
         **asdict(how),
         "context": options.context,

@@ -1,8 +1,8 @@
 """The training loop: AdamW on float32 master copies, best state by held-out loss, early stop, resumable.
 
-What is trained is a model or a block; what for is a loss, what on are batches, both handed in. Every step's batch is a function
-of its number, so that step, parameters and the optimizer's moments are all there is to the state of a training. Given the same
-machine and number of threads, the result is the same bit for bit, however often it was interrupted.
+Trains a model or a block with a loss and batches that the caller gives. The batch of a step depends only on the step's number.
+The state of a training is therefore the step, the parameters and the optimizer's moments. On the same machine with the same
+number of threads, the result is the same bit for bit, however often the training was interrupted.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ __all__ = [
 
 Schedule = Literal["cosine", "linear", "constant"]
 Precision = Literal["float32", "bfloat16"]
-"""What matrices are multiplied in. Not float16, in which gradients underflow. All else is float32: what flows between layers,
-norms, losses, parameters and their updates."""
+"""Precision of matrix products; in float16 gradients would underflow. Activations between layers, norms, losses, parameters and
+their updates are float32."""
 
 CLIP = 1.0
-"""Largest norm of the gradient: keeps one odd window from undoing many steps."""
+"""Largest norm of the gradient, so that one unusual window does not undo many steps."""
 RATE_OF_ROOT = 1.5e-3
 """Rate for a held-out divergence of 1 nat per token (docs/lab-notes.md)."""
 SAVE_SECONDS = 60.0
-"""A checkpoint is kept at every check, and in between when the last one is this old."""
+"""A checkpoint is saved at every check, and between checks when the last one is this old."""
 _CHECKPOINT = "training"
 
 
 class Counted(Protocol):
-    """A batch: it says how many of what its loss is the mean of it holds."""
+    """A batch; `count` is the number of items of which its loss is the mean."""
 
     @property
     def count(self) -> int: ...
@@ -64,14 +64,13 @@ Batch = TypeVar("Batch", bound=Counted)
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """`steps` steps on `batch` windows each; `rate` is relative to a parameter's size.
+    """`steps` steps with `batch` windows each; `rate` is relative to the magnitude of each parameter.
 
-    A `rate` of None is `RATE_OF_ROOT` times the square root of the held-out loss before the training, for losses that are
-    divergences: these are quadratic in what is wrong, so a step stays in proportion to the way there is to go.
+    A `rate` of None means `RATE_OF_ROOT` times the square root of the held-out loss before the training. That suits
+    divergences: they are quadratic in the error, so that steps are in proportion to the remaining error.
 
-    The rate rises over `warmup` steps, then follows `schedule`: falls to 0 by half a cosine, falls to 0 in a line, or stays.
-    `checks` evaluations on held-out batches are spread over the training; it stops when `patience` of them in a row bring no
-    progress.
+    The rate rises over `warmup` steps, then follows `schedule`: a half cosine to 0, a line to 0, or constant. `checks`
+    evaluations on held-out batches are spread over the training, which stops after `patience` of them without improvement.
     """
 
     steps: int = 48
@@ -91,12 +90,12 @@ class TrainingOptions:
 
     @property
     def most_checks(self) -> int:
-        """Entries of the longest curve there can be: one before the training, one at its end."""
+        """Most entries that a curve can have, with one before the training and one at its end."""
         return self.steps // self.every + 2
 
 
 def rate_factor(options: TrainingOptions, step: int) -> float:
-    """What the rate is multiplied by in a step, the first of which is 0."""
+    """Factor of the rate in a step; the first step is 0."""
     if step < options.warmup:
         return (step + 1) / options.warmup
     done = min(1.0, (step - options.warmup) / max(1, options.steps - options.warmup))
@@ -104,14 +103,14 @@ def rate_factor(options: TrainingOptions, step: int) -> float:
 
 
 def fast_precision() -> Precision:
-    """bfloat16 on a CPU that has matrix units for it (AMX), where it is several times faster, else float32."""
-    # Older releases of torch cannot tell.
+    """bfloat16 on a CPU with matrix units (AMX), where it is several times faster; otherwise float32."""
+    # Older releases of torch do not have this function.
     capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return "bfloat16" if capabilities.get("amx_bf16") else "float32"
 
 
 Curve = Sequence[Mapping[str, float]]
-"""One entry per check: the `step`, the mean loss of the steps before it (`train`), the loss on what is `held_out`."""
+"""One entry per check: the `step`, the mean loss since the last check (`train`), the loss on `held_out` batches."""
 
 
 def curve_specs(rows: int) -> tuple[str, tuple[int, ...]]:
@@ -120,7 +119,7 @@ def curve_specs(rows: int) -> tuple[str, tuple[int, ...]]:
 
 
 def curve_array(curve: Curve, rows: int) -> AnyArray:
-    """A curve to be stored: float64 `[rows, 3]`, NaN where there is nothing."""
+    """A curve as an array to store: float64 `[rows, 3]`, NaN for missing values."""
     array = np.full((rows, 3), math.nan)
     for row, entry in zip(array, curve, strict=False):
         row[:] = entry["step"], entry.get("train", math.nan), entry["held_out"]
@@ -128,7 +127,7 @@ def curve_array(curve: Curve, rows: int) -> AnyArray:
 
 
 def curve_entries(array: AnyArray) -> list[dict[str, float]]:
-    """The curve that a `curve_array` holds."""
+    """The curve in a `curve_array`."""
     entries = [
         {"step": int(step), "train": train, "held_out": held_out}
         for step, train, held_out in array.tolist()
@@ -138,16 +137,16 @@ def curve_entries(array: AnyArray) -> list[dict[str, float]]:
 
 
 def finite_curve(curve: Curve) -> list[dict[str, float]]:
-    """A curve fit for JSON: what is not finite is left out."""
+    """A curve for JSON, without values that are not finite."""
     return [{key: value for key, value in entry.items() if math.isfinite(value)} for entry in curve]
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained model, and how it came about.
+    """A trained model and how it was trained.
 
-    `values` are the parameters as they are stored, by the names of `cluscomp_formats.parameters`. `stopped` says why the
-    training ended before its last step, if it did.
+    `values` are the parameters as stored, by the names of `cluscomp_formats.parameters`. `stopped` says why the training ended
+    early, if it did.
     """
 
     model: Model
@@ -156,13 +155,13 @@ class Trained:
     stopped: str | None
 
     def record(self) -> dict[str, Any]:
-        """The curve as JSON for the provenance; what is not finite is left out."""
+        """The curve as JSON for the provenance."""
         return {"curve": finite_curve(self.curve), "stopped": self.stopped}
 
 
 @dataclass
 class _State:
-    """Where a training is: steps done, one entry per check, losses since the last check, the best parameters so far."""
+    """State of a training: steps done, one entry per check, losses since the last check, the best parameters so far."""
 
     step: int = 0
     curve: list[dict[str, float]] = field(default_factory=list)
@@ -177,9 +176,10 @@ class _State:
 
 
 class Training(Generic[Batch]):
-    """Trains `student` for `loss`, a mean over a batch, on `batch(step)` for every step.
+    """Trains `student` to minimise `loss`, a mean over a batch, with `batch(step)` in each step.
 
-    With a `work` folder it goes on from what an interrupted training has kept there. `name` is what progress is reported as.
+    With a store `work`, it resumes an interrupted training from its checkpoint there. `name` is the phase of its
+    progress reports.
     """
 
     def __init__(
@@ -204,21 +204,22 @@ class Training(Generic[Batch]):
         self.on_progress = on_progress
         groups = [{"params": [values]} for values in student.parameters.values()]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
-        # Adam moves every value by about the rate: relative to the parameter's size, one rate serves all.
+        # Adam changes every value by about the rate. Relative to the magnitude of each parameter, one rate suits all.
         self.sizes = [_size(values) for values in student.parameters.values()]
         self.state = _State()
         self.resumed_at = 0
 
     def run(self) -> Trained:
-        """Train to the end and leave the best state in the student. Raises InvalidRequestError if there is none to begin with.
+        """Train to the end and leave the best state in the student.
 
-        A loss that is not finite ends the training, and the best state so far is kept.
+        A loss that is not finite ends the training with the best state so far; before the first step, it raises
+        InvalidRequestError.
         """
         options, state = self.options, self.state
         if not self._resume():
             state.curve.append({"step": 0, "held_out": self.evaluate()})
             if not math.isfinite(state.curve[0]["held_out"]):
-                remedy = "inspect tells whether the model, and the reference if there is one, is sound"
+                remedy = "check with inspect that the model and the reference, if any, are valid"
                 message = "the model's loss is not finite before any training"
                 raise InvalidRequestError(Problem("not_finite", message, remedy=remedy))
             state.best = self._snapshot()
@@ -246,7 +247,7 @@ class Training(Generic[Batch]):
         return Trained(self.student.with_values(stored), stored, state.curve, stopped)
 
     def step(self, step: int) -> float:
-        """One step of AdamW on a batch; the loss before it. Changes nothing if that is not finite."""
+        """One step of AdamW on a batch; returns the loss before it. Changes nothing if that is not finite."""
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
             loss = self.loss(self.batch(step))
@@ -262,14 +263,14 @@ class Training(Generic[Batch]):
 
     @property
     def rate(self) -> float:
-        """The learning rate at its highest, relative to a parameter's size."""
+        """The highest learning rate, relative to the magnitude of each parameter."""
         if self.options.rate is not None:
             return self.options.rate
-        # Rounding can make a divergence of nothing negative.
+        # Rounding can make a divergence of 0 negative.
         return RATE_OF_ROOT * math.sqrt(max(0.0, self.state.curve[0]["held_out"]))
 
     def evaluate(self) -> float:
-        """Mean loss on the held-out batches with the parameters as they would be stored, nats per token."""
+        """Mean loss on the held-out batches with the parameters as they would be stored, in nats per token."""
         with torch.no_grad(), self.student.as_stored(), self._autocast():
             total = sum(self.loss(batch).item() * batch.count for batch in self.held_out)
         return total / sum(batch.count for batch in self.held_out)
@@ -288,7 +289,7 @@ class Training(Generic[Batch]):
         return self._stop()
 
     def _stop(self) -> str | None:
-        """Why to stop at the last check, if there is a reason."""
+        """Why the last check ends the training, if it does."""
         state = self.state
         if not math.isfinite(state.curve[-1]["held_out"]):
             return f"the held-out loss was not finite at step {state.step}; kept the best state before"
@@ -300,7 +301,7 @@ class Training(Generic[Batch]):
         return {name: values.detach().clone() for name, values in self.student.parameters.items()}
 
     def _save(self) -> None:
-        """Keep the state as a unit of the work folder, in place of the one before."""
+        """Save the state as a unit of the store, replacing the last one."""
         if self.work is None:
             return
         state = self.state
@@ -312,14 +313,14 @@ class Training(Generic[Batch]):
             moments = self.optimizer.state[values]
             arrays[f"value.{name}"] = _numpy(values)
             arrays[f"best.{name}"] = _numpy(state.best[name])
-            # A parameter that no batch has reached yet has no moments.
+            # A parameter that no batch has used yet has no moments.
             arrays[f"mean.{name}"] = _numpy(moments.get("exp_avg", torch.zeros_like(values)))
             arrays[f"square.{name}"] = _numpy(moments.get("exp_avg_sq", torch.zeros_like(values)))
         self.work.save(_CHECKPOINT, arrays)
 
     def _resume(self) -> bool:
-        """Whether an interrupted training was taken up."""
-        arrays = self.work.load(_CHECKPOINT, self._forms()) if self.work is not None else None
+        """Resume an interrupted training, if there is one; whether there was."""
+        arrays = self.work.load(_CHECKPOINT, self._specs()) if self.work is not None else None
         if arrays is None:
             return False
         state = self.state
@@ -338,16 +339,16 @@ class Training(Generic[Batch]):
                 }
         return True
 
-    def _forms(self) -> ArraySpecs:
+    def _specs(self) -> ArraySpecs:
         options = self.options
-        forms: dict[str, tuple[str, tuple[int, ...]]] = {
+        specs: dict[str, tuple[str, tuple[int, ...]]] = {
             "step": ("int64", (1,)),
             "curve": curve_specs(options.most_checks),
             "losses": ("float64", (options.every,)),
         }
         for name, values in self.student.parameters.items():
-            forms |= {f"{key}.{name}": ("float32", tuple(values.shape)) for key in ("value", "best", "mean", "square")}
-        return forms
+            specs |= {f"{key}.{name}": ("float32", tuple(values.shape)) for key in ("value", "best", "mean", "square")}
+        return specs
 
 
 def _size(values: torch.Tensor) -> float:

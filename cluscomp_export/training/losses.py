@@ -1,4 +1,4 @@
-"""What a model is trained for: to predict the next token of a text, or what another model predicts."""
+"""Losses: prediction of the next token of a text, and divergence from the predictions of another model."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ __all__ = ["Batch", "PredictionLoss"]
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids int64 `[windows, tokens]`, and at which of them the prediction of the next one counts, bool of that shape."""
+    """Token ids int64 `[windows, tokens]`, and a bool of the same shape: is the prediction of the next token scored?"""
 
     ids: torch.Tensor
     scored: torch.Tensor
 
     @property
     def count(self) -> int:
-        """Predictions that count."""
+        """Number of scored predictions."""
         return int(self.scored.sum())
 
 
 class PredictionLoss:
     """`task` times the negative log-likelihood of the next token plus `kl` times the divergence from `teacher`.
 
-    The mean over the predictions that count, in nats per token. The divergence is that of Kullback and Leibler, of the student
-    from the teacher. Where `task` is not zero the last token of a window must not count: nothing follows it.
+    It is the mean over the scored predictions, in nats per token. The divergence is the Kullback-Leibler divergence of the
+    student from the teacher. If `task` is not zero, the last token of a window must not be scored: no token follows it.
     """
 
     def __init__(self, student: Decoder, teacher: Decoder | None = None, *, task: float, kl: float) -> None:
@@ -50,22 +50,22 @@ class PredictionLoss:
         losses = []
         for index, counts in enumerate(scored):
             wanted = None if expected is None else expected[index][counts]
-            # The logits of one window at a time: those of the whole batch would be by far the largest tensor.
+            # One window at a time: the logits of a whole batch would be by far the largest tensor.
             losses.append(self._window(hidden[index][counts], targets[index][counts], wanted))
         return torch.stack(losses).sum() / batch.count
 
     def _window(self, hidden: torch.Tensor, targets: torch.Tensor, expected: torch.Tensor | None) -> torch.Tensor:
-        """`window_loss` with its gradient computed at once, so that no logits are kept or computed again."""
+        """`window_loss` with its gradient computed immediately, so that no logits are kept or computed again."""
         if not hidden.requires_grad:
             return self.window_loss(hidden, targets, expected)
         at = hidden.detach().requires_grad_()
         loss = self.window_loss(at, targets, expected)
         (gradient,) = torch.autograd.grad(loss, at)
-        # Worth the loss, and its gradient is the loss's.
+        # Has the value of the loss and its gradient.
         return loss.detach() + (gradient * (hidden - hidden.detach())).sum()
 
     def window_loss(self, hidden: torch.Tensor, targets: torch.Tensor, expected: torch.Tensor | None) -> torch.Tensor:
-        """Sum of the losses of one window, from what flows into the heads, `[predictions, hidden_size]`."""
+        """Sum of the losses of one window, from the inputs of the heads, `[predictions, hidden_size]`."""
         found = torch.log_softmax(self.student.head(hidden).float(), dim=-1)
         loss = found.new_zeros(())
         if self.task:
@@ -78,7 +78,7 @@ class PredictionLoss:
 
 
 def _hidden(decoder: Decoder, windows: torch.Tensor) -> torch.Tensor:
-    """What flows into the head, `[windows, tokens, hidden_size]`; in training only what flows between blocks is kept."""
+    """Inputs of the head, `[windows, tokens, hidden_size]`. In training, only activations between blocks are kept."""
     positions = decoder.positions(0, windows.shape[1])
     x = decoder.embed(windows)
     for layer in decoder.layers:

@@ -1,4 +1,4 @@
-"""A clustered model as a decoder whose codebooks, row scales and norms are trained; codes, embedding and head are fixed."""
+"""A clustered model as a decoder with trainable codebooks, row scales and norms; codes, embedding and head are fixed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = ["Trainable", "TrainableBlock", "TrainableModel"]
 
 
 class _TrainableLinear:
-    """A clustered matrix on the trainable operator, which keeps no decoded weight for the backward pass."""
+    """A clustered matrix with the trainable operator, which keeps no decoded weight for the backward pass."""
 
     path = "trainable"
 
@@ -51,7 +51,7 @@ class _TrainableLinear:
 
 
 class _TrainableBuilder(MatrixBuilder):
-    """Builds matrices on parameters where a clustered one has a single stage along the out axis and nothing but row scales."""
+    """Builds trainable matrices from clustered ones with a single stage along the out axis and no extras but row scales."""
 
     def __init__(self, model: Model, kinds: Collection[str], device: torch.device) -> None:
         super().__init__("dense", torch.float32, device)
@@ -60,7 +60,7 @@ class _TrainableBuilder(MatrixBuilder):
         others = (tensor for name, tensor in model.clustered.items() if name not in trained)
         self.trained = trained
         self.kinds = kinds
-        # A codebook is one for all its weights: those that do not follow its training must not change by it.
+        # A codebook shared with weights that are not trained must not change.
         self.fixed = {codebook_name(stage.codebook.name) for tensor in others for stage in tensor.stages}
         self.parameters: dict[str, torch.Tensor] = {}
 
@@ -93,30 +93,30 @@ def _trains(tensor: ClusteredWeight) -> bool:
 
 
 class Trainable:
-    """`model` with `parameters` that are trained: float32 master copies, by the names of `cluscomp_formats.parameters`."""
+    """`model` with trainable `parameters`: float32 master copies, by the names of `cluscomp_formats.parameters`."""
 
     def __init__(self, model: Model, parameters: Mapping[str, torch.Tensor]) -> None:
         self.model = model
         self.parameters = parameters
 
     def with_values(self, values: Mapping[str, AnyArray]) -> Model:
-        """The model with other values in place of its parameters: by name, in their dtypes of storage."""
+        """The model with other values of its parameters, by name, in the dtypes in which they are stored."""
         known = parameters(self.model)
         return with_parameters(self.model, {name: Array.of(array, known[name].dtype) for name, array in values.items()})
 
     def specs(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Dtype of storage, a key of `cluscomp_formats.ir.DTYPES`, and shape of every parameter, by name."""
+        """Stored dtype, a key of `cluscomp_formats.ir.DTYPES`, and shape of every parameter, by name."""
         known = parameters(self.model)
         return {name: (known[name].dtype, known[name].shape) for name in self.parameters}
 
     def stored(self) -> dict[str, AnyArray]:
-        """The parameters rounded to the dtypes they are stored in, by name."""
+        """The parameters rounded to the dtypes in which they are stored, by name."""
         known = parameters(self.model)
         return {name: _rounded(values.detach().cpu().numpy(), known[name].dtype) for name, values in self.parameters.items()}
 
     @contextlib.contextmanager
     def as_stored(self) -> Iterator[None]:
-        """Inside, the parameters have the values that they would be stored as."""
+        """In this context, the parameters have the values that would be stored."""
         masters = {name: values.detach().clone() for name, values in self.parameters.items()}
         known = parameters(self.model)
         rounded = {name: Array.of(array, known[name].dtype).to_float32() for name, array in self.stored().items()}
@@ -131,12 +131,11 @@ class Trainable:
 
 
 class TrainableModel(Trainable):
-    """`decoder` computes what `model` does, from `parameters`: float32 master copies, by name.
+    """A `decoder` that computes the same as `model`, from `parameters`: float32 master copies, by name.
 
-    Names are those of `cluscomp_formats.parameters`.
-    `kinds` of parameters are trained, all others are constants; a shared codebook is one parameter.
-    Memory: codes at 16 bits, embedding and head as float32. Raises UnsupportedError for an architecture the runtime does not
-    know, InvalidRequestError if there is nothing to train.
+    Names are those of `cluscomp_formats.parameters`. `kinds` of parameters are trained, all others are constants; a shared
+    codebook is one parameter. Memory: codes at 16 bits, embedding and head as float32. Raises UnsupportedError for an
+    architecture that the runtime does not know, InvalidRequestError if there is nothing to train.
     """
 
     def __init__(self, model: Model, kinds: Collection[str] = KINDS, *, device: torch.device | None = None) -> None:
@@ -149,11 +148,13 @@ class TrainableModel(Trainable):
             raise InvalidRequestError(Problem("nothing_to_train", "the model has no codebook that can be trained"))
         if not self.parameters:
             found, expected = ", ".join(kinds), ", ".join(sorted({kind_of(name) for name in parameters(model)}))
-            raise InvalidRequestError(Problem("nothing_to_train", "the model has none of these", None, None, found, expected))
+            raise InvalidRequestError(
+                Problem("nothing_to_train", "the model has no parameters of these kinds", None, None, found, expected)
+            )
 
 
 class TrainableBlock(Trainable):
-    """Block `index` of a clustered model, made of its `tensors`; the codebooks named in `fixed` are left alone."""
+    """Block `index` of a clustered model, made of its `tensors`; the codebooks named in `fixed` are not trained."""
 
     def __init__(
         self,
@@ -172,7 +173,7 @@ class TrainableBlock(Trainable):
         super().__init__(model, builder.parameters)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """What flows out for `hidden` `[windows, tokens, hidden_size]`, which says the device; differentiable."""
+        """The output for `hidden` `[windows, tokens, hidden_size]`, on its device; differentiable."""
         result: torch.Tensor = self._layer(hidden, self._runner.positions(hidden), None)
         return result
 
@@ -181,7 +182,7 @@ def _rounded(values: AnyArray, dtype: str) -> AnyArray:
     if dtype == "bfloat16":
         return float32_to_bfloat16(values)
     if dtype == "float16":
-        # A training that leaves the range of float16 has gone wrong, but shall not store an infinity.
+        # A training that leaves the range of float16 has failed, but must not store an infinity.
         values = np.clip(values, -65504.0, 65504.0)
     if dtype == "int8":
         values = np.clip(np.rint(values), -LARGEST, LARGEST)

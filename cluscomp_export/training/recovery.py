@@ -1,12 +1,11 @@
-"""Recovery: codebooks, row scales and norms trained so that the compressed model predicts what the original does.
+"""Recovery: distillation end to end, which trains codebooks, row scales and norms to predict what the original predicts.
 
-The last level of ClusComp (Liao et al., arXiv 2503.13089, recovery training): end to end, the Kullback-Leibler divergence from
-the original's predictions on a calibration text as loss, codes fixed. The end of the text is held out; the divergence there
-decides which state is kept.
+This is the last phase of ClusComp (Liao et al., arXiv 2503.13089, recovery training). The loss is the Kullback-Leibler
+divergence from the original's predictions on the calibration text; codes are fixed. The end of the text is held out, and the
+divergence there decides which state is kept.
 
 Memory: the original as float32 (a large one is read matrix by matrix at every pass), the compressed model's codes, the
-activations between blocks (gradient checkpointing: each block is computed again in the backward pass) and one window's logits a
-few times over.
+activations between blocks (each block is computed again in the backward pass), and a few copies of one window's logits.
 """
 
 from __future__ import annotations
@@ -30,18 +29,18 @@ __all__ = ["RecoveryOptions", "recover", "teacher_kernel"]
 
 HELD_OUT_WINDOWS = 4
 KEPT_TEACHER_BYTES = 4 << 30
-"""An original of no more than this as float32 is kept in memory."""
+"""An original up to this size as float32 is kept in memory."""
 
 
 @dataclass(frozen=True)
 class RecoveryOptions(TrainingOptions):
-    """Windows are of `context` tokens, or as many as the model was trained for, drawn from the text at random."""
+    """Windows have `context` tokens, or as many as the model was trained for, and are drawn from the text at random."""
 
     context: int = 512
     rate: float | None = None
 
     def held_out(self, tokens: int) -> int:
-        """How many of a text's `tokens`, at its end, are not trained on: four windows, or a tenth of a short text."""
+        """How many of a text's `tokens`, at its end, are held out: four windows, or a tenth of a short text."""
         return min(HELD_OUT_WINDOWS * self.context, max(2, round(tokens / 10)))
 
 
@@ -54,12 +53,11 @@ def recover(
     *,
     work: Store | None = None,
 ) -> Trained:
-    """Train a clustered model towards its source on a text of `token_ids`, on its decoder's device. Its codes stay.
+    """Train a clustered model towards its source on a text of `token_ids`, on its decoder's device; codes are fixed.
 
-    With a `work` folder it goes on from what an interrupted training has kept there.
-
-    A loss that is not finite ends the training, and the best state so far is kept. Raises UnsupportedError for an architecture
-    the runtime does not know, InvalidRequestError for a text of fewer than 20 tokens.
+    With a store `work`, it resumes an interrupted training from its checkpoint there. A loss that is not finite ends the
+    training with the best state so far. Raises UnsupportedError for an architecture that the runtime does not know,
+    InvalidRequestError for a text of fewer than 20 tokens.
     """
     ids = torch.tensor(token_ids, dtype=torch.int64)
     if len(ids) < 20:
@@ -83,9 +81,10 @@ def recover(
 
 
 def teacher_kernel(source: Model) -> str:
-    """How the runtime is to hold the original: decoded once, if it is small enough, or anew at every pass.
+    """The kernel for the original: decoded once if it is small enough, otherwise decoded again at every pass.
 
-    The latter costs little: a pass multiplies every weight with thousands of tokens. The results are the same bit for bit.
+    Decoding again costs little, because a pass multiplies every weight with thousands of tokens. The results are the same bit
+    for bit.
     """
     decoded = sum(4 * tensor.num_weights for tensor in source.tensors.values())
     return "dense" if decoded <= KEPT_TEACHER_BYTES else "reference"

@@ -73,7 +73,7 @@ def test_plan_explains_itself(run: Run, stories_folder: Path) -> None:
     for words in (
         "its bits",
         "error",
-        "Every weight counts alike",
+        "All weights count alike",
         "phase",
         "bits per weight: 2.",
         "predicted size",
