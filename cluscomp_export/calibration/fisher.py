@@ -22,7 +22,7 @@ from cluscomp_runtime.decoder import Decoder, DecoderLayer, Positions
 from cluscomp_runtime.generate import check_prompt
 from cluscomp_runtime.linear import MatrixBuilder, decoded
 
-__all__ = ["EMBEDDING", "HEAD", "HEAD_TOKENS", "WINDOWS", "FisherPass", "head_name"]
+__all__ = ["EMBEDDING", "HEAD", "HEAD_TOKENS", "WINDOWS", "FisherPass", "block_matrices", "head_name"]
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -38,6 +38,12 @@ HEAD_TOKENS = 128
 def head_name(model: Model) -> str:
     """The matrix that gives a decoder's logits: its head, or the embedding."""
     return HEAD if HEAD in model.tensors else EMBEDDING
+
+
+def block_matrices(model: Model) -> list[str]:
+    """The matrices of the decoder blocks, routers of experts left out, in the order of the model."""
+    specs = describe(model.config).tensors
+    return [name for name in model.tensors if name in specs and specs[name].role == "matrix"]
 
 
 class FisherPass:

@@ -15,13 +15,13 @@ import numpy.typing as npt
 import torch
 
 from cluscomp_export.calibration.activations import normalised, token_shares
-from cluscomp_export.calibration.fisher import FisherPass
+from cluscomp_export.calibration.fisher import FisherPass, block_matrices
 from cluscomp_formats.ir import Model, Tensor
 from cluscomp_formats.progress import Progress, silent
 from cluscomp_runtime.decoder import Positions
 from cluscomp_runtime.linear import DenseLinear, MatrixBuilder, decoded
 
-__all__ = ["block_matrices", "row_importance"]
+__all__ = ["row_importance"]
 
 
 class _Watched(DenseLinear):
@@ -53,7 +53,7 @@ class _WatchedMatrices(MatrixBuilder):
 class _Measurement(FisherPass):
     def __init__(self, source: Model, seed: int) -> None:
         super().__init__(source, seed)
-        self.sums = {name: torch.zeros(rows, dtype=torch.float64) for name, rows in block_matrices(source).items()}
+        self.sums = {name: torch.zeros(source.tensors[name].shape[0], dtype=torch.float64) for name in block_matrices(source)}
 
     def builder(self) -> MatrixBuilder:
         return _WatchedMatrices(self.sums)
@@ -63,15 +63,6 @@ class _Measurement(FisherPass):
         for number, gradient in enumerate(gradients):
             window = inputs[number, None].requires_grad_()
             gradients[number] = torch.autograd.grad(layer(window, positions, None), window, gradient[None])[0][0]
-
-
-def block_matrices(model: Model) -> dict[str, int]:
-    """The matrices of the decoder blocks, with their numbers of rows."""
-    return {
-        name: tensor.shape[0]
-        for name, tensor in model.tensors.items()
-        if len(tensor.shape) == 2 and name.startswith("model.layers.")
-    }
 
 
 def row_importance(

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from cluscomp_export.calibration.activations import token_shares
-from cluscomp_export.calibration.fisher import EMBEDDING, HEAD, FisherPass
+from cluscomp_export.calibration.fisher import EMBEDDING, HEAD, FisherPass, block_matrices
 from cluscomp_export.calibration.trial_errors import trial_errors
 from cluscomp_export.planning import Sensitivity
 from cluscomp_formats.ir import Model, Tensor
@@ -65,7 +65,8 @@ class _Sums:
 
     def trial(self, weight: torch.Tensor, *, row_scale: bool = True) -> torch.Tensor:
         """`trial_errors` of the matrix."""
-        energy = self.energy.numpy().astype(np.float32)
+        # Channels of an expert that no token goes to count alike.
+        energy = (self.energy if self.energy.any() else torch.ones_like(self.energy)).numpy().astype(np.float32)
         return torch.from_numpy(trial_errors(weight.detach().numpy(), energy, row_scale=row_scale))
 
 
@@ -87,8 +88,11 @@ class _Measurement(FisherPass):
             for name, weight in weights.items()
         }
         for number, gradient in enumerate(gradients):
+            # An expert that no token of the window goes to has no gradient: it is made one of zeros.
             window = inputs[number, None].requires_grad_()
-            of_window, *found = torch.autograd.grad(layer(window, positions, None), [window, *weights.values()], gradient[None])
+            of_window, *found = torch.autograd.grad(
+                layer(window, positions, None), [window, *weights.values()], gradient[None], materialize_grads=True
+            )
             for name in weights:
                 # Removed from the list, so that each gradient is freed before those of the next window.
                 of_weight = found.pop(0)
@@ -116,10 +120,12 @@ class _Measurement(FisherPass):
         sums = self.sums[EMBEDDING]
         if self.head != EMBEDDING:
             sums.energy += 1.0
-        errors = sums.trial(decoded(self.source.tensors[EMBEDDING]).float())
+        errors, scale = sums.trial(decoded(self.source.tensors[EMBEDDING]).float()), self.description.embedding_scale
         for ids, gradient in zip(windows, gradients, strict=True):
             distinct, places = ids.unique(return_inverse=True)
-            of_rows = torch.zeros(len(distinct), gradient.shape[1]).index_add_(0, places, gradient)
+            # With respect to the rows, which are multiplied by the scale.
+            scaled = gradient if scale == 1.0 else gradient * scale
+            of_rows = torch.zeros(len(distinct), gradient.shape[1]).index_add_(0, places, scaled)
             sums.relative += _square_sum(of_rows * errors[distinct])
 
 
@@ -129,11 +135,8 @@ def _square_sum(values: torch.Tensor) -> float:
 
 def sensitive_tensors(model: Model) -> list[str]:
     """Names of the measured tensors: the matrices of the decoder blocks, the embedding and the head."""
-    return [
-        name
-        for name, tensor in model.tensors.items()
-        if len(tensor.shape) == 2 and (name in (EMBEDDING, HEAD) or name.startswith("model.layers."))
-    ]
+    matrices = block_matrices(model)
+    return [name for name in model.tensors if name in matrices or name in (EMBEDDING, HEAD)]
 
 
 def measure_sensitivities(

@@ -124,31 +124,36 @@ class MomentSums:
     def __init__(self) -> None:
         self._inputs: torch.Tensor | None = None
         self._residuals: torch.Tensor | None = None
-        self._tokens = 0
+        self.tokens = 0
 
     def add(self, inputs: torch.Tensor, residuals: torch.Tensor | None, measure: torch.Tensor) -> None:
-        """Add `inputs` `[windows, tokens, in_features]` and `residuals` `[windows, tokens, any]` of some windows.
+        """Add `inputs` `[..., in_features]` and `residuals` `[..., any]` of some tokens.
 
-        Each token is weighted by the inverse of the mean square of `measure` `[windows, tokens, any]`.
+        Each token is weighted by the inverse of the mean square of `measure` `[..., any]`.
         """
         scale = measure.square().mean(-1, keepdim=True).sqrt().clamp(min=torch.finfo(measure.dtype).tiny)
         scaled = (inputs / scale).flatten(0, -2)
         self._inputs = _added(self._inputs, scaled.t() @ scaled)
         if residuals is not None:
             self._residuals = _added(self._residuals, scaled.t() @ (residuals / scale).flatten(0, -2))
-        self._tokens += len(scaled)
+        self.tokens += len(scaled)
+
+    @property
+    def features(self) -> int:
+        """Width of the inputs; 0 before the first are added."""
+        return 0 if self._inputs is None else len(self._inputs)
 
     def moments(self) -> InputMoments:
         """The moments of the inputs; takes the place of their sums."""
         if self._inputs is None:
             raise ValueError("there is nothing to take the mean of")
-        return InputMoments(self._inputs.cpu().div_(self._tokens))
+        return InputMoments(self._inputs.cpu().div_(self.tokens))
 
     def results(self) -> tuple[InputMoments, torch.Tensor]:
         """The moments of the inputs, and the mean of `x e^T`, float64 `[in_features, any]`; they take the place of the sums."""
         if self._residuals is None:
             raise ValueError("there is nothing to take the mean of")
-        return self.moments(), self._residuals.cpu().div_(self._tokens)
+        return self.moments(), self._residuals.cpu().div_(self.tokens)
 
 
 def _added(sums: torch.Tensor | None, products: torch.Tensor) -> torch.Tensor:

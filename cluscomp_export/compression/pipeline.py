@@ -10,7 +10,7 @@ at a time, and only one block is in memory at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cluscomp_export.compression.error_feedback import Streams, head_target, input_targets, output_targets
+from cluscomp_export.compression.error_feedback import InputTargets, OutputTargets, Streams, head_target, run_original
 from cluscomp_export.compression.fit_encode import Computing
 from cluscomp_export.compression.jobs import Jobs
 from cluscomp_export.compression.moments import Target
@@ -34,7 +34,7 @@ from cluscomp_formats.architectures import describe
 from cluscomp_formats.ir import AnyArray, Array, Model, Tensor
 from cluscomp_formats.parameters import codebook_name, parameters, with_parameters
 from cluscomp_formats.progress import Progress, silent
-from cluscomp_runtime.blocks import HALVES, BlockRunner
+from cluscomp_runtime.blocks import BlockRunner
 from cluscomp_runtime.memory import trim_heap
 
 __all__ = ["BlockByBlock", "Compressed", "compress"]
@@ -213,14 +213,14 @@ class _Compression:
 
     def _compress_block(self, runner: BlockRunner, index: int, streams: Streams, blocks: BlockByBlock) -> Streams:
         """Encode and tune a block, unless that is done; returns the streams after it."""
-        steps = runner.description.blocks[index].steps
-        names = [name for step in steps for name in step.weights if name in self.plan.schemes]
+        block = runner.description.blocks[index]
+        names = [name for step in block.steps for name in step.weights if name in self.plan.schemes]
         self.units.hold(names)
         tensors = {name: tensor for name, tensor in self.untuned.tensors.items() if block_index(name) == index}
         tuned = blocks.tuning is not None and self.units.store.holds(_block_unit(index), self._block_specs(index))
         after = streams
-        for half in HALVES if not tuned else ():
-            after = self._compress_half(runner, index, half, tensors, after, blocks)
+        for number in range(len(block.branches)) if not tuned else ():
+            after = self._compress_branch(runner, index, number, tensors, after, blocks)
         if blocks.tuning is None:
             return after
         if tuned:
@@ -232,40 +232,51 @@ class _Compression:
         self.curves[index] = curve_entries(self._block_arrays(index)[CURVE])
         if not trained:
             return after
-        block = with_parameters(Model(self.source.config, tensors), self._tuned(index))
-        return Streams(original, runner.past(index, block.tensors, streams.compressed, self.computing.device))
+        changed = with_parameters(Model(self.source.config, tensors), self._tuned(index))
+        return Streams(original, runner.past(index, changed.tensors, streams.compressed, self.computing.device))
 
-    def _compress_half(
+    def _compress_branch(
         self,
         runner: BlockRunner,
         index: int,
-        name: str,
+        number: int,
         tensors: Mapping[str, Tensor],
         streams: Streams,
         blocks: BlockByBlock,
     ) -> Streams:
-        """Encode the matrices of half a block; returns the streams after it."""
-        device = self.computing.device
-        original = runner.half(index, name, self.source.tensors, device)
-        after = [original(batch.to(device)).cpu() for batch in streams.original]
-        missing = self._not_encoded(original.readers)
-        if missing:
-            targets = (
-                input_targets(original, streams, self.source.tensors, blocks.importance, device) if blocks.feedback else {}
-            )
-            self._encode("encoding matrices", {name: targets.get(name) for name in missing})
-        # The output projection has no codes yet: it is the original's.
-        partly = {**tensors, original.writer: self.source.tensors[original.writer]}
-        compressed = runner.half(index, name, partly, device)
+        """Encode the matrices of a branch of a block; returns the streams after it."""
+        device, source, importance = self.computing.device, self.source.tensors, blocks.importance
+        original = runner.branch(index, number, source, device)
+        after, wanted = run_original(original, streams, device)
+        if self._not_encoded(name for group in original.inputs for name in group):
+            inputs_of = InputTargets(original, streams, source, importance, device) if blocks.feedback else None
+            self._encode_groups(original.inputs, inputs_of)
+            del inputs_of
+        # The output projections have no codes yet: they are the original's.
+        outputs = original.outputs
+        del original
+        compressed = runner.branch(index, number, {**tensors, **{name: source[name] for name in outputs}}, device)
         inputs = [compressed.mixed(compressed.normed(batch.to(device))).cpu() for batch in streams.compressed]
-        del compressed
-        missing = self._not_encoded((original.writer,))
-        if missing:
-            targets = output_targets(original, streams, inputs, after, blocks.importance, device) if blocks.feedback else {}
-            self._encode("encoding matrices", {name: targets.get(name) for name in missing})
-        compressed = runner.half(index, name, tensors, device)
-        pairs = zip(streams.compressed, inputs, strict=True)
-        return Streams(after, [compressed.written(batch.to(device), x.to(device)).cpu() for batch, x in pairs])
+        if self._not_encoded(outputs):
+            outputs_of = OutputTargets(compressed, streams, inputs, wanted, importance, device) if blocks.feedback else None
+            self._encode_groups([(name,) for name in outputs], outputs_of)
+            del outputs_of
+        del compressed, wanted
+        compressed = runner.branch(index, number, tensors, device)
+        projected = (compressed.projected(x.to(device)) for x in inputs)
+        pairs = zip(streams.compressed, projected, strict=True)
+        return Streams(after, [compressed.added(batch.to(device), each).cpu() for batch, each in pairs])
+
+    def _encode_groups(self, groups: Sequence[Sequence[str]], targets: InputTargets | OutputTargets | None) -> None:
+        """Encode the matrices of a step; those of a group share their input, and the moments of it."""
+        if targets is None:
+            self._encode("encoding matrices", dict.fromkeys(self._not_encoded(name for group in groups for name in group)))
+            return
+        for number, group in enumerate(groups):
+            missing = self._not_encoded(group)
+            if missing:
+                found = targets.of(number)
+                self._encode("encoding matrices", {name: found[name] for name in missing})
 
     def _tune(
         self,
@@ -298,7 +309,7 @@ class _Compression:
 
     # Jobs and units.
 
-    def _not_encoded(self, names: Sequence[str]) -> list[str]:
+    def _not_encoded(self, names: Iterable[str]) -> list[str]:
         schemes = self.plan.schemes
         return [name for name in names if name in schemes and not self.units.holds_in_memory(name)]
 

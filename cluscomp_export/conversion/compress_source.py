@@ -19,8 +19,8 @@ from cluscomp_export.calibration.activations import (
     calibration_windows,
     channel_energies,
 )
-from cluscomp_export.calibration.fisher import WINDOWS
-from cluscomp_export.calibration.row_importance import block_matrices, row_importance
+from cluscomp_export.calibration.fisher import WINDOWS, block_matrices
+from cluscomp_export.calibration.row_importance import row_importance
 from cluscomp_export.calibration.runnable import decoder_description
 from cluscomp_export.compression.fit_encode import Computing
 from cluscomp_export.compression.pipeline import BlockByBlock, compress
@@ -144,7 +144,7 @@ def _second_moments(source: Model, windows: torch.Tensor, work: Store, on_progre
 
 def _importance(source: Model, windows: torch.Tensor, work: Store, seed: int, on_progress: Progress) -> Mapping[str, AnyArray]:
     """`row_importance`, measured unless an earlier attempt has done so."""
-    specs = {name: ("float32", (rows,)) for name, rows in block_matrices(source).items()}
+    specs = {name: ("float32", source.tensors[name].shape[:1]) for name in block_matrices(source)}
     return _kept(work, "row importance", specs, lambda: row_importance(source, windows, seed=seed, on_progress=on_progress))
 
 

@@ -22,6 +22,7 @@ import numpy as np
 from onnx import TensorProto, numpy_helper
 
 from cluscomp_formats.architectures import Activation, Attention, Block, DecoderDescription, FeedForward, Linear, Norm, Rope
+from cluscomp_formats.errors import Problem, UnsupportedError
 from cluscomp_formats.ir import DenseTensor, Model
 from cluscomp_formats.onnx.graph import FLOAT, Graph, GraphBuilder, value
 from cluscomp_formats.onnx.weights import add_bias, as_float, embedding, linear
@@ -38,7 +39,10 @@ overflows after three."""
 
 
 def decoder_graph(model: Model, description: DecoderDescription, *, predicts: bool = True) -> Graph:
-    """The graph of a model that `check_tensors` has passed, up to its head if it `predicts`."""
+    """The graph of a model that `check_tensors` has passed, up to its head if it `predicts`.
+
+    Raises UnsupportedError for mixtures of experts.
+    """
     return _DecoderGraph(model, description, predicts=predicts).build()
 
 
@@ -149,7 +153,11 @@ class _DecoderGraph:
             elif isinstance(part, FeedForward):
                 given = self._feed_forward(part, normed)
             else:
-                raise TypeError(f"{block.prefix}: the graph has no experts")
+                message, remedy = (
+                    "a mixture of experts cannot be written as an ONNX graph",
+                    "write another format, such as packed",
+                )
+                raise UnsupportedError(Problem("experts", message, tensor=part.router.weight, remedy=remedy))
             if branch.post_norm is not None:
                 given = self._norm(branch.post_norm, given)
             builder.scope = block.prefix.removesuffix(".")

@@ -11,17 +11,16 @@ from __future__ import annotations
 
 import re
 
+from cluscomp_formats.architectures import describe_loosely
 from cluscomp_formats.ir import FLOAT_DTYPES, ClusteredWeight, Model, Tensor
 
 __all__ = ["block_index", "embedding_tensor", "head_tensor", "kind", "linear_tensors", "logits_tensor"]
 
-_LLAMA_LINEAR = re.compile(r"(?:.*\.)?layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)\.weight")
+_SMOLLM3_LINEAR = re.compile(r"(?:.*\.)?layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)\.weight")
 _OPT_LINEAR = re.compile(r"(?:.*\.)?decoder\.layers\.\d+\.(?:self_attn\.(?:[qkv]|out)_proj|fc[12])\.weight")
 
-_LINEARS_BY_MODEL_TYPE = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3"), _LLAMA_LINEAR),
-    "opt": _OPT_LINEAR,
-}
+_LINEARS_BY_MODEL_TYPE = {"smollm3": _SMOLLM3_LINEAR, "opt": _OPT_LINEAR}
+"""Of models that are run by transformers only."""
 
 _EMBEDDING = re.compile(
     r"(?:.*\.)?(?:embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|token_embedding|embeddings|shared)\.weight"
@@ -49,10 +48,17 @@ def block_index(name: str) -> int | None:
 def linear_tensors(model: Model) -> list[str]:
     """Names of the weights of the linear layers in the decoder blocks, in the order of the model.
 
-    Llama, Mistral, Qwen2, Qwen3, SmolLM3: q, k, v, o, gate, up, down. OPT: q, k, v, out, fc1, fc2. Any other
-    `config["model_type"]`: every 2-D float tensor of a numbered layer whose name ends with `.weight`, which has more than one
-    row and column, and whose name is not that of an embedding, norm, head or router. `gate` next to `experts` is a router.
+    Of the families in `cluscomp_formats.architectures`: the matrices of the description, whatever their names begin with.
+    SmolLM3: q, k, v, o, gate, up, down. OPT: q, k, v, out, fc1, fc2. Any other `config["model_type"]`: every 2-D float tensor
+    of a numbered layer whose name ends with `.weight`, which has more than one row and column, and whose name is not that of an
+    embedding, norm, head or router. `gate` next to `experts` is a router.
     """
+    description = describe_loosely(model.config)
+    if description is not None:
+        weights = (weight for block in description.blocks for step in block.steps for weight in step.weights)
+        kinds = tuple({f".{kind(weight)}".removeprefix(".model") for weight in weights})
+        matrices = [name for name, tensor in model.tensors.items() if _is_matrix(tensor)]
+        return [name for name in matrices if f".{kind(name)}".endswith(kinds)]
     pattern = _LINEARS_BY_MODEL_TYPE.get(str(model.config.get("model_type", "")))
     if pattern is not None:
         return [name for name, tensor in model.tensors.items() if pattern.fullmatch(name) and _is_matrix(tensor)]

@@ -26,7 +26,7 @@ from cluscomp_export.training.parameters import TrainableBlock
 from cluscomp_formats.ir import Tensor
 from cluscomp_formats.parameters import kind_of
 from cluscomp_formats.progress import Progress, silent
-from cluscomp_runtime.blocks import HALVES, BlockRunner
+from cluscomp_runtime.blocks import BlockRunner
 
 __all__ = ["BlockwiseOptions", "relative_error", "tune_block"]
 
@@ -102,8 +102,7 @@ def tune_block(
             return None
         all_targets = [targets]
         if options.same_input > 0 and original is not None:
-            attention, feed_forward = (runner.half(index, half, original, device) for half in HALVES)
-            all_targets.append([feed_forward(attention(batch.to(device))).cpu() for batch in given])
+            all_targets.append(runner.past(index, original, given, device))
         # Tensors made in inference mode cannot be trained with; copies can.
         windows = _Windows(torch.cat(list(given)).clone(), tuple(torch.cat(list(batches)).clone() for batches in all_targets))
         per_epoch = -(-(count - held_out) // options.batch)

@@ -1,58 +1,80 @@
-"""A decoder taken apart: into blocks, and each block into two halves, so that few matrices need be in memory at a time."""
+"""A decoder taken apart into blocks, and each block into its branches, so that few matrices need be in memory at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
+from cluscomp_formats import architectures
 from cluscomp_formats.architectures import check_tensors, describe
 from cluscomp_formats.ir import Model, Tensor
-from cluscomp_runtime.decoder import Branch, Decoder, DecoderLayer, Positions, Routed
+from cluscomp_runtime.decoder import Branch, Decoder, DecoderLayer, Experts, Mixed, Positions
 from cluscomp_runtime.generate import check_prompt
 from cluscomp_runtime.linear import MatrixBuilder
 
-__all__ = ["HALVES", "BlockRunner", "Half"]
-
-HALVES = ("attention", "feed_forward")
+__all__ = ["BlockBranch", "BlockRunner"]
 
 
-class Half:
-    """The attention or the feed-forward network of a block, in float32 and without gradients.
+class BlockBranch:
+    """A branch of a block (attention, or a feed-forward network, or experts), in float32 and without gradients.
 
-    `readers` names the matrices whose input is the normed residual stream, `writer` the one whose output is added to that
-    stream. All activations are `[windows, tokens, features]`, on the device of the half.
+    `inputs` names the input projections, whose input is the normed residual stream, and `outputs` the output projections, whose
+    sum is added to the stream. Projections of a group of `inputs` have the same input. With experts there is a group of each
+    and an output projection of each, in the order of their numbers, and only the tokens that the router sends to an expert
+    count. All activations are `[windows, tokens, features]`, on the device of the branch.
     """
 
-    def __init__(self, runner: BlockRunner, index: int, half: str, model: Model, device: torch.device) -> None:
-        number = HALVES.index(half)
-        described = runner.description.blocks[index].branches[number]
+    def __init__(
+        self, runner: BlockRunner, index: int, described: architectures.Branch, model: Model, device: torch.device
+    ) -> None:
         first, last = described.part.steps
-        self.readers, (self.writer,) = first.weights, last.weights
+        self.inputs = [tuple(linear.weight for linear in group) for group in first.groups]
+        self.outputs = list(last.weights)
         self._runner = runner
         self._branch = Branch(model, described, index, MatrixBuilder("dense", torch.float32, device))
+        self.has_post_norm = described.post_norm is not None
+        """Whether what the output projections give is normed before it is added to the stream."""
+        self.has_experts = isinstance(described.part, architectures.Experts)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The residual stream behind the half."""
-        return self.written(hidden, self.mixed(self.normed(hidden)))
+        """The residual stream after the branch."""
+        return self.added(hidden, self.projected(self.mixed(self.normed(hidden))))
 
     def normed(self, hidden: torch.Tensor) -> torch.Tensor:
-        """What flows into the readers."""
+        """The inputs of the input projections; `hidden` may as well be some tokens `[tokens, hidden_size]`."""
         with torch.inference_mode():
             return self._branch.norm(hidden)
 
-    def mixed(self, normed: torch.Tensor) -> torch.Tensor:
-        """What flows into the writer."""
+    def chosen(self, normed: torch.Tensor) -> torch.Tensor:
+        """The experts of each token, int64 `[windows, tokens, top_k]`."""
         with torch.inference_mode():
-            mixed = self._branch.mix(normed, self._runner.positions(normed), None)
-        if isinstance(mixed, Routed):
-            raise TypeError("experts have an input each")
-        return mixed
+            return self._experts().route(normed)[1]
 
-    def written(self, hidden: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
-        """The residual stream `hidden` with the writer's output added."""
+    def mixed(self, normed: torch.Tensor) -> Mixed:
+        """The inputs of the output projections."""
         with torch.inference_mode():
-            return self._branch.added(hidden, self._branch.project(mixed))
+            return self._branch.mix(normed, self._runner.positions(normed), None)
+
+    def mixed_by(self, expert: int, normed: torch.Tensor) -> torch.Tensor:
+        """The inputs that an expert's output projection would have if all tokens went to it."""
+        with torch.inference_mode():
+            return self._experts().experts[expert].mix(normed)
+
+    def projected(self, mixed: Mixed) -> torch.Tensor:
+        """What the output projections make of their inputs, summed up."""
+        with torch.inference_mode():
+            return self._branch.project(mixed)
+
+    def added(self, hidden: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
+        """The residual stream `hidden` with that added, normed before if the model does so."""
+        with torch.inference_mode():
+            return self._branch.added(hidden, projected)
+
+    def _experts(self) -> Experts:
+        if not isinstance(self._branch.part, Experts):
+            raise TypeError("the branch has no experts")
+        return self._branch.part
 
 
 class BlockRunner:
@@ -87,18 +109,23 @@ class BlockRunner:
         with torch.inference_mode():
             return self._decoder.norm(hidden)
 
-    def half(self, index: int, half: str, tensors: Mapping[str, Tensor], device: torch.device | str = "cpu") -> Half:
-        """A half, one of `HALVES`, of block `index` with its weights from `tensors`, all decoded at once."""
-        return Half(self, index, half, self.block(index, tensors), torch.device(device))
+    def branches(self, index: int, tensors: Mapping[str, Tensor], device: torch.device | str = "cpu") -> Iterator[BlockBranch]:
+        """The branches of block `index` one after the other; each has its weights from `tensors`, all decoded at once."""
+        for number in range(len(self.description.blocks[index].branches)):
+            yield self.branch(index, number, tensors, device)
+
+    def branch(self, index: int, number: int, tensors: Mapping[str, Tensor], device: torch.device | str = "cpu") -> BlockBranch:
+        """Branch `number` of block `index`."""
+        described = self.description.blocks[index].branches[number]
+        return BlockBranch(self, index, described, self.block(index, tensors), torch.device(device))
 
     def past(
         self, index: int, tensors: Mapping[str, Tensor], streams: Sequence[torch.Tensor], device: torch.device | str = "cpu"
     ) -> list[torch.Tensor]:
-        """The residual streams behind block `index` for those before it, batches `[windows, tokens, hidden_size]` on the CPU;
-        one half of the block is decoded at a time."""
-        for name in HALVES:
-            half = self.half(index, name, tensors, device)
-            streams = [half(batch.to(device)).cpu() for batch in streams]
+        """The residual streams after block `index` for those before it, batches `[windows, tokens, hidden_size]` on the CPU;
+        one branch of the block is decoded at a time."""
+        for branch in self.branches(index, tensors, device):
+            streams = [branch(batch.to(device)).cpu() for batch in streams]
         return list(streams)
 
     def block(self, index: int, tensors: Mapping[str, Tensor]) -> Model:

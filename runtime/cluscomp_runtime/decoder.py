@@ -147,24 +147,25 @@ class FeedForward:
 
 @dataclass
 class Routed:
-    """What flows into the output projections of experts.
+    """The inputs of the output projections of experts.
 
-    `features` `[..., top_k, width]` of each token in each of its experts, times the weight that the router gives the expert;
-    `chosen` int64 `[..., top_k]` says which experts these are.
+    `features` `[..., top_k, width]` of each token in each of its experts, times `weights` `[..., top_k]`, which the router
+    gives them; `chosen` int64 `[..., top_k]` numbers the experts.
     """
 
     features: torch.Tensor
+    weights: torch.Tensor
     chosen: torch.Tensor
 
     def to(self, device: torch.device | str) -> Routed:
-        return Routed(self.features.to(device), self.chosen.to(device))
+        return Routed(self.features.to(device), self.weights.to(device), self.chosen.to(device))
 
     def cpu(self) -> Routed:
         return self.to("cpu")
 
 
 Mixed = torch.Tensor | Routed
-"""What flows into output projections, `[batch, tokens, features]` where there is one."""
+"""The inputs of a branch's output projections: `[batch, tokens, features]` where there is one."""
 
 
 class Experts:
@@ -175,19 +176,24 @@ class Experts:
         self.experts = [FeedForward(model, expert, builder) for expert in part.experts]
         self.top_k, self.normalised = part.top_k, part.normalised
 
-    def mix(self, x: torch.Tensor) -> Routed:
-        """The features of `x` `[batch, tokens, hidden_size]` in the experts that the router chooses."""
+    def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights and numbers of the experts of each token, both `[..., top_k]`, for `x` `[..., hidden_size]`."""
         logits = self.router(x)
         probabilities = torch.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
         weights, chosen = probabilities.topk(self.top_k, dim=-1)
         if self.normalised:
             weights = weights / weights.sum(-1, keepdim=True)
+        return weights.to(x.dtype), chosen
+
+    def mix(self, x: torch.Tensor) -> Routed:
+        """The features of `x` `[..., hidden_size]` in the experts that the router chooses."""
+        weights, chosen = self.route(x)
         rows = x.unsqueeze(-2).expand(*chosen.shape, -1)
         features = self._each(rows, chosen, lambda expert, some: expert.mix(some))
-        return Routed(features * weights.to(x.dtype).unsqueeze(-1), chosen)
+        return Routed(features * weights.unsqueeze(-1), weights, chosen)
 
     def output(self, routed: Routed) -> torch.Tensor:
-        """What the experts of each token add up to."""
+        """The sum of what the experts of each token give."""
         # The weights are in the features already: the output projections are linear.
         return self._each(routed.features, routed.chosen, lambda expert, some: expert.output(some)).sum(-2)
 

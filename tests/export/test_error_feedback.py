@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from feedback_targets import compressed, inputs_of, ridge
 
 from cluscomp_export.calibration.activations import calibration_tokens, calibration_windows, read_text
-from cluscomp_export.compression.fit_encode import Encoding
-from cluscomp_export.compression.jobs import Jobs
-from cluscomp_export.compression.moments import InputMoments, Target
+from cluscomp_export.compression.moments import InputMoments
 from cluscomp_export.compression.pipeline import BlockByBlock, compress
 from cluscomp_export.conversion import prepare as prepare_module
 from cluscomp_export.conversion.convert import ConversionOptions, convert
@@ -26,12 +23,11 @@ from cluscomp_export.sources import open_source
 from cluscomp_export.sources.linears import block_index
 from cluscomp_export.work_folder import work_path
 from cluscomp_formats.errors import InvalidRequestError
-from cluscomp_formats.ir import Model, Tensor
 from cluscomp_formats.packed import open_packed
 from cluscomp_kernels.kmeans import feedback_factor
 from cluscomp_kernels.kmeans.reference import feedback_codes
-from cluscomp_runtime.blocks import HALVES, BlockRunner, Half
-from cluscomp_runtime.language_model import LanguageModel, observe_inputs
+from cluscomp_runtime.blocks import BlockBranch, BlockRunner
+from cluscomp_runtime.language_model import LanguageModel
 
 Floats = npt.NDArray[np.float32]
 
@@ -43,39 +39,13 @@ def test_blocks_one_by_one_are_the_model(stories_folder: Path) -> None:
     hidden = runner.embed(ids)
     names = set()
     for index in range(runner.num_blocks):
-        for half in HALVES:
-            part = runner.half(index, half, source.tensors)
-            names.update((*part.readers, part.writer))
-            hidden = part(hidden)
+        for branch in runner.branches(index, source.tensors):
+            names.update((*(name for group in branch.inputs for name in group), *branch.outputs))
+            hidden = branch(hidden)
     model = LanguageModel.from_model(source, kernel="dense")
     logits = model.decoder.head(model.decoder.norm(hidden))
     torch.testing.assert_close(logits, model.forward(ids), rtol=1e-5, atol=1e-5)
     assert names == {name for name in source.tensors if block_index(name) is not None and "norm" not in name}
-
-
-def compressed(
-    source: Model, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch, *, feedback: bool = True, embedding_bits: float = 16
-) -> tuple[dict[str, Target | None], dict[str, Tensor]]:
-    """What each matrix was encoded for, in order, and the compressed matrices of the blocks."""
-    targets: dict[str, Target | None] = {}
-    encoding = Jobs.encoding
-
-    def recorded(self: Jobs, name: str, target: Target | None, *rest: Any) -> Encoding:
-        targets[name] = target
-        return encoding(self, name, target, *rest)
-
-    monkeypatch.setattr(Jobs, "encoding", recorded)
-    plan = plan_fixed(source, cluster_dim=2, num_clusters=16, share="kind", embedding_bits=embedding_bits)
-    model = compress(source, plan, blocks=BlockByBlock(ids, feedback)).model
-    return targets, {name: tensor for name, tensor in model.tensors.items() if block_index(name) is not None}
-
-
-def inputs_of(source: Model, tensors: Mapping[str, Tensor], ids: torch.Tensor, matrix: str) -> torch.Tensor:
-    """What flows into a matrix, float64 `[tokens, in_features]`."""
-    seen: list[torch.Tensor] = []
-    model = Model(source.config, {**source.tensors, **tensors}, source.files)
-    observe_inputs(model, ids, lambda name, inputs: seen.append(inputs.flatten(0, -2).double()) if name == matrix else None)
-    return torch.cat(seen)
 
 
 def test_input_projections_aim_at_what_the_original_gives_for_the_originals_input(
@@ -89,10 +59,8 @@ def test_input_projections_aim_at_what_the_original_gives_for_the_originals_inpu
     given = inputs_of(source, {**tensors, name: source.tensors[name]}, ids, name)
     scale = given.square().mean(1, keepdim=True).sqrt()
     x, error = given / scale, (wanted - given) / scale
-    damped = x.t() @ x / len(x)
-    damped += 0.1 * damped.diagonal().mean() * torch.eye(len(damped), dtype=torch.float64)
     weight = torch.from_numpy(source.tensors[name].decode().astype(np.float64))
-    correction = torch.linalg.solve(damped, x.t() @ error @ weight.t() / len(x))
+    damped, correction = ridge(x, error @ weight.t())
     target = targets[name]
     assert target is not None
     assert target.moments is getattr(targets[name.replace("up", "gate")], "moments", None)
@@ -114,11 +82,9 @@ def test_an_output_projection_aims_at_the_originals_residual_stream(
     given = inputs_of(source, {**tensors, name: source.tensors[name]}, ids, name)
     scale = stream.square().mean(1, keepdim=True).sqrt()
     x, error = given / scale, (stream - embedded - given @ weight.t()) / scale
-    damped = x.t() @ x / len(x)
-    damped += 0.1 * damped.diagonal().mean() * torch.eye(len(damped), dtype=torch.float64)
+    damped, correction = ridge(x, error)
     target = targets[name]
     assert target is not None
-    correction = torch.linalg.solve(damped, x.t() @ error / len(x))
     torch.testing.assert_close(target.moments.damped, damped, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(torch.from_numpy(target.correction).double(), correction, rtol=1e-3, atol=1e-4)
 
@@ -230,16 +196,16 @@ def test_an_interrupted_conversion_ends_with_the_same_bytes(
 ) -> None:
     output = tmp_path / "out.clus"
     options = ConversionOptions(bits=4, share="none", calibration=str(halves[0]), effort="balanced")
-    make, blocks = BlockRunner.half, []
+    make, blocks = BlockRunner.branch, []
 
-    def interrupted(self: BlockRunner, index: int, *rest: object) -> Half:
+    def interrupted(self: BlockRunner, index: int, *rest: object) -> BlockBranch:
         blocks.append(index)
         if index == 3:
             raise KeyboardInterrupt
         return make(self, index, *rest)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(BlockRunner, "half", interrupted)
+        patch.setattr(BlockRunner, "branch", interrupted)
         with pytest.raises(KeyboardInterrupt):
             convert(stories_folder, output, options)
     assert set(blocks) == {0, 1, 2, 3}
@@ -265,7 +231,7 @@ def test_a_conversion_that_is_all_but_written_runs_no_block_again(
         patch.setattr("cluscomp_export.conversion.self_test.make_self_test", interrupt)
         with pytest.raises(KeyboardInterrupt):
             convert(stories_folder, output, options)
-    monkeypatch.setattr(BlockRunner, "half", interrupt)
+    monkeypatch.setattr(BlockRunner, "branch", interrupt)
     convert(stories_folder, output, options)
     assert output.read_bytes() == made["balanced"].read_bytes()
 

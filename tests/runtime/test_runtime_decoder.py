@@ -2,75 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
-from runtime_models import ORACLES, clustered_model, oracle, small_config
+from runtime_models import EPSILON, clustered_model, oracle, rounding, small_config, token_ids
 
 from cluscomp_formats.architectures import Rope
 from cluscomp_formats.ir import Array, DenseTensor, Model
 from cluscomp_runtime import LanguageModel
 from cluscomp_runtime.rope import apply_rope, inverse_frequencies, rope_tables
-
-EPSILON = torch.finfo(torch.float32).eps
-
-
-def token_ids(batch: int, tokens: int, vocab_size: int = 97) -> torch.Tensor:
-    return torch.randint(0, vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(3))
-
-
-def rounding(single: torch.Tensor, double: torch.Tensor) -> float:
-    """Tolerance of float32: 8 times the larger of the observed difference and one rounding of the result."""
-    return 8 * max((single.double() - double).abs().max().item(), double.abs().max().item() * EPSILON)
-
-
-@pytest.mark.parametrize("name", ORACLES)
-def test_logits_equal_those_of_transformers(name: str) -> None:
-    peer, model = oracle(name)
-    ids = token_ids(2, 40)
-    double = LanguageModel.from_model(model, dtype="float64").forward(ids)
-    single = LanguageModel.from_model(model).forward(ids)
-    with torch.no_grad():
-        expected = peer(ids).logits
-    tolerance = rounding(single, double)
-    assert tolerance < 2e-4 * expected.abs().max().item(), "a tolerance this wide would prove nothing"
-    assert single.dtype == torch.float32
-    assert (single - expected).abs().max().item() <= tolerance
-    # transformers computes norms and rotary angles in float32 here too, hence the tolerance of float32.
-    with torch.no_grad():
-        assert (double - peer.double()(ids).logits).abs().max().item() <= tolerance
-
-
-@pytest.mark.parametrize("name", ORACLES)
-def test_greedy_tokens_equal_those_of_transformers(name: str) -> None:
-    peer, model = oracle(name)
-    prompt = token_ids(1, 7)
-    expected = peer.generate(prompt, max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 7:].tolist()
-    language_model = LanguageModel.from_model(model)
-    language_model.end_tokens = frozenset()
-    result = language_model.generate(prompt, max_new_tokens=24)
-    assert list(result.token_ids) == expected
-    assert result.stop_reason == "max_new_tokens"
-    assert (result.prompt_tokens, result.new_tokens) == (7, 24)
-
-
-@pytest.mark.parametrize("name", ["llama-gqa", "mistral-window", "qwen2-tied-window", "qwen3"])
-@pytest.mark.parametrize("first", [1, 3, 11])
-def test_the_cache_changes_nothing(name: str, first: int) -> None:
-    _, model = oracle(name)
-    language_model = LanguageModel.from_model(model, dtype="float64")
-    ids = token_ids(2, 17)
-    expected = language_model.forward(ids)
-    decoder = language_model.decoder
-    # Pieces of several sizes: one that starts the cache, one token, several that continue it, one token again.
-    cuts = [0, first, first + 1, first + 5, *range(first + 6, 18)]
-    with torch.inference_mode():
-        cache = decoder.cache(17, batch=2)
-        parts = [decoder(ids[:, begin:end], cache) for begin, end in itertools.pairwise(cuts)]
-    assert cache.length == 17
-    torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=1e-11, atol=1e-11)
 
 
 def test_only_the_last_logits() -> None:

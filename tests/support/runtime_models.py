@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from safetensors.numpy import load_file
 
 from cluscomp_formats.architectures import describe
 from cluscomp_formats.ir import Array, ClusteredWeight, Codebook, DenseTensor, Model, Outliers, Stage, Tensor
+
+EPSILON = torch.finfo(torch.float32).eps
 
 SMALL = {
     "vocab_size": 97,
@@ -58,20 +63,73 @@ ORACLES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3": ("qwen3", {"head_dim": 20}),
     "qwen3-bias": ("qwen3", {"head_dim": 8, "attention_bias": True}),
+    # The second layer sees everything, the others a window.
+    "gemma3": ("gemma3_text", {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 5, "sliding_window_pattern": 2}),
+    "gemma3-linear-rope": (
+        "gemma3_text",
+        {
+            "head_dim": 8,
+            "attention_bias": True,
+            "tie_word_embeddings": False,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 3.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+            },
+        },
+    ),
+    "qwen3-moe": (
+        "qwen3_moe",
+        {"head_dim": 8, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "norm_topk_prob": True},
+    ),
+    # The first layer has no experts by the step, the second by the list.
+    "qwen3-moe-some-dense": (
+        "qwen3_moe",
+        {
+            "num_experts": 5,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 12,
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [0],
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "attention_bias": True,
+        },
+    ),
 }
 
 
 def oracle(name: str) -> tuple[transformers.PreTrainedModel, Model]:
     """A random transformers model in float32 and the same as an IR model of dense tensors."""
+    with tempfile.TemporaryDirectory() as folder:
+        peer = save_oracle(name, Path(folder))
+        # As it is stored: in memory transformers merges experts.
+        stored = load_file(Path(folder) / "model.safetensors")
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    return peer, dense_model(config, stored)
+
+
+def save_oracle(name: str, folder: Path, **changes: object) -> transformers.PreTrainedModel:
+    """A random transformers model in float32, which is written to a folder. `changes` are of its configuration."""
     model_type, options = ORACLES[name]
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(model_type, **{**SMALL, **options})
-    peer = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    config = transformers.AutoConfig.for_model(model_type, **{**SMALL, **options, **changes})
+    peer = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager")
     with torch.no_grad():
         for parameter in peer.parameters():
             # Larger than the usual initialisation, so that attention, norms and biases all matter.
             parameter.copy_(torch.randn_like(parameter) * 0.3 + (1.0 if parameter.dim() == 1 else 0.0))
-    return peer, dense_model(config.to_dict(), {key: value.numpy() for key, value in peer.state_dict().items()})
+    peer.save_pretrained(folder)
+    return peer.eval()
+
+
+def token_ids(batch: int, tokens: int, vocab_size: int = 97) -> torch.Tensor:
+    return torch.randint(0, vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(3))
+
+
+def rounding(single: torch.Tensor, double: torch.Tensor) -> float:
+    """What float32 may differ by: 8 times the larger of what it was seen to differ by and one rounding of the result."""
+    return 8 * max((single.double() - double).abs().max().item(), double.abs().max().item() * EPSILON)
 
 
 def dense_model(

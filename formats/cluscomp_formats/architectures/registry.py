@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from cluscomp_formats.architectures import llama
+from cluscomp_formats.architectures import gemma3, llama, qwen3_moe
 from cluscomp_formats.architectures.config_reader import REMEDY, ConfigReader
 from cluscomp_formats.architectures.description import DecoderDescription
 from cluscomp_formats.architectures.family import Family
@@ -13,7 +13,9 @@ from cluscomp_formats.errors import Problem, UnsupportedError
 
 __all__ = ["FAMILIES", "describe", "describe_loosely", "find_family"]
 
-FAMILIES: Mapping[str, Family] = {family.model_type: family for module in (llama,) for family in module.FAMILIES}
+FAMILIES: Mapping[str, Family] = {
+    family.model_type: family for module in (llama, gemma3, qwen3_moe) for family in module.FAMILIES
+}
 """By `model_type`. A new family is a file beside this one, and here its module."""
 
 
