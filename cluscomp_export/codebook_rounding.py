@@ -1,4 +1,4 @@
-"""Centroids as whole numbers of 8 bits times a step, which the row scales of the weights take in."""
+"""Centroids as 8-bit integers times a step, which the row scales of the weights absorb."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ Floats = npt.NDArray[np.float32]
 
 LARGEST = 127
 LEAST_STEP = 2.0**-8
-"""Rows are scaled to unit variance, so finer steps have no use; this one keeps most row scales, times the step, in float16."""
+"""Rows have unit variance, so finer steps are useless; with this one, most row scales times the step fit float16."""
 
 CANDIDATES = 48
 FEWEST_STEPS = 8
-"""The smallest step tried is the largest centroid over `LARGEST * FEWEST_STEPS`: it clips all beyond an eighth of that."""
+"""The smallest step tried is the largest centroid over `LARGEST * FEWEST_STEPS`: it clips values beyond an eighth of it."""
 
 
 def round_centroids(centroids: Floats, sizes: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.int8], np.float32]:
-    """Whole numbers `[num_clusters, cluster_dim]` from -127 to 127, and the step: `numbers * step` is nearest to `centroids`.
+    """Integers `[num_clusters, cluster_dim]` from -127 to 127 and a step, so that `integers * step` is closest to `centroids`.
 
-    Nearest is least squared error with what is beyond the range clipped, every centroid weighted by the size of its cluster
-    `[num_clusters]`, over a geometric row of steps.
+    Closest means the least squared error, with clipped values included and every centroid weighted by the size of its cluster
+    `[num_clusters]`, over a geometric series of steps.
     """
     largest = float(np.abs(centroids).max())
     fractions = np.geomspace(1, 1 / FEWEST_STEPS, CANDIDATES)

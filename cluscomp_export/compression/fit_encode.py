@@ -1,7 +1,7 @@
-"""The two jobs a clustering is made of, each complete in itself: a codebook fitted, a matrix encoded.
+"""The two kinds of jobs of a clustering: fit a codebook, encode a matrix.
 
-A job holds the arrays it needs and computes the arrays of one unit of work. It can be pickled, so it may run anywhere, and
-gives the same arrays wherever it runs and with however many threads.
+A job has all arrays that it needs and computes the arrays of one unit of work. It can be pickled, so it may run anywhere, and
+it gives the same arrays wherever it runs and with any number of threads.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Floats = npt.NDArray[np.float32]
 Method = Literal["fast", "lloyd"]
 
 SCALE_RANGE = (2.0**-24, 65504.0)
-"""The magnitudes float16 can hold."""
+"""The magnitudes that float16 can store."""
 
 LEAST_IMPORTANCE = 0.05
 """Added to the importance of every row, in units of the mean."""
@@ -91,9 +91,9 @@ class Encoding:
     """Encodes a matrix of `out_features` rows.
 
     `vectors` `[in_features * groups, cluster_dim]` are those of the transposed, padded matrix, its rows divided by `scale`
-    `[out_features]` if that is given; `fitted` is what the `Fit` of its codebook gave. With a `target` codes are chosen with
-    error feedback, else each vector gets its nearest centroid, and `energy` `[in_features]` says how much the input channels
-    count when scales are refitted.
+    `[out_features]` if that is given; `fitted` is what the `Fit` of its codebook gave. With a `target`, codes are chosen with
+    error feedback. Otherwise each vector gets its nearest centroid; `energy` `[in_features]` then weights the input channels
+    when scales are fitted again.
     """
 
     vectors: Floats
@@ -126,18 +126,18 @@ class Encoding:
 
 
 def _importance(importance: Floats | None, scale: Floats | None, out_features: int) -> Floats:
-    """What a squared error of each row of the vectors counts, `[out_features]`: of a row that was scaled down, more."""
+    """Weight of a squared error in each row of the vectors, `[out_features]`: more for a row that was scaled down."""
     if importance is None:
         return np.ones(out_features, dtype=np.float32)
     counts = importance.astype(np.float64) * (1.0 if scale is None else np.square(scale, dtype=np.float64))
     mean = counts.mean()
-    # A row that does not matter on one text may on another.
+    # A row that is unimportant on one text may be important on another.
     counts = counts / mean + LEAST_IMPORTANCE if mean > 0 else np.ones_like(counts)
     return np.asarray(counts, dtype=np.float32)
 
 
 def _scale_factors(vectors: Floats, decoded: Floats, energy: Floats, out_features: int) -> npt.NDArray[np.float64]:
-    """What to multiply each row with, `[out_features]`, for the least squared error with these codes.
+    """Factor of each row, `[out_features]`, for the least squared error with these codes.
 
     `<w, q> / <q, q>` per row, the products weighted by `energy` `[in_features]`.
     """

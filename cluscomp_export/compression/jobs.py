@@ -69,7 +69,7 @@ class Jobs:
                 expected = f"{SCALE_RANGE[0]:g} to {SCALE_RANGE[1]:g}, the range of float16"
                 # Without row scales the centroids are as large as the weights.
                 small = scale.max() <= SCALE_RANGE[1]
-                remedy = "use `share='none'`, which needs no row scales" if small else "no codebook holds it; get a sound copy"
+                remedy = "use `share='none'`, which needs no row scales" if small else "no codebook stores it; get a valid copy"
                 raise InvalidFileError(Problem("out_of_range", "row scales do not fit", None, name, found, expected, remedy))
             weight = np.divide(weight, scale[:, None], dtype=np.float32)
         dim = scheme.codebook.cluster_dim

@@ -1,6 +1,6 @@
 """The compression of a prepared source: check it, measure it on the calibration text, compress it, recover it.
 
-Everything that is finished is kept in a work folder, and an interrupted conversion resumes from there.
+Finished work is kept in a work folder, from which an interrupted conversion resumes.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _resume(work: WorkFolder, conversion: str, on_progress: Progress) -> list[st
     """Keep the finished units of this conversion and discard those of another; returns a warning for the latter."""
     kept, deleted = work.begin(conversion)
     if kept:
-        on_progress(f"resuming with {kept} finished parts", kept, kept)
+        on_progress(f"resuming with {kept} finished units", kept, kept)
     return ["the unfinished work of a conversion of another source or with other options was discarded"] if deleted else []
 
 
@@ -110,7 +110,7 @@ def _computing(options: ConversionOptions) -> Computing:
 
 
 def _opened_workers(options: ConversionOptions, on_progress: Progress) -> contextlib.AbstractContextManager[Workers | None]:
-    """The workers that are asked for, if any."""
+    """The workers of the options, if any."""
     if options.workers is None:
         return contextlib.nullcontext()
     return open_workers(parse_workers(options.workers), _computing(options), on_progress)
@@ -149,7 +149,7 @@ def _importance(source: Model, windows: torch.Tensor, work: Store, seed: int, on
 
 
 def _kept(work: Store, unit: str, specs: ArraySpecs, compute: Callable[[], Mapping[str, AnyArray]]) -> Mapping[str, AnyArray]:
-    """The arrays of a unit of work, computed unless they are there."""
+    """The arrays of a unit of work, computed unless they are in the store."""
     arrays: Mapping[str, AnyArray] | None = work.load(unit, specs)
     if arrays is None:
         arrays = compute()

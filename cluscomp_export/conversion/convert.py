@@ -1,7 +1,7 @@
 """From a source to an artefact: plan, compress, write, self-test, rename.
 
-`convert` reads from top to bottom; `compress_source.py` has the compression. What that has finished is kept beside the output
-until the artefact is complete: see `work_folder`.
+`convert` reads from top to bottom; `compress_source.py` has the compression. Its finished work is kept next to the output until
+the artefact is complete, see `work_folder`.
 """
 
 from __future__ import annotations
@@ -65,12 +65,12 @@ def convert(
     on_progress: Progress = silent,
     on_warning: Callable[[str], None] = lambda text: None,
 ) -> ConversionReport:
-    """Convert `source_path` and write `output`. The output is complete or not there, and the source is never touched.
+    """Convert `source_path` and write `output`. The output is complete or absent; the source is never changed.
 
     `on_warning` gets each warning as soon as it is known; the report has all of them.
 
-    A compression that fails or is interrupted leaves what it has finished in a folder beside the output (`work_path`); the same
-    call resumes it and ends with the same bytes. Raises what `prepare` and `compress_source` do, OutputExistsError,
+    A compression that fails or is interrupted keeps its finished work in a folder next to the output (`work_path`); the same
+    call resumes it and produces the same bytes. Raises what `prepare` and `compress_source` do, OutputExistsError,
     StorageError, SelfTestError, WorkersLostError, and UnsupportedError if memory runs out.
     """
     started = time.perf_counter()
@@ -81,7 +81,7 @@ def convert(
     except OutputExistsError:
         _remove_finished_work(output)
         raise
-    # Shows early what cannot be done; sensitivities are measured later, once the source has been checked.
+    # Finds early what cannot be done. Sensitivities are measured later, after the source has been checked.
     prepared = prepare(source_path, options, measure=False)
     fmt.check_model(prepared.model)
     warnings: list[str] = []
@@ -131,20 +131,20 @@ def convert(
 
 
 def _remove_finished_work(output: Path) -> None:
-    """Remove the work folder of the conversion that made `output`, if it was killed after that and before it could."""
+    """Remove the work folder of the conversion that made `output`, if that was killed just before it could."""
     if os.path.isdir(work_path(output)):  # noqa: PTH112 - Path.is_dir raises
         with contextlib.suppress(ClusCompError):
             remove_work(output, fingerprint(open_source(output).provenance))
 
 
 def _check_space(output: Path, prepared: Prepared, work: WorkFolder | None) -> None:
-    """Refuse early what would run out of space at the end: the artefact and, until it is there, the unfinished work."""
+    """Refuse early if there is not enough space for the artefact and, until it is complete, the unfinished work."""
     needed = max(peak.disk for peak in prepared.memory)
     if work is not None:
         needed = max(prepared.sizes.payload_bytes, needed - work.stored_bytes())
     free = shutil.disk_usage(output.parent).free
     if free < needed:
-        found, expected = f"{free / 1e6:.1f} MB free", f"{needed / 1e6:.1f} MB for the artefact and the work on it"
+        found, expected = f"{free / 1e6:.1f} MB free", f"{needed / 1e6:.1f} MB for the artefact and unfinished work"
         raise StorageError(
-            Problem("no_space", "not enough space", str(output), None, found, expected, "free some, or write elsewhere")
+            Problem("no_space", "not enough space", str(output), None, found, expected, "free space, or use another disk")
         )

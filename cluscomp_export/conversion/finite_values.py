@@ -1,4 +1,4 @@
-"""A source is read once before anything is computed from it: what is not finite would come out as a model of NaN."""
+"""Reads a source once before the job, to find values that are not finite; they would make a model of NaN."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ __all__ = ["scan_dense", "scan_source"]
 
 
 def scan_source(source: Model, path: Path, on_progress: Progress = silent) -> str:
-    """Read the whole source once, before the long work: its digest, and that every value is finite.
+    """Read the whole source once: compute its digest, and check that every value is finite.
 
-    Raises InvalidFileError with one problem per tensor that holds NaN or infinity.
+    Raises InvalidFileError with one problem per tensor with NaN or infinity.
     """
     problems: list[Problem] = []
     total = sum(1 for _ in source.payloads())
@@ -32,7 +32,7 @@ def scan_source(source: Model, path: Path, on_progress: Progress = silent) -> st
         if position is not None:
             name = str(description.get("tensor") or description.get("codebook"))
             found, expected = f"NaN or infinity at {list(position)}", "finite values"
-            remedy = "the source is damaged or its training diverged; get a sound copy"
+            remedy = "the source is damaged, or its training diverged; get a valid copy"
             problems.append(Problem("not_finite", "a value is not finite", str(path), name, found, expected, remedy))
 
     digest = source.digest(check)
@@ -51,6 +51,6 @@ def _first_not_finite(array: Array, values: AnyArray) -> tuple[int, ...] | None:
 
 
 def scan_dense(model: Model, path: Path, on_progress: Progress = silent) -> None:
-    """The same of the dense tensors of a clustered model, of which writers check all else. Raises InvalidFileError."""
+    """Check the dense tensors of a clustered model; writers check everything else. Raises InvalidFileError."""
     dense = {name: tensor for name, tensor in model.tensors.items() if isinstance(tensor, DenseTensor)}
     scan_source(Model(model.config, dense), path, on_progress)

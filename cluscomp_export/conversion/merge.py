@@ -1,4 +1,4 @@
-"""Deltas merged into their model: the result is a model like any other, in any format."""
+"""Merge deltas into their model. The result is an ordinary model, in any format."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ def merge(
     force: bool = False,
     on_progress: Progress = silent,
 ) -> MergeReport:
-    """Apply deltas to their model and write the result, with a self-test record of its own.
+    """Apply deltas to their model and write the result, with its own self-test record.
 
-    One delta is applied exactly, unless it gets a weight other than 1; of several the weighted differences are added up, each
-    by an equal share if no `weights` are given. Provenance is the model's, with the deltas added. Raises InvalidFileError for
-    a faulty delta or one of another model, InvalidRequestError, UnsupportedError, OutputExistsError, StorageError.
+    One delta is applied exactly, unless its weight is not 1. Of several deltas, the weighted differences are added, with equal
+    shares if no `weights` are given. The provenance is that of the model, with the deltas added. Raises InvalidFileError for an
+    invalid delta or one of another model, InvalidRequestError, UnsupportedError, OutputExistsError, StorageError.
     """
     started = time.perf_counter()
     fmt = output_format(to, gguf_type)
@@ -101,14 +101,17 @@ def merge(
 def _check_result(merged: Model, expected: str, path: Path) -> None:
     digest = merged.digest()
     if digest != expected:
-        message, remedy = "the model with the delta is not what the delta says", "get the delta again, or tune again"
+        message, remedy = (
+            "the model with the delta has another digest than the delta says",
+            "get the delta again, or tune",
+        )
         raise InvalidFileError(Problem("result_mismatch", message, str(path), None, digest, expected, remedy))
 
 
 def _provenance(
     model: Model, base: str, paths: Sequence[Path], records: Sequence[Mapping[str, Any]], weights: Sequence[float]
 ) -> dict[str, Any]:
-    """The model's own, so that what it was made from is still known, and what was done since."""
+    """The model's own provenance, so that its source is still known, and the merge."""
     deltas = [
         {"sha256": _sha256(path), "weight": weight, "record": record}
         for path, weight, record in zip(paths, weights, records, strict=True)

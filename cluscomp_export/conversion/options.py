@@ -1,4 +1,4 @@
-"""What can be asked of a conversion."""
+"""The options of a conversion."""
 
 from __future__ import annotations
 
@@ -38,28 +38,24 @@ _PHASES = (
     "recovery_patience",
     "recovery_precision",
 )
-"""Options that decide on the phases of a compression; `Phases.recorded` has the outcome."""
+"""Options that determine the phases of a compression; `Phases.recorded` records the result."""
 
 
 @dataclass(frozen=True)
 class ConversionOptions:
-    """What to make of the source.
+    """How to convert a source. Fields are named like the flags of the command line, whose help describes each.
 
-    One of `bits` (a budget per weight of the linear layers, codebooks and scales counted), `cluster_dim` with `num_clusters`
-    (the paper's setting, the same for every matrix), `budget` (bytes of the whole artefact), `match_loss` (the divergence from
-    the source, nats per token, as predicted) and `plan` (a file); none means 4 bits. `share=None` lets the planner choose.
-    `sensitivity` says whether the planner measures how much every tensor matters, or takes all weights for equal, the default
-    but for `match_loss`.
-    `embedding_bits` is a budget per weight of embedding and head; 16 keeps them dense, None keeps the width of the source
-    where that is below 16. `codebook_bits` is 8 or 16 per value of a codebook whose weights have row scales, None for whichever
-    is expected to be best, with recovery 16. `calibration` is a text file whose activations weight the clustering, "none", or
-    None: the text the package ships with `bits`, none with the paper's setting. `effort="fast"` only clusters; "balanced",
-    the default where there is a calibration text, also chooses codes with error feedback and tunes block by block; "best"
-    then trains codebooks, scales and norms end to end. `feedback`, `calibration_windows` and the options of
-    block-wise tuning and recovery change the effort: see `effort.phases_of`.
-    `gguf_type` decodes for stock llama.cpp. `workers`, what `parse_workers` takes, cluster in parallel, else this process
-    does. `threads` are those of all work, with workers of each of them; `workers`, `threads` and `device` do not change the
-    result of clustering, but that of error feedback and trainings may depend on threads and device.
+    At most one target is given: `bits`, `budget` (bytes, or a text such as "55MB"), `match_loss`, `plan` (a file), or `dim`
+    with `clusters`, the paper's setting; without one, the target is 4 bits. None lets the planner choose `share`, and for
+    `codebook_bits` the one with the least expected error (16 with recovery). `embedding_bits=None` keeps the width of the
+    source where that is below 16. `sensitivity=None` is "measured" with `match_loss`, otherwise "equal".
+
+    `calibration` is a text file, "none", or None: the text of this package, none with the paper's setting. `effort="fast"` only
+    clusters. "balanced", the default with a calibration text, adds error feedback and block-wise tuning; "best" adds recovery.
+    The options of these phases change the effort, see `effort.phases_of`.
+
+    `workers` is described by `parse_workers`. `threads` are those of all work, or of each worker. `workers`, `threads` and
+    `device` do not change the result of clustering; error feedback and trainings may depend on threads and device.
     """
 
     bits: float | None = None
@@ -104,7 +100,7 @@ class ConversionOptions:
 
     @property
     def torch_threads(self) -> int | None:
-        """The threads of what this process computes itself; of workers, `threads` is the number for each."""
+        """Threads of this process; with workers, `threads` is the number of each worker."""
         return self.threads if self.workers is None else None
 
     @property

@@ -1,4 +1,4 @@
-"""From options to a plan: what contradicts itself, what has to be measured, what the artefact and the work on it will take."""
+"""From options to a plan: check the options, measure what the plan needs, predict sizes and memory."""
 
 from __future__ import annotations
 
@@ -59,20 +59,19 @@ __all__ = ["Prepared", "make_plan", "prepare", "provenance_of", "sensitivities_o
 
 DEFAULT_BITS = 4.0
 LARGE_SHARE = 0.1
-"""Of the weights: from here on it is said that they are not clustered."""
+"""Share of the weights from which a warning says that they are not clustered."""
 MAX_NAMED = 8
-"""Files that a warning names."""
+"""Most files that a warning names."""
 
 
 @dataclass(frozen=True)
 class Prepared:
     """A conversion that has been planned.
 
-    `text` is what to calibrate on, if anything, `phases` what the compression goes through. `plan` is None when a clustered
-    source is only repacked. `model` is the planned model, of shapes only, or that source. `memory` is what each phase needs at
-    most.
-    `file_bytes` is the size of the artefact, at most; None where the format cannot tell. `sensitivities` are what the plan was
-    made with, None if every weight counted alike. `process_bytes` is the memory of the process itself, on top of every phase.
+    `text` is the calibration text, if any; `phases` are those of the compression. `plan` is None if a clustered source is only
+    repacked. `model` is the planned model, with shapes only, or that source. `file_bytes` is the size of the artefact, at most;
+    None if the format cannot tell. `sensitivities` are those of the plan, None if all weights counted alike. `memory` is what
+    each phase needs, at most, in addition to the `process_bytes` of the process itself.
     """
 
     source: Model
@@ -100,9 +99,9 @@ def prepare(
 ) -> Prepared:
     """Open, measure what the plan needs, and plan.
 
-    `to_plan` asks for nothing but the plan: the source may be a folder with a `config.json` and no weights, the device another
-    machine's. Only shapes are read, unless the plan needs sensitivities; without `measure` it is made as if every weight
-    counted alike.
+    With `to_plan`, only a plan is wanted: the source may be a folder with a `config.json` and no weights, and the device may be
+    that of another machine. Only shapes are read, unless the plan needs sensitivities. Without `measure`, the plan is made as
+    if all weights counted alike.
 
     Raises InvalidRequestError for options that contradict each other or a budget that cannot be met, InvalidFileError,
     UnsupportedError.
@@ -160,18 +159,18 @@ def prepare(
 
 
 def _calibration_text(source: Model, options: ConversionOptions) -> tuple[str | None, str | None]:
-    """The text to calibrate on, or None, with a warning where no option insists on one and the source cannot be run on it.
+    """The calibration text, or None; with a warning if the source cannot be run on the text and no option requires it.
 
-    Raises the error that says why it cannot, with the options that insist on it.
+    If an option requires it, raises the error that says why the source cannot be run, with a remedy that names the option.
     """
     phases = phases_of(options)
     if options.calibration == "none":
         return None, None
     if options.calibration is None and options.dim is not None and not phases.needs_text:
-        # The paper's setting needs none.
+        # The paper's setting needs no text.
         return None, None
     text = shipped_text() if options.text_file is None else read_text(options.text_file)
-    insists = {
+    required_by = {
         "`match_loss`": options.match_loss is not None,
         "`sensitivity`": options.sensitivity == "measured",
         "`calibration`": options.calibration is not None,
@@ -179,25 +178,25 @@ def _calibration_text(source: Model, options: ConversionOptions) -> tuple[str | 
     }
     fault = calibration_fault(source, text)
     if fault is not None:
-        _refuse(fault, insists, "matrices are then clustered without a calibration text, as with `effort='fast'`")
+        _refuse(fault, required_by, "matrices are then clustered without a calibration text, as with `effort='fast'`")
         return None, f"clustered without a calibration text: {fault.problems[0].message}"
     without = prediction_fault(source)
     if without is not None:
-        insists["`calibration`"] = insists["`effort` and its options"] = False
-        insists["recovery, as in `effort='best'`"] = phases.recovery is not None
-        _refuse(without, insists, "`effort='balanced'` and `bits` need no predictions")
+        required_by["`calibration`"] = required_by["`effort` and its options"] = False
+        required_by["recovery, as in `effort='best'`"] = phases.recovery is not None
+        _refuse(without, required_by, "`effort='balanced'` and `bits` need no predictions")
     return text, None
 
 
-def _refuse(fault: ClusCompError, insists: Mapping[str, bool], instead: str) -> None:
-    named = [option for option, given in insists.items() if given]
+def _refuse(fault: ClusCompError, required_by: Mapping[str, bool], instead: str) -> None:
+    named = [option for option, given in required_by.items() if given]
     if named:
         remedy = f"leave out {' and '.join(named)}: {instead}"
         raise type(fault)([replace(problem, remedy=remedy) for problem in fault.problems])
 
 
 def provenance_of(source: Model, options: ConversionOptions, text: str | None, phases: Phases, digest: str) -> dict[str, Any]:
-    """What a conversion records: the source, of that digest, and all options that determine the result."""
+    """The provenance of a conversion: the source with its digest, and all options that determine the result."""
     recorded = options.recorded()
     if text is not None:
         recorded["calibration"] = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
@@ -215,7 +214,7 @@ def provenance_of(source: Model, options: ConversionOptions, text: str | None, p
 def sensitivities_of(
     source: Model, options: ConversionOptions, text: str | None, store: Store | None, on_progress: Progress
 ) -> Mapping[str, Sensitivity] | None:
-    """How much each tensor matters, if the plan is to be made from it; computed unless an earlier attempt has done so.
+    """The sensitivity of each tensor, if the plan needs it; measured unless an earlier attempt has done so.
 
     Raises what `measure_sensitivities` and `calibration_tokens` do.
     """
@@ -246,10 +245,10 @@ def make_plan(
     provenance: Mapping[str, Any],
     sensitivities: Mapping[str, Sensitivity] | None,
 ) -> Plan:
-    """The plan for what the options aim at; `provenance` is part of an artefact whose size is limited.
+    """The plan for the target of the options; `provenance` is part of the artefact, whose size may be limited.
 
-    Raises InvalidRequestError for what cannot be met, InvalidFileError for a bad plan file, UnsupportedError if there is
-    nothing to cluster.
+    Raises InvalidRequestError for a target that cannot be met, InvalidFileError for an invalid plan file, UnsupportedError if
+    there is nothing to cluster.
     """
     if options.plan_file is not None:
         return read_plan(options.plan_file, source)
@@ -297,7 +296,7 @@ def make_plan(
 
 
 def _plan_warnings(source: Model, options: ConversionOptions, model: Model) -> list[str]:
-    """What the plan leaves out that one may have expected, and where the result will not run."""
+    """Warnings about weights that the plan does not cluster, and about a result that nothing can run."""
     warnings = []
     if options.embedding_bits is not None and not embedding_tensors(source):
         warnings.append("`embedding_bits` has no effect: no tensor has the name of an embedding or a head")
@@ -306,7 +305,7 @@ def _plan_warnings(source: Model, options: ConversionOptions, model: Model) -> l
     if share > LARGE_SHARE:
         first = next(iter(left))
         warnings.append(
-            f"{share:.0%} of the weights lie in tensors of more than two dimensions and stay as they are: {first}, ..."
+            f"{share:.0%} of the weights are in tensors of more than two dimensions, which stay dense: {first}, ..."
         )
     nowhere = nowhere_to_run(model)
     return warnings if nowhere is None else [*warnings, nowhere]
@@ -317,12 +316,12 @@ def _file_warnings(source: Model, path: Path) -> list[str]:
     left = files_left_behind(source, path)
     if left:
         more = f" and {len(left) - MAX_NAMED} more" if len(left) > MAX_NAMED else ""
-        warnings.append(f"not carried along, not known to belong to a model: {', '.join(left[:MAX_NAMED])}{more}")
+        warnings.append(f"left out, because they are not known files of a model: {', '.join(left[:MAX_NAMED])}{more}")
     code = [name for name in source.files if name.endswith(".py")]
     if code:
         named = ", ".join(code[:MAX_NAMED])
         warnings.append(
-            f"the artefact carries the model's own code ({named}): nothing here runs it, transformers only if told to trust it"
+            f"the artefact contains the model's own code ({named}): it is not run here; transformers runs it only if trusted"
         )
     return warnings
 

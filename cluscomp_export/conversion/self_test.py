@@ -64,8 +64,8 @@ def run_own_self_test(source: Model, path: Path, on_progress: Progress) -> list[
     on_progress("running the source's self-test", 1, 1)
     if not report.ok:
         message = "the source does not compute what its self-test record says"
-        found = f"logits off by {report.max_difference:.3g}, float32 tolerance {source.self_test['tolerance']['float32']:.3g}"
+        found = f"logits differ by {report.max_difference:.3g}, tolerance {source.self_test['tolerance']['float32']:.3g}"
         expected = f"rounding explains {report.tolerance:.3g}"
-        remedy = "get a sound copy, or convert the original model anew"
+        remedy = "get a valid copy, or convert the original model again"
         raise SelfTestError(Problem("self_test_failed", message, str(path), None, found, expected, remedy))
     return []

@@ -1,4 +1,4 @@
-"""Whether anything will run the result of a conversion."""
+"""Can the runtime or transformers run the result of a conversion?"""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ __all__ = ["nowhere_to_run"]
 
 
 def nowhere_to_run(model: Model) -> str | None:
-    """Why nothing will run a clustered model; None if the runtime or transformers does, or if that cannot be told here.
+    """Why neither the runtime nor transformers can run a clustered model; None if one can, or if that is unknown.
 
-    Builds a model of transformers without weights where the runtime does not know the architecture: takes seconds.
+    For an architecture that the runtime does not know, this builds a transformers model without weights, which takes seconds.
     """
     ours = prediction_fault(model)
     if ours is None or find_spec("transformers") is None:

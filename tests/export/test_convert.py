@@ -277,7 +277,7 @@ def test_work_is_taken_up_with_other_threads_and_not_with_other_options(
         stories_folder, output, replace(options, threads=2), on_progress=lambda stage, done, total: stages.append(stage)
     )
     assert report.reused == kept
-    assert f"resuming with {kept} finished parts" in stages
+    assert f"resuming with {kept} finished units" in stages
     for changed in ({"seed": 1}, {"clusters": 8}, {"calibration": str(stories_folder.with_suffix(".txt"))}):
         output.unlink()
         interrupted(stories_folder, output, options, monkeypatch)

@@ -89,7 +89,7 @@ def test_more_tokens_than_embeddings(stories_folder: Path, tmp_path: Path) -> No
     folder = model_folder(stories_folder, tmp_path / "model", rows=514, tokenizer_config=extra)
     source = open_source(folder)
     warning = tokenizer_warnings(source)[0]
-    assert warning.startswith("the tokenizer has 6 tokens past the 514 embeddings")
+    assert warning.startswith("the tokenizer has 6 tokens beyond the 514 embeddings")
     assert warning.endswith("'<1>', '<2>', '<3>', '<4>', '<5>' and 1 more")
     ours = LanguageModel.from_model(source)
     assert ours.generate("<0>", max_new_tokens=1).new_tokens == 1
@@ -127,7 +127,7 @@ def test_ids_that_a_file_claims_in_vain_are_told(stories_folder: Path, tmp_path:
     decoder = {"added_tokens_decoder": {"519": {"content": "<x>", "special": True}}}
     folder = model_folder(stories_folder, tmp_path / "model", rows=520, tokenizer_config=decoder)
     assert tokenizer_warnings(open_source(folder)) == [
-        "added tokens have other ids than their file says, in transformers as here: '<x>' 512, not 519"
+        "added tokens have other ids than their file says, as in transformers: '<x>' 512, not 519"
     ]
 
 
@@ -142,4 +142,4 @@ def test_a_source_without_a_tokenizer_is_told(name: str, stories_folder: Path, t
     (warning,) = tokenizer_warnings(open_source(folder))
     assert warning.startswith("no tokenizer: ")
     assert expected in warning
-    assert warning.endswith("The artefact will take and give token ids only")
+    assert warning.endswith("The artefact will work with token ids only")

@@ -1,4 +1,4 @@
-"""The phases of a conversion in their order, and what each needs."""
+"""The phases of a conversion in order, with the memory that each needs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ OPTIMIZER_BYTES = 190_000_000
 tuning, recovery."""
 
 CONTEXT_BYTES = 500_000_000
-"""About what the driver's context of a process takes of a GPU, and of the host."""
+"""Approximate size of the driver's context of a process, on the GPU and on the host."""
 
 HEAP_BYTES = 48 << 20
 """What the allocator may keep of arrays that are gone (`return_freed_arrays` bounds it), and what libraries need for their
@@ -131,8 +131,7 @@ def _with_heap(rows: list[tuple[str, int, int, int]]) -> Iterator[Peak]:
 
 
 def memory_warnings(peaks: Sequence[Peak], device: str, process: int = PROCESS_BYTES) -> list[str]:
-    """What to say before the work if this machine, or its `device`, has less memory than a phase may need beside the `process`
-    itself."""
+    """Warnings if this machine or its `device` has less memory than a phase may need in addition to the `process` itself."""
     on_host, on_device = max(peaks, key=lambda peak: peak.host), max(peaks, key=lambda peak: peak.device)
     places = [
         (on_host.phase, on_host.host + process, "this machine", physical_bytes()),
