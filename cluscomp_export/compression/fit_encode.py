@@ -99,7 +99,7 @@ class Encoding:
     vectors: Floats
     scale: Floats | None
     fitted: Mapping[str, AnyArray]
-    energy: Floats
+    second_moments: Floats
     out_features: int
     target: Target | None
     computing: Computing
@@ -111,11 +111,11 @@ class Encoding:
         centroids = self.fitted["centroids"].astype(np.float32) * step
         factors = np.ones(out_features)
         if self.target is None:
-            codes = assign(self.vectors, centroids, threads=threads, device=device).reshape(len(self.energy), -1)
+            codes = assign(self.vectors, centroids, threads=threads, device=device).reshape(len(self.second_moments), -1)
             if self.scale is not None:
-                factors = _scale_factors(self.vectors, centroids[codes], self.energy, out_features)
+                factors = _scale_factors(self.vectors, centroids[codes], self.second_moments, out_features)
         else:
-            weights, correction = self.vectors.reshape(len(self.energy), -1), self.target.correction
+            weights, correction = self.vectors.reshape(len(self.second_moments), -1), self.target.correction
             if correction is not None:
                 weights = weights.copy()
                 weights[:, :out_features] += correction if self.scale is None else correction / self.scale
@@ -136,15 +136,15 @@ def _importance(importance: Floats | None, scale: Floats | None, out_features: i
     return np.asarray(counts, dtype=np.float32)
 
 
-def _scale_factors(vectors: Floats, decoded: Floats, energy: Floats, out_features: int) -> npt.NDArray[np.float64]:
+def _scale_factors(vectors: Floats, decoded: Floats, second_moments: Floats, out_features: int) -> npt.NDArray[np.float64]:
     """Factor of each row, `[out_features]`, for the least squared error with these codes.
 
-    `<w, q> / <q, q>` per row, the products weighted by `energy` `[in_features]`.
+    `<w, q> / <q, q>` per row, the products weighted by `second_moments` `[in_features]`.
     """
-    wanted, given = (values.reshape(len(energy), -1)[:, :out_features] for values in (vectors, decoded))
-    products = np.einsum("i,ir,ir->r", energy, wanted, given, dtype=np.float64)
-    energies = np.einsum("i,ir,ir->r", energy, given, given, dtype=np.float64)
+    wanted, given = (values.reshape(len(second_moments), -1)[:, :out_features] for values in (vectors, decoded))
+    products = np.einsum("i,ir,ir->r", second_moments, wanted, given, dtype=np.float64)
+    squares = np.einsum("i,ir,ir->r", second_moments, given, given, dtype=np.float64)
     factors: npt.NDArray[np.float64] = np.divide(
-        products, energies, out=np.ones(out_features), where=(energies > 0) & (products > 0)
+        products, squares, out=np.ones(out_features), where=(squares > 0) & (products > 0)
     )
     return factors

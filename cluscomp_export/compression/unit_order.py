@@ -1,9 +1,9 @@
-"""Which finished units of work are void, because one that they were computed from is missing or damaged.
+"""Finds finished units of work that are void, because a unit that they were computed from is missing or damaged.
 
-Computed anew, the missing one may come out otherwise: in a block that has been tuned since, or with another number of threads.
-What was computed from it before would then belong to another model, so it is computed again as well. A unit depends on what was
-measured on the calibration text, a matrix also on its codebook and, with error feedback or tuning, on all that comes before it
-in the order of the model; a training depends on everything.
+A missing unit that is computed again can differ, for example with another number of threads. Units that were computed from the
+old one would then belong to another model, so they are computed again as well. Every unit depends on what was measured on the
+calibration text. A matrix also depends on its codebook and, with error feedback or tuning, on all units before it in the order
+of the model. A training depends on everything.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ __all__ = ["UnitOrder", "discard_void"]
 
 @dataclass(frozen=True)
 class UnitOrder:
-    """The units of a clustering by name.
+    """The units of a compression, by name, and the order in which they are computed.
 
-    `codebooks` and `alone`, matrices that depend on their codebook only, come in any order; `steps` one after the other, units
-    of a step in any order; `trainings` last. `codebook_of` has for matrices the unit of their codebook.
+    `codebooks` and `alone` (matrices that depend on their codebook only) have no order. `steps` follow one another; the units of
+    a step have no order. `trainings` come last. `codebook_of` maps the unit of a matrix to that of its codebook.
     """
 
     codebooks: Mapping[str, ArraySpecs]
@@ -32,9 +32,10 @@ class UnitOrder:
 
 
 def discard_void(store: Store, order: UnitOrder, *, from_scratch: bool) -> int:
-    """Delete the units that are void: how many. `from_scratch` says that what all are computed from was measured anew.
+    """Delete the void units and return how many there were.
 
-    Reads every finished unit once. Raises StorageError.
+    `from_scratch`: the measurements on the calibration text are new, so all units are void. Reads every finished unit once.
+    Raises StorageError.
     """
     if from_scratch:
         names = [*order.codebooks, *order.alone, *(name for step in order.steps for name in step), *order.trainings]

@@ -1,10 +1,10 @@
-"""Workers: the jobs of a clustering run by several threads or processes of this machine, or by those of a Ray cluster.
+"""Workers: threads or processes of this machine, or of a Ray cluster, that run the jobs of a compression.
 
-joblib runs the jobs, on a cluster through Ray's own backend for it. A job carries its arrays: a worker needs this package, but
-neither the source nor the work folder, so it may be anywhere.
+joblib runs the jobs; on a cluster it uses Ray's backend for joblib. A job carries its arrays: a worker needs this package, but
+neither the source nor the work folder, so it can run on any machine.
 
-A worker that dies costs the jobs that were running; they are given to new workers. Results come back to the one process that
-keeps them, so who computed what, in which order and how often leaves no trace in them.
+When a worker dies, only its running jobs are lost; new workers repeat them. One process receives and stores all results, so the
+results do not depend on which worker computed them, in which order, or how often.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ class Job(Protocol):
 
     @property
     def computing(self) -> Computing:
-        """How it is to be computed."""
+        """Method, seed, threads and device."""
 
     def run(self, on_progress: Progress = ...) -> dict[str, AnyArray]:
-        """The arrays of one unit of work."""
+        """Compute the arrays of one unit of work."""
 
 
 Prepare = Callable[[str, Computing], Job]
-"""Makes the job of a unit of work; called again if the job has to be repeated."""
+"""Makes the job of a unit of work. It is called again if the job must be repeated."""
 
 
 @dataclass(frozen=True)
@@ -93,11 +93,11 @@ class Workers(abc.ABC):
 
     @abc.abstractmethod
     def threads(self, jobs: int) -> int:
-        """How many threads each of so many jobs is to use."""
+        """Number of threads for each of `jobs` jobs."""
 
     @abc.abstractmethod
     def new_pool(self) -> contextlib.AbstractContextManager[joblib.Parallel]:
-        """Workers that yield results in whatever order they come."""
+        """Start workers that yield results in the order in which they finish."""
 
     def run(self, units: Sequence[str], prepare: Prepare) -> Iterator[tuple[str, dict[str, AnyArray]]]:
         """The units' arrays, each as soon as it is there.
@@ -124,7 +124,7 @@ class Workers(abc.ABC):
 
     def _results(self, calls: Iterator[Any]) -> Iterator[tuple[str, dict[str, AnyArray]]]:
         if self._parallel is None:
-            # Kept from run to run: to start a worker takes seconds.
+            # Kept between runs: starting a worker takes seconds.
             self._parallel = self._pool.enter_context(self.new_pool())
         self._arriving = self._parallel(calls)
         try:
@@ -141,7 +141,7 @@ class Workers(abc.ABC):
                 self._arriving.close()
 
     def close(self) -> None:
-        """Let the workers go, whatever they are at."""
+        """End the workers, also if they are running jobs."""
         self._stop()
         self._parallel = None
         self._pool.close()
