@@ -20,8 +20,8 @@ __all__ = ["UnitOrder", "discard_void"]
 class UnitOrder:
     """The units of a compression, by name, and the order in which they are computed.
 
-    `codebooks` and `alone` (matrices that depend on their codebook only) have no order. `steps` follow one another; the units of
-    a step have no order. `trainings` come last. `codebook_of` maps the unit of a matrix to that of its codebook.
+    `codebooks` and `alone` (matrices that depend on their codebook only) have no order. `steps` follow one another; the units
+    of a step have no order. `trainings` come last. `codebook_of` maps the unit of a matrix to that of its codebook.
     """
 
     codebooks: Mapping[str, ArraySpecs]
