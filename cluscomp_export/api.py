@@ -29,6 +29,7 @@ __all__ = [
     "evaluate",
     "evaluate_tasks",
     "inspect",
+    "inspect_delta",
     "merge",
     "open_source",
     "plan",
@@ -198,19 +199,26 @@ def plan(
 
 def inspect(
     model: StrPath, *, reference: StrPath | None = None, quick: bool = False, on_progress: Progress = silent
-) -> Inspection | DeltaInspection:
-    """Describe a model of any format, or a delta; `docs/inspect.md` describes every member of the report.
+) -> Inspection:
+    """Describe a model of any format; `docs/inspect.md` describes every member of the report.
 
-    `reference` is the original, or the model that a delta belongs to, and adds how far this one is from it. `quick` reads
-    shapes only. A model with invalid contents gets a report that lists all problems; only what cannot be opened raises
-    InvalidFileError. Raises UnsupportedError, StorageError, InvalidRequestError.
+    `reference` is the original, and adds the error of each tensor. `quick` reads shapes only. A model with invalid contents
+    gets a report that lists all problems; only what cannot be opened raises InvalidFileError. Raises UnsupportedError,
+    StorageError, InvalidRequestError.
     """
-    from cluscomp_export.inspection.inspect import inspect_delta, inspect_model
-    from cluscomp_formats.delta import is_delta
+    from cluscomp_export.inspection.inspect import inspect_model
 
-    if is_delta(Path(model)):
-        return inspect_delta(Path(model), reference=_path(reference))
     return inspect_model(Path(model), reference=_path(reference), quick=quick, on_progress=on_progress)
+
+
+def inspect_delta(delta: StrPath, *, reference: StrPath | None = None) -> DeltaInspection:
+    """Describe a delta; `reference` is the model it belongs to, and adds how far the new values are from the old ones.
+
+    Raises InvalidFileError, also if `reference` is another model, StorageError.
+    """
+    from cluscomp_export.inspection.inspect import inspect_delta as run
+
+    return run(Path(delta), reference=_path(reference))
 
 
 def verify(

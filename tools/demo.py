@@ -13,10 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from cluscomp_export import convert, evaluate, inspect, open_source
 from cluscomp_export.cli.terminal import ProgressDisplay, print_table, say, show
-from cluscomp_export.conversion.convert import ConversionOptions, convert, prepare
-from cluscomp_export.evaluation.evaluate import evaluate_files
-from cluscomp_export.sources import open_source
 from cluscomp_runtime import LanguageModel, load
 
 ROOT = Path(__file__).parent.parent
@@ -44,8 +42,8 @@ def measure(source: Path, bits: float) -> tuple[Path, dict[str, Any]]:
     """Convert at `bits` per weight and compare with the source."""
     output = OUTPUT / f"smollm2-{bits:g}bit.clus"
     with ProgressDisplay(f"{bits:g} bits: ") as progress:
-        report = convert(source, output, ConversionOptions(bits=bits), force=True, on_progress=progress)
-        quality = evaluate_files(output, text=TEXT, reference=source, windows=WINDOWS, on_progress=progress)
+        report = convert(source, output, bits=bits, force=True, on_progress=progress)
+        quality = evaluate(output, TEXT, reference=source, windows=WINDOWS, on_progress=progress)
     return output, {
         "model": f"{bits:g} bits",
         "megabytes": report.file_bytes / 1e6,
@@ -68,11 +66,11 @@ def main() -> None:
     source = find_model()
     say(f"compressing {source.name} ({source.stat().st_size / 1e6:.1f} MB); artefacts go to {OUTPUT.name}/")
     outputs, rows = zip(*(measure(source, bits) for bits in arguments.bits), strict=True)
-    original = prepare(source, ConversionOptions(bits=arguments.bits[0]))
+    original = inspect(source, quick=True)
     first = {
         "model": "source",
-        "megabytes": original.source_file_bytes / 1e6,
-        "bits_per_weight": {"all": 8 * original.source_file_bytes / original.sizes.all_weights},
+        "megabytes": original.file_bytes / 1e6,
+        "bits_per_weight": {"all": 8 * original.file_bytes / original.weights},
         "perplexity": rows[0]["reference_perplexity"],
         "tokens_per_second": speed(LanguageModel.from_model(open_source(source))),
     }

@@ -29,16 +29,15 @@ def inspect(model: Path, *, quick: bool, reference: Path | None, as_json: bool) 
     --reference is the model it belongs to, and adds how far the delta is from it.
     """
     from cluscomp_export.cli.tables import print_delta, print_inspection
-    from cluscomp_export.inspection.inspect import Inspection
+    from cluscomp_formats.delta import is_delta
 
+    if is_delta(model):
+        of_delta = api.inspect_delta(model, reference=reference)
+        print_json(vars(of_delta)) if as_json else print_delta(of_delta)
+        return of_delta.exit_code
     with ProgressDisplay() as progress:
         report = api.inspect(model, reference=reference, quick=quick, on_progress=progress)
-    if as_json:
-        print_json(vars(report))
-    elif isinstance(report, Inspection):
-        print_inspection(report)
-    else:
-        print_delta(report)
+    print_json(vars(report)) if as_json else print_inspection(report)
     return report.exit_code
 
 
