@@ -23,7 +23,7 @@ from cluscomp_export.sources import embedding_tensor, head_tensor, logits_tensor
 from cluscomp_export.sources.linears import block_index
 from cluscomp_export.training.blockwise import BlockwiseOptions
 from cluscomp_export.training.recovery import RecoveryOptions, teacher_kernel
-from cluscomp_formats.architectures import DecoderDescription
+from cluscomp_formats.architectures import DecoderDescription, Experts
 from cluscomp_formats.ir import ClusteredWeight, Model, Tensor
 from cluscomp_kernels.clus_linear.trainable import BLOCK_BYTES
 from cluscomp_runtime.selftest import MAX_SENTENCE_TOKENS, RANDOM_SEQUENCES
@@ -64,7 +64,7 @@ def calibration(source: Model, description: DecoderDescription, windows: int, co
 
 
 def sensitivities(source: Model, description: DecoderDescription, context: int) -> int:
-    """`measure_sensitivities`: the streams of a few windows before and behind every block, with their gradients; beside them
+    """`measure_sensitivities`: the streams of a few windows before and after every block, with their gradients; beside them
     the most of a block or of embedding and head.
 
     A block: its matrices as float32 with two trial errors and, of one window, gradients and what they need
@@ -86,7 +86,7 @@ def sensitivities(source: Model, description: DecoderDescription, context: int) 
 
 
 def row_importance(source: Model, description: DecoderDescription, context: int) -> int:
-    """`row_importance`: the streams of a few windows before and behind every block, with their gradients; beside them a block's
+    """`row_importance`: the streams of a few windows before and after every block, with their gradients; beside them a block's
     matrices as float32, and of one window what it keeps and what flows back, once as float64 and squared. Or the head as
     float32 with the logits of some tokens six times."""
     most = 0
@@ -102,7 +102,7 @@ def row_importance(source: Model, description: DecoderDescription, context: int)
 
 
 def _between_blocks(description: DecoderDescription, context: int) -> int:
-    """The streams before and behind every block for the windows of a `FisherPass`, and their gradients."""
+    """The streams before and after every block for the windows of a `FisherPass`, and their gradients."""
     return 4 * WINDOWS * context * description.hidden_size * (description.num_layers + 2)
 
 
@@ -119,17 +119,20 @@ def _noise(description: DecoderDescription) -> int:
 def error_feedback(
     source: Model, model: Model, plan: Plan, description: DecoderDescription, windows: int, context: int, *, cuda: bool
 ) -> tuple[int, int]:
-    """Device and host bytes of the most of what follows, for each half of a block: its readers, which have the normed stream as
-    input, and its writer.
+    """Device and host bytes for the branch of a block that needs most, while its input or output projections are encoded.
 
-    On the device, or else the host too: the half as float32, of the original model, while the writer is seen to also of the
-    compressed one, for a moment twice (three halves); activations of `BATCH` windows; the moments of an input (8 n²), the
-    product that is added to them (4 n²), and the same for what is lacking, of readers n², of the writer n x hidden_size.
+    On the device, or else on the host too: the branch as float32, of the original model, while the output projections are
+    encoded also of the compressed one, for a moment twice (three times the branch); activations of `BATCH` windows; the moments
+    of an input (8 n²), the product that is added to them (4 n²), and the same for the residuals: n² for input projections, n x
+    hidden_size for output projections.
 
-    On the host: the streams of all windows of both models, before and behind the half (five at a time, 4 bytes x tokens x
-    hidden_size), for the writer also all its inputs; the codes of the block; and what `_correcting` and `_encoding` say. Or
-    what is outside the blocks: an embedding that is encoded without feedback, or the head, with it: beside its vectors and
-    codes six times the piece that is encoded, and the moments of its input (24 n²).
+    On the host: the streams of all windows of both models, before and after the branch (five at a time, 4 bytes x tokens x
+    hidden_size), for output projections also all their inputs; the codes of the block; and what `_correcting` and `_encoding`
+    return. A norm after the branch adds one stream, its input. Experts add the residuals of all tokens (one stream) and the
+    moments and residuals of the input over all tokens (16 n²), and every token is copied for each of its experts.
+
+    Or what is outside the blocks: an embedding that is encoded without feedback, or the head, with it: its vectors and codes,
+    six times the piece that is encoded, and the moments of its input (24 n²).
     """
     blocks = _blocks(source)
     index = max(blocks, key=lambda block: sum(source.tensors[name].num_weights for name in blocks[block]))
@@ -140,26 +143,32 @@ def error_feedback(
     codes = sum(2 * num_vectors(plan.schemes[name]) for name in names if name in plan.schemes)
     device = host = 0
     for branch in description.blocks[index].branches:
+        # Experts are alike and encoded one after the other: the first stands for each of them.
         inputs = [[linear.weight for linear in step.groups[0]] for step in branch.part.steps]
-        matrices = [name for group in inputs for name in group]
+        matrices = [name for step in branch.part.steps for name in step.weights]
         half = sum(4 * source.tensors[name].num_weights for name in matrices)
         placing = max(_to_float32(model.tensors[name]) for name in matrices)
         widths = [source.tensors[group[0]].shape[1] for group in inputs]
-        mixed = 4 * windows * context * widths[1]
-        lacking = (widths[0] ** 2, widths[1] * description.hidden_size)
-        # Five arrays of inputs: of both models, scaled, what is lacking, that scaled.
-        sums = [12 * (width**2 + lack) + 20 * tokens * width for width, lack in zip(widths, lacking, strict=True)]
-        computing = (half + max(running, sums[0]), 2 * half + sums[1], 3 * half + running)
-        goals = [
+        experts = branch.part.top_k if isinstance(branch.part, Experts) else 0
+        mixed = 4 * windows * context * widths[1] * max(1, experts)
+        copied = 8 * tokens * experts * description.hidden_size
+        kept = stream * ((branch.post_norm is not None) + (experts > 0)) + (16 * widths[0] ** 2 if experts else 0)
+        residual = (widths[0] ** 2, widths[1] * description.hidden_size)
+        # Five arrays of inputs: of both models, scaled, the residual, that scaled.
+        sums = [12 * (width**2 + size) + 20 * tokens * width for width, size in zip(widths, residual, strict=True)]
+        active = running + copied
+        computing = (half + max(active, sums[0]), 2 * half + sums[1], 3 * half + active)
+        targets = [
             max(_correcting(source, width, group), _encoding(source, plan, width, group))
             for width, group in zip(widths, inputs, strict=True)
         ]
         if cuda:
             device = max(device, *computing, half + feedback_search(plan))
-            host = max(host, goals[0], mixed + goals[1], mixed + placing)
+            host = max(host, kept + targets[0], kept + mixed + targets[1], kept + mixed + placing)
         else:
-            beside = (half + goals[0], half + mixed + goals[1], 2 * half + mixed + placing)
-            host = max(host, computing[0], mixed + computing[1], mixed + computing[2], *beside)
+            beside = (half + targets[0], half + mixed + targets[1], 2 * half + mixed + placing)
+            most = max(computing[0], mixed + computing[1], mixed + computing[2], *beside)
+            host = max(host, kept + most)
     outside = Plan({name: scheme for name, scheme in plan.schemes.items() if block_index(name) is None})
     device_outside, host_outside = encoding(source, outside, cuda=cuda)
     host = max(5 * stream + codes + host, 2 * stream + host_outside, embedding(source, description, windows, context))
@@ -184,11 +193,11 @@ def _to_float32(tensor: Tensor) -> int:
 
 
 def _correcting(source: Model, width: int, names: Sequence[str]) -> int:
-    """Moments and lacks (16 n²) with a matrix as float64, or the moments and their factor twice (24 n²); what the outputs lack
-    as float64, one of them twice more."""
-    lacks = [8 * width * source.tensors[name].shape[0] for name in names]
+    """Moments and residuals of the input (16 n²) with a matrix as float64, or the moments and their factor twice (24 n²); the
+    residuals of the outputs as float64, one of them twice more."""
+    residuals = [8 * width * source.tensors[name].shape[0] for name in names]
     decoding = max(max(peak, 3 * after) for peak, after in (reading(source, source.tensors[name]) for name in names))
-    return sum(lacks) + max(16 * width**2 + decoding, 24 * width**2 + 2 * max(lacks))
+    return sum(residuals) + max(16 * width**2 + decoding, 24 * width**2 + 2 * max(residuals))
 
 
 def _encoding(source: Model, plan: Plan, width: int, names: Sequence[str]) -> int:
