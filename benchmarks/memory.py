@@ -27,7 +27,12 @@ import torch
 from measuring import forget_peak, peak_resident_bytes, resident_bytes
 from synthetic_model import llama_config, write_model
 
-from cluscomp_export.calibration.activations import calibration_tokens, calibration_windows, channel_energies, shipped_text
+from cluscomp_export.calibration.activations import (
+    calibration_tokens,
+    calibration_windows,
+    channel_second_moments,
+    shipped_text,
+)
 from cluscomp_export.calibration.fisher import WINDOWS
 from cluscomp_export.calibration.row_importance import row_importance
 from cluscomp_export.cli.terminal import print_table, say
@@ -129,7 +134,7 @@ def check(stand: Stand) -> None:
 
 def calibrate(stand: Stand) -> None:
     # Second moments of more windows than are run at a time take longer, not more memory.
-    stand.work.save("energies", channel_energies(stand.prepared.source, stand.calibration(stand.windows)))
+    stand.work.save("energies", channel_second_moments(stand.prepared.source, stand.calibration(stand.windows)))
 
 
 def weigh_rows(stand: Stand) -> None:

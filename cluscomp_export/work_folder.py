@@ -94,7 +94,7 @@ class WorkFolder:
         return name in self._sound
 
     def discard(self, names: Iterable[str]) -> int:
-        """Delete units, those that are there: how many. Raises StorageError."""
+        """Delete the units of these names that exist, and return how many there were. Raises StorageError."""
         found = [name for name in names if self._file(name).exists()]
         for name in found:
             _delete(self._file(name))
@@ -120,7 +120,7 @@ class WorkFolder:
         return {_array_name(key): values for key, values in arrays.items()}
 
     def save(self, name: str, arrays: Mapping[str, AnyArray]) -> None:
-        """Keep a finished unit. Raises StorageError."""
+        """Save a finished unit. Raises StorageError."""
         stored = {_key(array): np.asarray(values, order="C") for array, values in arrays.items()}
         stored[_CHECKSUM] = np.frombuffer(self._checksum(name, stored), dtype=np.uint8)
         entries = lay_out({key: (values.dtype.name, values.shape) for key, values in stored.items()})
@@ -142,7 +142,7 @@ class WorkFolder:
 
     @property
     def started(self) -> bool:
-        """Whether a unit was finished since this folder was opened."""
+        """Whether a unit was saved since this folder was opened."""
         return bool(self._saved)
 
     @property
@@ -152,7 +152,7 @@ class WorkFolder:
 
     @property
     def empty(self) -> bool:
-        """Whether no unit is there."""
+        """Whether there is no unit."""
         return not any(file.suffix == ".safetensors" for file, _ in self._files())
 
     def holds_only(self, conversion: str) -> bool:
@@ -160,7 +160,7 @@ class WorkFolder:
         return all(owner == conversion for _, owner in self._files())
 
     def stored_bytes(self) -> int:
-        """Size of everything kept, whichever conversion it is of. Raises StorageError."""
+        """Bytes of all units, also of other conversions. Raises StorageError."""
         try:
             return sum(file.stat().st_size for file, _ in self._files())
         except OSError as error:

@@ -45,7 +45,7 @@ def few_windows() -> Iterator[None]:
     """Calibrates on little of a short text: what a model that small gains from more is not what tests ask."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cluscomp_export.conversion.effort.WINDOWS", 6)
-        patch.setattr("cluscomp_export.conversion.compress_source.ENERGY_WINDOWS", 6)
+        patch.setattr("cluscomp_export.conversion.compress_source.MOMENT_WINDOWS", 6)
         patch.setattr("cluscomp_export.conversion.compress_source.WINDOWS", 2)
         patch.setattr("cluscomp_export.conversion.prepare.shipped_text", lambda: shipped_text()[:40_000])
         yield

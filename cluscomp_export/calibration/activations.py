@@ -27,11 +27,11 @@ from cluscomp_runtime.language_model import observe_inputs
 from cluscomp_runtime.tokenizer import Tokenizer
 
 __all__ = [
-    "ENERGY_WINDOWS",
+    "MOMENT_WINDOWS",
     "calibration_context",
     "calibration_tokens",
     "calibration_windows",
-    "channel_energies",
+    "channel_second_moments",
     "most_windows",
     "normalised",
     "read_text",
@@ -41,7 +41,7 @@ __all__ = [
 
 CONTEXT = 512
 """Default tokens of a window, if the model was trained for so many."""
-ENERGY_WINDOWS = 16
+MOMENT_WINDOWS = 16
 """Windows on which second moments are measured."""
 BATCH = 4
 """Windows run together. Every batch decodes every matrix again; activations need memory in proportion to the batch."""
@@ -116,7 +116,7 @@ def most_windows(text: str, most: int, context: int) -> int:
     return max(1, min(most, len(text.encode()) // context))
 
 
-def channel_energies(
+def channel_second_moments(
     model: Model, windows: torch.Tensor, on_progress: Progress = silent
 ) -> Mapping[str, npt.NDArray[np.float32]]:
     """Second moment of each input channel, float32 `[in_features]` with mean 1, by name of the matrix.
@@ -140,7 +140,7 @@ def channel_energies(
         on_progress("calibrating", done, len(batches))
         observe_inputs(model, batch, observe)
     on_progress("calibrating", len(batches), len(batches))
-    return {name: normalised(energy) for name, energy in sums.items()}
+    return {name: normalised(total) for name, total in sums.items()}
 
 
 def token_shares(values: torch.Tensor) -> torch.Tensor:
@@ -149,9 +149,9 @@ def token_shares(values: torch.Tensor) -> torch.Tensor:
     All tokens count alike: the first token of a text can have a thousand times the sum of squares of the others, in few
     channels. Only tokens with less than `NEGLIGIBLE` of the mean count less.
     """
-    energy = values.double().square().flatten(0, -2)
-    least = max(NEGLIGIBLE * float(energy.mean()), torch.finfo(energy.dtype).tiny)
-    return (energy / energy.mean(1, keepdim=True).clamp(min=least)).sum(0)
+    squares = values.double().square().flatten(0, -2)
+    least = max(NEGLIGIBLE * float(squares.mean()), torch.finfo(squares.dtype).tiny)
+    return (squares / squares.mean(1, keepdim=True).clamp(min=least)).sum(0)
 
 
 def normalised(sums: torch.Tensor) -> npt.NDArray[np.float32]:

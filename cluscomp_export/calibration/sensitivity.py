@@ -32,13 +32,13 @@ __all__ = ["measure_sensitivities", "sensitive_tensors"]
 class _Leaf(DenseLinear):
     """A dense matrix whose weight gets gradients, and which adds up second moments of its inputs in the forward pass."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, energy: torch.Tensor) -> None:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, second_moments: torch.Tensor) -> None:
         super().__init__(weight, bias)
-        self.energy = energy
+        self.second_moments = second_moments
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.is_grad_enabled():
-            self.energy += token_shares(x)
+            self.second_moments += token_shares(x)
         return super().__call__(x)
 
 
@@ -53,21 +53,25 @@ class _Leaves(MatrixBuilder):
     def build(self, tensor: Tensor, bias: Tensor | None = None) -> DenseLinear:
         weight = decoded(tensor).float().requires_grad_()
         self.weights[tensor.name] = weight
-        return _Leaf(weight, None if bias is None else self.vector(bias), self.sums[tensor.name].energy)
+        return _Leaf(weight, None if bias is None else self.vector(bias), self.sums[tensor.name].second_moments)
 
 
 class _Sums:
     """Sums for a matrix: second moments of its inputs, losses of trial errors."""
 
     def __init__(self, in_features: int) -> None:
-        self.energy = torch.zeros(in_features, dtype=torch.float64)
+        self.second_moments = torch.zeros(in_features, dtype=torch.float64)
         self.relative = self.flat = 0.0
 
     def trial(self, weight: torch.Tensor, *, row_scale: bool = True) -> torch.Tensor:
         """`trial_errors` of the matrix."""
         # Channels of an expert that no token goes to count alike.
-        energy = (self.energy if self.energy.any() else torch.ones_like(self.energy)).numpy().astype(np.float32)
-        return torch.from_numpy(trial_errors(weight.detach().numpy(), energy, row_scale=row_scale))
+        second_moments = (
+            (self.second_moments if self.second_moments.any() else torch.ones_like(self.second_moments))
+            .numpy()
+            .astype(np.float32)
+        )
+        return torch.from_numpy(trial_errors(weight.detach().numpy(), second_moments, row_scale=row_scale))
 
 
 class _Measurement(FisherPass):
@@ -104,7 +108,7 @@ class _Measurement(FisherPass):
 
     def watch_head(self, hidden: torch.Tensor, weight: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], None]:
         sums = self.sums[self.head]
-        sums.energy += token_shares(self.decoder.norm(hidden))
+        sums.second_moments += token_shares(self.decoder.norm(hidden))
         errors = sums.trial(weight)
 
         def see_predictions(normed: torch.Tensor, probabilities: torch.Tensor) -> None:
@@ -119,7 +123,7 @@ class _Measurement(FisherPass):
         """Add the loss through the look-up. For a tied head, the cross term with the head is left out; its sign varies."""
         sums = self.sums[EMBEDDING]
         if self.head != EMBEDDING:
-            sums.energy += 1.0
+            sums.second_moments += 1.0
         errors, scale = sums.trial(decoded(self.source.tensors[EMBEDDING]).float()), self.description.embedding_scale
         for ids, gradient in zip(windows, gradients, strict=True):
             distinct, places = ids.unique(return_inverse=True)

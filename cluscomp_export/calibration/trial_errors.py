@@ -25,10 +25,10 @@ ROWS = 4096
 """Rows processed at a time, a multiple of the dimension."""
 
 
-def trial_errors(weight: Floats, energy: Floats, *, row_scale: bool, threads: int | None = None) -> Floats:
+def trial_errors(weight: Floats, second_moments: Floats, *, row_scale: bool, threads: int | None = None) -> Floats:
     """Errors of a matrix `[out_features, in_features]`, scaled so that theory expects the sum of squares of the matrix.
 
-    `energy` `[in_features]` are the second moments that weight the input channels.
+    `second_moments` `[in_features]` are the second moments that weight the input channels.
     """
     out_features, in_features = weight.shape
     rms = np.sqrt(np.mean(np.square(weight, dtype=np.float64), axis=1 if row_scale else None, keepdims=True))
@@ -40,7 +40,7 @@ def trial_errors(weight: Floats, energy: Floats, *, row_scale: bool, threads: in
     places = np.minimum(groups[:, None] * CLUSTER_DIM + np.arange(CLUSTER_DIM), out_features - 1)
     sample = np.ascontiguousarray(weight[places, channels[:, None]] / scale[places, 0])
     clusters = min(NUM_CLUSTERS, len(sample))
-    centroids = kmeans(sample, clusters, weights=np.ascontiguousarray(energy[channels]), threads=threads).centroids
+    centroids = kmeans(sample, clusters, weights=np.ascontiguousarray(second_moments[channels]), threads=threads).centroids
     expected = np.float32(expected_error(CLUSTER_DIM, clusters, 1 << 62))
     errors = np.empty_like(weight)
     for begin in range(0, out_features, ROWS):

@@ -92,8 +92,8 @@ class Encoding:
 
     `vectors` `[in_features * groups, cluster_dim]` are those of the transposed, padded matrix, its rows divided by `scale`
     `[out_features]` if that is given; `fitted` is what the `Fit` of its codebook gave. With a `target`, codes are chosen with
-    error feedback. Otherwise each vector gets its nearest centroid; `energy` `[in_features]` then weights the input channels
-    when scales are fitted again.
+    error feedback. Otherwise each vector gets its nearest centroid; `second_moments` `[in_features]` then weights the
+    input channels when scales are fitted again.
     """
 
     vectors: Floats

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 
 from cluscomp_export.calibration.activations import (
-    ENERGY_WINDOWS,
+    MOMENT_WINDOWS,
     calibration_context,
     calibration_tokens,
     calibration_windows,
-    channel_energies,
+    channel_second_moments,
 )
 from cluscomp_export.calibration.fisher import WINDOWS, block_matrices
 from cluscomp_export.calibration.row_importance import row_importance
@@ -124,7 +124,7 @@ def _measure(prepared: Prepared, options: ConversionOptions, work: Store, on_pro
     token_ids = calibration_tokens(source, text)
     seen = phases.seen(token_ids)
     context = calibration_context(source, options.calibration_context)
-    moments = _second_moments(source, calibration_windows(seen, ENERGY_WINDOWS, context), work, on_progress)
+    moments = _second_moments(source, calibration_windows(seen, MOMENT_WINDOWS, context), work, on_progress)
     if not phases.block_by_block:
         return _Measured(token_ids, moments, None)
     importance: Mapping[str, AnyArray] = {}
@@ -137,9 +137,9 @@ def _measure(prepared: Prepared, options: ConversionOptions, work: Store, on_pro
 
 
 def _second_moments(source: Model, windows: torch.Tensor, work: Store, on_progress: Progress) -> Mapping[str, AnyArray]:
-    """`channel_energies`, measured unless an earlier attempt has done so."""
+    """`channel_second_moments`, measured unless an earlier attempt has done so."""
     specs = {name: ("float32", (tensor.shape[1],)) for name, tensor in source.tensors.items() if len(tensor.shape) == 2}
-    return _kept(work, "energies", specs, lambda: channel_energies(source, windows, on_progress))
+    return _kept(work, "energies", specs, lambda: channel_second_moments(source, windows, on_progress))
 
 
 def _importance(source: Model, windows: torch.Tensor, work: Store, seed: int, on_progress: Progress) -> Mapping[str, AnyArray]:

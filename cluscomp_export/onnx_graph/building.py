@@ -1,4 +1,4 @@
-"""Which graph to build for a model."""
+"""Chooses how the graph of a model is built."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["build_graph"]
 
 
 def build_graph(model: Model) -> Graph:
-    """The graph of a model; reads no payload. Any but those of a known family are traced, which takes longer.
+    """Build the graph of a model; reads no payload. A model of an unknown family is traced, which takes longer.
 
     Raises UnsupportedError for an architecture that cannot be traced, or without the packages that this takes;
     InvalidFileError for tensors that do not fit the configuration.

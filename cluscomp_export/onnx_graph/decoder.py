@@ -31,7 +31,7 @@ from cluscomp_runtime.rope import inverse_frequencies
 __all__ = ["decoder_graph"]
 
 LOWEST = float(np.finfo(np.float32).min)
-"""Added to a score that must not count. Not minus infinity: a padded position that attends to nothing would give NaN."""
+"""Added to masked scores. Not minus infinity: a padded position that attends to nothing would give NaN."""
 
 TURN_BITS = 44
 """An angle per position is off by 2 ** -45 turns at most, which a million positions make as much as a float32's rounding; int64
@@ -185,7 +185,7 @@ class _DecoderGraph:
         return add_bias(self.builder, y, self.model.tensors.get(f"{described.name}.bias"))
 
     def _attention(self, index: int, part: Attention, x: str, shared: _Shared) -> str:
-        """Grouped-query attention: heads that share a key act as so many queries, so that no key is repeated."""
+        """Grouped-query attention: heads that share a key are treated as further queries, so keys are not repeated."""
         builder, heads, kv_heads, dim = self.builder, part.heads, part.kv_heads, part.head_dim
         queries, keys, values = (self._linear(linear, x) for linear in (part.query, part.key, part.value))
         builder.scope = part.query.name.rpartition(".")[0]

@@ -48,7 +48,7 @@ MAX_MODULES = 4096
 _COUNTS = re.compile(r"layers?$|blocks$|experts$|experts_per_|depths?$")
 
 _IGNORED = (r"rotary_emb\.inv_freq$", r"\.masked_bias$")
-"""What old checkpoints store although it follows from the configuration."""
+"""Buffers that old checkpoints store although they follow from the configuration."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def _model_class(config: Mapping[str, Any]) -> Any:
 
 
 def _refuse_claims(config: Mapping[str, Any]) -> None:
-    """Refuse modules without end: transformers builds as many as the configuration says, whatever tensors there are."""
+    """Refuse configurations with huge numbers of layers or experts: transformers would build all of them, tensors or not."""
     # A configuration made in Python may have numbers for keys, as in `id2label`.
     for name, value in config.items():
         if isinstance(value, Mapping):
@@ -223,7 +223,7 @@ def named_class(config: Mapping[str, Any]) -> Any:
 
 @contextmanager
 def refusing(message: str, remedy: str | None = None) -> Iterator[None]:
-    """Turn whatever goes wrong within into an UnsupportedError, and keep torch's remarks on its own workings to itself."""
+    """Turn every exception within into an UnsupportedError, and hide warnings of torch about its own internals."""
     logger = logging.getLogger("torch")
     level = logger.level
     logger.setLevel(logging.ERROR)

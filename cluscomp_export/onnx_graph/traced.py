@@ -67,7 +67,7 @@ class _Translation:
         return Graph(self.builder.nodes, inputs, outputs)
 
     def _check(self, traced: onnx_ir.Graph) -> None:
-        """Raises InvalidFileError for tensors that the model lacks, UnsupportedError for what has no place in a file."""
+        """Raises InvalidFileError for missing tensors, UnsupportedError for anything that an ONNX file cannot hold."""
         used = {value.name or "" for value in traced.inputs[len(self.trace.inputs) :] if value.uses()}
         used |= {_key(node) for node in traced if node.domain == PLACEHOLDER_DOMAIN}
         missing = sorted(used - self.tensors.keys())
@@ -101,7 +101,7 @@ class _Translation:
         self.names.update(zip(node.outputs, [results] if len(node.outputs) == 1 else results, strict=True))
 
     def _name(self, operand: onnx_ir.Value | None) -> str:
-        """What a value is called in the graph; arrays of the model and constants appear when first used."""
+        """Name of a value in the graph; arrays of the model and constants are added when first used."""
         if operand is None:
             return ""
         if operand not in self.names:

@@ -31,7 +31,7 @@ from cluscomp_formats.onnx.spec import OPSET
 __all__ = ["Port", "Trace", "trace"]
 
 _CONTEXT = 65536
-"""Tokens a trace has to hold for, if the configuration names no limit."""
+"""Number of tokens that a trace must be valid for, if the configuration has no limit."""
 
 _OUTPUTS = ("logits", "last_hidden_state", "pooler_output")
 
@@ -130,7 +130,7 @@ _ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attentio
 
 
 def _check_kind(skeleton: Skeleton) -> None:
-    """Say in words what torch and transformers would stumble over. Raises ValueError."""
+    """Check for what torch and transformers fail on with unclear messages. Raises ValueError with a clear one."""
     others = sorted(_OTHER_INPUTS & skeleton.options)
     if others:
         raise ValueError(f"it takes other inputs than text, too: {', '.join(others)}")
@@ -186,7 +186,7 @@ def _translate(program: torch.export.ExportedProgram, module: nn.Module) -> onnx
     for name, value in list(graph.initializers.items()):
         if name in state:
             del graph.initializers[name]
-            # Nothing may look at what is no value.
+            # Placeholders without values must not be read.
             value.const_value = None
             value.name = name.removeprefix("model.")
             graph.inputs.append(value)

@@ -15,11 +15,11 @@ from model_builders import tiny_llama
 
 from cluscomp_export.calibration import activations as calibration
 from cluscomp_export.calibration.activations import (
-    ENERGY_WINDOWS,
+    MOMENT_WINDOWS,
     calibration_context,
     calibration_tokens,
     calibration_windows,
-    channel_energies,
+    channel_second_moments,
     read_text,
     shipped_text,
 )
@@ -37,7 +37,7 @@ def energies_of(inputs: torch.Tensor, source: Model, monkeypatch: pytest.MonkeyP
     matrix = DenseTensor(name, Array.of(np.zeros((3, inputs.shape[-1]), np.float32)))
     model = Model(source.config, {name: matrix}, source.files)
     monkeypatch.setattr(calibration, "observe_inputs", lambda model, ids, observe: observe(name, inputs))
-    return channel_energies(model, torch.zeros(1, 4, dtype=torch.int64))[name]
+    return channel_second_moments(model, torch.zeros(1, 4, dtype=torch.int64))[name]
 
 
 def test_every_token_counts_alike(stories_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,15 +56,15 @@ def test_energies_of_a_real_model_cover_every_matrix_for_any_number_of_threads(
     stories_folder: Path, stories_text: Path
 ) -> None:
     source = open_source(stories_folder)
-    windows = calibration_windows(calibration_tokens(source, read_text(stories_text)), ENERGY_WINDOWS)
-    energies = channel_energies(source, windows)
+    windows = calibration_windows(calibration_tokens(source, read_text(stories_text)), MOMENT_WINDOWS)
+    energies = channel_second_moments(source, windows)
     for name, tensor in source.tensors.items():
         if name.startswith("model.layers") and "proj" in name:
             assert energies[name].shape == (tensor.shape[1],)
             assert energies[name].mean() == pytest.approx(1, rel=1e-5)
             assert energies[name].min() >= 0
     with torch_threads(1):
-        again = channel_energies(source, windows)
+        again = channel_second_moments(source, windows)
     assert all(np.array_equal(energies[name], again[name]) for name in energies)
 
 
@@ -115,14 +115,14 @@ def test_all_that_is_measured_sees_windows_of_that_length(
 
         monkeypatch.setattr(f"{module}.{name}", seeing)
 
-    for name in ("channel_energies", "row_importance", "BlockByBlock"):
+    for name in ("channel_second_moments", "row_importance", "BlockByBlock"):
         see("cluscomp_export.conversion.compress_source", name)
     see("cluscomp_export.conversion.prepare", "measure_sensitivities")
     options = ConversionOptions(bits=3, calibration_context=64, calibration_windows=5, sensitivity="measured")
     output = tmp_path / "out.clus"
     convert(stories_folder, output, options)
     assert shapes == {
-        "channel_energies": (6, 64),
+        "channel_second_moments": (6, 64),
         "row_importance": (2, 64),
         "BlockByBlock": (5, 64),
         "measure_sensitivities": (4, 64),

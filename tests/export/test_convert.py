@@ -229,7 +229,7 @@ def test_whatever_stops_it_leaves_at_most_finished_work(
 
     output, options = tmp_path / "out.clus", ConversionOptions(bits=4, embedding_bits=8)
     with monkeypatch.context() as patch:
-        patch.setattr("cluscomp_export.conversion.compress_source.channel_energies", stop)
+        patch.setattr("cluscomp_export.conversion.compress_source.channel_second_moments", stop)
         with pytest.raises((type(error), ClusCompError)):
             convert(stories_folder, output, options)
     assert list(tmp_path.iterdir()) == []

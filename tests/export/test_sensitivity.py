@@ -115,7 +115,7 @@ def test_a_conversion_that_goes_on_does_not_measure_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(compress_module, "channel_energies", stop)
+        patch.setattr(compress_module, "channel_second_moments", stop)
         with pytest.raises(KeyboardInterrupt):
             convert(stories_folder, tmp_path / "out.clus", options)
     with monkeypatch.context() as patch:

@@ -51,8 +51,8 @@ def _layer_activations(description: DecoderDescription, tokens: int, width: int)
 
 
 def calibration(source: Model, description: DecoderDescription, windows: int, context: int) -> int:
-    """`channel_energies`: the sums of all channels, and the most of a block's matrix as float64 with the activations of `BATCH`
-    windows as float64, or the embedding with two streams of them. The head does not multiply."""
+    """`channel_second_moments`: the sums of all channels, and the larger of two: a matrix of a block as float64 with the
+    activations of `BATCH` windows as float64, or the embedding with two of their streams. The head does not multiply."""
     matrices = [tensor for tensor in source.tensors.values() if len(tensor.shape) == 2]
     sums = sum(8 * tensor.shape[1] for tensor in matrices)
     tokens = min(windows, BATCH) * context
