@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cluscomp_export.sources.checkpoint import PICKLED_SUFFIXES
 from cluscomp_export.sources.side_files import SIDE_FILES
-from cluscomp_formats.gguf.architectures import ARCHITECTURES
+from cluscomp_formats.gguf.hyperparameters import ARCHITECTURES
 from cluscomp_formats.tokens.word_schemes import SCHEMES
 
 TEXT = (Path(__file__).parents[2] / "docs" / "sources.md").read_text(encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,14 +11,15 @@ import numpy.typing as npt
 
 from cluscomp_export.sources.gguf.decoding import PLAIN_DTYPES
 from cluscomp_export.sources.gguf.rope import is_positive_float32, rope_config, shortest_float
+from cluscomp_formats.architectures import DecoderDescription, Family, describe, describe_loosely
 from cluscomp_formats.errors import InvalidFileError, Problem, UnsupportedError
-from cluscomp_formats.gguf.architectures import ARCHITECTURES, Architecture
 from cluscomp_formats.gguf.container import StoredTensor
+from cluscomp_formats.gguf.hyperparameters import ARCHITECTURES, GEMMA3_PERIOD, gemma3_attention_divisor
 
-__all__ = ["build_config", "find_architecture"]
+__all__ = ["build_config", "description_of", "find_architecture"]
 
 
-def find_architecture(file: str, metadata: Mapping[str, Any]) -> Architecture:
+def find_architecture(file: str, metadata: Mapping[str, Any]) -> Family:
     """The file's architecture. Raises UnsupportedError for an unknown one, InvalidFileError if the file names none."""
     name = metadata.get("general.architecture")
     if not isinstance(name, str):
@@ -53,7 +55,7 @@ class _Keys:
 
 def build_config(
     file: str,
-    architecture: Architecture,
+    family: Family,
     metadata: Mapping[str, Any],
     tensors: Mapping[str, StoredTensor],
     rope_divisors: npt.NDArray[np.float32] | None,
@@ -63,7 +65,7 @@ def build_config(
     Raises InvalidFileError for hyperparameters that are missing or contradict each other; UnsupportedError for mixtures of
     experts, partial rotation, and rotary scalings for which Hugging Face has no parameters.
     """
-    keys = _Keys(file, architecture.name, metadata)
+    keys = _Keys(file, family.gguf, metadata)
     hidden, heads = keys.integer("embedding_length"), keys.integer("attention.head_count")
     key_value_heads = keys.integer("attention.head_count_kv", heads)
     head_dim = keys.integer("attention.key_length", hidden // heads)
@@ -78,10 +80,11 @@ def build_config(
     if layers > len(tensors):
         found, expected = f"{layers} blocks", f"no more than its {len(tensors)} tensors"
         keys.problems.append(Problem("bad_key", "more blocks than tensors", file, None, found, expected))
+    experts = _expert_fields(keys, inner) if family.gguf == "qwen3moe" else {}
     if keys.problems:
         raise InvalidFileError(keys.problems)
-    if metadata.get(f"{architecture.name}.expert_count"):
-        found = f"{metadata[f'{architecture.name}.expert_count']} experts"
+    if family.gguf != "qwen3moe" and metadata.get(f"{family.gguf}.expert_count"):
+        found = f"{metadata[f'{family.gguf}.expert_count']} experts"
         raise UnsupportedError(Problem("experts", "a mixture of experts", file, None, found, "a dense model"))
     if value_dim != head_dim or rotated != head_dim:
         found = f"keys {head_dim}, values {value_dim}, rotated {rotated}"
@@ -89,12 +92,15 @@ def build_config(
         raise UnsupportedError(Problem("head_sizes", message, file, None, found, "all equal"))
 
     embedding = tensors.get("token_embd.weight")
-    vocabulary = metadata.get("tokenizer.ggml.tokens")
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    vocabulary = len(tokens) if isinstance(tokens, list) and tokens else 1
+    gemma3 = family.gguf == "gemma3"
+    activation_field, activation = ("hidden_activation", "gelu_pytorch_tanh") if gemma3 else ("hidden_act", "silu")
     config: dict[str, Any] = {
-        "architectures": [architecture.class_name],
-        "model_type": architecture.model_type,
+        "architectures": [family.class_name],
+        "model_type": family.model_type,
         "torch_dtype": _dtype(embedding),
-        "hidden_act": "silu",
+        activation_field: activation,
         "hidden_size": hidden,
         "intermediate_size": inner,
         "num_hidden_layers": layers,
@@ -103,16 +109,21 @@ def build_config(
         "head_dim": head_dim,
         "max_position_embeddings": context,
         "rms_norm_eps": shortest_float(epsilon),
-        "vocab_size": embedding.shape[0] if embedding is not None else len(vocabulary) if isinstance(vocabulary, list) else 0,
+        # A file without an embedding is refused when its tensors are checked.
+        "vocab_size": embedding.shape[0] if embedding is not None else vocabulary,
         "tie_word_embeddings": "output.weight" not in tensors,
-        **rope_config(file, architecture.name, metadata, head_dim, rope_divisors),
+        **rope_config(file, family.gguf, metadata, head_dim, rope_divisors),
     }
-    if architecture.qkv_bias is None:
+    config |= experts
+    # Qwen2 has its biases whatever the configuration says.
+    if family.gguf != "qwen2":
         config["attention_bias"] = "blk.0.attn_q.bias" in tensors
-    if architecture.name == "llama":
+    if family.gguf == "llama":
         config["mlp_bias"] = "blk.0.ffn_gate.bias" in tensors
-    window = metadata.get(f"{architecture.name}.attention.sliding_window")
-    if window and window != context:
+    window = metadata.get(f"{family.gguf}.attention.sliding_window")
+    if gemma3:
+        config |= _gemma3_fields(keys, config)
+    elif window and window != context:
         message = "attention within a sliding window, which the file does not say which layers use"
         remedy = "use the Hugging Face checkpoint of this model"
         raise UnsupportedError(Problem("sliding_window", message, file, None, ascii(window)[:80], "none", remedy))
@@ -121,6 +132,52 @@ def build_config(
         if isinstance(token, int):
             config[f"{'pad' if name == 'padding' else name}_token_id"] = token
     return config
+
+
+def description_of(file: str, config: Mapping[str, Any]) -> DecoderDescription:
+    """Return the description of the model. Raises InvalidFileError if sizes are out of range."""
+    try:
+        return describe(config)
+    except InvalidFileError as error:
+        raise InvalidFileError([replace(problem, file=file) for problem in error.problems]) from error
+    except UnsupportedError:
+        # The decoder does not run this model, because of a rotary scaling for example, but the tensors are the same.
+        description = describe_loosely(config)
+        if description is None:
+            raise
+        return description
+
+
+def _expert_fields(keys: _Keys, inner: int) -> dict[str, Any]:
+    """The fields of a mixture of experts in each layer, with probabilities divided by their sum as in llama.cpp."""
+    count, used = keys.integer("expert_count"), keys.integer("expert_used_count")
+    return {
+        "num_experts": count,
+        "num_experts_per_tok": used,
+        "moe_intermediate_size": keys.integer("expert_feed_forward_length", max(1, inner // used)),
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+
+
+def _gemma3_fields(keys: _Keys, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of Gemma 3 alone. What the file does not say is as llama.cpp assumes it."""
+    layers, heads, head_dim = config["num_hidden_layers"], config["num_attention_heads"], config["head_dim"]
+    window = keys.integer("attention.sliding_window")
+    period = keys.integer("attention.sliding_window_pattern", GEMMA3_PERIOD)
+    sliding_theta = keys.number("rope.freq_base_swa", (float,), 10000.0)
+    capped = keys.metadata.get("gemma3.final_logit_softcapping", 0.0) != 0.0
+    soft_cap = keys.number("final_logit_softcapping", (float,)) if capped else None
+    if keys.problems:
+        raise InvalidFileError(keys.problems)
+    return {
+        "query_pre_attn_scalar": gemma3_attention_divisor(layers, config["hidden_size"], heads, head_dim),
+        "sliding_window": window,
+        "layer_types": ["sliding_attention" if (index + 1) % period else "full_attention" for index in range(layers)],
+        "rope_local_base_freq": shortest_float(sliding_theta),
+        "final_logit_softcapping": soft_cap,
+    }
 
 
 def _dtype(embedding: StoredTensor | None) -> str:

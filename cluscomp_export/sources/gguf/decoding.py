@@ -8,15 +8,17 @@ number of heads, the rows are restored to the order of Hugging Face.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
+from cluscomp_formats.architectures import TensorSpec
 from cluscomp_formats.errors import Problem, UnsupportedError
 from cluscomp_formats.files.stored_file import read_again
 from cluscomp_formats.gguf.container import StoredTensor, gguf_package
 from cluscomp_formats.ir import DTYPES, AnyArray, Array
 
-__all__ = ["PLAIN_DTYPES", "check_decodable", "lazy_array", "undo_rope_permutation"]
+__all__ = ["PLAIN_DTYPES", "check_decodable", "lazy_array", "part_of", "undo_rope_permutation"]
 
 PLAIN_DTYPES = {
     "F32": "float32",
@@ -52,14 +54,22 @@ def check_decodable(tensors: list[StoredTensor]) -> None:
         raise UnsupportedError(problems)
 
 
-def lazy_array(tensor: StoredTensor, permuted_heads: int | None = None) -> Array:
-    """The tensor as an Array; `permuted_heads` is the number of heads whose rows must be restored to order."""
+def lazy_array(tensor: StoredTensor) -> Array:
+    """The tensor as an Array, unchanged."""
+    return Array(tensor.shape, PLAIN_DTYPES.get(tensor.type_name, "float32"), lambda: _load(tensor))
 
-    def load() -> AnyArray:
-        values = _load(tensor)
-        return values if permuted_heads is None else undo_rope_permutation(values, permuted_heads)
 
-    return Array(tensor.shape, PLAIN_DTYPES.get(tensor.type_name, "float32"), load)
+def part_of(tensor: StoredTensor, spec: TensorSpec) -> Array:
+    """A tensor of the model, which the stored one is or, in a stack of experts, contains."""
+    if spec.expert is not None:
+        length = tensor.nbytes // tensor.shape[0]
+        tensor = replace(tensor, shape=tensor.shape[1:], offset=tensor.offset + spec.expert * length, nbytes=length)
+    stored, heads = lazy_array(tensor), spec.permuted_heads
+    if heads is not None:
+        return Array(stored.shape, stored.dtype, lambda: undo_rope_permutation(_load(tensor), heads))
+    if spec.offset:
+        return Array(stored.shape, "float32", lambda: stored.to_float32() - np.float32(spec.offset))
+    return stored
 
 
 def _load(tensor: StoredTensor) -> AnyArray:

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from cluscomp_export.sources.gguf.architectures import build_config, find_architecture
-from cluscomp_export.sources.gguf.decoding import check_decodable, lazy_array
+from cluscomp_export.sources.gguf.architectures import build_config, description_of, find_architecture
+from cluscomp_export.sources.gguf.decoding import check_decodable, lazy_array, part_of
 from cluscomp_export.sources.gguf.tokenizer import UnsupportedTokenizer, build_generation_config, build_tokenizer
 from cluscomp_formats.errors import InvalidFileError, Problem, UnsupportedError
 from cluscomp_formats.files.regular_file import first_bytes
-from cluscomp_formats.gguf.architectures import Placed, expected_tensors
 from cluscomp_formats.gguf.container import MAGIC, Container, StoredTensor, read_container
+from cluscomp_formats.gguf.placement import Placed, stored_tensors
 from cluscomp_formats.ir import Array, DenseTensor, Model
 
 __all__ = ["gguf_parts", "is_gguf", "model_of", "read_gguf"]
@@ -53,24 +53,25 @@ def model_of(path: Path, container: Container) -> Model:
     contradictory files; UnsupportedError for architectures and types that are not supported.
     """
     file, metadata, stored = str(path), container.metadata, container.tensors
-    architecture = find_architecture(file, metadata)
+    family = find_architecture(file, metadata)
     check_decodable(list(stored.values()))
     divisors = lazy_array(stored[_ROPE_DIVISORS]).to_float32() if _ROPE_DIVISORS in stored else None
-    config = build_config(file, architecture, metadata, stored, divisors)
-    expected = expected_tensors(architecture, config)
+    config = build_config(file, family, metadata, stored, divisors)
+    expected = stored_tensors(description_of(file, config), head=not config["tie_word_embeddings"])
     _check_tensors(file, expected, stored)
 
     tensors = {}
     stored_bits = {}
     for gguf_name, place in expected.items():
         tensor = stored[gguf_name]
-        tensors[place.name] = DenseTensor(place.name, lazy_array(tensor, place.permuted_heads))
-        if tensor.bits_per_weight < 16:
-            stored_bits[place.name] = tensor.bits_per_weight
+        for spec in place.parts:
+            tensors[spec.name] = DenseTensor(spec.name, part_of(tensor, spec))
+            if tensor.bits_per_weight < 16:
+                stored_bits[spec.name] = tensor.bits_per_weight
     files, tokenizer = _tokenizer(metadata)
     provenance = {
         "format": "gguf",
-        "architecture": architecture.name,
+        "architecture": family.gguf,
         "name": _text(metadata, "general.name"),
         "types": dict(sorted(Counter(tensor.type_name for tensor in stored.values()).items())),
         "weight_bytes": sum(tensor.nbytes for tensor in stored.values()),

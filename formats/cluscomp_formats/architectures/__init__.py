@@ -27,6 +27,7 @@ from cluscomp_formats.architectures.description import (
     Step,
     TensorSpec,
 )
+from cluscomp_formats.architectures.family import Family
 from cluscomp_formats.architectures.registry import FAMILIES, describe, describe_loosely, find_family
 from cluscomp_formats.architectures.tensor_check import check_tensors
 
@@ -38,6 +39,7 @@ __all__ = [
     "Branch",
     "DecoderDescription",
     "Experts",
+    "Family",
     "FeedForward",
     "Linear",
     "Norm",

@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 
+from cluscomp_formats.architectures import TensorSpec
 from cluscomp_formats.errors import InvalidRequestError, Problem, StorageError, UnsupportedError
 from cluscomp_formats.files.atomic import atomic_write, check_output
 from cluscomp_formats.format import Format
-from cluscomp_formats.gguf.architectures import Placed, expected_tensors
 from cluscomp_formats.gguf.container import gguf_package
 from cluscomp_formats.gguf.container_encoding import DirectoryEntry, Value, aligned, encode_header
 from cluscomp_formats.gguf.hyperparameters import Hyperparameters, read_hyperparameters
+from cluscomp_formats.gguf.placement import Placed, stored_tensors
 from cluscomp_formats.gguf.rope import interleave_halves
 from cluscomp_formats.gguf.tokenizer_metadata import (
     InexpressibleTokenizer,
@@ -84,7 +85,7 @@ class DenseReport:
 
 @dataclass(frozen=True)
 class _Planned:
-    """A tensor to write: its names in the file and the model, the number of heads whose rows are interleaved, its type."""
+    """A tensor to write: its name in the file, the tensors of the model in it, its type."""
 
     stored_name: str
     place: Placed
@@ -136,16 +137,18 @@ def write_dense_gguf(
     with atomic_write(path, force=force) as stream:
         stream.write(header.ljust(aligned(len(header), _ALIGNMENT), b"\0"))
         start = stream.tell()
-        for values in _contents(model, hyperparameters, planned, str(path)):
-            data = values.tobytes()
-            stream.write(data.ljust(aligned(len(data), _ALIGNMENT), b"\0"))
+        for values, complete in _contents(model, hyperparameters, planned, str(path)):
+            stream.write(values.tobytes())
+            if complete:
+                stream.write(bytes(aligned(stream.tell(), _ALIGNMENT) - stream.tell()))
             on_progress("writing", stream.tell() - start, total)
         file_bytes = stream.tell()
     return DenseReport(path, file_bytes, len(entries), _kept_at_f16(planned, DENSE_TYPES[gguf_type]))
 
 
 def _kept_at_f16(planned: list[_Planned], asked: _DenseType) -> tuple[str, ...]:
-    return tuple(item.place.name for item in planned if len(item.place.shape) > 1 and item.dense_type is not asked)
+    kept = DENSE_TYPES["f16"]
+    return tuple(name for item in planned if item.dense_type is kept and asked is not kept for name in item.place.names)
 
 
 def dense_gguf_size(model: Model, gguf_type: str) -> int:
@@ -190,53 +193,51 @@ def _layout(
 
 def _plan(model: Model, hyperparameters: Hyperparameters, asked: _DenseType, file: str) -> list[_Planned]:
     """Return the tensors to write, in order. Raises InvalidRequestError or UnsupportedError with all unsuitable tensors."""
-    # If the model has a head tensor, it is used even if the head is tied, in our runtime as in llama.cpp.
-    tied = hyperparameters.settings["tie_word_embeddings"] and "lm_head.weight" not in model.tensors
-    blocks = hyperparameters.settings["num_hidden_layers"]
-    if blocks > len(model.tensors):
-        found, wanted = f"{blocks} layers", f"no more than its {len(model.tensors)} tensors"
+    description = hyperparameters.description
+    head_name = description.head.weight
+    if description.num_layers > len(model.tensors):
+        found, wanted = f"{description.num_layers} layers", f"no more than its {len(model.tensors)} tensors"
         raise UnsupportedError(Problem("missing_tensor", "most layers of the model are missing", file, None, found, wanted))
-    expected = expected_tensors(hyperparameters.architecture, {**hyperparameters.settings, "tie_word_embeddings": tied})
+    # If the model has a head tensor, it is used even if the head is tied, in our runtime as in llama.cpp.
+    expected = stored_tensors(description, head=not description.tied or head_name in model.tensors)
     problems = []
-    planned = []
-    for stored_name, place in expected.items():
-        tensor = model.tensors.get(place.name)
+    for spec in (part for place in expected.values() for part in place.parts):
+        tensor = model.tensors.get(spec.name)
         if tensor is None:
             message, remedy = "a tensor that the configuration requires is missing", None
-            if place.name == "lm_head.weight":
+            if spec.name == head_name:
                 message = "the model has no head, not even a tied one; llama.cpp would use the embedding as its head"
                 remedy = "write another format, such as packed"
-            problems.append(Problem("missing_tensor", message, file, place.name, remedy=remedy))
-        elif tensor.shape != place.shape:
-            found, wanted = str(list(tensor.shape)), str(list(place.shape))
+            problems.append(Problem("missing_tensor", message, file, spec.name, remedy=remedy))
+        elif tensor.shape != spec.shape:
+            found, wanted = str(list(tensor.shape)), str(list(spec.shape))
             message = "the tensor's shape contradicts the configuration"
-            problems.append(Problem("wrong_shape", message, file, place.name, found, wanted))
+            problems.append(Problem("wrong_shape", message, file, spec.name, found, wanted))
         elif isinstance(tensor, DenseTensor) and tensor.values.dtype not in FLOAT_DTYPES:
             found, wanted = tensor.values.dtype, ", ".join(FLOAT_DTYPES)
-            problems.append(Problem("wrong_dtype", "not a float", file, place.name, found, wanted))
-        else:
-            planned.append(_Planned(stored_name, place, _type_for(place.shape, asked)))
+            problems.append(Problem("wrong_dtype", "not a float", file, spec.name, found, wanted))
     if problems:
         raise InvalidRequestError(problems)
     # Old checkpoints store the rotary frequencies, which can be computed from the configuration.
-    placed = {place.name for place in expected.values()}
+    placed = {name for place in expected.values() for name in place.names}
     others = [name for name in sorted(model.tensors) if name not in placed and not name.endswith("rotary_emb.inv_freq")]
     unknown = [name for name in others if not _FURTHER_LAYERS.fullmatch(name)]
     if unknown:
         message = "llama.cpp has no place for this tensor; running without it could give wrong results"
         raise UnsupportedError([Problem("unused_tensor", message, file, name) for name in unknown])
-    return planned
+    return [_Planned(name, place, _type_for(place.parts[0], asked)) for name, place in expected.items()]
 
 
-def _type_for(shape: tuple[int, ...], asked: _DenseType) -> _DenseType:
-    if len(shape) == 1:
+def _type_for(spec: TensorSpec, asked: _DenseType) -> _DenseType:
+    # Routers are float32 in the files of llama.cpp's converter, too.
+    if len(spec.shape) == 1 or spec.role == "router":
         return DENSE_TYPES["f32"]
-    return asked if shape[-1] % asked.block_weights == 0 else DENSE_TYPES["f16"]
+    return asked if spec.shape[-1] % asked.block_weights == 0 else DENSE_TYPES["f16"]
 
 
 def _metadata(model: Model, hyperparameters: Hyperparameters, asked: _DenseType, file: str) -> dict[str, Value]:
     values = {
-        "general.architecture": Value("string", hyperparameters.architecture.name),
+        "general.architecture": Value("string", hyperparameters.architecture),
         "general.type": Value("string", "model"),
         "general.file_type": Value("uint32", asked.file_type),
         "general.quantization_version": Value("uint32", _QUANTIZATION_VERSION),
@@ -249,31 +250,36 @@ def _metadata(model: Model, hyperparameters: Hyperparameters, asked: _DenseType,
 
 def _tokenizer(model: Model, hyperparameters: Hyperparameters, file: str) -> TokenizerMetadata:
     try:
-        return tokenizer_metadata(model, hyperparameters.settings["vocab_size"])
+        return tokenizer_metadata(model, hyperparameters.description.vocab_size)
     except InexpressibleTokenizer as reason:
         message = f"llama.cpp cannot express the tokenizer: {reason}"
         remedy = "write another format, such as packed, or the native flavour of GGUF"
         raise UnsupportedError(Problem("tokenizer", message, file, "tokenizer.json", remedy=remedy)) from reason
 
 
-def _contents(model: Model, hyperparameters: Hyperparameters, planned: list[_Planned], file: str) -> Iterator[AnyArray]:
-    """Yield the stored bytes of each tensor, in order."""
+def _contents(
+    model: Model, hyperparameters: Hyperparameters, planned: list[_Planned], file: str
+) -> Iterator[tuple[AnyArray, bool]]:
+    """Yield the stored bytes of each tensor of the model, in order, and whether they complete a tensor of the file."""
     if hyperparameters.rope_divisors is not None:
-        yield hyperparameters.rope_divisors
+        yield hyperparameters.rope_divisors, True
     for item in planned:
-        try:
-            weight = model.tensors[item.place.name].decode()
-        except OSError as error:
-            message = f"the tensor cannot be read: {error.strerror or error}"
-            raise StorageError(Problem("source_unreadable", message, error.filename, item.place.name)) from error
-        if item.place.permuted_heads is not None:
-            weight = interleave_halves(weight, item.place.permuted_heads)
-        yield _stored(weight, item, file)
+        for spec in item.place.parts:
+            try:
+                weight = model.tensors[spec.name].decode()
+            except OSError as error:
+                message = f"the tensor cannot be read: {error.strerror or error}"
+                raise StorageError(Problem("source_unreadable", message, error.filename, spec.name)) from error
+            if spec.permuted_heads is not None:
+                weight = interleave_halves(weight, spec.permuted_heads)
+            if spec.offset:
+                weight = weight + np.float32(spec.offset)
+            yield _stored(weight, spec.name, item.dense_type, file), spec is item.place.parts[-1]
 
 
-def _stored(weight: AnyArray, item: _Planned, file: str) -> AnyArray:
-    """Convert float32 to the item's type. Raises InvalidRequestError if a value is not finite in that type."""
-    type_name = item.dense_type.name
+def _stored(weight: AnyArray, name: str, dense_type: _DenseType, file: str) -> AnyArray:
+    """Convert float32 to a type. Raises InvalidRequestError if a value is not finite in that type."""
+    type_name = dense_type.name
     stored: Any = weight
     with np.errstate(over="ignore"):
         if type_name == "F16":
@@ -282,10 +288,10 @@ def _stored(weight: AnyArray, item: _Planned, file: str) -> AnyArray:
         largest = f"largest magnitude {float(np.abs(weight).max()):g}"
         remedy = "choose bf16 or f32" if np.isfinite(weight).all() else "the model is faulty"
         message = f"the weight has values that are not finite as {type_name}"
-        raise InvalidRequestError(Problem("not_finite", message, file, item.place.name, largest, "finite values", remedy))
+        raise InvalidRequestError(Problem("not_finite", message, file, name, largest, "finite values", remedy))
     if type_name == "BF16":
         return float32_to_bfloat16(weight)
-    if item.dense_type.block_weights == 1:
+    if dense_type.block_weights == 1:
         return np.asarray(stored)
     gguf = gguf_package()
     return np.asarray(gguf.quants.quantize(weight, gguf.GGMLQuantizationType[type_name]))

@@ -1,184 +1,194 @@
-"""Convert the `config.json` of a model of the Llama family to the hyperparameters of a GGUF file."""
+"""The hyperparameters of a GGUF file, by the description of a model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from cluscomp_formats.errors import InvalidRequestError, Problem, UnsupportedError
-from cluscomp_formats.gguf.architectures import ARCHITECTURES, Architecture
+from cluscomp_formats.architectures import (
+    FAMILIES,
+    Activation,
+    DecoderDescription,
+    Experts,
+    Family,
+    FeedForward,
+    describe,
+    find_family,
+)
+from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem, UnsupportedError
 from cluscomp_formats.gguf.container_encoding import Value
 from cluscomp_formats.gguf.rope import llama3_divisors
 
-__all__ = ["Hyperparameters", "base_architecture", "read_hyperparameters"]
+__all__ = [
+    "ARCHITECTURES",
+    "GEMMA3_PERIOD",
+    "Hyperparameters",
+    "base_architecture",
+    "gemma3_attention_divisor",
+    "read_hyperparameters",
+]
 
-_ALIASES = {"mistral": "llama"}
-_MAX_INTEGER = 1 << 31
 _REMEDY = "write another format, such as packed"
+_ROPE_TYPES = {
+    "llama": ("default", "linear", "llama3"),
+    "qwen2": ("default", "linear", "llama3"),
+    "qwen3": ("default", "linear", "llama3"),
+    "gemma3": ("default", "linear"),
+    "qwen3moe": ("default", "linear"),
+}
+
+GEMMA3_PERIOD = 6
+"""llama.cpp's Gemma 3 has a layer that sees all tokens after each five that see a window."""
+
+ARCHITECTURES: dict[str, Family] = {}
+"""Families by `general.architecture`. Mistral and SmolLM models are `llama` in GGUF."""
+for _family in FAMILIES.values():
+    ARCHITECTURES.setdefault(_family.gguf, _family)
 
 
 def base_architecture(config: Mapping[str, Any]) -> str | None:
-    """Return llama.cpp's name of the model's architecture, by its `model_type`; None if there is none."""
+    """What llama.cpp calls the model's architecture, otherwise its `model_type`; None if there is none."""
+    family = find_family(config)
+    if family is not None:
+        return family.gguf
     model_type = config.get("model_type")
-    return _ALIASES.get(model_type, model_type) if isinstance(model_type, str) else None
+    return model_type if isinstance(model_type, str) else None
+
+
+def gemma3_attention_divisor(num_layers: int, hidden_size: int, heads: int, head_dim: int) -> int:
+    """By whose root llama.cpp divides the attention scores of Gemma 3: it takes 62 layers for the model of 27B."""
+    return hidden_size // heads if num_layers == 62 else head_dim
 
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """A checked configuration. `settings` has the fields that `architectures.expected_tensors` reads, including defaults.
+    """What a file says of a model with that description.
 
-    `rope_divisors` float32 `[head_dim / 2]` divide the rotary frequencies; None if they are unchanged or have a common factor.
+    `rope_divisors` float32 `[head_dim / 2]`: by what each rotary frequency is divided, None if by nothing or all by one factor.
     """
 
-    architecture: Architecture
-    settings: Mapping[str, Any]
+    architecture: str
+    description: DecoderDescription
     metadata: Mapping[str, Value]
     rope_divisors: npt.NDArray[np.float32] | None
 
 
 def read_hyperparameters(config: Mapping[str, Any]) -> Hyperparameters:
-    """Check a configuration and read it, with transformers' defaults for missing fields.
+    """Check a configuration and read it.
 
-    Raises UnsupportedError if llama.cpp's Llama, Qwen2 and Qwen3 do not support a setting; InvalidRequestError, naming each
-    field that is missing or out of range.
+    Raises UnsupportedError for what llama.cpp's architectures cannot express, InvalidRequestError naming each field that is
+    missing or nonsensical.
     """
-    architecture = ARCHITECTURES.get(base_architecture(config) or "")
-    if architecture is None:
-        found, expected = repr(config.get("model_type"))[:80], ", ".join([*ARCHITECTURES, *_ALIASES])
+    family = find_family(config)
+    if family is None:
+        found, expected = repr(config.get("model_type"))[:80], ", ".join(FAMILIES)
         message = "no GGUF architecture is known for this model_type"
         raise UnsupportedError(Problem("unknown_architecture", message, "config.json", None, found, expected, _REMEDY))
-    reader = _Reader(config)
-    result = reader.hyperparameters(architecture)
-    if reader.invalid:
-        raise InvalidRequestError(reader.invalid)
-    if reader.unsupported:
-        raise UnsupportedError(reader.unsupported)
-    return result
+    try:
+        description = describe(config)
+    except InvalidFileError as error:
+        raise InvalidRequestError(error.problems) from error
+    except UnsupportedError as error:
+        raise UnsupportedError([replace(problem, remedy=_REMEDY) for problem in error.problems]) from error
+    problems = list(_inexpressible(config, description, family.gguf))
+    if problems:
+        raise UnsupportedError(problems)
+    metadata = {f"{family.gguf}.{key}": value for key, value in _values(config, description, family.gguf).items()}
+    return Hyperparameters(family.gguf, description, metadata, _rope_divisors(description))
 
 
-class _Reader:
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        self.config = config
-        self.invalid: list[Problem] = []
-        self.unsupported: list[Problem] = []
+def _inexpressible(config: Mapping[str, Any], description: DecoderDescription, architecture: str) -> Iterator[Problem]:
+    """What llama.cpp would do otherwise than the description says."""
 
-    def hyperparameters(self, architecture: Architecture) -> Hyperparameters:
-        hidden = self.integer("hidden_size")
-        heads = self.integer("num_attention_heads")
-        key_heads = self.integer("num_key_value_heads", heads)
-        head_dim = self.integer("head_dim", 128 if architecture.name == "qwen3" else max(1, hidden // heads))
-        settings = {
-            "hidden_size": hidden,
-            "intermediate_size": self.integer("intermediate_size"),
-            "vocab_size": self.integer("vocab_size"),
-            "num_hidden_layers": self.integer("num_hidden_layers"),
-            "num_attention_heads": heads,
-            "num_key_value_heads": key_heads,
-            "head_dim": head_dim,
-            "tie_word_embeddings": bool(self.config.get("tie_word_embeddings", False)),
-            "mlp_bias": architecture.name == "llama" and bool(self.config.get("mlp_bias", False)),
-        }
-        # Qwen2 always has biases; its configuration has no setting for them.
-        if architecture.qkv_bias is None:
-            settings["attention_bias"] = bool(self.config.get("attention_bias", False))
-        if architecture.query_key_norms:
-            # llama.cpp's Qwen3 has no bias of the output projection, and no published model has one.
-            self.refuse_unless("attention_bias", (None, False))
-        if heads % key_heads or head_dim % 2:
-            found = f"{heads} heads, {key_heads} key heads, head_dim {head_dim}"
-            self.invalid.append(
-                Problem("bad_config", "the sizes of the attention are inconsistent", "config.json", None, found)
-            )
-        self.refuse_unless("hidden_act", ("silu", "swish"), "silu")
-        self.refuse_unless("partial_rotary_factor", (None, 1, 1.0))
-        for name in ("num_experts", "num_local_experts"):
-            self.refuse_unless(name, (None, 0, 1))
-        rope, divisors = self.rope(head_dim)
-        numbers = {
-            "context_length": self.context(architecture),
-            "embedding_length": hidden,
-            "block_count": settings["num_hidden_layers"],
-            "feed_forward_length": settings["intermediate_size"],
-            "attention.head_count": heads,
-            "attention.head_count_kv": key_heads,
-            "attention.key_length": head_dim,
-            "attention.value_length": head_dim,
-            "rope.dimension_count": head_dim,
-            "vocab_size": settings["vocab_size"],
-        }
-        values = {key: Value("uint32", number) for key, number in numbers.items()}
-        values["attention.layer_norm_rms_epsilon"] = Value("float32", self.number(self.config, "rms_norm_eps", 1e-6))
-        metadata = {f"{architecture.name}.{key}": value for key, value in {**values, **rope}.items()}
-        return Hyperparameters(architecture, settings, metadata, divisors)
+    def refused(name: str, expected: str, found: object = None) -> Problem:
+        message = f"GGUF cannot express this value of {name}"
+        found = repr(config.get(name) if found is None else found)[:80]
+        return Problem("unsupported_config", message, "config.json", None, found, expected, _REMEDY)
 
-    def integer(self, name: str, default: int | None = None) -> int:
-        value = self.config.get(name)
-        if value is None and default is not None:
-            return default
-        if type(value) is not int or not 0 < value < _MAX_INTEGER:
-            self.bad(name, value, "a positive integer")
-            return 1
-        return value
+    attentions = [attention for block in description.blocks for attention in block.attentions]
+    networks = [network for block in description.blocks for network in block.networks]
+    first = attentions[0]
+    # llama.cpp's other architectures have no bias of the output projection; no published model has one either.
+    if first.output.bias and architecture != "llama":
+        yield refused("attention_bias", "false")
+    gemma3 = architecture == "gemma3"
+    activation: Activation = "gelu_tanh" if gemma3 else "silu"
+    if any(expert.activation != activation for network in networks for expert in _feed_forwards(network)):
+        yield refused("hidden_activation" if gemma3 else "hidden_act", "gelu_pytorch_tanh" if gemma3 else "silu or swish")
+    rope, kinds = description.ropes[0], _ROPE_TYPES[architecture]
+    if rope.type not in kinds:
+        yield refused("rope_type", ", ".join(kinds), rope.type)
+    if gemma3:
+        windows = [(index + 1) % GEMMA3_PERIOD != 0 for index in range(description.num_layers)]
+        if [attention.window is not None for attention in attentions] != windows:
+            yield refused("layer_types", f"full_attention at each layer number {GEMMA3_PERIOD}, the others sliding_attention")
+        divisor = gemma3_attention_divisor(description.num_layers, description.hidden_size, first.heads, first.head_dim)
+        if not math.isclose(first.scale, 1.0 / math.sqrt(divisor)):
+            yield refused("query_pre_attn_scalar", str(divisor), first.scale**-2)
+        if description.ropes[1].type != "default":
+            yield refused("rope_parameters.sliding_attention", "rope_type default", description.ropes[1].type)
+    if architecture == "qwen3moe":
+        if not all(isinstance(network, Experts) for network in networks):
+            message, expected = "some layers have no experts, which GGUF cannot express", "experts in each layer"
+            fields = "decoder_sparse_step, mlp_only_layers"
+            yield Problem("unsupported_config", message, "config.json", None, fields, expected, _REMEDY)
+        if any(isinstance(network, Experts) and not network.normalised for network in networks):
+            yield refused("norm_topk_prob", "true")
 
-    def number(self, source: Mapping[str, Any], name: str, default: float | None = None) -> float:
-        value = source.get(name, default)
-        if type(value) not in (int, float) or not 0 < value < 3e38:
-            self.bad(name, value, "a positive number")
-            return 1.0
-        return float(value)
 
-    def bad(self, name: str, found: object, expected: str) -> None:
-        message = f"{name} is missing or out of range"
-        self.invalid.append(Problem("bad_config", message, "config.json", None, repr(found)[:80], expected))
+def _feed_forwards(network: FeedForward | Experts) -> tuple[FeedForward, ...]:
+    return network.experts if isinstance(network, Experts) else (network,)
 
-    def refuse_unless(self, name: str, allowed: tuple[object, ...], default: object = None) -> None:
-        value = self.config.get(name, default)
-        if value not in allowed:
-            message = f"GGUF does not support this value of {name}"
-            expected = " or ".join(map(repr, allowed))
-            found = repr(value)[:80]
-            self.unsupported.append(Problem("unsupported_config", message, "config.json", None, found, expected, _REMEDY))
 
-    def context(self, architecture: Architecture) -> int:
-        """Return the context length, at most that of a sliding window: up to there, the window does not change attention."""
-        context = self.integer("max_position_embeddings", 2048)
-        model_type = self.config["model_type"]
-        sliding = model_type == "mistral" or (architecture.name != "llama" and self.config.get("use_sliding_window") is True)
-        if not sliding or ("sliding_window" in self.config and self.config["sliding_window"] is None):
-            return context
-        return min(context, self.integer("sliding_window", 4096))
+def _values(config: Mapping[str, Any], description: DecoderDescription, architecture: str) -> dict[str, Value]:
+    block, rope = description.blocks[0], description.ropes[0]
+    attention, network = block.attentions[0], block.networks[0]
+    width, context = network.width, description.max_position_embeddings
+    windows = [each.window for block in description.blocks for each in block.attentions if each.window is not None]
+    if isinstance(network, Experts):
+        # Of layers without experts, of which there are none.
+        width = config.get("intermediate_size") or network.experts[0].width
+    if windows and architecture != "gemma3":
+        # Up to there attention is the same without a window.
+        context = min(context, *windows)
+    numbers = {
+        "context_length": context,
+        "embedding_length": description.hidden_size,
+        "block_count": description.num_layers,
+        "feed_forward_length": width,
+        "attention.head_count": attention.heads,
+        "attention.head_count_kv": attention.kv_heads,
+        "attention.key_length": attention.head_dim,
+        "attention.value_length": attention.head_dim,
+        "rope.dimension_count": attention.head_dim,
+        "vocab_size": description.vocab_size,
+    }
+    values = {key: Value("uint32", number) for key, number in numbers.items()}
+    values["attention.layer_norm_rms_epsilon"] = Value("float32", description.norm.eps)
+    values["rope.freq_base"] = Value("float32", rope.theta)
+    if rope.type == "linear":
+        values["rope.scaling.type"] = Value("string", "linear")
+        values["rope.scaling.factor"] = Value("float32", rope.factor)
+    if architecture == "gemma3":
+        values["attention.sliding_window"] = Value("uint32", windows[0])
+        values["rope.freq_base_swa"] = Value("float32", description.ropes[1].theta)
+    if isinstance(network, Experts):
+        values["expert_count"] = Value("uint32", len(network.experts))
+        values["expert_used_count"] = Value("uint32", network.top_k)
+        values["expert_feed_forward_length"] = Value("uint32", network.experts[0].width)
+    return values
 
-    def rope(self, head_dim: int) -> tuple[dict[str, Value], npt.NDArray[np.float32] | None]:
-        """Read the rotary settings: `rope_theta` and `rope_scaling` (transformers 4) or `rope_parameters` (transformers 5)."""
-        parameters = self.config.get("rope_scaling") or self.config.get("rope_parameters") or {}
-        if not isinstance(parameters, Mapping):
-            self.bad("rope_scaling", parameters, "an object")
-            parameters = {}
-        theta = self.number({**self.config, **parameters}, "rope_theta", 10000.0)
-        values = {"rope.freq_base": Value("float32", theta)}
-        kind = parameters.get("rope_type", parameters.get("type", "default"))
-        if kind == "default":
-            return values, None
-        if kind not in ("linear", "llama3"):
-            message = "GGUF does not support this rotary scaling, or defines it differently"
-            found, expected = repr(kind)[:80], "default, linear or llama3"
-            self.unsupported.append(Problem("rope_scaling", message, "config.json", None, found, expected, _REMEDY))
-            return values, None
-        factor = self.number(parameters, "factor")
-        if kind == "linear":
-            return {
-                **values,
-                "rope.scaling.type": Value("string", "linear"),
-                "rope.scaling.factor": Value("float32", factor),
-            }, None
-        low, high = self.number(parameters, "low_freq_factor"), self.number(parameters, "high_freq_factor")
-        original = self.number({**self.config, **parameters}, "original_max_position_embeddings")
-        if high <= low:
-            self.bad("high_freq_factor", high, f"more than low_freq_factor ({low})")
-            return values, None
-        divisors = llama3_divisors(theta, head_dim, factor=factor, low=low, high=high, original_context=int(original))
-        return values, divisors.astype(np.float32)
+
+def _rope_divisors(description: DecoderDescription) -> npt.NDArray[np.float32] | None:
+    rope, head_dim = description.ropes[0], description.blocks[0].attentions[0].head_dim
+    if rope.type != "llama3":
+        return None
+    low, high = rope.low_freq_factor, rope.high_freq_factor
+    return llama3_divisors(
+        rope.theta, head_dim, factor=rope.factor, low=low, high=high, original_context=rope.original_context
+    ).astype(np.float32)

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from cluscomp_formats.architectures import TensorSpec, describe_loosely
 from cluscomp_formats.gguf.container import gguf_package
 from cluscomp_formats.gguf.container_encoding import MAX_TENSOR_NAME_BYTES
 from cluscomp_formats.ir import Model
@@ -81,7 +82,22 @@ class _Readable:
 
 
 def _stems(config: Mapping[str, Any], architecture: str | None) -> Callable[[str], str]:
-    """Return a function from Hugging Face names of tensors to llama.cpp's; names that gguf-py does not know are unchanged."""
+    """Return a function from Hugging Face names of tensors to llama.cpp's; names without one are unchanged.
+
+    The names of the decoder's tensors are those of its description, the names of others gguf-py's.
+    """
+    description = describe_loosely(config)
+    described = {} if description is None else {spec.name: _unstacked(spec) for spec in description.tensors.values()}
+    other = _gguf_py_names(config, architecture)
+    return lambda name: described.get(name) or other(name)
+
+
+def _unstacked(spec: TensorSpec) -> str:
+    """llama.cpp stacks the experts of a layer; in native files each has its own tensors: `blk.0.ffn_up.7.weight`."""
+    return spec.gguf_name if spec.expert is None else spec.gguf_name.replace("_exps", f".{spec.expert}")
+
+
+def _gguf_py_names(config: Mapping[str, Any], architecture: str | None) -> Callable[[str], str]:
     blocks = config.get("num_hidden_layers")
     if architecture is None or type(blocks) is not int or not 0 < blocks <= _MAX_BLOCKS:
         return str

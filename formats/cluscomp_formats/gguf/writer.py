@@ -141,7 +141,7 @@ def _described(model: Model) -> dict[str, Value]:
         return values
     values |= hyperparameters.metadata
     try:
-        values |= tokenizer_metadata(model, hyperparameters.settings["vocab_size"]).values
+        values |= tokenizer_metadata(model, hyperparameters.description.vocab_size).values
     except InexpressibleTokenizer as reason:
         values["cluscomp.tokenizer_note"] = Value("string", f"not expressed in tokenizer.ggml keys: {reason}")
     return values
