@@ -28,6 +28,13 @@ CASES: list[Any] = [
     pytest.param("qwen2", {}, id="qwen2"),
     pytest.param("qwen3", {}, id="qwen3"),
 ]
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 IDS = torch.arange(24).reshape(1, 24) * 5
 
 
@@ -191,6 +198,7 @@ def test_a_sliding_window_shortens_the_context(tmp_path: Path) -> None:
         ({"model_type": "opt"}, UnsupportedError, "unknown_architecture"),
         ({"model_type": None}, UnsupportedError, "unknown_architecture"),
         ({"model_type": "qwen3", "attention_bias": True}, UnsupportedError, "unsupported_config"),
+        ({"model_type": "qwen2", "rope_scaling": LLAMA3}, UnsupportedError, "unsupported_config"),
         ({"hidden_act": "gelu"}, UnsupportedError, "unsupported_config"),
         ({"partial_rotary_factor": 0.5}, UnsupportedError, "unsupported_config"),
         ({"num_local_experts": 8}, UnsupportedError, "unsupported_config"),

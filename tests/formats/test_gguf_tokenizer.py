@@ -132,14 +132,16 @@ def test_a_sentencepiece_tokenizer(tmp_path: Path, stories_folder: Path, stories
 def test_spaces_replaced_by_the_normalizer(tmp_path: Path, stories_folder: Path) -> None:
     model = open_source(stories_folder)
     original = json.loads(model.files["tokenizer.json"].read().tobytes())
-    original["pre_tokenizer"] = None
     replace_spaces = normalizers.Replace(" ", "\u2581")
-    for steps in ([normalizers.Prepend("\u2581"), replace_spaces], [replace_spaces]):
+    gemma = pre_tokenizers.Split(" ", "merged_with_previous")
+    cases = [([normalizers.Prepend("\u2581"), replace_spaces], None), ([replace_spaces], None), ([replace_spaces], gemma)]
+    for number, (steps, pre_tokenizer) in enumerate(cases):
         tokenizer = Tokenizer.from_str(json.dumps(original))
         tokenizer.normalizer = normalizers.Sequence(steps)
+        tokenizer.pre_tokenizer = pre_tokenizer
         value = json.loads(tokenizer.to_str())
         files = {**model.files, "tokenizer.json": bytes_of(value)}
-        found = rebuilt(replace(model, files=files), tmp_path / f"{len(steps)}.gguf")
+        found = rebuilt(replace(model, files=files), tmp_path / f"{number}.gguf")
         assert ids(found, "Once upon a time") == ids(value, "Once upon a time")
 
 

@@ -10,7 +10,8 @@
 3. add a row to `tests/runtime/test_families.py`, which holds the family against transformers.
 
 Only an operation that no family has had before needs more: a class in `description.py`, and its meaning in
-`cluscomp_runtime.decoder` and `cluscomp_export.onnx_graph.decoder`.
+`cluscomp_runtime.decoder` and `cluscomp_export.onnx_graph.decoder`. For dense GGUF files, whose keys are llama.cpp's, the
+architecture is also named in `cluscomp_formats.gguf.hyperparameters`, with what llama.cpp computes otherwise.
 """
 
 from cluscomp_formats.architectures.description import (

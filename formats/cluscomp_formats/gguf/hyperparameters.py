@@ -34,13 +34,8 @@ __all__ = [
 ]
 
 _REMEDY = "write another format, such as packed"
-_ROPE_TYPES = {
-    "llama": ("default", "linear", "llama3"),
-    "qwen2": ("default", "linear", "llama3"),
-    "qwen3": ("default", "linear", "llama3"),
-    "gemma3": ("default", "linear"),
-    "qwen3moe": ("default", "linear"),
-}
+_KNOWN = ("llama", "qwen2", "qwen3", "gemma3", "qwen3moe")
+"""Architectures of which `_values` knows the keys and `_inexpressible` what llama.cpp computes differently."""
 
 GEMMA3_PERIOD = 6
 """llama.cpp's Gemma 3 has a layer that sees all tokens after each five that see a window."""
@@ -48,7 +43,8 @@ GEMMA3_PERIOD = 6
 ARCHITECTURES: dict[str, Family] = {}
 """Families by `general.architecture`. Mistral and SmolLM models are `llama` in GGUF."""
 for _family in FAMILIES.values():
-    ARCHITECTURES.setdefault(_family.gguf, _family)
+    if _family.gguf in _KNOWN:
+        ARCHITECTURES.setdefault(_family.gguf, _family)
 
 
 def base_architecture(config: Mapping[str, Any]) -> str | None:
@@ -85,8 +81,9 @@ def read_hyperparameters(config: Mapping[str, Any]) -> Hyperparameters:
     missing or nonsensical.
     """
     family = find_family(config)
-    if family is None:
-        found, expected = repr(config.get("model_type"))[:80], ", ".join(FAMILIES)
+    if family is None or family.gguf not in ARCHITECTURES:
+        known = (name for name, each in FAMILIES.items() if each.gguf in ARCHITECTURES)
+        found, expected = repr(config.get("model_type"))[:80], ", ".join(known)
         message = "no GGUF architecture is known for this model_type"
         raise UnsupportedError(Problem("unknown_architecture", message, "config.json", None, found, expected, _REMEDY))
     try:
@@ -120,16 +117,15 @@ def _inexpressible(config: Mapping[str, Any], description: DecoderDescription, a
     activation: Activation = "gelu_tanh" if gemma3 else "silu"
     if any(expert.activation != activation for network in networks for expert in _feed_forwards(network)):
         yield refused("hidden_activation" if gemma3 else "hidden_act", "gelu_pytorch_tanh" if gemma3 else "silu or swish")
-    rope, kinds = description.ropes[0], _ROPE_TYPES[architecture]
-    if rope.type not in kinds:
-        yield refused("rope_type", ", ".join(kinds), rope.type)
+    if description.ropes[0].type == "llama3" and architecture != "llama":
+        yield refused("rope_type", "default or linear", "llama3")
     if gemma3:
         windows = [(index + 1) % GEMMA3_PERIOD != 0 for index in range(description.num_layers)]
         if [attention.window is not None for attention in attentions] != windows:
             yield refused("layer_types", f"full_attention at each layer number {GEMMA3_PERIOD}, the others sliding_attention")
         divisor = gemma3_attention_divisor(description.num_layers, description.hidden_size, first.heads, first.head_dim)
         if not math.isclose(first.scale, 1.0 / math.sqrt(divisor)):
-            yield refused("query_pre_attn_scalar", str(divisor), first.scale**-2)
+            yield refused("query_pre_attn_scalar", str(divisor), round(first.scale**-2, 6))
         if description.ropes[1].type != "default":
             yield refused("rope_parameters.sliding_attention", "rope_type default", description.ropes[1].type)
     if architecture == "qwen3moe":

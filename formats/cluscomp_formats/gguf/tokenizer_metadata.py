@@ -269,12 +269,19 @@ def _prefixes_space(tokenizer: Mapping[str, Any]) -> bool:
     if normalizer is None and pre_tokenizer is not None:
         if pre_tokenizer["type"] == "Metaspace" and pre_tokenizer["replacement"] == _SPACE and not pre_tokenizer["split"]:
             return bool(pre_tokenizer["prepend_scheme"] != "never")
-    elif pre_tokenizer is None and normalizer is not None:
+    elif normalizer is not None and (pre_tokenizer is None or _splits_at_spaces(pre_tokenizer)):
+        # Gemma's pre-tokenizer finds no spaces, because the normalizer has replaced them.
         *first, last = normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]
         replaces = last["type"] == "Replace" and last["pattern"] == {"String": " "} and last["content"] == _SPACE
         if replaces and first in ([], [{"type": "Prepend", "prepend": _SPACE}]):
             return bool(first)
     raise InexpressibleTokenizer("it does not treat spaces as SentencePiece does")
+
+
+def _splits_at_spaces(pre_tokenizer: Mapping[str, Any]) -> bool:
+    return bool(
+        pre_tokenizer["type"] == "Split" and pre_tokenizer["pattern"] == {"String": " "} and not pre_tokenizer["invert"]
+    )
 
 
 def _framing(post_processor: Mapping[str, Any] | None, vocabulary: _Vocabulary) -> tuple[bool, bool]:
