@@ -173,7 +173,7 @@ class _Compression:
         Those of a codebook come one after the other: a search among the same centroids is set up once.
         """
         members = [name for book in self.plan.codebooks for name in book.members]
-        self._encode("encoding matrices", {name: None for name in members if name not in self.in_order})
+        self._encode({name: None for name in members if name not in self.in_order}, report=True)
 
     def blocks_are_finished(self) -> bool:
         """Whether all that is compressed in order is in the store."""
@@ -194,7 +194,7 @@ class _Compression:
         self.on_progress("block by block", runner.num_blocks, runner.num_blocks)
         self.units.hold(())
         if self.head is not None:
-            self._encode("encoding matrices", {self.head: head_target(runner, streams.compressed)})
+            self._encode({self.head: head_target(runner, streams.compressed)}, report=True)
 
     def result(self, provenance: Mapping[str, Any] | None) -> Compressed:
         """The model over the store, and the curves of the blocks that were tuned."""
@@ -270,13 +270,13 @@ class _Compression:
     def _encode_groups(self, groups: Sequence[Sequence[str]], targets: InputTargets | OutputTargets | None) -> None:
         """Encode the matrices of a step; those of a group share their input, and the moments of it."""
         if targets is None:
-            self._encode("encoding matrices", dict.fromkeys(self._not_encoded(name for group in groups for name in group)))
+            self._encode(dict.fromkeys(self._not_encoded(name for group in groups for name in group)))
             return
         for number, group in enumerate(groups):
             missing = self._not_encoded(group)
             if missing:
                 found = targets.of(number)
-                self._encode("encoding matrices", {name: found[name] for name in missing})
+                self._encode({name: found[name] for name in missing})
 
     def _tune(
         self,
@@ -313,8 +313,11 @@ class _Compression:
         schemes = self.plan.schemes
         return [name for name in names if name in schemes and not self.units.holds_in_memory(name)]
 
-    def _encode(self, stage: str, targets: Mapping[str, Target | None]) -> None:
-        """Encode matrices that do not depend on each other and are not in the store."""
+    def _encode(self, targets: Mapping[str, Target | None], *, report: bool = False) -> None:
+        """Encode matrices that do not depend on each other and are not in the store.
+
+        `report`: progress is that of the matrices; otherwise the caller reports its own.
+        """
         schemes = self.plan.schemes
         names = {
             _tensor_unit(name): name
@@ -326,20 +329,20 @@ class _Compression:
             name = names[unit]
             return self.jobs.encoding(name, targets[name], self.units.fitted(schemes[name].codebook), how)
 
-        self._run(stage, list(names), job)
+        self._run("encoding matrices" if report else None, list(names), job)
 
-    def _run(self, stage: str, units: Sequence[str], job: Callable[[str, Computing], Job]) -> None:
-        """Run the jobs of units, here or by the workers, and keep each result as it arrives."""
-        for done, (unit, arrays) in enumerate(self._results(stage, units, job), 1):
+    def _run(self, phase: str | None, units: Sequence[str], job: Callable[[str, Computing], Job]) -> None:
+        """Run the jobs of units, here or by the workers, and keep each result as it arrives; None reports no progress."""
+        if phase is not None and units:
+            self.on_progress(phase, 0, len(units))
+        for done, (unit, arrays) in enumerate(self._results(units, job), 1):
             self.units.save(unit, arrays)
-            self.on_progress(stage, done, len(units))
+            if phase is not None:
+                self.on_progress(phase, done, len(units))
 
-    def _results(
-        self, stage: str, units: Sequence[str], job: Callable[[str, Computing], Job]
-    ) -> Iterator[tuple[str, dict[str, AnyArray]]]:
+    def _results(self, units: Sequence[str], job: Callable[[str, Computing], Job]) -> Iterator[tuple[str, dict[str, AnyArray]]]:
         if not units:
             return
-        self.on_progress(stage, 0, len(units))
         if self.workers is not None:
             yield from self.workers.run(units, job)
             return

@@ -7,7 +7,7 @@
 1. write the file; take from `parts.py` what is named as in Llama, and refuse by name every field of the configuration that
    could change the result and that the description does not carry;
 2. name its module in `registry.py`;
-3. add a row to `tests/runtime/test_families.py`, which holds the family against transformers.
+3. add a row to `tests/test_families.py`, which holds the family against transformers.
 
 Only an operation that no family has had before needs more: a class in `description.py`, and its meaning in
 `cluscomp_runtime.decoder` and `cluscomp_export.onnx_graph.decoder`. For dense GGUF files, whose keys are llama.cpp's, the
