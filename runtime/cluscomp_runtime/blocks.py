@@ -34,7 +34,7 @@ class BlockBranch:
         self._runner = runner
         self._branch = Branch(model, described, index, MatrixBuilder("dense", torch.float32, device))
         self.has_post_norm = described.post_norm is not None
-        """Whether what the output projections give is normed before it is added to the stream."""
+        """Whether a norm follows the output projections, before their output is added to the stream."""
         self.has_experts = isinstance(described.part, architectures.Experts)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -62,12 +62,12 @@ class BlockBranch:
             return self._experts().experts[expert].mix(normed)
 
     def projected(self, mixed: Mixed) -> torch.Tensor:
-        """What the output projections make of their inputs, summed up."""
+        """Sum of the outputs of the output projections."""
         with torch.inference_mode():
             return self._branch.project(mixed)
 
     def added(self, hidden: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
-        """The residual stream `hidden` with that added, normed before if the model does so."""
+        """The residual stream `hidden` with `projected` added, after the post norm if there is one."""
         with torch.inference_mode():
             return self._branch.added(hidden, projected)
 
@@ -95,7 +95,7 @@ class BlockRunner:
         return self.description.num_layers
 
     def embed(self, windows: torch.Tensor) -> torch.Tensor:
-        """What flows into the first block, float32 `[windows, tokens, hidden_size]`, for ids int64 `[windows, tokens]`.
+        """Inputs of the first block, float32 `[windows, tokens, hidden_size]`, for ids int64 `[windows, tokens]`.
 
         Raises InvalidRequestError for ids outside the vocabulary and windows longer than the model allows.
         """
@@ -105,7 +105,7 @@ class BlockRunner:
             return self._decoder.embed(windows)
 
     def normed(self, hidden: torch.Tensor) -> torch.Tensor:
-        """What flows into the head for what flows out of the last block, on the CPU."""
+        """Inputs of the head, for outputs of the last block, on the CPU."""
         with torch.inference_mode():
             return self._decoder.norm(hidden)
 
@@ -129,7 +129,7 @@ class BlockRunner:
         return list(streams)
 
     def block(self, index: int, tensors: Mapping[str, Tensor]) -> Model:
-        """The part of a model with these `tensors` that block `index` is."""
+        """Block `index` of a model with these `tensors`, as a model of its own."""
         prefix = self.description.blocks[index].prefix
         return Model(self._config, {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)})
 
@@ -138,7 +138,7 @@ class BlockRunner:
         return DecoderLayer(model, self.description.blocks[index], index, builder)
 
     def positions(self, hidden: torch.Tensor) -> Positions:
-        """What a block needs to know about `hidden` `[windows, tokens, features]`, on its device and in its dtype."""
+        """Positions of the tokens of `hidden` `[windows, tokens, features]`, on its device and in its dtype."""
         # The decoder keeps the tables it makes, and a training cannot use any that were made in inference mode.
         with torch.inference_mode(False):
             positions = self._decoder.positions(0, hidden.shape[1])

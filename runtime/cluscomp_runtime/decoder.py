@@ -67,7 +67,7 @@ class RMSNorm:
 
 @dataclass
 class Positions:
-    """What the layers need to know about the tokens of one pass."""
+    """Positions of the tokens of one pass, as the layers need them."""
 
     rotations: list[tuple[torch.Tensor, torch.Tensor]]
     """Cosines and signed sines (`rope_tables`) of these positions, by the description's `ropes`."""
@@ -91,7 +91,7 @@ class Attention:
         self.scale, self.rope, self.window = part.scale, part.rope, part.window
 
     def mix(self, x: torch.Tensor, positions: Positions, cache: KeyValueCache | None) -> torch.Tensor:
-        """What the heads give, before the output matrix, `[batch, tokens, heads * head_dim]`."""
+        """Outputs of the heads, before the output projection, `[batch, tokens, heads * head_dim]`."""
         batch, tokens, _ = x.shape
         queries, keys = self.query(x), self.key(x)
         if self.query_norm is not None and self.key_norm is not None:
@@ -123,7 +123,7 @@ class Attention:
         return mixed.transpose(1, 2).reshape(batch, tokens, -1)
 
     def _attend_one(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, end: int) -> torch.Tensor:
-        """Attention of one token: heads that share a key act as so many queries, so that keys are not repeated."""
+        """Attention of one token. Heads that share a key are treated as further queries, so keys are not repeated."""
         batch = queries.shape[0]
         begin = 0 if self.window is None else max(0, end - self.window)
         grouped = queries.reshape(batch, self.kv_heads, self.heads // self.kv_heads, self.head_dim)
@@ -141,7 +141,7 @@ class FeedForward:
         self.activation = ACTIVATIONS[part.activation]
 
     def mix(self, x: torch.Tensor) -> torch.Tensor:
-        """The gated features, before the matrix that takes them down, `[..., width]`."""
+        """The gated features, before the output projection, `[..., width]`."""
         return self.activation(self.gate(x)) * self.up(x)
 
 
@@ -169,7 +169,7 @@ Mixed = torch.Tensor | Routed
 
 
 class Experts:
-    """Feed-forward networks of which each token goes through a few."""
+    """Feed-forward networks; a router sends each token through a few of them."""
 
     def __init__(self, model: Model, part: architectures.Experts, builder: MatrixBuilder) -> None:
         self.router = builder.dense(model.tensors[part.router.weight])
@@ -193,7 +193,7 @@ class Experts:
         return Routed(features * weights.unsqueeze(-1), weights, chosen)
 
     def output(self, routed: Routed) -> torch.Tensor:
-        """The sum of what the experts of each token give."""
+        """Sum of the outputs of each token's experts."""
         # The weights are in the features already: the output projections are linear.
         return self._each(routed.features, routed.chosen, lambda expert, some: expert.output(some)).sum(-2)
 
@@ -203,7 +203,7 @@ class Experts:
         chosen: torch.Tensor,
         compute: Callable[[FeedForward, torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
-        """Take each of `rows` `[..., top_k, features]` through its expert; those of an expert together, as one matrix."""
+        """Run each of `rows` `[..., top_k, features]` through its expert; the rows of an expert go together, as one matrix."""
         flat = chosen.flatten()
         order = flat.argsort(stable=True)
         counts = torch.bincount(flat, minlength=len(self.experts)).tolist()
@@ -233,17 +233,17 @@ class Branch:
         return self.added(x, self.project(self.mix(self.norm(x), positions, cache)))
 
     def mix(self, normed: torch.Tensor, positions: Positions, cache: KeyValueCache | None) -> Mixed:
-        """What flows into the output projection."""
+        """The inputs of the output projection."""
         if isinstance(self.part, Attention):
             return self.part.mix(normed, positions, cache)
         return self.part.mix(normed)
 
     def project(self, mixed: Mixed) -> torch.Tensor:
-        """What the output projection makes of that."""
+        """The outputs of the output projection for them."""
         return self.part.output(mixed)  # type: ignore[arg-type]  # it is what `mix` of the same part gave
 
     def added(self, x: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
-        """The stream `x` with what the output projection gave."""
+        """The residual stream `x` with the outputs of the output projection added."""
         return x + (projected if self.post_norm is None else self.post_norm(projected))
 
 
@@ -277,7 +277,7 @@ class Decoder:
         self._head_dim = attentions[0].head_dim
         self._tables = self._made_tables(0)
         self.has_own_threads = "native" in builder.paths.values()
-        """Whether kernels with threads of their own multiply, beside torch's."""
+        """Whether some kernels use their own threads, next to torch's."""
 
     def cache(self, context: int, batch: int = 1) -> KeyValueCache:
         """An empty key-value cache for up to `context` positions."""
@@ -294,13 +294,13 @@ class Decoder:
         return self.head(self.norm(x[:, -1:] if last_only else x))
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """What flows into the first layer, `[batch, tokens, hidden_size]`."""
+        """Inputs of the first layer, `[batch, tokens, hidden_size]`."""
         rows = self.embedding.embedding(input_ids)
         scale = self.description.embedding_scale
         return rows if scale == 1.0 else rows * scale
 
     def stream(self, input_ids: torch.Tensor, cache: KeyValueCache | None = None) -> torch.Tensor:
-        """What flows out of the last layer, before the last norm, `[batch, tokens, hidden_size]`; arguments as for logits."""
+        """Outputs of the last layer, before the last norm, `[batch, tokens, hidden_size]`; arguments as for logits."""
         start = 0 if cache is None else cache.length
         positions = self.positions(start, input_ids.shape[1])
         x = self.embed(input_ids)
@@ -311,7 +311,7 @@ class Decoder:
         return x
 
     def positions(self, start: int, tokens: int) -> Positions:
-        """What the layers need for `tokens` tokens from position `start` on."""
+        """Positions of `tokens` tokens from position `start` on."""
         end = start + tokens
         if end > len(self._tables[0][0]):
             self._tables = self._made_tables(end)

@@ -30,7 +30,7 @@ from cluscomp_runtime.tokenizer import Tokenizer, end_tokens, token_batch, token
 __all__ = ["DEFAULT_CONTEXT", "LanguageModel", "check_device", "compute_dtype", "observe_inputs"]
 
 DEFAULT_CONTEXT = 2048
-"""Positions of the key-value cache unless asked otherwise or the model knows fewer."""
+"""Default number of positions of the key-value cache; fewer if the model allows fewer."""
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -99,11 +99,11 @@ class LanguageModel:
         return _rebuilt, (self._base, self.device, self.dtype, self._builder.kernel, self.context, self._delta)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LanguageModel:
-        """A model of its own on the same stored tensors; what a delta changes in one is not changed in the other."""
+        """An independent model on the same stored tensors: a delta applied to one does not change the other."""
         return _rebuilt(self._base, self.device, self.dtype, self._builder.kernel, self.context, self._delta)
 
     def __copy__(self) -> LanguageModel:
-        """As deep a copy: kernels and what a delta changes in them belong to one model."""
+        """The same as a deep copy: kernels, and changes of a delta in them, belong to one model."""
         return self.__deepcopy__({})
 
     def apply_delta(self, delta: Delta | None) -> None:
@@ -259,7 +259,7 @@ def check_device(device: str | torch.device) -> torch.device:
     """The device, if torch can use it here. Raises InvalidRequestError."""
     try:
         target = torch.device(device)
-        # Of the values of a meta tensor nothing is there.
+        # A meta tensor has no values.
         torch.zeros(1, device=target).item()
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

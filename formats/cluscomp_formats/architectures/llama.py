@@ -1,4 +1,4 @@
-"""Llama, Mistral, Qwen2 and Qwen3, and what shares their layout, as SmolLM does.
+"""Llama, Mistral, Qwen2, Qwen3 and models of the same layout, such as SmolLM.
 
 They differ in which matrices have biases, in norms of queries and keys (Qwen3), and in windows (Mistral, Qwen).
 """
@@ -34,7 +34,7 @@ def _describe(reader: ConfigReader, family: Family) -> DecoderDescription:
             index,
             hidden_size,
             sizes,
-            # Qwen2 has these biases whatever the configuration says.
+            # Qwen2 always has these biases.
             bias=attention_bias or model_type == "qwen2",
             output_bias=attention_bias,
             permuted=family.gguf == "llama",

@@ -1,4 +1,4 @@
-"""Parts that many families share, by the names that Llama gave them and llama.cpp's for the same."""
+"""Parts that many families share, under Llama's names, with the names that llama.cpp has for them."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from cluscomp_formats.architectures.parts import embedding, gated_feed_forward, 
 __all__ = ["FAMILIES"]
 
 MAX_EXPERTS = 65536
-"""In all layers together: more than twice as many as any model has, and what a hostile configuration may make us list."""
+"""Most experts in all layers together: more than twice as many as any model has; bounds the work for hostile configurations."""
 
 
 def _describe(reader: ConfigReader, family: Family) -> DecoderDescription:
@@ -73,7 +73,7 @@ def _describe(reader: ConfigReader, family: Family) -> DecoderDescription:
 
 
 def _dense(reader: ConfigReader) -> frozenset[int]:
-    """The layers that have an ordinary feed-forward network whatever the step says."""
+    """The layers that have an ordinary feed-forward network regardless of `decoder_sparse_step`."""
     layers = reader.config.get("mlp_only_layers") or []
     if not isinstance(layers, list) or any(type(layer) is not int for layer in layers):
         reader.bad("mlp_only_layers", layers, "a list of numbers of layers")

@@ -43,7 +43,7 @@ def describe(config: Mapping[str, Any]) -> DecoderDescription:
 
 
 def describe_loosely(config: Mapping[str, Any]) -> DecoderDescription | None:
-    """What a configuration calls for by name, whatever its fields say; None for an unknown family.
+    """Describe a configuration without checking its fields; None for an unknown family.
 
     For what tensors are called. Shapes, and how many layers there are, are right only where `describe` raises nothing.
     """

@@ -1,4 +1,4 @@
-"""A model's tensors against its description."""
+"""Checks that the tensors of a model match its description."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from cluscomp_formats.ir import FLOAT_DTYPES, DenseTensor, Model
 __all__ = ["check_tensors"]
 
 _IGNORED = re.compile(r"(?:model\.)?mtp\..*|.*rotary_emb\.inv_freq")
-"""What the decoder leaves out, as transformers does: layers that predict further tokens at once, which training and some
+"""Tensors that the decoder ignores, as transformers does: layers that predict further tokens at once, which training and some
 servers use, and in old checkpoints the rotary frequencies, which follow from the configuration."""
 
 
 def check_tensors(model: Model, description: DecoderDescription, *, head: bool = True) -> None:
-    """Hold a model's tensors against its description.
+    """Check that the tensors of a model match its description.
 
     Without `head` only what gives the last hidden states is looked at: the embedding, the blocks and the last norm. A tied
     model may bring a head of its own, which then wins over the embedding.
