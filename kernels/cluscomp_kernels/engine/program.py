@@ -16,7 +16,18 @@ from cluscomp_kernels.engine import structures
 from cluscomp_kernels.engine.structures import functions
 from cluscomp_kernels.engine.weights import VALUE_TYPES, EngineLinear, EngineNorm, best_variant
 
-__all__ = ["ACTIVATIONS", "Attention", "Branch", "Cache", "CacheType", "Experts", "FeedForward", "Pool", "Program", "default_threads"]
+__all__ = [
+    "ACTIVATIONS",
+    "Attention",
+    "Branch",
+    "Cache",
+    "CacheType",
+    "Experts",
+    "FeedForward",
+    "Pool",
+    "Program",
+    "default_threads",
+]
 
 Floats = npt.NDArray[np.float32]
 CacheType = Literal["float32", "float16", "int8"]
