@@ -1,4 +1,4 @@
-"""Turn a language model into a ClusComp codebook model: convert, plan, inspect, verify, evaluate, tune and merge.
+"""Turn a language model into a ClusComp codebook model: convert, plan, inspect, verify, evaluate, bench, tune and merge.
 
     from cluscomp_export import convert
 
@@ -15,6 +15,7 @@ import cluscomp_kernels  # noqa: F401 - first: it sets how torch's threads wait,
 from cluscomp_export.api import (
     ConversionKeywords,
     TuneKeywords,
+    bench,
     convert,
     evaluate,
     evaluate_tasks,
@@ -42,6 +43,7 @@ from cluscomp_formats.progress import Progress
 from cluscomp_formats.version import __version__
 
 if TYPE_CHECKING:
+    from cluscomp_export.benchmarking.bench import Speed
     from cluscomp_export.conversion.convert import ConversionReport
     from cluscomp_export.conversion.merge import MergeReport
     from cluscomp_export.conversion.plan_report import PlanReport
@@ -65,6 +67,7 @@ __all__ = [
     "Problem",
     "Progress",
     "SelfTestError",
+    "Speed",
     "StorageError",
     "TaskEvaluation",
     "TuneKeywords",
@@ -74,6 +77,7 @@ __all__ = [
     "Verification",
     "WorkersLostError",
     "__version__",
+    "bench",
     "convert",
     "evaluate",
     "evaluate_tasks",
@@ -94,6 +98,7 @@ _REPORTS = {
     "Inspection": "inspection.inspect",
     "MergeReport": "conversion.merge",
     "PlanReport": "conversion.plan_report",
+    "Speed": "benchmarking.bench",
     "TaskEvaluation": "evaluation.evaluate",
     "TunePlan": "training.finetuning",
     "TuneReport": "training.finetuning",

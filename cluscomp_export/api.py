@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict, Unpack
 from cluscomp_formats.progress import Progress, silent
 
 if TYPE_CHECKING:
+    from cluscomp_export.benchmarking.bench import Speed
     from cluscomp_export.conversion.convert import ConversionReport
     from cluscomp_export.conversion.merge import MergeReport
     from cluscomp_export.conversion.plan_report import PlanReport
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ConversionKeywords",
     "TuneKeywords",
+    "bench",
     "convert",
     "evaluate",
     "evaluate_tasks",
@@ -294,6 +296,39 @@ def evaluate_tasks(
 
     with torch_threads(threads):
         return run(Path(model), tasks, limit=limit, num_fewshot=num_fewshot, device=device, dtype=dtype)
+
+
+def bench(
+    model: StrPath,
+    *,
+    against: Sequence[StrPath] = (),
+    threads: Sequence[int] | None = None,
+    prompt_tokens: int | None = None,
+    new_tokens: int | None = None,
+    repetitions: int = 5,
+    on_progress: Progress = silent,
+    on_warning: Callable[[str], None] = lambda text: None,
+) -> list[Speed]:
+    """Measure how fast `model` runs on this machine, and its memory; `docs/bench.md` defines the figures.
+
+    The models in `against` are measured in turn with it, and their speeds also given as ratios to it. `threads` are the numbers
+    of threads to measure, by default 1 and all cores. The result has one row for each model and number of threads. Each
+    measurement runs in a new process, so what this one has imported does not matter.
+
+    Raises SelfTestError if a model fails its self-test, InvalidRequestError, InvalidFileError, UnsupportedError, and
+    WorkersLostError if a process that measures dies.
+    """
+    from cluscomp_export.benchmarking.bench import bench as run
+
+    return run(
+        [Path(model), *map(Path, against)],
+        threads=threads,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        repetitions=repetitions,
+        on_progress=on_progress,
+        on_warning=on_warning,
+    )
 
 
 def tune(

@@ -1,12 +1,10 @@
-"""The number of threads of torch."""
+"""Numbers of threads: the range they are checked against, and torch's."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-import torch
 
 from cluscomp_formats.errors import InvalidRequestError, Problem
 
@@ -31,6 +29,8 @@ def torch_threads(number: int | None) -> Iterator[None]:
     training depend on that.
     Raises InvalidRequestError for what `check_threads` refuses.
     """
+    import torch
+
     check_threads(number)
     before = torch.get_num_threads()
     torch.set_num_threads(before if number is None else number)

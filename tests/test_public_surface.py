@@ -10,7 +10,7 @@ ERRORS = (
 )
 NAMES = {
     "cluscomp_export": f"{ERRORS} ConversionKeywords ConversionReport DeltaInspection Evaluation Inspection MergeReport "
-    "PlanReport Progress TaskEvaluation TuneKeywords TunePlan TuneReport Verification __version__ convert evaluate "
+    "PlanReport Progress Speed TaskEvaluation TuneKeywords TunePlan TuneReport Verification __version__ bench convert evaluate "
     "evaluate_tasks inspect inspect_delta merge open_source plan plan_tuning tune verify",
     "cluscomp_formats": f"{ERRORS} Array ClusteredWeight Codebook DenseTensor Format Model Outliers Stage Tensor __version__ "
     "detect find_format formats open_model",

@@ -16,6 +16,7 @@ from typing import TextIO
 
 import click
 
+from cluscomp_export.cli.bench import bench
 from cluscomp_export.cli.convert import convert, plan
 from cluscomp_export.cli.evaluate import evaluate
 from cluscomp_export.cli.generate import generate
@@ -42,6 +43,7 @@ def cli() -> None:
       cluscomp-export plan MODEL --bits 3                            preview layout and file size
       cluscomp-export convert MODEL model.clus --bits 3              compress it
       cluscomp-export verify MODEL model.clus                        check the result
+      cluscomp-export bench model.clus                               measure its speed and memory
       cluscomp-export generate model.clus "The capital of France is"
       cluscomp-export tune model.clus my.delta --text my.txt         train its codebooks on a text
       cluscomp-export merge model.clus my.delta tuned.clus           a model like any other
@@ -53,7 +55,7 @@ def cli() -> None:
     """
 
 
-for each in (convert, plan, inspect, verify, evaluate, generate, tune, merge):
+for each in (convert, plan, inspect, verify, evaluate, bench, generate, tune, merge):
     cli.add_command(each)
 
 

@@ -10,6 +10,7 @@ from cluscomp_export.sources.linears import kind
 from cluscomp_formats.errors import Problem, printable
 
 if TYPE_CHECKING:
+    from cluscomp_export.benchmarking.bench import Speed, Spread
     from cluscomp_export.conversion.plan_report import PlanReport
     from cluscomp_export.evaluation.evaluate import Evaluation
     from cluscomp_export.inspection.inspect import DeltaInspection, Inspection
@@ -20,6 +21,7 @@ __all__ = [
     "print_memory",
     "print_plan",
     "print_scores",
+    "print_speeds",
     "print_task_results",
     "print_tensors",
 ]
@@ -238,3 +240,57 @@ def print_task_results(results: Mapping[str, Mapping[str, Any]]) -> None:
                 error = figures.get(f"{figure}_stderr,{how}")
                 rows.append((task, figure, f"{value:.4f}", f"{error:.4f}" if isinstance(error, float) else ""))
     print_table(("task", "figure", "value", "+/-"), rows)
+
+
+def print_speeds(speeds: Sequence[Speed]) -> None:
+    """The results of `bench`: speeds and memory, then ratios to the first model, then what the columns mean."""
+
+    def rate(spread: Spread) -> str:
+        digits = 1 if spread.median < 100 else 0
+        return f"{spread.median:.{digits}f} ({spread.min:.{digits}f} to {spread.max:.{digits}f})"
+
+    def ratio(spread: Spread | None) -> str:
+        return "" if spread is None else f"{spread.median:.2f} ({spread.min:.2f} to {spread.max:.2f})"
+
+    print_table(
+        (
+            "model",
+            "threads",
+            "decode, tokens/s",
+            "GB/s",
+            "of memory's",
+            "prefill, tokens/s",
+            "load, s",
+            "resident MB",
+            "file MB",
+        ),
+        [
+            (
+                speed.path,
+                speed.threads,
+                rate(speed.decode_spread),
+                f"{speed.gigabytes_per_second:.1f} of {speed.memory_gigabytes_per_second:.1f}",
+                f"{100 * speed.bandwidth_share:.0f}",
+                rate(speed.prefill_spread),
+                f"{speed.load_seconds:.2f}",
+                f"{speed.resident_bytes / 1e6:.0f}",
+                f"{speed.file_bytes / 1e6:.1f}",
+            )
+            for speed in speeds
+        ],
+    )
+    others = [speed for speed in speeds if speed.decode_ratio is not None]
+    if others:
+        show()
+        print_table(
+            (f"times {speeds[0].path}", "threads", "decode", "prefill"),
+            [(speed.path, speed.threads, ratio(speed.decode_ratio), ratio(speed.prefill_ratio)) for speed in others],
+        )
+    show()
+    for path, engine, kernels in dict.fromkeys((speed.path, speed.engine, speed.kernels) for speed in speeds):
+        show(f"{printable(path)}: engine {engine}, kernels {printable(kernels)}")
+    first = speeds[0]
+    show(
+        f"{first.prompt_tokens} tokens of prompt, {first.new_tokens} new ones; median (range) of {first.repetitions} processes"
+    )
+    show("GB/s: bytes of weights that a token reads times tokens/s, beside what reading memory alone reaches")

@@ -94,12 +94,12 @@ def show(text: str = "", *, end: str = "\n", raw: bool = False, err: bool = Fals
     stream.flush()
 
 
-def _json_document(value: Mapping[str, Any]) -> str:
+def _json_document(value: Mapping[str, Any] | Sequence[Any]) -> str:
     """A JSON document, indented, with sorted keys."""
     return json.dumps(value, indent=2, sort_keys=True, default=str)
 
 
-def print_json(value: Mapping[str, Any]) -> None:
+def print_json(value: Mapping[str, Any] | Sequence[Any]) -> None:
     """A JSON document on standard output, and nothing else there."""
     show(_json_document(value))
 
