@@ -13,7 +13,7 @@ NAMES = {
     "PlanReport Progress Speed TaskEvaluation TuneKeywords TunePlan TuneReport Verification __version__ bench convert evaluate "
     "evaluate_tasks inspect inspect_delta merge open_source plan plan_tuning tune verify",
     "cluscomp_formats": f"{ERRORS} Array ClusteredWeight Codebook DenseTensor Format Model Outliers Stage Tensor __version__ "
-    "detect find_format formats open_model",
+    "check_payloads detect find_format formats open_model tiled_codes",
     "cluscomp_formats.delta": "Delta changes combine is_delta open_delta write_delta",
     "cluscomp_formats.gguf": "DENSE_TYPES DenseReport FORMAT dense_format dense_gguf_notes dense_gguf_size looks_gguf "
     "open_gguf write_dense_gguf write_gguf",

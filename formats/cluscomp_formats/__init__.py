@@ -14,6 +14,8 @@ from cluscomp_formats.errors import (
 from cluscomp_formats.format import Format
 from cluscomp_formats.ir import Array, ClusteredWeight, Codebook, DenseTensor, Model, Outliers, Stage, Tensor
 from cluscomp_formats.registry import detect, find_format, formats, open_model
+from cluscomp_formats.sections.payload_checks import check_payloads
+from cluscomp_formats.sections.tiles import tiled_codes
 from cluscomp_formats.version import __version__
 
 __all__ = [
@@ -36,8 +38,10 @@ __all__ = [
     "UnsupportedError",
     "WorkersLostError",
     "__version__",
+    "check_payloads",
     "detect",
     "find_format",
     "formats",
     "open_model",
+    "tiled_codes",
 ]

@@ -23,6 +23,8 @@ from cluscomp_formats.strict_json import canonical_json
 __all__ = [
     "DTYPES",
     "MAX_CLUSTERS",
+    "QUAD",
+    "TILE",
     "Array",
     "ClusteredWeight",
     "Codebook",
@@ -33,12 +35,19 @@ __all__ = [
     "Stage",
     "Tensor",
     "code_bits",
+    "tiled_size",
 ]
 
 AnyArray = npt.NDArray[Any]
 
 MAX_CLUSTERS = 65536
 """A code fits 16 bits."""
+
+QUAD = 4
+"""Input channels that tiled codes have together; the last ones are padded."""
+
+TILE = 16
+"""Groups of a tile of tiled codes; the last tile has an even number of them."""
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "float64": np.dtype("<f8"),
@@ -78,12 +87,14 @@ def float32_to_bfloat16(values: AnyArray) -> npt.NDArray[np.uint16]:
 class Array:
     """A lazy, read-only array: its shape and dtype are known, and `read()` returns its payload.
 
-    `dtype` is a key of `DTYPES`.
+    `dtype` is a key of `DTYPES`. `tiled` is given for codes that a file stores as tiled codes: it returns these, checked, as
+    uint8 `[bytes]`, a read-only view of the file (see `cluscomp_formats.tiled_codes`).
     """
 
     shape: tuple[int, ...]
     dtype: str
     loader: Callable[[], AnyArray] = field(repr=False, compare=False)
+    tiled: Callable[[], npt.NDArray[np.uint8]] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -143,6 +154,15 @@ class Array:
 def code_bits(num_clusters: int) -> int:
     """Return the bits per code of a codebook with `num_clusters` clusters: `max(1, ceil(log2 num_clusters))`."""
     return max(1, (num_clusters - 1).bit_length())
+
+
+def tiled_size(in_features: int, groups: int) -> int:
+    """Return the number of codes, including padding, of the tiled codes of an array `[in_features, groups]`.
+
+    Channels are padded to a multiple of `QUAD`, the groups of the last tile to an even number. So codes of any width fill whole
+    bytes.
+    """
+    return -(-in_features // QUAD) * QUAD * (groups + groups % 2)
 
 
 @dataclass(frozen=True)
@@ -267,8 +287,14 @@ class ClusteredWeight:
 
     @property
     def own_bits(self) -> int:
-        """Size in bits of codes (at their packed width), scales and outliers, without codebooks, which may be shared."""
-        codes = sum(stage.codes.size * stage.codebook.code_bits for stage in self.stages)
+        """Size in bits of codes, scales and outliers in a packed file, without codebooks, which may be shared.
+
+        Codes have their packed width, and the padding of tiled codes is included.
+        """
+        codes = 0
+        for stage in self.stages:
+            size = tiled_size(*stage.codes.shape) if self.group_axis == "out" else stage.codes.size
+            codes += size * stage.codebook.code_bits
         return codes + sum(8 * array.nbytes for _, array in self.extra_arrays)
 
     # Infinity and NaN propagate as in IEEE 754, without warnings.

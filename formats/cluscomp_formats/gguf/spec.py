@@ -41,9 +41,9 @@ GGML_TYPES = {
 def stored_spec(payload: Payload) -> tuple[str, tuple[int, ...]]:
     """Return the ggml type and row-major shape of the tensor of a non-empty payload.
 
-    Codes of fewer than 16 bits are a stream of bytes; scalars and arrays of more than four dimensions are vectors.
+    Codes are a stream of bytes, except row-major ones of 16 bits; scalars and arrays of more than four dimensions are vectors.
     """
-    if payload.code_bits is not None and payload.code_bits < 16:
+    if payload.code_bits is not None and (payload.code_bits < 16 or payload.order == "tiles"):
         return "I8", (payload.stored_bytes,)
     if 1 <= len(payload.shape) <= MAX_GGML_RANK:
         return GGML_TYPES[payload.dtype], payload.shape

@@ -28,7 +28,6 @@ from cluscomp_formats.sections.payload_stream import (
     stored_pieces,
     write_side_files,
 )
-from cluscomp_formats.sections.payloads import stored_payloads
 from cluscomp_formats.sections.stored_arrays import StoredArray, stored_arrays
 from cluscomp_formats.strict_json import canonical_json
 
@@ -68,7 +67,7 @@ def write_hf(
     if problems:
         raise InvalidRequestError(problems)
     with atomic_folder(folder, force=force, replaceable=holds_only_model) as temporary:
-        progress = _Progress(sum(payload.stored_bytes for payload, _ in stored_payloads(model)), on_progress)
+        progress = _Progress(_payload_bytes(model, arrays), on_progress)
         shards = _shards(arrays, shard_bytes)
         digest = _write_shards(temporary, shards, model, folder, progress)
         if len(shards) > 1:
@@ -88,12 +87,16 @@ def write_hf(
 
 def hf_size(model: Model) -> int:
     """Return the bytes of all files of the folder of `model`, including its self-test record; reads no payload."""
-    shards = _shards(list(stored_arrays(model)), SHARD_BYTES)
-    total = sum(payload.stored_bytes for payload, _ in stored_payloads(model))
-    total += sum(len(header_bytes(shard.entries())) for shard in shards)
+    arrays = list(stored_arrays(model))
+    shards = _shards(arrays, SHARD_BYTES)
+    total = _payload_bytes(model, arrays) + sum(len(header_bytes(shard.entries())) for shard in shards)
     if len(shards) > 1:
         total += len(json_bytes(_index_value(shards)))
     return total + len(json_bytes(join_config(model, NO_DIGEST))) + len(_record_bytes(model, model.self_test))
+
+
+def _payload_bytes(model: Model, arrays: Sequence[StoredArray]) -> int:
+    return sum(array.payload.stored_bytes for array in arrays) + sum(file.nbytes for file in model.files.values())
 
 
 @dataclass

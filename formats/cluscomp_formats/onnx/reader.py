@@ -88,7 +88,7 @@ def open_onnx(path: Path, *, check: bool = False) -> Model:
     metadata = _metadata(proto, name)
     header, keys = _read_header(proto, metadata, name)
     data = _open_data(file.with_name(DATA_FILE), header.sections)
-    model = build_model(header, data)
+    model = build_model(header, data, tiled=False)
     problems = list(reference_problems(header, model, name, lambda payload: stored_spec(payload)[0]))
     if not problems:
         problems = list(islice(_model_problems(proto, header, model, keys, name), MAX_PROBLEMS))

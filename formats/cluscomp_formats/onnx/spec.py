@@ -83,7 +83,8 @@ def stored_spec(payload: Payload) -> tuple[Payload, str, tuple[int, ...]]:
     if payload.code_bits is None:
         return payload, payload.dtype, payload.shape
     wide = payload.code_bits > 8
-    return replace(payload, code_bits=16 if wide else 8, planar=wide), "uint8", (1 + wide, *payload.shape)
+    stored = replace(payload, code_bits=16 if wide else 8, order="planes" if wide else "rows")
+    return stored, "uint8", (1 + wide, *payload.shape)
 
 
 def data_offset(end: int, length: int) -> int:

@@ -7,28 +7,45 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
 
+import numpy as np
+import numpy.typing as npt
+
 from cluscomp_formats.errors import InvalidFileError, Problem
 from cluscomp_formats.ir import AnyArray, Array, ClusteredWeight, Codebook, DenseTensor, Model, Outliers, Stage, Tensor
+from cluscomp_formats.sections.bits import LargestCode, largest_code
 from cluscomp_formats.sections.header import ArrayEntry, ClusteredEntry, DenseEntry, PackedHeader
 from cluscomp_formats.sections.mapped_file import MappedFile
 from cluscomp_formats.sections.payloads import Payload, stored_payloads
 
-__all__ = ["build_model", "reference_problems"]
+__all__ = ["SectionLoader", "build_model", "reference_problems"]
 
 
 @dataclass(frozen=True)
-class _SectionLoader:
+class SectionLoader:
     """Reads one section. It keeps the file open as long as it exists."""
 
     file: MappedFile
     section: int
 
     def __call__(self) -> AnyArray:
+        """Return the values."""
         return self.file.read(self.section)
 
+    @property
+    def stored_bytes(self) -> int:
+        """Length of the section in bytes."""
+        return self.file.stored_bytes(self.section)
 
-def build_model(header: PackedHeader, file: MappedFile) -> Model:
-    """Return the model that the header describes. Raises InvalidFileError if shapes or dtypes do not match."""
+    def check(self, largest: LargestCode = largest_code) -> npt.NDArray[np.uint8]:
+        """Return the section as stored, after checking it once; see `MappedFile.check`."""
+        return self.file.check(self.section, largest)
+
+
+def build_model(header: PackedHeader, file: MappedFile, *, tiled: bool = True) -> Model:
+    """Return the model that the header describes. Raises InvalidFileError if shapes or dtypes do not match.
+
+    `tiled` says whether the format stores codes of weights with vectors along the out axis as tiled codes.
+    """
     problems: list[Problem] = []
     codebooks: dict[str, Codebook] = {}
     for name, entry in header.codebooks.items():
@@ -47,7 +64,7 @@ def build_model(header: PackedHeader, file: MappedFile) -> Model:
             expected = "the name of a codebook in the header"
             problems.append(Problem("unknown_codebook", "no such codebook", file.name, name, repr(unknown[0]), expected))
         elif all(stage.codebook in codebooks for stage in described.stages):
-            weight = _clustered(name, described, codebooks, file)
+            weight = _clustered(name, described, codebooks, file, tiled)
             if isinstance(weight, Problem):
                 problems.append(weight)
             else:
@@ -55,14 +72,14 @@ def build_model(header: PackedHeader, file: MappedFile) -> Model:
     if problems:
         raise InvalidFileError(problems)
     files = {
-        name: Array((header.sections[number].length,), "uint8", _SectionLoader(file, number))
+        name: Array((header.sections[number].length,), "uint8", SectionLoader(file, number))
         for name, number in header.files.items()
     }
     return Model(header.config, tensors, files, header.provenance, header.self_test, header.digest)
 
 
 def _array(entry: ArrayEntry, file: MappedFile) -> Array:
-    return Array(entry.shape, entry.dtype, _SectionLoader(file, entry.section))
+    return Array(entry.shape, entry.dtype, SectionLoader(file, entry.section))
 
 
 def _codebook(name: str, entry: ArrayEntry, file: MappedFile) -> Codebook | Problem:
@@ -73,14 +90,16 @@ def _codebook(name: str, entry: ArrayEntry, file: MappedFile) -> Codebook | Prob
 
 
 def _clustered(
-    name: str, entry: ClusteredEntry, codebooks: Mapping[str, Codebook], file: MappedFile
+    name: str, entry: ClusteredEntry, codebooks: Mapping[str, Codebook], file: MappedFile, tiled: bool
 ) -> ClusteredWeight | Problem:
     along, across = entry.shape if entry.group_axis == "out" else entry.shape[::-1]
     stages = []
     for stage in entry.stages:
         codebook = codebooks[stage.codebook]
         shape = (across, -(-along // codebook.cluster_dim))
-        stages.append(Stage(codebook, Array(shape, "uint16", _SectionLoader(file, stage.codes))))
+        loader = SectionLoader(file, stage.codes)
+        view = loader.check if tiled and entry.group_axis == "out" else None
+        stages.append(Stage(codebook, Array(shape, "uint16", loader, view)))
     outliers = entry.outliers
     try:
         return ClusteredWeight(
@@ -108,7 +127,7 @@ def reference_problems(
     uses: Counter[int] = Counter()
     for number, (described, array) in enumerate(stored_payloads(model)):
         payload = stored(described)
-        section = cast(_SectionLoader, array.loader).section
+        section = cast(SectionLoader, array.loader).section
         uses[section] += 1
         if uses[section] > 1:
             message = f"the section of {payload.part} is used twice"

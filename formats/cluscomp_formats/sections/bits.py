@@ -10,15 +10,19 @@ contiguous arrays. This is done in blocks, so that the temporaries fit the cache
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["MAX_BITS", "pack_bits", "packed_bytes", "unpack_bits"]
+__all__ = ["MAX_BITS", "LargestCode", "largest_code", "pack_bits", "packed_bytes", "unpack_bits"]
 
 Codes = npt.NDArray[np.uint16]
 Bytes = npt.NDArray[np.uint8]
+
+LargestCode = Callable[[Bytes, int, int], int]
+"""A function with the arguments and the result of `largest_code`."""
 
 MAX_BITS = 16
 
@@ -83,6 +87,19 @@ def unpack_bits(data: Bytes, count: int, bits: int) -> Codes:
             piece = np.concatenate([piece, np.zeros(needed - piece.size, dtype=np.uint8)])
         _unpack_block(piece, bits, block)
     return codes[:count]
+
+
+def largest_code(data: Bytes, count: int, bits: int) -> int:
+    """Return the largest code of a non-empty stream, as given to `unpack_bits`, with little memory."""
+    if bits == 8:
+        return int(data.max())
+    largest = 0
+    for start in range(0, count, _BLOCK):
+        size = min(_BLOCK, count - start)
+        begin = start // 8 * bits
+        codes = unpack_bits(data[begin : begin + packed_bytes(size, bits)], size, bits)
+        largest = max(largest, int(codes.max()))
+    return largest
 
 
 def _check_bits(bits: int) -> None:

@@ -11,8 +11,9 @@ import numpy.typing as npt
 from cluscomp_formats.errors import InvalidFileError, Problem
 from cluscomp_formats.files.stored_file import StoredFile
 from cluscomp_formats.ir import AnyArray
+from cluscomp_formats.sections.bits import LargestCode, largest_code
 from cluscomp_formats.sections.header import Section, align
-from cluscomp_formats.sections.payloads import Payload
+from cluscomp_formats.sections.payloads import ContentFault, Payload
 
 __all__ = ["MappedFile"]
 
@@ -33,6 +34,24 @@ class MappedFile:
         self._sections = sections
         self._checked: set[int] = set()
 
+    def stored_bytes(self, number: int) -> int:
+        """Return the length of section `number` in bytes."""
+        return self._sections[number].length
+
+    def check(self, number: int, largest: LargestCode = largest_code) -> npt.NDArray[np.uint8]:
+        """Return section `number` as stored, uint8 `[bytes]`, after checking it without unpacking codes.
+
+        It is checked once; `largest` finds the largest code. Threads may check different sections at the same time. Raises as
+        `read`.
+        """
+        payload, section = self.payloads[number], self._sections[number]
+        stored = self._file.read(section.offset, section.length, payload.owner)
+        if number not in self._checked:
+            self._check_stored(payload, section, stored)
+            self._raise(payload, payload.stored_fault(stored, largest))
+            self._checked.add(number)
+        return stored
+
     def read(self, number: int) -> AnyArray:
         """Return the values of section `number`. Raises InvalidFileError if it is damaged, StorageError if it is unreadable."""
         payload, section = self.payloads[number], self._sections[number]
@@ -41,9 +60,7 @@ class MappedFile:
             return payload.unpack(stored)
         self._check_stored(payload, section, stored)
         values = payload.unpack(stored)
-        fault = payload.content_fault(values)
-        if fault is not None:
-            raise self._error(payload, fault.kind, fault.message, fault.found, fault.expected)
+        self._raise(payload, payload.content_fault(values))
         self._checked.add(number)
         return values
 
@@ -55,7 +72,9 @@ class MappedFile:
         end = section.offset + section.length
         if self._file.read(end, align(end) - end, payload.owner).any():
             raise self._error(payload, "bad_padding", f"the padding after {payload.part} is not zero", "other bytes", "zeros")
-        fault = payload.padding_fault(stored)
+        self._raise(payload, payload.padding_fault(stored))
+
+    def _raise(self, payload: Payload, fault: ContentFault | None) -> None:
         if fault is not None:
             raise self._error(payload, fault.kind, fault.message, fault.found, fault.expected)
 

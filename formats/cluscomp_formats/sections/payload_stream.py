@@ -17,6 +17,7 @@ from cluscomp_formats.files.side_files import write_synced
 from cluscomp_formats.ir import AnyArray, Array, Model
 from cluscomp_formats.sections.bits import pack_bits
 from cluscomp_formats.sections.payloads import Payload
+from cluscomp_formats.sections.tiles import tiled_pieces
 
 __all__ = [
     "SelfTest",
@@ -95,8 +96,12 @@ def read_checked(payload: Payload, array: Array, path: Path) -> AnyArray:
 
 def stored_pieces(payload: Payload, values: AnyArray) -> Iterator[memoryview]:
     """Yield the stored bytes of a payload in pieces, at least one, possibly empty."""
+    if payload.code_bits is not None and payload.order == "tiles":
+        for piece in tiled_pieces(values, payload.code_bits):
+            yield piece.data
+        return
     flat = values.reshape(-1)
-    if payload.planar:
+    if payload.order == "planes":
         for byte in (0, 1):
             for start in range(0, max(flat.size, 1), _PIECE):
                 piece = flat[start : start + _PIECE].view(np.uint8)

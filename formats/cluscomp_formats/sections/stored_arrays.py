@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluscomp_formats.ir import Array, Model
 from cluscomp_formats.sections.payloads import Payload, stored_payloads
@@ -14,7 +14,7 @@ __all__ = ["StoredArray", "codebook_key", "codes_spec", "part_key", "stored_arra
 
 @dataclass(frozen=True)
 class StoredArray:
-    """One stored array: its name, stored dtype (a key of `DTYPES`) and shape, and its payload."""
+    """One stored array: its name, stored dtype (a key of `DTYPES`) and shape, and its payload, with codes row-major."""
 
     key: str
     dtype: str
@@ -46,7 +46,8 @@ def codes_spec(payload: Payload) -> tuple[str, tuple[int, ...]]:
 def stored_arrays(model: Model) -> Iterator[StoredArray]:
     """Yield every payload of the model in canonical order, except side files."""
     stages: Counter[str] = Counter()
-    for payload, array in stored_payloads(model):
+    for described, array in stored_payloads(model):
+        payload = replace(described, order="rows")
         if payload.description is None:
             continue
         key, dtype, shape = payload.owner, payload.dtype, payload.shape
