@@ -136,11 +136,22 @@ def int8_model() -> Model:
     return Model({"model_type": "none"}, tensors)
 
 
+def tiled_model() -> Model:
+    """Tiled codes of several tiles, with and without padding of channels and groups, at several widths."""
+    tensors: dict[str, ClusteredWeight | DenseTensor] = {}
+    for name, num_clusters, groups, in_features in (("a", 20, 17, 8), ("b", 300, 48, 9), ("c", 256, 30, 6), ("d", 2, 47, 3)):
+        codebook = Codebook(name, floats(f"{name} codebook", "float16", num_clusters, 1))
+        stage = Stage(codebook, codes(f"{name} codes", num_clusters, in_features, groups))
+        tensors[name] = ClusteredWeight(name, (groups, in_features), (stage,))
+    return Model({"model_type": "none"}, tensors)
+
+
 MODELS: dict[str, Callable[[], Model]] = {
     "empty": empty_model,
     "plain": plain_model,
     "full": full_model,
     "int8": int8_model,
+    "tiled": tiled_model,
 }
 
 

@@ -64,7 +64,7 @@ def test_the_example_reads_a_weight(tmp_path: Path) -> None:
     example = TEXT.split("for 16-bit codes along the output axis:", 1)[1].split("\n\n", 2)[1]
     code = "\n".join(line[4:] for line in example.splitlines())
     scope: dict[str, object] = {}
-    exec("import gguf, json\n" + code.replace("model.gguf", str(tmp_path / "model.gguf")), scope)  # noqa: S102
+    exec("import gguf, json\nimport numpy as np\n" + code.replace("model.gguf", str(tmp_path / "model.gguf")), scope)  # noqa: S102
     weight = open_gguf(tmp_path / "model.gguf").tensors["model.layers.0.self_attn.q_proj.weight"]
     assert isinstance(weight, ClusteredWeight)
     assert (scope["weight"] == weight.decode()).all()  # type: ignore[attr-defined]

@@ -25,6 +25,7 @@ from cluscomp_formats.gguf.container import _PLAIN_TYPES
 from cluscomp_formats.gguf.spec import GGML_TYPES
 from cluscomp_formats.packed import read_header, write_packed
 from cluscomp_formats.sections.header import header_value
+from cluscomp_formats.sections.tiles import tile_codes
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,7 @@ def test_a_tensor_of_another_type_or_shape(sound: Path, tmp_path: Path) -> None:
     stored = next(tensor for tensor in gguf.GGUFReader(sound).tensors if tensor.name == name).data
     halves = rewrite(sound, tmp_path / "1.gguf", tensors={name: np.array(stored).view(np.float16)})
     assert problems_of(halves) == {("wrong_form", name)}
-    turned = rewrite(sound, tmp_path / "2.gguf", tensors={name: np.array(stored).reshape(6, 24)})
+    turned = rewrite(sound, tmp_path / "2.gguf", tensors={name: np.array(stored).reshape(8, 36)})
     assert problems_of(turned) == {("wrong_form", name)}
     shorter = rewrite(sound, tmp_path / "3.gguf", tensors={name: np.array(stored)[:20]})
     assert {kind for kind, _ in problems_of(shorter)} == {"section_length"}
@@ -117,8 +118,8 @@ def test_a_code_past_its_codebook(sound: Path, tmp_path: Path) -> None:
     names = reader.fields["cluscomp.sections"].contents()
     checksums = reader.fields["cluscomp.crc32"].contents()
     number = names.index("blk.0.attn_k.codes")
-    # 3-bit codes for 5 clusters: if all bits are 1, codes are 7.
-    codes = np.full(27, -1, np.int8)
+    # 3-bit codes for 5 clusters.
+    codes = tile_codes(np.full((24, 3), 7, np.uint16), 3).view(np.int8)
     checksums[number] = zlib.crc32(codes.tobytes())
     path = rewrite(sound, tmp_path / "m.gguf", {"cluscomp.crc32": checksums}, {names[number]: codes})
     assert {kind for kind, _ in problems_of(path)} == {"code_out_of_range"}

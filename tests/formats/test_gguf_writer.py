@@ -80,10 +80,10 @@ def test_names_and_types(path: Path) -> None:
         "blk.0.attn_output.codes": ("I8", [24 * 4 * 9 // 8]),
         "blk.0.attn_output.row_scale": ("F16", [24]),
         "blk.0.attn_q.codebook": ("F16", [40000, 4]),
-        "blk.0.attn_q.codes": ("I16", [24, 6]),
+        "blk.0.attn_q.codes": ("I8", [24 * 6 * 2]),
         "codebook.kv": ("F16", [5, 3]),
         "blk.0.attn_k.codebook.1": ("F32", [9, 2]),
-        "blk.0.attn_k.codes": ("I8", [24 * 3 * 3 // 8]),
+        "blk.0.attn_k.codes": ("I8", [24 * 4 * 3 // 8]),
         "blk.0.attn_k.codes.1": ("I8", [24 * 4 * 4 // 8]),
         "blk.0.attn_k.row_scale": ("F16", [8]),
         "blk.0.attn_v.codes": ("I8", [8 * 8 * 3 // 8]),
@@ -108,8 +108,15 @@ def test_a_reader_made_of_gguf_py_and_numpy_decodes_the_weights(model: Model, pa
             stored = tensors[names[stage["codes"]]]
             bits = max(1, int(np.ceil(np.log2(len(book)))))
             groups = -(-along // book.shape[1])
-            codes = stored.data.view(np.uint16) if bits == 16 else unpacked(stored.data, across * groups, bits)
-            total += book[codes.reshape(across, groups)].reshape(across, -1)[:, :along]
+            if entry["group_axis"] == "in":
+                codes = unpacked(stored.data, across * groups, bits).reshape(across, groups)
+            else:
+                assert across % 4 == 0
+                assert groups < 16
+                width = groups + groups % 2
+                tiled = unpacked(stored.data, across * width, bits).reshape(across // 4, width, 4)
+                codes = tiled.swapaxes(1, 2).reshape(across, width)[:, :groups]
+            total += book[codes].reshape(across, -1)[:, :along]
         weight = total.T.copy() if entry["group_axis"] == "out" else total
         if "row_scale" in entry:
             weight *= tensors[names[entry["row_scale"]["section"]]].data.astype(np.float32)[:, None]
@@ -134,8 +141,8 @@ def test_three_bit_codes_by_hand(tmp_path: Path) -> None:
     codes = np.array([[1, 2, 3], [4, 5, 6]], np.uint16)
     weight = replace(weight, stages=(replace(weight.stages[0], codes=Array.of(codes)),))
     write_gguf(Model({}, {"w": weight}), tmp_path / "m.gguf")
-    # 1 | 2 << 3 | 3 << 6 | 4 << 9 | 5 << 12 | 6 << 15 = 0x358d1
-    assert tensors_of(tmp_path / "m.gguf")["w.codes"].data.view(np.uint8).tolist() == [0xD1, 0x58, 0x03]
+    # Four codes for each group, two of them padding: 1 | 4 << 3, 2 | 5 << 3, 3 | 6 << 3, 0, with 12 bits each.
+    assert tensors_of(tmp_path / "m.gguf")["w.codes"].data.view(np.uint8).tolist() == [0x21, 0xA0, 0x02, 0x33, 0, 0]
 
 
 def test_offsets_are_aligned_and_the_file_holds_nothing_else(path: Path) -> None:

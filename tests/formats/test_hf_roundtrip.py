@@ -192,7 +192,8 @@ def test_a_folder_is_no_larger_than_the_packed_file(tmp_path: Path) -> None:
     model = small_model()
     packed = write_packed(model, tmp_path / "m.clus")
     folder = write_hf(model, tmp_path / "m")
-    assert folder.payload_bytes == packed.payload_bytes
+    # Without the padding of tiled codes.
+    assert folder.payload_bytes <= packed.payload_bytes
     assert folder.num_sections == packed.num_sections
 
 

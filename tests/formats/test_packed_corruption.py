@@ -19,6 +19,7 @@ from packed_surgery import (
     with_section,
 )
 
+from cluscomp_formats import check_payloads, tiled_codes
 from cluscomp_formats.errors import InvalidFileError, Problem, StorageError
 from cluscomp_formats.ir import Array, ClusteredWeight, Codebook, DenseTensor, Model, Outliers, Stage
 from cluscomp_formats.packed import open_packed, read_header, write_packed
@@ -359,12 +360,12 @@ def float_bytes(*values: float) -> bytes:
     return np.array(values, dtype=np.float32).tobytes()
 
 
-# Codes are 2 bits wide: 0, 1, 2, 1, 0, 2 are stored as 01 10 01 00, 0000 10 00.
+# Codes are 2 bits wide. Those of group 0, (0, 2, 0), and of group 1, (1, 1, 2), are stored as 00 00 10 00, 00 10 01 01.
 @pytest.mark.parametrize(
     ("section", "content", "problem"),
     [
-        (CODES, bytes([0b01110100, 0b00001000]), ("code_out_of_range", "attn")),
-        (CODES, bytes([0b01100100, 0b00011000]), ("bad_padding", "attn")),
+        (CODES, bytes([0b00001100, 0b00100101]), ("code_out_of_range", "attn")),
+        (CODES, bytes([0b01001000, 0b00100101]), ("bad_padding", "attn")),
         (CODEBOOK, np.array([1, 2, np.nan, 4, 5, 6], dtype=np.float16).tobytes(), ("not_finite", "book")),
         (CODEBOOK, np.array([1, 2, 3, 4, 5, -np.inf], dtype=np.float16).tobytes(), ("not_finite", "book")),
         (ROW_SCALE, float_bytes(1, np.inf, 1), ("not_finite", "attn")),
@@ -377,7 +378,22 @@ def float_bytes(*values: float) -> bytes:
     ],
 )
 def test_section_content(path: Path, data: bytes, section: int, content: bytes, problem: tuple[str, str]) -> None:
-    assert kinds(problems_of(path, with_section(data, section, content))) == [problem]
+    found = problems_of(path, with_section(data, section, content))
+    assert kinds(found) == [problem]
+    if problem[0] != "digest_mismatch":
+        with pytest.raises(InvalidFileError) as caught:
+            check_payloads(open_packed(path))
+        assert caught.value.problems == found
+
+
+@pytest.mark.parametrize("content", [bytes([0b00001100, 0b00100101]), bytes([0b01001000, 0b00100101])])
+def test_codes_are_checked_before_they_are_mapped(path: Path, data: bytes, content: bytes) -> None:
+    found = problems_of(path, with_section(data, CODES, content))
+    stage = open_packed(path).clustered["attn"].stages[0]
+    for _ in range(2):
+        with pytest.raises(InvalidFileError) as caught:
+            tiled_codes(stage)
+        assert caught.value.problems == found
 
 
 @pytest.mark.parametrize("section", range(8))
@@ -448,7 +464,7 @@ def test_surgery_itself_is_sound(path: Path, data: bytes) -> None:
     assert with_header(data, lambda _: None) == data
     assert with_preamble(data, 1, 1) == data
     content = data[header_of(data)["sections"][CODES]["offset"] :][:2]
-    assert content == bytes([0b01100100, 0b00001000])
+    assert content == bytes([0b00001000, 0b00100101])
     assert with_section(data, CODES, content) == data
     assert zlib.crc32(content) == header_of(data)["sections"][CODES]["crc32"]
     assert json.loads(data[preamble_fields(data)[4] :]) == header_of(data)

@@ -64,7 +64,11 @@ class IndependentReader:
         code = STRUCT_CODES[entry["dtype"]]
         return list(struct.unpack(f"<{len(raw) // struct.calcsize(code)}{code}", raw))
 
-    def codes(self, number: int, count: int, num_clusters: int) -> list[int]:
+    def codes(self, number: int, across: int, groups: int, axis: str, num_clusters: int) -> list[int]:
+        """Return the codes `[across, groups]` in row-major order."""
+        if axis == "out":
+            return self.tiled_codes(number, across, groups, num_clusters)
+        count = across * groups
         bits = max(1, (num_clusters - 1).bit_length())
         raw = self.section(number)
         assert len(raw) == (count * bits + 7) // 8
@@ -73,6 +77,29 @@ class IndependentReader:
         assert stream >> (bits * count) == 0
         assert max(codes) < num_clusters
         return codes
+
+    def tiled_codes(self, number: int, in_features: int, groups: int, num_clusters: int) -> list[int]:
+        bits = max(1, (num_clusters - 1).bit_length())
+        raw = self.section(number)
+        quads = (in_features + 3) // 4
+        assert len(raw) == quads * (groups + groups % 2) * bits // 2
+        found = {}
+        padding = 0
+        for t in range((groups + 15) // 16):
+            width = min(16, groups + groups % 2 - 16 * t)
+            for q in range(quads):
+                begin = t * quads * 8 * bits + q * width * bits // 2
+                record = int.from_bytes(raw[begin : begin + width * bits // 2], "little")
+                for g in range(width):
+                    for c in range(4):
+                        code = record >> (bits * (4 * g + c)) & ((1 << bits) - 1)
+                        if 4 * q + c < in_features and 16 * t + g < groups:
+                            found[4 * q + c, 16 * t + g] = code
+                        else:
+                            padding |= code
+        assert padding == 0
+        assert max(found.values()) < num_clusters
+        return [found[channel, group] for channel in range(in_features) for group in range(groups)]
 
     def weight(self, tensor: dict[str, Any]) -> list[float]:
         """Return a clustered weight, row-major `[out_features, in_features]`, with every step rounded to float32."""
@@ -85,7 +112,7 @@ class IndependentReader:
             num_clusters, dim = codebook["shape"]
             centroids = self.array(codebook)
             groups = (along + dim - 1) // dim
-            codes = self.codes(stage["codes"], across * groups, num_clusters)
+            codes = self.codes(stage["codes"], across, groups, tensor["group_axis"], num_clusters)
             for a in range(across):
                 for b in range(along):
                     value = f32(centroids[codes[a * groups + b // dim] * dim + b % dim])
@@ -138,7 +165,7 @@ class IndependentReader:
                     "shape": shape,
                 }
                 total.update(text({**description, "group_axis": tensor["group_axis"], "weight_shape": tensor["shape"]}))
-                codes = self.codes(stage["codes"], shape[0] * shape[1], num_clusters)
+                codes = self.codes(stage["codes"], *shape, tensor["group_axis"], num_clusters)
                 total.update(struct.pack(f"<{len(codes)}H", *codes))
             for part in ("row_scale", "column_scale"):
                 if part in tensor:

@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given, settings
 from model_strategies import assert_same, models
 
+from cluscomp_formats import tiled_codes
 from cluscomp_formats.ir import Array, ClusteredWeight, Codebook, DenseTensor, Model, Stage
 from cluscomp_formats.packed import open_packed, read_header, write_packed
+from cluscomp_formats.sections.tiles import tile_codes
 
 
 @settings(max_examples=150, deadline=None)
@@ -51,14 +53,29 @@ def test_opening_reads_no_payload_and_arrays_are_read_only(tmp_path: Path) -> No
     assert not found.values.read().flags.writeable
 
 
-def test_sixteen_bit_codes_are_mapped_not_copied(tmp_path: Path) -> None:
-    codebook = Codebook("c", Array.of(np.zeros((65536, 1), dtype=np.float16)))
-    codes = np.arange(20, dtype=np.uint16).reshape(4, 5)
+def test_tiled_codes_are_mapped_not_copied(tmp_path: Path) -> None:
+    codebook = Codebook("c", Array.of(np.zeros((6, 1), dtype=np.float16)))
+    codes = np.arange(20, dtype=np.uint16).reshape(4, 5) % 6
     write_packed(Model({}, {"w": ClusteredWeight("w", (5, 4), (Stage(codebook, Array.of(codes)),))}), tmp_path / "m.clus")
-    found = open_packed(tmp_path / "m.clus").clustered["w"].stages[0].codes.read()
-    assert np.array_equal(found, codes)
+    stage = open_packed(tmp_path / "m.clus").clustered["w"].stages[0]
+    found = tiled_codes(stage)
+    assert np.array_equal(found, tile_codes(codes, 3))
     assert not found.flags.owndata
     assert not found.flags.writeable
+    assert np.shares_memory(found, tiled_codes(stage))
+    assert np.array_equal(stage.codes.read(), codes)
+
+
+def test_sixteen_bit_codes_along_the_in_axis_are_mapped_not_copied(tmp_path: Path) -> None:
+    codebook = Codebook("c", Array.of(np.zeros((65536, 1), dtype=np.float16)))
+    codes = np.arange(20, dtype=np.uint16).reshape(4, 5)
+    weight = ClusteredWeight("w", (4, 5), (Stage(codebook, Array.of(codes)),), "in")
+    write_packed(Model({}, {"w": weight}), tmp_path / "m.clus")
+    array = open_packed(tmp_path / "m.clus").clustered["w"].stages[0].codes
+    assert np.array_equal(array.read(), codes)
+    assert not array.read().flags.owndata
+    assert not array.read().flags.writeable
+    assert array.tiled is None
 
 
 def test_a_replaced_file_leaves_the_open_model_alone(tmp_path: Path) -> None:

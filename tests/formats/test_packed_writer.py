@@ -21,6 +21,7 @@ from cluscomp_formats.packed import open_packed, write_packed
 from cluscomp_formats.packed import writer as writer_module
 from cluscomp_formats.sections import model_problems
 from cluscomp_formats.sections import payload_stream as stream_module
+from cluscomp_formats.sections import tiles as tiles_module
 
 
 def array(*values: float, dtype: str = "float32") -> Array:
@@ -246,16 +247,17 @@ def test_an_unfinished_file_is_never_taken_for_a_model(tmp_path: Path) -> None:
 
 def test_progress_counts_stored_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream_module, "_PIECE", 8)
+    monkeypatch.setattr(tiles_module, "_PIECE", 8)
     codebook = Codebook("c", Array.of(np.zeros((300, 4), dtype=np.float16)))
-    codes = Array.of(np.arange(110, dtype=np.uint16).reshape(10, 11))
+    codes = Array.of(np.arange(300, dtype=np.uint16).reshape(10, 30))
     files = {"f": Array.of(np.zeros(0, dtype=np.uint8))}
-    model = Model({}, {"w": ClusteredWeight("w", (44, 10), (Stage(codebook, codes),))}, files)
+    model = Model({}, {"w": ClusteredWeight("w", (120, 10), (Stage(codebook, codes),))}, files)
     seen: list[tuple[int, int]] = []
     report = write_packed(model, tmp_path / "m.clus", on_progress=lambda phase, done, total: seen.append((done, total)))
-    assert report.payload_bytes == 300 * 4 * 2 + (110 * 9 + 7) // 8
+    assert report.payload_bytes == 300 * 4 * 2 + 12 * 30 * 9 // 8
     assert seen[-1] == (report.payload_bytes, report.payload_bytes)
     assert sorted(seen) == seen
-    assert len(seen) > 14
+    assert len(seen) == 150 + 2 + 1
     # The pieces are joined correctly.
     assert open_packed(tmp_path / "m.clus", check=True).digest() == model.digest()
 
