@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from cluscomp_export.sources.linears import kind
-from cluscomp_formats.ir import code_bits
+from cluscomp_formats.ir import code_bits, tiled_size
 
 __all__ = [
     "CLUSTER_DIMS",
@@ -113,6 +113,11 @@ def num_vectors(shape: tuple[int, int], cluster_dim: int) -> int:
     return shape[1] * -(-shape[0] // cluster_dim)
 
 
+def stored_codes(shape: tuple[int, int], cluster_dim: int) -> int:
+    """Codes of a matrix `(out_features, in_features)` in a file, with the padding of tiled codes."""
+    return tiled_size(shape[1], -(-shape[0] // cluster_dim))
+
+
 def value_widths(codebook_bits: int | None, *, row_scale: bool) -> tuple[int, ...]:
     """The bits per value that a codebook may have: `codebook_bits`, or any if None."""
     if not row_scale:
@@ -176,6 +181,12 @@ class Group:
         return value_widths(self.codebook_bits, row_scale=self.row_scale)
 
 
+def _of_candidates(groups: Sequence[Group], count: Callable[[tuple[int, int], int], int]) -> Floats:
+    """The sum of `count(shape, cluster_dim)` over the members of every group, for every candidate that is not dense."""
+    by_dim = np.array([[float(sum(count(m.shape, dim) for m in group.members)) for dim in CLUSTER_DIMS] for group in groups])
+    return by_dim.reshape(len(groups), -1).repeat(len(CLUSTER_COUNTS) * len(CODEBOOK_DTYPES), axis=1)
+
+
 class Table:
     """Bits and expected loss of every candidate for every group, float64 `[groups, len(SIZES)]`.
 
@@ -185,15 +196,11 @@ class Table:
 
     def __init__(self, groups: Sequence[Group]) -> None:
         self.groups = tuple(groups)
-        # First by group and dimension, then by group and candidate.
-        by_dim = np.array(
-            [[float(sum(num_vectors(m.shape, dim) for m in group.members)) for dim in CLUSTER_DIMS] for group in groups]
-        )
-        vectors = by_dim.reshape(len(groups), -1).repeat(len(CLUSTER_COUNTS) * len(CODEBOOK_DTYPES), axis=1)
+        vectors, codes = (_of_candidates(groups, count) for count in (num_vectors, stored_codes))
         loss = np.array([sum(m.loss if group.row_scale else m.flat_loss for m in group.members) for group in groups])
         mixed = np.array([mixing(member.name for member in group.members) for group in groups])
         scales = np.array([ROW_SCALE_BITS * sum(m.shape[0] for m in group.members) * group.row_scale for group in groups])
-        needed = vectors * _CODE_BITS + _CODEBOOK_BITS + scales[:, None]
+        needed = codes * _CODE_BITS + _CODEBOOK_BITS + scales[:, None]
         allowed = np.array([np.isin(_VALUE_BITS, group.value_widths) for group in groups])
         dense = [np.inf if group.dense_bits is None else group.dense_bits for group in groups]
         self.bits: Floats = np.column_stack([np.where((vectors >= _COUNTS) & allowed, needed, np.inf), dense])
