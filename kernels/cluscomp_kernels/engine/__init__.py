@@ -3,6 +3,7 @@
 Results are the same bits on every instruction set and for any number of threads.
 """
 
+from cluscomp_kernels.engine.measure import memory_bandwidth, time_per_weight
 from cluscomp_kernels.engine.program import (
     Attention,
     Branch,
@@ -32,5 +33,7 @@ __all__ = [
     "Stage",
     "best_variant",
     "default_threads",
+    "memory_bandwidth",
     "tiled_bytes",
+    "time_per_weight",
 ]

@@ -692,6 +692,45 @@ void cc_linear_rows(const cc_pool *pool, const cc_linear *linear, const int64_t 
         cc_linear_row(pool->kernels, linear, ids[i], rows + i * linear->in_features);
 }
 
+typedef struct {
+    const uint64_t *words;
+    int64_t count;
+    uint64_t *results; /* one of each thread, 64 bytes apart */
+} read_job;
+
+enum { READ_WORDS = 1 << 15 };
+
+static void read_words(void *arg, cc_worker *worker)
+{
+    const read_job *job = arg;
+    const int64_t items = (job->count + READ_WORDS - 1) / READ_WORDS;
+    for (int64_t item = cc_first(worker, items); item >= 0; item = cc_next(worker, items)) {
+        const int64_t first = item * READ_WORDS, left = job->count - first, here = left < READ_WORDS ? left : READ_WORDS;
+        uint64_t mixed[8] = {0};
+        for (int64_t i = 0; i + 8 <= here; i += 8)
+            for (int k = 0; k < 8; k++)
+                mixed[k] ^= job->words[first + i + k];
+        for (int k = 0; k < 8; k++)
+            job->results[8 * worker->thread] ^= mixed[k];
+    }
+}
+
+uint64_t cc_pool_read(cc_pool *pool, const void *data, int64_t bytes)
+{
+    const int threads = cc_team_threads(pool->team);
+    read_job job = {data, bytes / 8, calloc((size_t)threads, 64)};
+    uint64_t mixed = 0;
+    if (job.results == NULL)
+        return 0;
+    cc_lock(pool->team);
+    cc_team_run(pool->team, read_words, &job);
+    cc_unlock(pool->team);
+    for (int t = 0; t < threads; t++)
+        mixed ^= job.results[8 * t];
+    free(job.results);
+    return mixed;
+}
+
 cc_pool *cc_pool_new(int variant, int threads)
 {
     cc_pool *pool = calloc(1, sizeof *pool);

@@ -120,6 +120,9 @@ CC_EXPORT int cc_linear_apply(cc_pool *pool, const cc_linear *linear, const floa
 /* Rows of the weight, which the caller has checked, as [count, in_features]. */
 CC_EXPORT void cc_linear_rows(const cc_pool *pool, const cc_linear *linear, const int64_t *ids, int64_t count, float *rows);
 
+/* Reads all of `data` with the pool's threads, to measure how fast that is; returns the exclusive or of its 64-bit words. */
+CC_EXPORT uint64_t cc_pool_read(cc_pool *pool, const void *data, int64_t bytes);
+
 /* The codebook [num_clusters, dim] as the kernels of a variant read it. cc_entries_layout fills in `dim`, `planes`, `pitch`, `bits`
  * and `in_registers` of a matrix, and returns the bytes of the entries, which begin at a multiple of 64. cc_make_entries writes
  * them and returns the value of an entry of 1. With `wide`, entries have 16 bits, to which values are rounded; otherwise values

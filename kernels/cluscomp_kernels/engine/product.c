@@ -9,6 +9,7 @@ enum {
     FEW_TOKENS = 4,
     TOKENS = 64, /* that share a decoded tile: their sums stay in the caches */
     DENSE_ROWS = 16, /* of an item */
+    MAX_DIM = 64,
 };
 
 int64_t cc_product_scratch(const cc_linear *linear)
@@ -26,27 +27,53 @@ static int64_t items_of(const cc_linear *linear, int32_t stage)
     return stage < linear->num_stages ? cc_tiles(linear->stages + stage) : 0;
 }
 
+/* The values of a tile's outputs, [groups of the tile][dim], from its sums. */
+static void collect(const cc_matrix *matrix, const float *sums, int64_t dim, float *values)
+{
+    const int64_t entry_step = matrix->in_registers ? CC_GROUPS : 1, group_step = matrix->in_registers ? 1 : matrix->pitch;
+    for (int64_t k = 0; k < dim; k++)
+        for (int64_t group = 0; group < CC_GROUPS; group++)
+            values[group * dim + k] = sums[group * group_step + k * entry_step];
+    if (matrix->planes == dim)
+        return;
+    const float *low = sums + dim * entry_step;
+    for (int64_t k = 0; k < dim; k++)
+        for (int64_t group = 0; group < CC_GROUPS; group++)
+            values[group * dim + k] = values[group * dim + k] * 256 + low[group * group_step + k * entry_step];
+}
+
 /* Scales the sums of a tile for one token, and stores or adds them. `y` begins at the tile's first output. */
 static void finish(const cc_matrix *matrix, int64_t tile, const float *sums, int32_t add, float *y)
 {
-    const int64_t dim = matrix->dim, first = tile * CC_GROUPS * dim;
-    const int64_t left = matrix->out_features - first, outputs = left < CC_GROUPS * dim ? left : CC_GROUPS * dim;
-    const int64_t entry_step = matrix->in_registers ? CC_GROUPS : 1, group_step = matrix->in_registers ? 1 : matrix->pitch;
-    const int32_t wide = matrix->planes != dim;
-    const float *row_scale = matrix->row_scale ? matrix->row_scale + first : NULL;
-    const float *bias = matrix->bias ? matrix->bias + first : NULL;
-    for (int64_t group = 0; group * dim < outputs; group++)
-        for (int64_t k = 0; k < dim; k++) {
-            const int64_t out = group * dim + k;
-            if (out >= outputs)
-                break;
-            const float *sum = sums + group * group_step + k * entry_step;
-            float value = wide ? *sum * 256 + sum[dim * entry_step] : *sum;
-            value *= row_scale ? *matrix->unit * row_scale[out] : *matrix->unit;
-            if (bias)
-                value += bias[out];
-            y[out] = add ? y[out] + value : value;
-        }
+    const int64_t dim = matrix->dim, first = tile * CC_GROUPS * dim, left = matrix->out_features - first;
+    const int64_t outputs = left < CC_GROUPS * dim ? left : CC_GROUPS * dim;
+    float values[CC_GROUPS * MAX_DIM];
+    /* Compilers make good code of the usual ones. */
+    if (dim == 1)
+        collect(matrix, sums, 1, values);
+    else if (dim == 2)
+        collect(matrix, sums, 2, values);
+    else if (dim == 3)
+        collect(matrix, sums, 3, values);
+    else if (dim == 4)
+        collect(matrix, sums, 4, values);
+    else
+        collect(matrix, sums, dim, values);
+    const float unit = *matrix->unit;
+    if (matrix->row_scale)
+        for (int64_t i = 0; i < outputs; i++)
+            values[i] *= unit * matrix->row_scale[first + i];
+    else
+        for (int64_t i = 0; i < outputs; i++)
+            values[i] *= unit;
+    if (matrix->bias)
+        for (int64_t i = 0; i < outputs; i++)
+            values[i] += matrix->bias[first + i];
+    if (add)
+        for (int64_t i = 0; i < outputs; i++)
+            y[i] += values[i];
+    else
+        memcpy(y, values, (size_t)outputs * sizeof *y);
 }
 
 static void multiply_tile(const cc_kernels *kernels, const cc_product *product, int32_t stage, int64_t tile, int64_t tokens,

@@ -259,6 +259,10 @@ class Pool:
             raise MemoryError("no memory for activations")
         return y
 
+    def read(self, data: npt.NDArray[np.uint8]) -> None:
+        """Read all of `data` once with all threads: what memory can give at most."""
+        functions().pool_read(self.handle, data.ctypes.data, data.nbytes)
+
     def rows(self, linear: EngineLinear, ids: npt.NDArray[np.int64]) -> Floats:
         """Rows `[len(ids), in_features]` of the weight. Raises IndexError."""
         ids = np.ascontiguousarray(ids, dtype=np.int64)

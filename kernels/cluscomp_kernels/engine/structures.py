@@ -100,6 +100,7 @@ class Functions(NamedTuple):
     pool_free: Callable[..., None]
     linear_apply: Callable[..., int]
     linear_rows: Callable[..., None]
+    pool_read: Callable[..., int]
     entries_layout: Callable[..., int]
     make_entries: Callable[..., float]
     largest_code: Callable[..., int]
@@ -127,6 +128,7 @@ def functions() -> Functions:
         pool_free=declare("pool_free", None, _pointer),
         linear_apply=declare("linear_apply", _i32, _pointer, linear, _pointer, _i64, _pointer),
         linear_rows=declare("linear_rows", None, _pointer, linear, _pointer, _i64, _pointer),
+        pool_read=declare("pool_read", ctypes.c_uint64, _pointer, _pointer, _i64),
         entries_layout=declare("entries_layout", _i64, matrix, _i64, _i32, _i32, _i32),
         make_entries=declare("make_entries", _f32, matrix, _pointer, _i64, _i32, _pointer),
         largest_code=declare("largest_code", ctypes.c_uint32, _pointer, _i64, _i32),

@@ -22,6 +22,8 @@ VARIANTS = ("plain", "avx2", "avx512")
 
 VALUE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3}
 
+MAX_DIM = 64
+
 _QUAD, _TILE = 4, 16
 
 
@@ -59,10 +61,13 @@ class Codebook:
 
     int8 values are used as they are. Values of other types are rounded to 16 bits: by less than a 65,000th of the largest.
     `variant` is a number of `VARIANTS`.
+    Raises ValueError if the vectors are longer than MAX_DIM.
     """
 
     def __init__(self, values: Array, variant: int) -> None:
         self.num_clusters, self.cluster_dim = values.shape
+        if self.cluster_dim > MAX_DIM:
+            raise ValueError(f"the kernels support a cluster_dim of 1 to {MAX_DIM}, got {self.cluster_dim}")
         self.wide = values.dtype != np.int8
         self._layout = Matrix()
         size = functions().entries_layout(self._layout, self.num_clusters, self.cluster_dim, self.wide, variant)
