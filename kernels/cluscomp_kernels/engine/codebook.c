@@ -4,6 +4,34 @@
 
 #include "engine/kernels.h"
 
+#if CC_X86 && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#if CC_X86
+static int has_avx512(void)
+{
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
+}
+
+/* AMX needs the processor, and leave of the system to use its registers, which is asked for here. */
+static int has_amx(void)
+{
+#if defined(__linux__) && defined(__x86_64__)
+    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 }; /* arch_prctl(2) */
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d >> 24 & 1) == 0 || (d >> 25 & 1) == 0)
+        return 0;
+    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+#else
+    return 0;
+#endif
+}
+#endif
+
 const cc_kernels *cc_kernels_of(int variant)
 {
     if (variant == CC_PLAIN)
@@ -11,10 +39,10 @@ const cc_kernels *cc_kernels_of(int variant)
 #if CC_X86
     if (variant == CC_AVX2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
         return &cc_kernels_avx2;
-    if (variant == CC_AVX512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi") &&
-        __builtin_cpu_supports("avx512vnni"))
+    if (variant == CC_AVX512 && has_avx512())
         return &cc_kernels_avx512;
+    if (variant == CC_AMX && has_avx512() && has_amx())
+        return &cc_kernels_amx;
 #endif
     return NULL;
 }
@@ -31,7 +59,7 @@ int64_t cc_entries_layout(cc_matrix *matrix, int64_t num_clusters, int32_t dim, 
     matrix->bits = 1;
     while ((int64_t)1 << matrix->bits < num_clusters)
         matrix->bits++;
-    matrix->in_registers = variant == CC_AVX512 && num_clusters <= CC_REGISTER_CLUSTERS;
+    matrix->in_registers = variant >= CC_AVX512 && num_clusters <= CC_REGISTER_CLUSTERS;
     if (matrix->in_registers)
         matrix->pitch = matrix->planes;
     else

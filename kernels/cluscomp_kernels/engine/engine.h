@@ -86,7 +86,7 @@ typedef struct {
 typedef struct cc_engine cc_engine;
 typedef struct cc_cache cc_cache;
 
-/* Whether this machine has the instructions of a variant (CC_PLAIN, CC_AVX2, CC_AVX512). */
+/* Whether this machine has the instructions of a variant (CC_PLAIN, CC_AVX2, CC_AVX512, CC_AMX). */
 CC_EXPORT int cc_engine_supported(int variant);
 
 /* NULL if there is no memory. `threads` counts the caller. */

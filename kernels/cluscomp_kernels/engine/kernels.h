@@ -53,7 +53,7 @@ const cc_kernels *cc_kernels_of(int variant);
 
 #if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__)
 #define CC_X86 1
-extern const cc_kernels cc_kernels_avx2, cc_kernels_avx512;
+extern const cc_kernels cc_kernels_avx2, cc_kernels_avx512, cc_kernels_amx;
 #endif
 extern const cc_kernels cc_kernels_plain;
 

@@ -1,4 +1,4 @@
-/* Kernels for AVX-512 with VBMI and VNNI. See matrix.h. */
+/* Kernels for AVX-512 with VBMI and VNNI, and with AMX. See matrix.h. */
 #include "engine/kernels.h"
 
 #if CC_X86
@@ -304,7 +304,95 @@ INLINE void store_half_lanes(uint16_t *to, lanes values)
 
 const cc_kernels cc_kernels_avx512 = {decode, multiply, quantise, norm, gate, dense, dense_row, store_values, attend};
 
+/* ---- AMX: blocks of 16 tokens times vectors of 16 outputs, for prompts. ---- */
+
+#pragma GCC push_options
+#pragma GCC target("amx-tile,amx-int8")
+
+enum { AMX_TOKENS = 16 };
+
+/* As _tile_loadconfig reads it. */
+typedef struct {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+} tile_shapes;
+
+/* sums += the products of a block for 16 tokens and a vector, from its parts [16 tokens][16 outputs]. */
+INLINE void add_block(const int32_t *high, const int32_t *low, const cc_block *x, int64_t stride, float *sums, int64_t row)
+{
+    for (int t = 0; t < AMX_TOKENS; t++) {
+        const __m512i part = _mm512_slli_epi32(_mm512_load_si512(high + 16 * t), 8);
+        const __m512i product = _mm512_sub_epi32(_mm512_add_epi32(part, _mm512_load_si512(low + 16 * t)),
+                                                 _mm512_set1_epi32(x[t * stride].offset));
+        const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(product), _mm512_set1_ps(x[t * stride].scale));
+        _mm512_storeu_ps(sums + t * row, _mm512_add_ps(_mm512_loadu_ps(sums + t * row), scaled));
+    }
+}
+
+static void multiply_amx(const uint8_t *decoded, int64_t quads, int64_t vectors, const cc_block *x, int64_t stride,
+                         int64_t tokens, float *sums)
+{
+    const int64_t row = vectors * CC_VECTOR_LANES, blocks = quads / CC_BLOCK_QUADS, whole = tokens / AMX_TOKENS * AMX_TOKENS;
+    _Alignas(64) int32_t products[4][AMX_TOKENS * CC_VECTOR_LANES];
+    if (whole && blocks) {
+        tile_shapes shapes = {.palette = 1};
+        for (int tile = 0; tile < 8; tile++) {
+            shapes.rows[tile] = 16;
+            shapes.row_bytes[tile] = 64;
+        }
+        _tile_loadconfig(&shapes);
+        for (int64_t t = 0; t < whole; t += AMX_TOKENS)
+            for (int64_t b = 0; b < blocks; b++) {
+                const cc_block *block = x + t * stride + b;
+                const uint8_t *from = decoded + b * CC_BLOCK_QUADS * vectors * CC_VECTOR;
+                float *sum = sums + t * row;
+                _tile_loadd(0, block->high, stride * (int64_t)sizeof *x);
+                _tile_loadd(1, block->low, stride * (int64_t)sizeof *x);
+                int64_t v = 0;
+                for (; v + 2 <= vectors; v += 2) {
+                    _tile_zero(2);
+                    _tile_zero(3);
+                    _tile_zero(4);
+                    _tile_zero(5);
+                    _tile_loadd(6, from + v * CC_VECTOR, vectors * CC_VECTOR);
+                    _tile_loadd(7, from + (v + 1) * CC_VECTOR, vectors * CC_VECTOR);
+                    _tile_dpbsud(2, 0, 6);
+                    _tile_dpbsud(3, 1, 6);
+                    _tile_dpbsud(4, 0, 7);
+                    _tile_dpbsud(5, 1, 7);
+                    _tile_stored(2, products[0], 64);
+                    _tile_stored(3, products[1], 64);
+                    _tile_stored(4, products[2], 64);
+                    _tile_stored(5, products[3], 64);
+                    add_block(products[0], products[1], block, stride, sum + v * CC_VECTOR_LANES, row);
+                    add_block(products[2], products[3], block, stride, sum + (v + 1) * CC_VECTOR_LANES, row);
+                }
+                if (v < vectors) {
+                    _tile_zero(2);
+                    _tile_zero(3);
+                    _tile_loadd(6, from + v * CC_VECTOR, vectors * CC_VECTOR);
+                    _tile_dpbsud(2, 0, 6);
+                    _tile_dpbsud(3, 1, 6);
+                    _tile_stored(2, products[0], 64);
+                    _tile_stored(3, products[1], 64);
+                    add_block(products[0], products[1], block, stride, sum + v * CC_VECTOR_LANES, row);
+                }
+            }
+        _tile_release();
+    }
+    /* The channels of a last block that is not whole, and the tokens that are left. */
+    const int64_t done = blocks * CC_BLOCK_QUADS;
+    if (whole && done < quads)
+        multiply(decoded + done * vectors * CC_VECTOR, quads - done, vectors, x + blocks, stride, whole, sums);
+    if (whole < tokens)
+        multiply(decoded, quads, vectors, x + whole * stride, stride, tokens - whole, sums + whole * row);
+}
+
 #pragma GCC pop_options
 
+const cc_kernels cc_kernels_amx = {decode, multiply_amx, quantise, norm, gate, dense, dense_row, store_values, attend};
+
+#pragma GCC pop_options
 
 #endif

@@ -59,7 +59,7 @@ typedef struct {
     int32_t reserved;
 } cc_matrix;
 
-enum { CC_PLAIN, CC_AVX2, CC_AVX512, CC_VARIANTS };
+enum { CC_PLAIN, CC_AVX2, CC_AVX512, CC_AMX };
 
 static inline int64_t cc_tiles(const cc_matrix *matrix)
 {

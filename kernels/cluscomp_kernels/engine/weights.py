@@ -17,7 +17,7 @@ __all__ = ["VARIANTS", "Codebook", "EngineLinear", "EngineNorm", "Stage", "best_
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 
-VARIANTS = ("plain", "avx2", "avx512")
+VARIANTS = ("plain", "avx2", "avx512", "amx")
 """Instruction sets, by their numbers in matrix.h."""
 
 VALUE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3}
