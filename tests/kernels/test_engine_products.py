@@ -61,8 +61,8 @@ class Case:
 CASES = [
     (dim, clusters, dtype)
     for dim, clusters in [
-        (1, 2), (1, 16), (1, 256), (1, 300), (2, 16), (2, 64), (2, 100), (2, 128), (2, 256), (2, 1024), (3, 8), (3, 256), (3, 4096),
-        (4, 32), (4, 256), (4, 4096), (4, 65536), (5, 512), (6, 65536), (7, 3000), (8, 256), (8, 4096), (9, 700), (12, 6144),
+        (1, 2), (1, 16), (1, 256), (1, 300), (2, 16), (2, 64), (2, 100), (2, 128), (2, 256), (2, 1024), (3, 8), (3, 256),
+        (3, 4096), (4, 32), (4, 256), (4, 4096), (4, 65536), (5, 512), (6, 65536), (7, 3000), (8, 256), (8, 4096), (9, 700), (12, 6144),
         (16, 256), (16, 32768), (24, 300), (64, 300), (64, 256),
     ]
     for dtype in ("int8", "float16", "float32")
@@ -81,8 +81,8 @@ def test_products(dim: int, clusters: int, dtype: str) -> None:
             for result in results[1:]:
                 np.testing.assert_array_equal(result, results[0])
             expected = x.astype(np.float64) @ case.weight.T + case.bias
-            # An activation is off by at most half a step, a 65,024th of the largest of its 64 channels, and so is an entry of 16 bits;
-            # sums of float32 blocks and the bias add a few units of the last place.
+            # An activation is off by at most half a step, a 65,024th of the largest of its 64 channels, and so is an entry of
+            # 16 bits; sums of float32 blocks and the bias add a few units of the last place.
             largest_x = np.abs(x).max(axis=1, keepdims=True)
             reach = np.abs(case.values.astype(np.float64)).max() * case.scale[None, :]
             wide = case.values.dtype != np.int8

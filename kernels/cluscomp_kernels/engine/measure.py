@@ -25,8 +25,8 @@ def time_per_weight(
 ) -> float:
     """Nanoseconds per weight and token of `x W^T` with a random codebook, the least of what `seconds` have time for.
 
-    `wide` codebooks have values of 16 bits, others int8. `shape` is `(out_features, in_features)`. Codes come from memory: several
-    matrices take turns if they would fit the caches.
+    `wide` codebooks have values of 16 bits, others int8. `shape` is `(out_features, in_features)`. Several matrices take turns,
+    so that codes do not come from the first caches.
     """
     out_features, in_features = shape
     random = np.random.default_rng(0)

@@ -167,8 +167,8 @@ class Program:
     def logits(self, ids: npt.ArrayLike, cache: Cache, *, last_only: bool = True) -> Floats:
         """Logits `[1, vocab_size]` of the last of `ids`, or `[tokens, vocab_size]`, after what the cache holds.
 
-        The ids are added to the cache. Raises ValueError if there are none, one is outside the vocabulary, or they do not fit the
-        cache; MemoryError.
+        The ids are added to the cache. Raises ValueError if there are none, one is outside the vocabulary, or they do not fit
+        the cache; MemoryError.
         """
         tokens = self._checked(ids, cache)
         logits = np.empty((1 if last_only else len(tokens), self.vocab_size), dtype=np.float32)

@@ -114,8 +114,8 @@ class Stage:
 class EngineLinear:
     """`y = x W^T + bias`, clustered in stages that are added, or dense.
 
-    Dense `values` `[out_features, in_features]` are float32, float16, or bfloat16 as uint16. Raises ValueError if codes have the
-    wrong length.
+    Dense `values` `[out_features, in_features]` are float32, float16, or bfloat16 as uint16. Raises ValueError if codes have
+    the wrong length.
     """
 
     def __init__(

@@ -1,9 +1,9 @@
 """Load the compiled CPU kernels.
 
-The libraries (`_native`: clustering, `_engine`: running models) are plain shared objects next to this package, called through ctypes
-with raw pointers, so they depend on no Python, numpy or torch ABI. Each operator declares its functions with `function()`. If a library is missing (no compiler when
-the package was built) or `CLUSCOMP_NATIVE=0` is set, `library()` returns None, and operators use a slower path and warn with
-`missing_reason()`.
+The libraries (`_native`: clustering and matrices for torch; `_engine`: running models) are plain shared objects next to this
+package, called through ctypes with raw pointers, so they depend on no Python, numpy or torch ABI. Each operator declares its
+functions with `function()`. If a library is missing (no compiler when the package was built) or `CLUSCOMP_NATIVE=0` is set,
+`library()` returns None, and operators use a slower path and warn with `missing_reason()`.
 """
 
 from __future__ import annotations
