@@ -23,6 +23,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -184,8 +185,13 @@ def flattened(subject: Subject, ggml: Ggml, type_: Type, name: str, importance: 
     return ggml.quantize(weight.reshape(-1), type_, np.tile(importance, weight.shape[0]))
 
 
-def stock_peers(subject: Subject, ggml: Ggml, folder: Path, wanted: Callable[[str], bool]) -> Iterator[Quantised]:
-    """Stock files made from the source's F16 GGUF; the type falls back tensor by tensor as llama.cpp decides."""
+def stock_peers(
+    subject: Subject, ggml: Ggml, folder: Path, wanted: Callable[[str], bool], keep: Path | None
+) -> Iterator[Quantised]:
+    """Stock files made from the source's F16 GGUF; the type falls back tensor by tensor as llama.cpp decides.
+
+    A file is deleted when the next one is asked for, or moved to `keep`.
+    """
     chosen = {f"llama.cpp {name}": gguf.LlamaFileType[f"MOSTLY_{name}"] for name in STOCK if wanted(f"llama.cpp {name}")}
     if not chosen:
         return
@@ -206,7 +212,10 @@ def stock_peers(subject: Subject, ggml: Ggml, folder: Path, wanted: Callable[[st
         bits = sum(round(stored.get(key, 16.0) * model.tensors[key].num_weights) for key in subject.linears)
         check_stock(output, ggml, {gguf_names[key]: key for key in subject.linears}, model)
         yield Quantised(name + (" + imatrix" if weighted else ""), model, bits, output.stat().st_size, seconds)
-        output.unlink()
+        if keep is None:
+            output.unlink()
+        else:
+            shutil.move(output, keep / f"{name.removeprefix('llama.cpp ')}.gguf")
 
 
 def check_stock(path: Path, ggml: Ggml, names: Mapping[str, str], model: Model) -> None:
@@ -241,6 +250,7 @@ class Recorded:
 def main() -> None:
     parser = quality_parser(__doc__)
     parser.add_argument("--only", nargs="+", default=[""], help="parts of names of peers [default: all]")
+    parser.add_argument("--keep", type=Path, help="keep the stock files in this folder, for benchmarks/running.py")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     subject = Subject(arguments.model, arguments.calibration, arguments.threads)
@@ -258,7 +268,7 @@ def main() -> None:
         reference: Any = Recorded(original, folder)
         ggml = Ggml()
         grids = grid_peers(subject, wanted)
-        stock = stock_peers(subject, ggml, folder, wanted)
+        stock = stock_peers(subject, ggml, folder, wanted, arguments.keep)
         for peer in chain(grids, stock, nominal_peers(subject, ggml, wanted)):
             quality = evaluate(LanguageModel.from_model(peer.model), windows, reference=reference)
             rows.append(
