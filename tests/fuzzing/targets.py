@@ -25,6 +25,7 @@ from fuzzing.onnx_mutations import mutate_onnx
 
 from cluscomp_export.inspection.inspect import inspect_delta, inspect_model
 from cluscomp_export.sources import linear_tensors, open_source, source_bytes
+from cluscomp_formats import check_payloads, tiled_codes
 from cluscomp_formats.delta import is_delta, open_delta
 from cluscomp_formats.errors import ClusCompError, InvalidRequestError
 from cluscomp_formats.gguf import looks_gguf, open_gguf
@@ -32,6 +33,7 @@ from cluscomp_formats.hf import looks_hf, open_hf
 from cluscomp_formats.ir import Array, Model
 from cluscomp_formats.onnx import looks_onnx, open_onnx
 from cluscomp_formats.packed import looks_packed, open_packed
+from cluscomp_formats.sections.tiles import tile_codes
 from cluscomp_formats.strict_json import canonical_json
 from cluscomp_runtime import LanguageModel, load, run_self_test
 from cluscomp_runtime.tokenizer import Tokenizer
@@ -98,6 +100,17 @@ def _read_everything(model: Model) -> None:
     model.digest()
 
 
+def _use_tiled_codes(model: Model) -> None:
+    """What an engine does: check all payloads, then use the codes where they lie."""
+    check_payloads(model)
+    for tensor in model.clustered.values():
+        for stage in tensor.stages:
+            if tensor.group_axis == "out":
+                stream = tiled_codes(stage)
+                if not np.array_equal(stream, tile_codes(stage.codes.read(), stage.codebook.code_bits)):
+                    raise AssertionError("the tiled codes in the file are not those of the model")
+
+
 def _consume_own(open_format: Callable[..., Model], looks: Callable[[Path], bool]) -> Callable[[Path], None]:
     """Our own formats: lazily, then checked. What the check passes must be sound, and be recognised."""
 
@@ -108,6 +121,11 @@ def _consume_own(open_format: Callable[..., Model], looks: Callable[[Path], bool
             lazy = True
         except ClusCompError:
             pass
+        try:
+            _use_tiled_codes(open_format(path))
+        except ClusCompError:
+            if lazy:
+                raise AssertionError("the check of all payloads refuses what a reader accepts") from None
         model = open_format(path, check=True)
         if not (recognised and lazy):
             raise AssertionError(f"the check passes a file that is {'not sound' if recognised else 'not recognised'}")
