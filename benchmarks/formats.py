@@ -133,7 +133,7 @@ def programs(made: dict[str, Path], options: argparse.Namespace) -> list[dict[st
     ours = LanguageModel.from_model(model)
     assert ours.tokenizer is not None, "the model has no tokenizer"
     prompt = ours.tokenizer.encode(PROMPT)
-    exact = LanguageModel.from_model(model, dtype=torch.float64, kernel="reference").forward([prompt])[0, -1]
+    exact = LanguageModel.from_model(model, dtype=torch.float64, kernel="reference").forward(torch.tensor([prompt]))[0, -1]
     ours.end_tokens = frozenset()
     expected = ours.generate(prompt, max_new_tokens=options.tokens)
     answers: dict[tuple[str, str], list[dict[str, Any]]] = {row: [] for row in ROWS}

@@ -52,7 +52,7 @@ from cluscomp_export.sources.linears import linear_tensors
 from cluscomp_formats.gguf import write_dense_gguf
 from cluscomp_formats.ir import Array, DenseTensor, Model
 from cluscomp_runtime import LanguageModel
-from cluscomp_runtime.language_model import observe_inputs
+from cluscomp_runtime.observing import observe_inputs
 
 Floats = npt.NDArray[np.float32]
 

@@ -28,17 +28,13 @@ Step = Callable[[list[int], Any], tuple[Any, Any]]
 
 
 def ours(path: Path, threads: int) -> Step:
-    import torch
-
     from cluscomp_runtime import load
 
-    torch.set_num_threads(threads)
-    model = load(path)
+    engine = load(path, threads=threads)._engine
 
     def step(ids: list[int], cache: Any) -> tuple[Any, Any]:
-        cache = cache or model.decoder.cache(512)
-        with torch.inference_mode():
-            return model.decoder(torch.tensor([ids]), cache, last_only=True)[0, -1].numpy(), cache
+        cache = cache or engine.cache(1024)
+        return engine.logits(np.array(ids), cache, last_only=True)[-1], cache
 
     return step
 

@@ -88,7 +88,7 @@ def measure(request: Request) -> Measurement:
         prefilled = model.generate(prompt, max_new_tokens=1)
     resident, peak = memory[0]
     return Measurement(
-        engine=getattr(model, "engine", "torch"),
+        engine=model.engine,
         kernels=model.kernel_summary,
         import_seconds=imported - start,
         load_seconds=loaded - imported,

@@ -23,7 +23,7 @@ from cluscomp_formats.files.regular_file import read_whole
 from cluscomp_formats.ir import Model
 from cluscomp_formats.progress import Progress, silent
 from cluscomp_formats.tokens import no_tokenizer
-from cluscomp_runtime.language_model import observe_inputs
+from cluscomp_runtime.observing import observe_inputs
 from cluscomp_runtime.tokenizer import Tokenizer
 
 __all__ = [

@@ -36,7 +36,7 @@ from cluscomp_export.work_folder import WorkFolder, fingerprint
 from cluscomp_formats.format import Format
 from cluscomp_formats.ir import AnyArray, Model
 from cluscomp_formats.progress import Progress
-from cluscomp_runtime.language_model import check_device
+from cluscomp_runtime.devices import check_device
 
 __all__ = ["CompressedSource", "compress_source"]
 

@@ -51,7 +51,7 @@ from cluscomp_formats.progress import Progress, silent
 from cluscomp_formats.sections.digest import NO_DIGEST
 from cluscomp_formats.strict_json import canonical_json
 from cluscomp_formats.version import __version__
-from cluscomp_runtime.language_model import check_device
+from cluscomp_runtime.devices import check_device
 from cluscomp_runtime.memory import memory_faults
 from cluscomp_runtime.selftest import longest_record
 

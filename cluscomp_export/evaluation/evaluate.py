@@ -168,6 +168,9 @@ def evaluate_files(
 def load_runner(model: Model, *, device: str, dtype: str | None, kernel: str = "auto") -> Runner:
     """The model in our runtime; in transformers, if only that knows the architecture and it is installed.
 
+    It uses as many threads as torch. With the kernel "auto", models without codes run in torch, whose dense products of many
+    tokens are faster.
+
     Raises UnsupportedError, InvalidFileError, InvalidRequestError.
     """
     try:
@@ -178,7 +181,10 @@ def load_runner(model: Model, *, device: str, dtype: str | None, kernel: str = "
         from cluscomp_export.evaluation.transformers_model import TransformersModel
 
         return TransformersModel(model, device=device, dtype=dtype)
-    return LanguageModel.from_model(model, device=device, dtype=dtype, kernel=kernel, context=context)
+    if kernel == "auto" and not model.clustered:
+        kernel = "dense"
+    threads = torch.get_num_threads()
+    return LanguageModel.from_model(model, device=device, dtype=dtype, kernel=kernel, context=context, threads=threads)
 
 
 def max_tokens(runner: Runner) -> int:

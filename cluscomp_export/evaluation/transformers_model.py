@@ -16,10 +16,10 @@ from cluscomp_export.onnx_graph.skeleton import build_skeleton, compute_buffers,
 from cluscomp_export.sources.special_floats import with_floats
 from cluscomp_formats.errors import InvalidFileError, Problem, UnsupportedError
 from cluscomp_formats.ir import Model
+from cluscomp_runtime.devices import check_device, compute_dtype
 from cluscomp_runtime.hf.modules import MatrixStore
 from cluscomp_runtime.hf.replacement import merged_values, replace_modules
 from cluscomp_runtime.hf.stored_names import places_of
-from cluscomp_runtime.language_model import check_device, compute_dtype
 from cluscomp_runtime.linear import decoded
 from cluscomp_runtime.tokenizer import Tokenizer
 

@@ -70,7 +70,7 @@ def compare_outputs(model_a: LanguageModel, model_b: LanguageModel, sequences: S
     longest = max(len(sequence) for sequence in sequences)
     # Padding after a sequence does not affect its logits.
     ids = [[*sequence, *[0] * (longest - len(sequence))] for sequence in sequences]
-    logits_a, logits_b = (model.forward(ids).cpu() for model in (model_a, model_b))
+    logits_a, logits_b = (torch.from_numpy(model.forward(ids)) for model in (model_a, model_b))
     positions = sum(len(sequence) for sequence in sequences)
     vocab_size = logits_a.shape[-1]
     total = torch.zeros(vocab_size, dtype=torch.float64)

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from cluscomp_formats.errors import Problem, UnsupportedError
 from cluscomp_formats.onnx.spec import MODEL_FILE, SUBFOLDER
@@ -68,11 +67,11 @@ class OnnxSession:
         logits, *present = self.session.run(self._outputs, {name: feeds[name] for name in feeds if name in wanted})
         return logits, present
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Logits `[batch, tokens, vocab_size]` for `input_ids` int64 `[batch, tokens]`."""
-        return torch.from_numpy(self.step(input_ids.numpy())[0])
+    def forward(self, input_ids: npt.NDArray[np.signedinteger[Any]]) -> npt.NDArray[np.float32]:
+        """Logits `[batch, tokens, vocab_size]` for `input_ids` `[batch, tokens]`."""
+        return self.step(input_ids.astype(np.int64))[0]
 
-    def forward_cached(self, ids: Sequence[int], first: int) -> torch.Tensor:
+    def forward_cached(self, ids: Sequence[int], first: int) -> npt.NDArray[np.float32]:
         """Logits `[tokens, vocab_size]`: of the first `first` tokens together, then token by token."""
         row = np.array([list(ids)], np.int64)
         logits, cache = self.step(row[:, :first])
@@ -80,7 +79,8 @@ class OnnxSession:
         for index in range(first, row.shape[1]):
             logits, cache = self.step(row[:, index : index + 1], cache)
             parts.append(logits)
-        return torch.from_numpy(np.concatenate(parts, axis=1)[0])
+        whole: npt.NDArray[np.float32] = np.concatenate(parts, axis=1)[0]
+        return whole
 
     def greedy(self, prompt: Sequence[int], new_tokens: int) -> list[int]:
         """The greedy continuation of `prompt`, token ids."""

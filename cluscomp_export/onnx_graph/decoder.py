@@ -26,7 +26,7 @@ from cluscomp_formats.errors import Problem, UnsupportedError
 from cluscomp_formats.ir import DenseTensor, Model
 from cluscomp_formats.onnx.graph import FLOAT, Graph, GraphBuilder, value
 from cluscomp_formats.onnx.weights import add_bias, as_float, embedding, linear
-from cluscomp_runtime.rope import inverse_frequencies
+from cluscomp_runtime.frequencies import inverse_frequencies
 
 __all__ = ["decoder_graph"]
 
@@ -136,7 +136,7 @@ class _DecoderGraph:
         of `2 ** -TURN_BITS` turns, in which int64 multiplies exactly and drops whole turns.
         """
         builder = self.builder
-        frequencies = inverse_frequencies(rope, head_dim).numpy()
+        frequencies = inverse_frequencies(rope, head_dim)
         units = np.rint(frequencies / (2 * math.pi) * 2.0**TURN_BITS).astype(np.int64)
         table = builder.node("Constant", [], value=numpy_helper.from_array(np.concatenate((units, units))))
         angles = builder.node("Mul", [builder.node("Unsqueeze", ["position_ids", builder.ints(2, 3)]), table])

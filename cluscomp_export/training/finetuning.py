@@ -38,7 +38,8 @@ from cluscomp_formats.progress import Progress, silent
 from cluscomp_formats.sections.digest import check_claim
 from cluscomp_formats.tokens import no_tokenizer
 from cluscomp_formats.version import __version__
-from cluscomp_runtime.language_model import LanguageModel, check_device
+from cluscomp_runtime.devices import check_device
+from cluscomp_runtime.language_model import LanguageModel
 from cluscomp_runtime.memory import memory_faults
 from cluscomp_runtime.tokenizer import Tokenizer
 

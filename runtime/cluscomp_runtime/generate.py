@@ -5,15 +5,13 @@ from __future__ import annotations
 import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
+import numpy as np
 
 from cluscomp_formats.errors import InvalidRequestError, Problem
-from cluscomp_kernels import threads
-from cluscomp_runtime.decoder import Decoder
+from cluscomp_runtime.engine import Engine
 from cluscomp_runtime.memory import memory_faults
 from cluscomp_runtime.sampling import Sampler
 from cluscomp_runtime.tokenizer import Tokenizer
@@ -64,7 +62,7 @@ class GenerationStream:
 
     def __init__(
         self,
-        decoder: Decoder,
+        engine: Engine,
         tokenizer: Tokenizer | None,
         prompt: Sequence[int],
         sampler: Sampler,
@@ -74,12 +72,12 @@ class GenerationStream:
         end_tokens: frozenset[int],
         on_token: Callable[[int], None] | None = None,
     ) -> None:
-        check_prompt(prompt, decoder.description.vocab_size, context)
+        check_prompt(prompt, engine.description.vocab_size, context)
         if isinstance(max_new_tokens, bool) or not hasattr(max_new_tokens, "__index__") or max_new_tokens < 1:
             problem = Problem("out_of_range", "max_new_tokens is out of range", found=str(max_new_tokens), expected="1 or more")
             raise InvalidRequestError(problem)
         self.result: Generation | None = None
-        self._decoder = decoder
+        self._engine = engine
         self._text = tokenizer.stream(prompt) if tokenizer else None
         self._prompt = prompt
         self._sampler = sampler
@@ -100,28 +98,22 @@ class GenerationStream:
             raise InvalidRequestError(Problem("stream_broken_off", "the stream was stopped before its end"))
         return self.result
 
-    def _threads(self, new_tokens: int) -> AbstractContextManager[None]:
-        # For a single token, torch's operations are small, and its polling threads would slow down the kernels.
-        single = threads.torch_polls and new_tokens > 0 and self._decoder.has_own_threads
-        return threads.single_threaded_torch() if single else nullcontext()
-
     def _run(self) -> Iterator[str]:
         # The last token is not fed back, so the cache needs one position less than the number of tokens.
         capacity = min(self._context, len(self._prompt) + self._max_new_tokens - 1)
         room = self._context + 1 - len(self._prompt)
         limit = min(room, self._max_new_tokens)
         with memory_faults():
-            cache = self._decoder.cache(capacity)
-        step = torch.tensor([list(self._prompt)], dtype=torch.int64, device=self._decoder.device)
+            cache = self._engine.cache(capacity)
+        step = np.array(self._prompt, dtype=np.int32)
         tokens: list[int] = []
         pieces: list[str] = []
         stop_reason: StopReason = "context" if room < self._max_new_tokens else "max_new_tokens"
         seconds: list[float] = []
         while len(tokens) < limit:
             start = time.perf_counter()
-            # The block must not contain the yield: inference mode would leak into the consumer's code.
-            with torch.inference_mode(), memory_faults(), self._threads(len(tokens)):
-                token = self._sampler.choose(self._decoder(step, cache, last_only=True)[0, -1])
+            with memory_faults():
+                token = self._sampler.choose(self._engine.logits(step, cache, last_only=True)[-1])
             seconds.append(time.perf_counter() - start)
             tokens.append(token)
             if self._on_token is not None:
@@ -132,7 +124,7 @@ class GenerationStream:
             if self._text is not None and (piece := self._text.push(token)):
                 pieces.append(piece)
                 yield piece
-            step = torch.tensor([[token]], dtype=torch.int64, device=self._decoder.device)
+            step = np.array([token], dtype=np.int32)
         if self._text is not None and (piece := self._text.flush()):
             pieces.append(piece)
             yield piece

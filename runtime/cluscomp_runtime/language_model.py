@@ -2,39 +2,42 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from cluscomp_formats.architectures import check_tensors, describe
+from cluscomp_formats.architectures import DecoderDescription, check_tensors, describe
 from cluscomp_formats.delta import Delta
 from cluscomp_formats.errors import InvalidRequestError, Problem
 from cluscomp_formats.ir import Model
 from cluscomp_formats.tokens import no_tokenizer
 from cluscomp_formats.tokens.chat_templates import choose_chat_template, find_chat_templates
-from cluscomp_kernels.threads import warn_of_polling
 from cluscomp_runtime.chat import render_chat
-from cluscomp_runtime.decoder import Decoder
+from cluscomp_runtime.engine import EngineName, Logits
 from cluscomp_runtime.generate import Generation, GenerationStream, check_prompt
-from cluscomp_runtime.linear import MatrixBuilder, check_kernel
-from cluscomp_runtime.memory import check_memory, memory_faults
+from cluscomp_runtime.memory import memory_faults
+from cluscomp_runtime.native_engine import NativeEngine, why_not_native
 from cluscomp_runtime.sampling import Sampler
 from cluscomp_runtime.tokenizer import Tokenizer, end_tokens, token_batch, token_ids
 
-__all__ = ["DEFAULT_CONTEXT", "LanguageModel", "check_device", "compute_dtype", "observe_inputs"]
+if TYPE_CHECKING:
+    import torch
+
+    from cluscomp_runtime.decoder import Decoder
+    from cluscomp_runtime.torch_engine import TorchEngine
+
+__all__ = ["DEFAULT_CONTEXT", "LanguageModel"]
 
 DEFAULT_CONTEXT = 2048
 """Default number of positions of the key-value cache; fewer if the model allows fewer."""
 
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-Prompt = str | Sequence[int] | torch.Tensor | npt.NDArray[np.integer[Any]]
+Prompt: TypeAlias = "str | Sequence[int] | torch.Tensor | npt.NDArray[np.integer[Any]]"
 """A text, or token ids `[tokens]` or `[1, tokens]`."""
 
 
@@ -45,19 +48,18 @@ class LanguageModel:
     may have, prompt included. `tokenizer` is None for a model that has none; prompts are token ids then.
     """
 
-    def __init__(self, model: Model, decoder: Decoder, context: int, builder: MatrixBuilder) -> None:
+    def __init__(self, model: Model, engine: NativeEngine | TorchEngine, context: int) -> None:
         self.config = model.config
-        self.description = decoder.description
-        self.decoder = decoder
+        self.description = engine.description
         self.context = context
-        self.kernels = dict(builder.paths)
+        self.kernels = dict(engine.kernels)
         """The kernel that runs for each matrix, by tensor name."""
         self.tokenizer = Tokenizer.from_files(model.files)
         self.chat_templates = find_chat_templates(model.files)
         """The model's chat templates by name; a single one is `default`."""
         self.end_tokens = end_tokens(model.config, model.files, self.tokenizer)
         self._base = model
-        self._builder = builder
+        self._engine = engine
         self._changed: frozenset[str] = frozenset()
         self._delta: Delta | None = None
 
@@ -70,41 +72,44 @@ class LanguageModel:
         dtype: str | torch.dtype | None = None,
         kernel: str = "auto",
         context: int | None = None,
+        threads: int | None = None,
     ) -> LanguageModel:
         """Build a runnable model from any `Model`, clustered or not.
 
-        `dtype` is what activations and dense weights are computed in: float32 on a CPU, bfloat16 (float16 where the GPU lacks
-        it) elsewhere unless given. `kernel` is "auto", a path of `cluscomp_kernels.clus_linear`, "dense" (decode every matrix
-        once) or "reference" (decode at every call, keep nothing: slow, for models larger than memory). `context` is the length
-        of the key-value cache in tokens, by default the least of 2048 and what the model was trained for.
+        By default the native engine runs it, without torch. On another device, in another dtype, or with another kernel, torch
+        does. `dtype` is what activations and dense weights are computed in: by default float32 on a CPU, elsewhere bfloat16
+        (float16 if the GPU lacks it). `kernel` is "auto", a path of `cluscomp_kernels.clus_linear`, "dense" (decode every
+        matrix once) or "reference" (decode at every call, keep nothing: slow, for models larger than memory). `context` is the
+        length of the key-value cache in tokens, by default the least of 2048 and what the model was trained for. `threads` is
+        the number of threads of the native engine, by default OMP_NUM_THREADS or all cores; torch has a number of its own.
 
-        Raises UnsupportedError, also for a model larger than memory, InvalidFileError and InvalidRequestError; warns where a
-        clustered matrix has no kernel, and once where torch's threads are in the kernels' way.
+        Raises UnsupportedError, also for a model larger than memory, InvalidFileError and InvalidRequestError; warns where the
+        slower engine runs though nobody asked for it, and where a clustered matrix has no kernel.
         """
         description = describe(model.config)
         check_tensors(model, description)
-        target = check_device(device)
-        builder = MatrixBuilder(check_kernel(kernel, target), compute_dtype(dtype, target), target)
         positions = _context(context, description.max_position_embeddings)
-        check_memory(model, builder.kernel, builder.dtype, target)
-        with memory_faults():
-            decoder = Decoder(model, description, builder)
-        builder.warn_without_kernel()
-        if "native" in builder.paths.values():
-            warn_of_polling()
-        return cls(model, decoder, positions, builder)
+        if threads is not None and threads < 1:
+            problem = Problem("out_of_range", "threads is out of range", found=str(threads), expected="1 or more")
+            raise InvalidRequestError(problem)
+        return cls(model, _engine(model, description, device, dtype, kernel, threads), positions)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled with its tensors: the other process needs no file, prepares its own kernels, and computes the same."""
-        return _rebuilt, (self._base, self.device, self.dtype, self._builder.kernel, self.context, self._delta)
+        return _rebuilt, self._origin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LanguageModel:
         """An independent model on the same stored tensors: a delta applied to one does not change the other."""
-        return _rebuilt(self._base, self.device, self.dtype, self._builder.kernel, self.context, self._delta)
+        return _rebuilt(*self._origin)
 
     def __copy__(self) -> LanguageModel:
         """The same as a deep copy: kernels, and changes of a delta in them, belong to one model."""
         return self.__deepcopy__({})
+
+    @property
+    def _origin(self) -> tuple[Model, str, str, str, int, int | None, Delta | None]:
+        engine = self._engine
+        return self._base, engine.device, engine.dtype, engine.kernel, self.context, engine.threads, self._delta
 
     def apply_delta(self, delta: Delta | None) -> None:
         """Swap in the codebooks, row scales and norms of a delta; None brings back those of the model as it was loaded.
@@ -116,16 +121,36 @@ class LanguageModel:
         model = self._base if delta is None else delta.apply(self._base)
         new = frozenset(() if delta is None else delta.arrays)
         with memory_faults():
-            self._builder.update(model, self._changed | new)
+            self._engine.update(model, self._changed | new)
         self._changed, self._delta = new, delta
 
     @property
+    def engine(self) -> EngineName:
+        """What computes: "native", the engine in C, or "torch"."""
+        return self._engine.name
+
+    @property
+    def decoder(self) -> Decoder:
+        """The decoder of the torch engine. Raises InvalidRequestError if the model runs in the native engine."""
+        if self._engine.name == "native":
+            remedy = 'load it with kernel="dense" or another kernel of torch'
+            raise InvalidRequestError(Problem("no_decoder", "the native engine has no torch decoder", remedy=remedy))
+        return self._engine.decoder
+
+    @property
     def device(self) -> torch.device:
-        return self.decoder.device
+        """Where it computes. Imports torch."""
+        import torch
+
+        return torch.device(self._engine.device)
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.decoder.dtype
+        """The dtype of activations. Imports torch."""
+        import torch
+
+        dtype: torch.dtype = getattr(torch, self._engine.dtype)
+        return dtype
 
     @property
     def kernel_summary(self) -> str:
@@ -133,19 +158,51 @@ class LanguageModel:
         counts = Counter(self.kernels.values()).most_common()
         return ", ".join(f"{path} ({count} {'matrices' if count > 1 else 'matrix'})" for path, count in counts)
 
-    def forward(self, input_ids: torch.Tensor | npt.NDArray[np.integer[Any]] | Sequence[Sequence[int]]) -> torch.Tensor:
+    @overload
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor: ...
+    @overload
+    def forward(self, input_ids: npt.NDArray[np.integer[Any]] | Sequence[Sequence[int]]) -> Logits: ...
+    def forward(
+        self, input_ids: torch.Tensor | npt.NDArray[np.integer[Any]] | Sequence[Sequence[int]]
+    ) -> torch.Tensor | Logits:
         """Logits `[batch, tokens, vocab_size]` for `input_ids` `[batch, tokens]`, each token seeing those before it.
 
-        Without a cache, so only the model's own limit bounds the length. Raises InvalidRequestError for ids outside the
-        vocabulary, sequences of different lengths, no tokens at all, or more than `max_position_embeddings`.
+        A tensor gives a tensor, in the model's dtype and on its device. Anything else gives a numpy array, float32 or (in that
+        dtype) float64. Without a cache, so only the model's own limit bounds the length. Raises InvalidRequestError for ids
+        outside the vocabulary, sequences of different lengths, no tokens at all, or more than `max_position_embeddings`.
         """
         batch = token_batch(input_ids)
         for row in batch:
             check_prompt(row, self.description.vocab_size, self.description.max_position_embeddings)
-        with torch.inference_mode(), memory_faults():
-            return self.decoder(torch.tensor(batch, dtype=torch.int64, device=self.device))
+        ids = np.array(batch, dtype=np.int64)
+        # Whoever has a tensor has imported torch.
+        loaded = sys.modules.get("torch")
+        with memory_faults():
+            if loaded is None or not isinstance(input_ids, loaded.Tensor):
+                return self._engine.forward(ids)
+            if self._engine.name == "torch":
+                return self._engine.forward_tensor(loaded.from_numpy(ids))
+            logits: torch.Tensor = loaded.from_numpy(self._engine.forward(ids))
+            return logits
 
     __call__ = forward
+
+    @property
+    def arithmetic(self) -> str:
+        """The name of the precision of products, for the self-test: a dtype, or "int16" (see `selftest`)."""
+        return self._engine.arithmetic
+
+    def forward_cached(self, ids: Sequence[int], first: int) -> Logits:
+        """Logits `[tokens, vocab_size]` of `ids` through the cache: the first `first` tokens at once, the others one by one.
+
+        Raises what `forward` raises.
+        """
+        check_prompt(ids, self.description.vocab_size, self.description.max_position_embeddings)
+        row = np.array(ids, dtype=np.int32)
+        with memory_faults():
+            cache = self._engine.cache(len(row))
+            parts = [row[:first], *(row[index : index + 1] for index in range(first, len(row)))]
+            return np.concatenate([self._engine.logits(part, cache) for part in parts])
 
     def stream(
         self,
@@ -167,7 +224,7 @@ class LanguageModel:
         empty, too long or has ids outside the vocabulary, and for settings out of range.
         """
         return GenerationStream(
-            self.decoder,
+            self._engine,
             self.tokenizer,
             self._prompt_ids(prompt, add_special_tokens=add_special_tokens),
             Sampler(temperature, top_k, top_p, seed),
@@ -222,62 +279,38 @@ class LanguageModel:
         return token_ids(prompt)
 
 
+def _engine(
+    model: Model,
+    description: DecoderDescription,
+    device: str | torch.device,
+    dtype: str | torch.dtype | None,
+    kernel: str,
+    threads: int | None,
+) -> NativeEngine | TorchEngine:
+    warned = False
+    if kernel == "auto" and str(device) == "cpu" and str(dtype).removeprefix("torch.") in ("None", "float32"):
+        reason = why_not_native(model)
+        if reason is None:
+            return NativeEngine(model, description, threads=threads)
+        message = f"this model runs in torch, which is slower and takes more memory: {reason}"
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
+        warned = True
+    # Imports torch.
+    from cluscomp_runtime.torch_engine import TorchEngine
+
+    return TorchEngine(model, description, device=device, dtype=dtype, kernel=kernel, warn=not warned)
+
+
 def _rebuilt(
-    model: Model, device: torch.device, dtype: torch.dtype, kernel: str, context: int, delta: Delta | None
+    model: Model, device: str, dtype: str, kernel: str, context: int, threads: int | None, delta: Delta | None
 ) -> LanguageModel:
     with warnings.catch_warnings():
         # Said of the model that this is a copy of.
         warnings.simplefilter("ignore")
-        made = LanguageModel.from_model(model, device=device, dtype=dtype, kernel=kernel, context=context)
+        made = LanguageModel.from_model(model, device=device, dtype=dtype, kernel=kernel, context=context, threads=threads)
     if delta is not None:
         made.apply_delta(delta)
     return made
-
-
-def observe_inputs(model: Model, input_ids: torch.Tensor, observe: Callable[[str, torch.Tensor], None]) -> None:
-    """Run a model once on `input_ids` `[batch, tokens]` and show `observe` each matrix's name and input.
-
-    Inputs are `[batch, tokens, in_features]`; the head, if there is one, does not multiply. In float64 reference mode: nothing
-    is kept, so memory is bounded by the largest matrix and the activations. Raises UnsupportedError, InvalidFileError,
-    InvalidRequestError.
-    """
-    description = describe(model.config)
-    check_tensors(model, description, head=False)
-    for row in input_ids.tolist():
-        check_prompt(row, description.vocab_size, description.max_position_embeddings)
-    builder = MatrixBuilder("reference", torch.float64, torch.device("cpu"), observe)
-    with torch.inference_mode():
-        decoder = Decoder(model, description, builder)
-        last = decoder.norm(decoder.stream(input_ids))
-        if description.head.weight in model.tensors:
-            observe(description.head.weight, last)
-        elif description.tied:
-            observe(description.embedding.weight, last)
-
-
-def check_device(device: str | torch.device) -> torch.device:
-    """The device, if torch can use it here. Raises InvalidRequestError."""
-    try:
-        target = torch.device(device)
-        # A meta tensor has no values.
-        torch.zeros(1, device=target).item()
-    except (RuntimeError, AssertionError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        problem = Problem("no_device", f"this device cannot be used: {reason}", found=str(device), remedy='use device="cpu"')
-        raise InvalidRequestError(problem) from error
-    return target
-
-
-def compute_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """What to compute in, None for the device's default. Raises InvalidRequestError for a dtype that none computes in."""
-    if dtype is None:
-        if device.type == "cpu":
-            return torch.float32
-        return torch.float16 if device.type == "cuda" and not torch.cuda.is_bf16_supported() else torch.bfloat16
-    chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if chosen is None or chosen not in DTYPES.values():
-        raise InvalidRequestError(Problem("unknown_dtype", "not a compute dtype", found=str(dtype), expected=", ".join(DTYPES)))
-    return chosen
 
 
 def _context(context: int | None, trained: int) -> int:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from os import PathLike
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from cluscomp_formats import registry
 from cluscomp_formats.architectures import check_tensors, describe
@@ -13,6 +12,9 @@ from cluscomp_formats.delta import open_delta
 from cluscomp_formats.errors import InvalidRequestError, Problem
 from cluscomp_runtime.language_model import LanguageModel
 from cluscomp_runtime.selftest import run_self_test
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["load"]
 
@@ -26,8 +28,9 @@ def load(
     selftest: bool = False,
     context: int | None = None,
     delta: str | PathLike[str] | None = None,
+    threads: int | None = None,
 ) -> LanguageModel:
-    """Load a model in any registered format. `device`, `dtype`, `kernel` and `context` are as in `LanguageModel.from_model`.
+    """Load a model in any registered format. Other options are as in `LanguageModel.from_model`.
 
     With `selftest`, the loaded model must reproduce the logits that were recorded at conversion. `delta` is the path of a delta
     file, which is then applied as by `LanguageModel.apply_delta`.
@@ -42,7 +45,9 @@ def load(
         check_tensors(model, describe(model.config))
         remedy = "load it without the self-test"
         raise InvalidRequestError(Problem("no_self_test", "this file has no self-test record", str(path), remedy=remedy))
-    language_model = LanguageModel.from_model(model, device=device, dtype=dtype, kernel=kernel, context=context)
+    language_model = LanguageModel.from_model(
+        model, device=device, dtype=dtype, kernel=kernel, context=context, threads=threads
+    )
     if selftest and model.self_test is not None:
         run_self_test(language_model, model.self_test).raise_if_failed()
     if change is not None:

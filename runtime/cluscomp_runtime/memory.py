@@ -9,17 +9,13 @@ import contextlib
 import ctypes
 import re
 import sys
-from collections.abc import Iterator
-
-import psutil
-import torch
+from collections.abc import Callable, Iterator
 
 from cluscomp_formats.errors import Problem, UnsupportedError
-from cluscomp_formats.ir import DenseTensor, Model, Tensor
+from cluscomp_formats.ir import Model, Tensor
 
 __all__ = [
     "check_memory",
-    "device_bytes",
     "is_memory_fault",
     "memory_faults",
     "physical_bytes",
@@ -38,17 +34,15 @@ _CPU_ALLOCATOR = re.compile(
 _REMEDY = 'use a machine with more memory, or kernel="reference", which holds one matrix at a time'
 
 
-def check_memory(model: Model, kernel: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Raise UnsupportedError if the matrices, as the runtime stores them, exceed the machine's memory. Only for the CPU.
+def check_memory(model: Model, held_bytes: Callable[[Tensor], int], *, one_at_a_time: bool = False) -> None:
+    """Raise UnsupportedError if the tensors, of which the runtime holds `held_bytes`, exceed the machine's memory.
 
-    The check runs before anything is read, because a system that overcommits memory would kill the process later.
+    With `one_at_a_time`, memory holds one of them only. The check runs before anything is read, because a system that
+    overcommits memory would kill the process later.
     """
-    if device.type != "cpu":
-        return
     available = physical_bytes()
-    decoded = kernel in ("dense", "reference") or dtype == torch.float64
-    sizes = [_held_bytes(tensor, dtype.itemsize, decoded=decoded) for tensor in model.tensors.values()]
-    needed = max(sizes, default=0) if kernel == "reference" else sum(sizes)
+    sizes = [held_bytes(tensor) for tensor in model.tensors.values()]
+    needed = max(sizes, default=0) if one_at_a_time else sum(sizes)
     if needed > available:
         message = "the model needs more memory than this machine has"
         found, expected = f"{needed / 1e9:.1f} GB for its matrices", f"at most {available / 1e9:.1f} GB"
@@ -67,13 +61,6 @@ def return_freed_arrays() -> None:
             ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 8 << 20)
 
 
-def _held_bytes(tensor: Tensor, itemsize: int, *, decoded: bool) -> int:
-    if isinstance(tensor, DenseTensor) or decoded or tensor.group_axis == "in":
-        return tensor.num_weights * itemsize
-    # Kernels store a code in one or two bytes.
-    return 2 * sum(stage.codes.size for stage in tensor.stages)
-
-
 def trim_heap() -> None:
     """Make glibc return the free memory of its heap to the system. Does nothing on other systems."""
     if sys.platform.startswith("linux"):
@@ -83,16 +70,9 @@ def trim_heap() -> None:
 
 def physical_bytes() -> int:
     """Return the bytes of memory of the machine."""
+    import psutil
+
     return int(psutil.virtual_memory().total)
-
-
-def device_bytes(device: str) -> int | None:
-    """Return the bytes of memory of a GPU; None if `device` is not a GPU of this machine."""
-    name = re.fullmatch(r"cuda(?::(\d+))?", device)
-    index = int(name[1] or 0) if name else 0
-    if name is None or index >= torch.cuda.device_count():
-        return None
-    return int(torch.cuda.get_device_properties(index).total_memory)
 
 
 def is_memory_fault(error: BaseException) -> bool:
@@ -101,7 +81,8 @@ def is_memory_fault(error: BaseException) -> bool:
     The test is by type or, for torch's CPU allocator, by the beginning of the message. A mention of memory is not sufficient: a
     GPU's "illegal memory access" is a bug in a kernel.
     """
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+    torch = sys.modules.get("torch")
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return True
     return type(error) is RuntimeError and _CPU_ALLOCATOR.match(str(error)) is not None
 

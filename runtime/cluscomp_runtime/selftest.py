@@ -28,11 +28,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import torch
+import numpy.typing as npt
 
 from cluscomp_formats.architectures import DecoderDescription, check_tensors, describe
 from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, Problem, SelfTestError, UnsupportedError
 from cluscomp_formats.ir import Model
+from cluscomp_runtime.engine import Ids, Logits
 from cluscomp_runtime.language_model import LanguageModel
 from cluscomp_runtime.tokenizer import Tokenizer
 
@@ -68,7 +69,15 @@ _LONGEST_LOGIT = -1.23456789e-300
 _LONGEST_TOLERANCE = 1.234e-300
 
 PREFILL_BEFORE_DECODE = 4
-TOLERANCE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+EPSILONS = {"float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}
+"""Machine epsilons of the dtypes that a record has a tolerance for."""
+
+OTHER_EPSILONS = {"int16": 2.0**-16}
+"""The same for other arithmetic, whose tolerances follow from that of float32. `int16` is that of the native engine: an
+activation is an integer below 2^15 times a scale for each 64 channels, so it is off by up to 2^-16 of the largest of them.
+Products of integers are exact."""
+
+LEAST_TOLERANCE = float(np.finfo(np.float32).tiny)
 
 
 @dataclass(frozen=True)
@@ -123,7 +132,7 @@ def make_self_test(
     Raises InvalidRequestError if the sequences are unusable; SelfTestError if the model's logits are not finite; and the errors
     of `LanguageModel.from_model`.
     """
-    exact = LanguageModel.from_model(model, dtype=torch.float64, kernel="reference")
+    exact = LanguageModel.from_model(model, dtype="float64", kernel="reference")
     chosen = (
         _default_sequences(exact.description, exact.tokenizer, tokens)
         if sequences is None
@@ -135,44 +144,51 @@ def make_self_test(
     top_k = min(top_k, exact.description.vocab_size, MAX_TOP_K)
     recorded, amplification = [], 0.0
     for ids, logits64, logits32 in _reference_logits(model, exact, chosen):
-        top, top_ids = logits64.topk(top_k, dim=-1)
-        amplification = max(amplification, _amplification(top, logits32.gather(-1, top_ids)))
+        top_ids = np.stack([_largest(row, top_k) for row in logits64])
+        top = np.take_along_axis(logits64, top_ids, axis=-1)
+        amplification = max(amplification, _amplification(top, np.take_along_axis(logits32, top_ids, axis=-1)))
         # Nine digits distinguish all float32 values and hide differences between machines in float64.
         rounded = [[float(f"{value:.9g}") for value in row] for row in top.tolist()]
         recorded.append({"input_ids": ids, "top_ids": top_ids.tolist(), "top_logits": rounded})
     return {"version": RECORD_VERSION, "sequences": recorded, "tolerance": _tolerances(amplification)}
 
 
+def _largest(row: Logits, count: int) -> npt.NDArray[np.int64]:
+    """Return the places of the `count` largest values, largest first; of equal ones, the first."""
+    candidates = np.flatnonzero(row >= np.partition(row, -count)[-count])
+    return candidates[np.argsort(-row[candidates], kind="stable")][:count]
+
+
 def _reference_logits(
     model: Model, exact: LanguageModel, sequences: Sequence[Sequence[int]]
-) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+) -> Iterator[tuple[list[int], Logits, Logits]]:
     """Yield the ids of each sequence and its logits `[tokens, vocab_size]`, computed in float64 and in float32, as float64.
 
     Raises SelfTestError if they are not finite.
     """
-    single = LanguageModel.from_model(model, dtype=torch.float32, kernel="reference")
+    single = LanguageModel.from_model(model, dtype="float32", kernel="reference")
     for batch in _batches(sequences):
         ids = _padded(batch)
-        logits64, logits32 = exact.forward(ids), single.forward(ids).double()
+        logits64, logits32 = exact.forward(ids), single.forward(ids).astype(np.float64)
         for index, sequence in enumerate(batch):
             rows = logits64[index, : len(sequence)], logits32[index, : len(sequence)]
-            if not (rows[0].isfinite().all() and rows[1].isfinite().all()):
+            if not (np.isfinite(rows[0]).all() and np.isfinite(rows[1]).all()):
                 remedy = "check the weights it was made from"
                 raise SelfTestError(Problem("not_finite", "the model's logits are not finite", remedy=remedy))
             yield list(sequence), *rows
 
 
-def _amplification(logits64: torch.Tensor, logits32: torch.Tensor) -> float:
+def _amplification(logits64: Logits, logits32: Logits) -> float:
     """Return the amplification of rounding errors over these logits, as defined in the module docstring."""
-    error = float((logits32 - logits64).abs().max()) / torch.finfo(torch.float32).eps
-    return max(error, float(logits64.abs().max()))
+    error = float(np.abs(logits32 - logits64).max()) / EPSILONS["float32"]
+    return max(error, float(np.abs(logits64).max()))
 
 
 def _tolerances(amplification: float) -> dict[str, float]:
     return {
         # A model whose weights are all zero is exact in every dtype, but a tolerance must be positive.
-        name: max(float(f"{SAFETY * amplification * torch.finfo(dtype).eps:.4g}"), torch.finfo(torch.float32).tiny)
-        for name, dtype in TOLERANCE_DTYPES.items()
+        name: max(float(f"{SAFETY * amplification * epsilon:.4g}"), LEAST_TOLERANCE)
+        for name, epsilon in EPSILONS.items()
     }
 
 
@@ -186,14 +202,15 @@ def check_against_weights(model: Model, record: Mapping[str, Any]) -> SelfTestRe
     Raises InvalidFileError if the record is malformed; SelfTestError if the logits are not finite; and the errors of
     `LanguageModel.from_model`.
     """
-    exact = LanguageModel.from_model(model, dtype=torch.float64, kernel="reference")
+    exact = LanguageModel.from_model(model, dtype="float64", kernel="reference")
     check_record(record, exact.description.vocab_size, exact.description.max_position_embeddings)
     sequences, reports, amplification = record["sequences"], [], 0.0
     computed = _reference_logits(model, exact, [sequence["input_ids"] for sequence in sequences])
     for index, (sequence, (_, logits64, logits32)) in enumerate(zip(sequences, computed, strict=True)):
         reports.append(_compare(index, "prefill", sequence, logits64))
-        ids = torch.tensor(sequence["top_ids"], dtype=torch.int64)
-        amplification = max(amplification, _amplification(logits64.gather(-1, ids), logits32.gather(-1, ids)))
+        ids = np.array(sequence["top_ids"], dtype=np.int64)
+        both = (np.take_along_axis(logits, ids, axis=-1) for logits in (logits64, logits32))
+        amplification = max(amplification, _amplification(*both))
     explained = _tolerances(amplification)["float32"]
     worst = max(report.difference for report in reports)
     ok = worst <= explained and float(record["tolerance"]["float32"]) <= SAFETY * explained
@@ -217,7 +234,7 @@ def longest_record(model: Model) -> dict[str, Any] | None:
         {"input_ids": ids, "top_ids": [row_ids] * len(ids), "top_logits": [row_logits] * len(ids)}
         for ids in _default_sequences(description, Tokenizer.from_files(model.files), DEFAULT_TOKENS)
     ]
-    tolerance = dict.fromkeys(TOLERANCE_DTYPES, _LONGEST_TOLERANCE)
+    tolerance = dict.fromkeys(EPSILONS, _LONGEST_TOLERANCE)
     return {"version": RECORD_VERSION, "sequences": recorded, "tolerance": tolerance}
 
 
@@ -229,24 +246,23 @@ def run_self_test(model: LanguageModel, record: Mapping[str, Any]) -> SelfTestRe
     to float64, too. Raises InvalidFileError if the record is malformed.
     """
     check_record(record, model.description.vocab_size, model.description.max_position_embeddings)
-    name = str(model.dtype).removeprefix("torch.")
-    return compare_with_record(record, name, model.forward, lambda ids, first: _decode_one_by_one(model, ids, first))
+    return compare_with_record(record, model.arithmetic, model.forward, model.forward_cached)
 
 
 def compare_with_record(
     record: Mapping[str, Any],
-    dtype: str,
-    forward: Callable[[torch.Tensor], torch.Tensor],
-    decode: Callable[[list[int], int], torch.Tensor],
+    arithmetic: str,
+    forward: Callable[[Ids], Logits],
+    decode: Callable[[list[int], int], Logits],
 ) -> SelfTestReport:
-    """Compare logits that are computed in `dtype` with a record that `check_record` has accepted.
+    """Compare logits that are computed in some `arithmetic` (see `Engine`) with a record that `check_record` has accepted.
 
     `forward` maps ids `[batch, tokens]` to logits `[batch, tokens, vocab_size]`. `decode(ids, first)` maps the ids of a
     sequence to logits `[tokens, vocab_size]`: the first `first` tokens at once, the others one at a time through the key-value
     cache.
     """
     sequences = record["sequences"]
-    tolerance = float(record["tolerance"].get(dtype, record["tolerance"]["float32"]))
+    tolerance = _tolerance(record, arithmetic)
     reports: list[SequenceReport] = []
     for batch in _batches([sequence["input_ids"] for sequence in sequences]):
         for logits in forward(_padded(batch)):
@@ -258,31 +274,27 @@ def compare_with_record(
     return SelfTestReport(worst <= tolerance, worst, tolerance, tuple(reports))
 
 
-def _decode_one_by_one(model: LanguageModel, ids: list[int], first: int) -> torch.Tensor:
-    """Return logits `[tokens, vocab_size]` of the `first` first tokens at once and the others one at a time."""
-    rows = torch.tensor([ids], dtype=torch.int64, device=model.device)
-    with torch.inference_mode():
-        cache = model.decoder.cache(len(ids))
-        parts = [model.decoder(rows[:, :first], cache)]
-        parts += [model.decoder(rows[:, index : index + 1], cache) for index in range(first, len(ids))]
-        return torch.cat(parts, dim=1)[0]
+def _tolerance(record: Mapping[str, Any], arithmetic: str) -> float:
+    single = float(record["tolerance"]["float32"])
+    if arithmetic in OTHER_EPSILONS:
+        return single * OTHER_EPSILONS[arithmetic] / EPSILONS["float32"]
+    return float(record["tolerance"].get(arithmetic, single))
 
 
-def _compare(
-    index: int, mode: Literal["prefill", "decode"], sequence: Mapping[str, Any], logits: torch.Tensor
-) -> SequenceReport:
-    computed = logits[: len(sequence["input_ids"])].to(device="cpu", dtype=torch.float64)
-    ids = torch.tensor(sequence["top_ids"], dtype=torch.int64)
-    recorded = torch.tensor(sequence["top_logits"], dtype=torch.float64)
+def _compare(index: int, mode: Literal["prefill", "decode"], sequence: Mapping[str, Any], logits: Logits) -> SequenceReport:
+    computed = logits[: len(sequence["input_ids"])].astype(np.float64)
+    ids = np.array(sequence["top_ids"], dtype=np.int64)
+    recorded = np.array(sequence["top_logits"], dtype=np.float64)
     # The last column compares the highest logit of all with the highest recorded one, which it must not exceed.
-    highest, highest_ids = computed.max(dim=-1, keepdim=True)
-    limit = recorded.max(dim=-1, keepdim=True).values
-    found = torch.cat((computed.gather(-1, ids), highest), dim=-1)
-    expected = torch.cat((recorded, limit), dim=-1)
-    difference = torch.cat(((found[:, :-1] - recorded).abs(), (highest - limit).clamp(min=0)), dim=-1)
-    difference = difference.nan_to_num(nan=math.inf, posinf=math.inf)
+    highest_ids = computed.argmax(axis=-1, keepdims=True)
+    highest, limit = np.take_along_axis(computed, highest_ids, axis=-1), recorded.max(axis=-1, keepdims=True)
+    found = np.concatenate((np.take_along_axis(computed, ids, axis=-1), highest), axis=-1)
+    expected = np.concatenate((recorded, limit), axis=-1)
+    with np.errstate(invalid="ignore"):
+        difference = np.concatenate((np.abs(found[:, :-1] - recorded), np.maximum(highest - limit, 0)), axis=-1)
+    difference = np.nan_to_num(difference, nan=math.inf, posinf=math.inf)
     position, column = divmod(int(difference.argmax()), difference.shape[1])
-    token = torch.cat((ids, highest_ids), dim=-1)[position, column]
+    token = np.concatenate((ids, highest_ids), axis=-1)[position, column]
     return SequenceReport(
         index,
         mode,
@@ -300,10 +312,10 @@ def _batches(sequences: Sequence[Sequence[int]]) -> list[Sequence[Sequence[int]]
     return [sequences[start : start + together] for start in range(0, len(sequences), together)]
 
 
-def _padded(sequences: Sequence[Sequence[int]]) -> torch.Tensor:
+def _padded(sequences: Sequence[Sequence[int]]) -> Ids:
     """Return sequences as one batch, padded at the end; causal attention keeps padding from affecting earlier logits."""
     longest = max(len(sequence) for sequence in sequences)
-    return torch.tensor([[*sequence, *[0] * (longest - len(sequence))] for sequence in sequences], dtype=torch.int64)
+    return np.array([[*sequence, *[0] * (longest - len(sequence))] for sequence in sequences], dtype=np.int64)
 
 
 def _default_sequences(description: DecoderDescription, tokenizer: Tokenizer | None, tokens: int) -> list[list[int]]:
@@ -325,7 +337,7 @@ def check_record(record: Mapping[str, Any], vocab_size: int, longest: int) -> No
         raise InvalidFileError(Problem("bad_self_test", message, found=found, expected=str(RECORD_VERSION)))
     problems: list[Problem] = []
     tolerance = record.get("tolerance")
-    for name in TOLERANCE_DTYPES:
+    for name in EPSILONS:
         value: Any = tolerance.get(name) if isinstance(tolerance, Mapping) else None
         if not (_is_number(value) and value > 0):
             problems.append(_bad(f"tolerance.{name}", value, "a positive number"))
@@ -367,14 +379,14 @@ def _check_rows(where: str, sequence: Mapping[str, Any], positions: int, vocab_s
 def _check_tolerances(record: Mapping[str, Any]) -> list[Problem]:
     """Return the problems of tolerances that no amplification of rounding errors explains."""
     tolerance = record["tolerance"]
-    least = torch.finfo(torch.float32).tiny
+    least = LEAST_TOLERANCE
     rows = (row for sequence in record["sequences"] for row in sequence["top_logits"])
     largest = max(abs(value) for row in rows for value in row)
     single = tolerance["float32"]
     if single > max(MAX_RELATIVE_TOLERANCE * largest, least):
         return [_bad("tolerance.float32", single, f"at most {MAX_RELATIVE_TOLERANCE:g} of the largest logit, {largest:.6g}")]
-    for name, dtype in TOLERANCE_DTYPES.items():
-        expected = single * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
+    for name, epsilon in EPSILONS.items():
+        expected = single * epsilon / EPSILONS["float32"]
         # Tolerances are stored with four digits, and values below `least` are raised to it.
         if tolerance[name] > least and not math.isclose(tolerance[name], expected, rel_tol=2e-3):
             source = f"{expected:.4g}, from tolerance.float32 and the precision of {name}"

@@ -23,7 +23,7 @@ from cluscomp_export.sources import open_source
 from cluscomp_export.threads import torch_threads
 from cluscomp_formats.errors import InvalidRequestError, Problem, UnsupportedError
 from cluscomp_formats.ir import Array, DenseTensor, Model
-from cluscomp_runtime.language_model import observe_inputs
+from cluscomp_runtime.observing import observe_inputs
 
 HEAD = "lm_head.weight"
 NOISE = 0.005

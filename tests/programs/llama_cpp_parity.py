@@ -101,14 +101,14 @@ def scores(model: LanguageModel, windows: Sequence[Sequence[int]]) -> torch.Tens
     found = []
     for window in windows:
         first = len(window) // 2
-        predicted = torch.log_softmax(model.forward([window])[0, first:-1].double(), dim=-1)
+        predicted = torch.log_softmax(model.forward(torch.tensor([window]))[0, first:-1].double(), dim=-1)
         found.append(predicted.gather(1, torch.tensor(window[first + 1 :])[:, None])[:, 0])
     return torch.cat(found)
 
 
 def greedy_deficit(model: LanguageModel, prompt: Sequence[int], continuation: Sequence[int]) -> float:
     """By how much the continuation's worst token trails the likeliest one at its place, in nats."""
-    logits = model.forward([[*prompt, *continuation[:-1]]])[0, len(prompt) - 1 :].double()
+    logits = model.forward(torch.tensor([[*prompt, *continuation[:-1]]]))[0, len(prompt) - 1 :].double()
     chosen = logits.gather(1, torch.tensor(continuation)[:, None])[:, 0]
     return float((logits.max(dim=-1).values - chosen).max())
 

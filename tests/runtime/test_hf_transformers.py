@@ -35,6 +35,7 @@ from hf_models import (
 from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, UnsupportedError
 from cluscomp_formats.hf import open_hf, write_hf
 from cluscomp_formats.ir import DenseTensor
+from cluscomp_kernels import clus_linear
 from cluscomp_runtime.hf.modules import ClusteredEmbedding, ClusteredLinear, ClusteredModule, transposed
 from cluscomp_runtime.language_model import LanguageModel
 
@@ -65,7 +66,7 @@ def test_logits_are_those_of_the_runtime(name: str, tmp_path: Path) -> None:
     original, weights, stored = written(name, tmp_path / "m")
     _, tolerance = expected_and_tolerance(original, weights)
     model = MODELS[name][1].from_pretrained(tmp_path / "m")
-    ours = LanguageModel.from_model(stored, dtype=torch.float32).forward(ids())
+    ours = LanguageModel.from_model(stored, dtype=torch.float32, kernel=clus_linear.choose_path("cpu")).forward(ids())
     assert (outputs(model, ids()) - ours).abs().max().item() <= tolerance
 
 

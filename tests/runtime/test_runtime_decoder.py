@@ -10,7 +10,8 @@ from runtime_models import EPSILON, clustered_model, oracle, rounding, small_con
 from cluscomp_formats.architectures import Rope
 from cluscomp_formats.ir import Array, DenseTensor, Model
 from cluscomp_runtime import LanguageModel
-from cluscomp_runtime.rope import apply_rope, inverse_frequencies, rope_tables
+from cluscomp_runtime.frequencies import inverse_frequencies
+from cluscomp_runtime.rope import apply_rope, rope_tables
 
 
 def test_only_the_last_logits() -> None:

@@ -112,10 +112,12 @@ def test_endless_invalid_bytes_come_out_anyway() -> None:
 
 def test_callback_sees_every_token_and_inference_mode_does_not_leak() -> None:
     language_model = LanguageModel.from_model(successor_model(chain(97, 98, 99, 257), eos_token_id=257))
-    seen: list[int] = []
-    for _ in language_model.stream("a", on_token=seen.append):
-        assert not torch.is_inference_mode_enabled()
-    assert seen == [98, 99, 257]
+    in_torch = LanguageModel.from_model(successor_model(chain(97, 98, 99, 257), eos_token_id=257), kernel="dense")
+    for each in (language_model, in_torch):
+        seen: list[int] = []
+        for _ in each.stream("a", on_token=seen.append):
+            assert not torch.is_inference_mode_enabled()
+        assert seen == [98, 99, 257]
 
 
 def test_a_stream_broken_off_has_no_result() -> None:
@@ -206,7 +208,20 @@ def test_inputs_that_forward_refuses(model: LanguageModel) -> None:
 
 @pytest.mark.parametrize("batch", [[[5, 6], [7, 8]], np.array([[5, 6], [7, 8]]), [torch.tensor([5, 6]), np.array([7, 8])]])
 def test_batches_that_forward_takes(model: LanguageModel, batch: Any) -> None:
-    assert torch.equal(model(batch), model(torch.tensor([[5, 6], [7, 8]])))
+    np.testing.assert_array_equal(model(batch), model(torch.tensor([[5, 6], [7, 8]])).numpy())
+
+
+@pytest.mark.parametrize(("kernel", "engine"), [("auto", "native"), ("dense", "torch")])
+def test_forward_gives_what_it_is_given(kernel: str, engine: str) -> None:
+    """A tensor for a tensor, a numpy array for anything else."""
+    language_model = LanguageModel.from_model(clustered_model(small_config()), kernel=kernel)
+    assert language_model.engine == engine
+    ids = [[1, 2, 3], [4, 5, 6]]
+    array, tensor = language_model(np.array(ids)), language_model(torch.tensor(ids))
+    assert isinstance(array, np.ndarray)
+    assert isinstance(tensor, torch.Tensor)
+    assert (array.dtype, tensor.dtype) == (np.float32, torch.float32)
+    np.testing.assert_array_equal(array, tensor.numpy())
 
 
 @pytest.mark.parametrize(
@@ -265,7 +280,7 @@ def test_logits_that_are_not_finite_are_an_error() -> None:
         LanguageModel.from_model(broken).generate([1])
 
 
-LOGITS = torch.tensor([1.0, 3.0, 2.0, 0.0]).log2() * math.log(2)  # log of 1, 3, 2, 0
+LOGITS = np.array([0.0, math.log(3), math.log(2), -math.inf], dtype=np.float32)  # log of 1, 3, 2, 0
 
 
 @pytest.mark.parametrize(
@@ -292,11 +307,40 @@ def test_probabilities_by_hand(options: dict[str, Any], expected: list[float]) -
 def test_sampled_frequencies_follow_the_probabilities() -> None:
     sampler = Sampler(temperature=1.0, seed=7)
     draws = 6000
-    counts = torch.bincount(torch.tensor([sampler.choose(LOGITS) for _ in range(draws)]), minlength=4)
-    expected = torch.tensor([1 / 6, 3 / 6, 2 / 6, 0.0])
+    counts = np.bincount([sampler.choose(LOGITS) for _ in range(draws)], minlength=4)
+    expected = np.array([1 / 6, 3 / 6, 2 / 6, 0.0])
     # Five standard deviations of a binomial count.
-    assert ((counts - draws * expected).abs() <= 5 * (draws * expected * (1 - expected)).sqrt()).all()
+    assert (np.abs(counts - draws * expected) <= 5 * np.sqrt(draws * expected * (1 - expected))).all()
+
+
+@pytest.mark.parametrize("top_k", [None, 1, 7, 300, 1000])
+@pytest.mark.parametrize("top_p", [None, 1e-300, 0.3, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize("logits", ["random", "with ties", "all equal"])
+def test_probabilities_by_their_definition(top_k: int | None, top_p: float | None, logits: str) -> None:
+    """All tokens sorted, then cut: slower, and the same."""
+    random = np.random.default_rng(0)
+    values = {
+        "random": random.standard_normal(1000) * 3,
+        "with ties": random.integers(0, 9, 1000).astype(np.float64),
+        "all equal": np.zeros(1000),
+    }[logits].astype(np.float32)
+    order = np.argsort(-values, kind="stable")[:top_k]
+    wide = values[order].astype(np.float64)
+    ranked = np.exp((wide - wide[0]) / 0.8)
+    ranked /= ranked.sum()
+    kept = np.cumsum(ranked) - ranked < (1.0 if top_p is None else top_p)
+    expected = np.zeros(1000)
+    expected[order[kept]] = ranked[kept] / ranked[kept].sum()
+    found = probabilities(values, temperature=0.8, top_k=top_k, top_p=top_p)
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-15)
+
+
+def test_a_seed_gives_the_same_tokens_everywhere() -> None:
+    """PCG64 is the same on every machine, and so are these."""
+    logits = np.log(np.arange(1, 101, dtype=np.float32))
+    sampler = Sampler(temperature=1.0, seed=3)
+    assert [sampler.choose(logits) for _ in range(8)] == [28, 48, 89, 76, 30, 65, 69, 39]
 
 
 def test_greedy_takes_the_first_of_equals() -> None:
-    assert Sampler().choose(torch.tensor([0.0, 2.0, 2.0])) == 1
+    assert Sampler().choose(np.array([0.0, 2.0, 2.0])) == 1

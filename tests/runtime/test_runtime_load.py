@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -13,19 +14,21 @@ from runtime_models import byte_tokenizer_files, clustered_model, small_config
 from cluscomp_formats.errors import InvalidFileError, InvalidRequestError, SelfTestError, UnsupportedError
 from cluscomp_formats.ir import Model
 from cluscomp_formats.packed import write_packed
+from cluscomp_kernels import native
 from cluscomp_runtime import LanguageModel, load, make_self_test
 
 
 @pytest.fixture(scope="module")
 def model() -> Model:
     config = small_config(vocab_size=258, tie_word_embeddings=True)
-    return clustered_model(config, byte_tokenizer_files(), row_scale=True, outliers=9)
+    return clustered_model(config, byte_tokenizer_files(), row_scale=True)
 
 
 def test_a_packed_file_runs_as_the_model_it_holds(model: Model, tmp_path: Path) -> None:
     write_packed(model, tmp_path / "model.clus", self_test=make_self_test)
     loaded = load(tmp_path / "model.clus", selftest=True)
     assert torch.equal(loaded(torch.arange(9)[None]), LanguageModel.from_model(model)(torch.arange(9)[None]))
+    assert loaded.engine == "native"
     assert loaded.generate("Hello", max_new_tokens=5) is not None
     assert (loaded.device, loaded.dtype) == (torch.device("cpu"), torch.float32)
 
@@ -98,15 +101,34 @@ def test_the_runtime_stays_minimal() -> None:
         "safetensors",
         "jinja2",
         "tokenizers",
+        "torch",
         "cluscomp_export",
     ]
-    # Compared with torch alone, which may import other installed packages.
-    code = (
-        "import sys, torch, numpy; before = set(sys.modules); import cluscomp_runtime; "
-        f"print([name for name in {unwanted} if name in sys.modules and name not in before])"
-    )
+    assert run_alone(f"import sys, cluscomp_runtime; print([name for name in {unwanted} if name in sys.modules])") == "[]"
+
+
+def run_alone(code: str, *arguments: str) -> str:
+    """What a new process prints."""
     path = [str(Path(entry).resolve()) for entry in sys.path if entry]
-    run = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path[:0] = {path}; {code}"], capture_output=True, encoding="utf-8"
-    )
-    assert (run.stdout.strip(), run.returncode) == ("[]", 0), run.stderr
+    command = [sys.executable, "-c", f"import sys; sys.path[:0] = {path}; {code}", *arguments]
+    run = subprocess.run(command, capture_output=True, encoding="utf-8")
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+@pytest.mark.skipif(native.library("_engine") is None, reason=native.missing_reason("_engine"))
+def test_generating_needs_no_torch(model: Model, tmp_path: Path) -> None:
+    """Loading, the self-test, generating, sampling and logits import numpy and tokenizers, and nothing as heavy as torch."""
+    path = tmp_path / "model.clus"
+    write_packed(model, path, self_test=make_self_test)
+    code = """
+import cluscomp_runtime
+model = cluscomp_runtime.load(sys.argv[1], selftest=True)
+assert len(model.generate("Hello", max_new_tokens=5, temperature=0.7, top_p=0.9).token_ids) == 5
+assert model.forward([[1, 2, 3]]).shape == (1, 3, 258)
+ours = {"cluscomp_formats", "cluscomp_kernels", "cluscomp_runtime"}
+files = {name: getattr(module, "__file__", None) or "" for name, module in sys.modules.items() if "." not in name}
+print(sorted(name for name, file in files.items() if "site-packages" in file and name not in ours and not name.startswith("_")))
+"""
+    imported = set(ast.literal_eval(run_alone(code.replace("\n", "\n"), str(path))))
+    assert imported - {"psutil", "cython_runtime"} == {"numpy", "tokenizers"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from runtime_models import clustered_model, small_config
 
 from cluscomp_formats.errors import UnsupportedError
 from cluscomp_formats.ir import Array, ClusteredWeight, Codebook, Model, Stage
-from cluscomp_runtime import LanguageModel, memory
+from cluscomp_runtime import LanguageModel, memory, native_engine, torch_engine
 
 HUGE = 1 << 30
 
@@ -33,10 +34,19 @@ def huge_model() -> Model:
     return Model(config, {**small.tensors, **tensors})
 
 
-@pytest.mark.parametrize("kernel", ["auto", "dense", "reference"])
-def test_matrices_larger_than_memory_are_refused_unread(kernel: str) -> None:
+@pytest.mark.parametrize(
+    "held_bytes",
+    [
+        native_engine.held_bytes,
+        partial(torch_engine.held_bytes, itemsize=4, decoded=False),
+        partial(torch_engine.held_bytes, itemsize=4, decoded=True),
+    ],
+    ids=["native", "codes in torch", "decoded"],
+)
+@pytest.mark.parametrize("one_at_a_time", [False, True])
+def test_matrices_larger_than_memory_are_refused_unread(held_bytes: Any, one_at_a_time: bool) -> None:
     with pytest.raises(UnsupportedError, match="more memory than this machine has"):
-        memory.check_memory(huge_model(), kernel, torch.float32, torch.device("cpu"))
+        memory.check_memory(huge_model(), held_bytes, one_at_a_time=one_at_a_time)
 
 
 def test_the_reference_kernel_needs_room_for_one_matrix_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from cluscomp_export.compression.pipeline import BlockByBlock, compress
 from cluscomp_export.planning import plan_fixed
 from cluscomp_export.sources.linears import block_index
 from cluscomp_formats.ir import Model, Tensor
-from cluscomp_runtime.language_model import observe_inputs
+from cluscomp_runtime.observing import observe_inputs
 
 
 def compressed(

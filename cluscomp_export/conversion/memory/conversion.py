@@ -21,7 +21,8 @@ from cluscomp_export.conversion.memory.matrices import checking, encoding, fitti
 from cluscomp_export.planning import Plan
 from cluscomp_export.sources.linears import block_index
 from cluscomp_formats.ir import Model
-from cluscomp_runtime.memory import device_bytes, physical_bytes
+from cluscomp_runtime.devices import device_bytes
+from cluscomp_runtime.memory import physical_bytes
 
 __all__ = ["LIBRARY_BYTES", "PROCESS_BYTES", "Peak", "conversion_memory", "memory_warnings", "process_bytes"]
 

@@ -15,9 +15,22 @@ from cluscomp_kernels.engine.program import (
     Program,
     default_threads,
 )
-from cluscomp_kernels.engine.weights import VARIANTS, Codebook, EngineLinear, EngineNorm, Stage, best_variant, tiled_bytes
+from cluscomp_kernels.engine.weights import (
+    MAX_DIM,
+    MAX_STAGES,
+    VARIANTS,
+    Codebook,
+    EngineLinear,
+    EngineNorm,
+    Stage,
+    best_variant,
+    largest_code,
+    tiled_bytes,
+)
 
 __all__ = [
+    "MAX_DIM",
+    "MAX_STAGES",
     "VARIANTS",
     "Attention",
     "Branch",
@@ -33,6 +46,7 @@ __all__ = [
     "Stage",
     "best_variant",
     "default_threads",
+    "largest_code",
     "memory_bandwidth",
     "tiled_bytes",
     "time_per_weight",

@@ -12,7 +12,18 @@ import numpy.typing as npt
 
 from cluscomp_kernels.engine.structures import Linear, Matrix, Norm, functions
 
-__all__ = ["VARIANTS", "Codebook", "EngineLinear", "EngineNorm", "Stage", "best_variant", "tiled_bytes"]
+__all__ = [
+    "MAX_DIM",
+    "MAX_STAGES",
+    "VARIANTS",
+    "Codebook",
+    "EngineLinear",
+    "EngineNorm",
+    "Stage",
+    "best_variant",
+    "largest_code",
+    "tiled_bytes",
+]
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
@@ -23,6 +34,10 @@ VARIANTS = ("plain", "avx2", "avx512", "amx")
 VALUE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3}
 
 MAX_DIM = 64
+"""The widest codebook."""
+
+MAX_STAGES = 64
+"""The most stages of a matrix."""
 
 _QUAD, _TILE = 4, 16
 
@@ -54,6 +69,12 @@ def tiled_bytes(in_features: int, out_features: int, dim: int, bits: int) -> int
     groups = -(-out_features // dim)
     rest = groups % _TILE
     return -(-in_features // _QUAD) * (groups - rest + (rest + 1) // 2 * 2) * bits // 2
+
+
+def largest_code(stream: npt.NDArray[np.uint8], count: int, bits: int) -> int:
+    """The largest of the first `count` codes of `bits` bits in a stream, least significant bit first."""
+    stream = np.ascontiguousarray(stream)
+    return functions().largest_code(stream.ctypes.data, count, bits)
 
 
 class Codebook:
