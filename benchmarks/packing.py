@@ -4,8 +4,9 @@ A synthetic clustered model lies in `.npy` files, one per array, and is packed f
 
 - packing: `write_packed`, which reads, checks, packs, sums, hashes, writes and syncs, against `cp` of the file it makes and
   an fsync.
-- loading: `open_packed` and reading every payload, checksums and range of codes included, against `safetensors.numpy.load_file`
-  of the same arrays (codes as uint16), which checks nothing.
+- mapping: `open_packed`, `check_payloads` (checksums and ranges) and the tiled codes of every weight, as an engine uses them,
+  against `safetensors.numpy.load_file` of the same arrays (codes as uint16), which checks nothing.
+- loading: `open_packed` and reading every payload, checks and unpacking of codes included, against the same.
 - memory: the peak resident size of a process that packs, less what it had before, against the largest payload.
 
 Correctness comes first: digest and arrays of what was written are compared with the source. The peers take turns within
@@ -27,6 +28,7 @@ import numpy as np
 from measuring import copy_and_sync, peak_resident_bytes, summary, timed
 from safetensors.numpy import load_file, save_file
 
+from cluscomp_formats import check_payloads, tiled_codes
 from cluscomp_formats.ir import Array, ClusteredWeight, Codebook, DenseTensor, Model, Stage, Tensor
 from cluscomp_formats.packed import open_packed, write_packed
 
@@ -75,6 +77,13 @@ def read_all(model: Model) -> dict[str, Any]:
     return {payload_name(description): array.read() for description, array in model.payloads()}
 
 
+def map_all(packed: Path) -> int:
+    """Open and check a file, and take its codes where they lie; return their bytes."""
+    model = open_packed(packed)
+    check_payloads(model)
+    return sum(tiled_codes(stage).nbytes for weight in model.clustered.values() for stage in weight.stages)
+
+
 def check(source: Model, packed: Path, peer: Path) -> None:
     """What was written is the source, and the peer of the loading benchmark holds the same arrays."""
     opened = open_packed(packed, check=True)
@@ -96,7 +105,7 @@ def measure(folder: Path, bits: int, megabytes: int, repetitions: int) -> dict[s
     write_packed(source, packed, force=True)
     save_file(read_all(source), peer)
     check(source, packed, peer)
-    times: dict[str, list[float]] = {"pack": [], "cp": [], "load": [], "safetensors": []}
+    times: dict[str, list[float]] = {"pack": [], "cp": [], "map": [], "load": [], "safetensors": []}
     for _ in range(repetitions):
         for path in (packed, copied):
             path.unlink(missing_ok=True)
@@ -104,6 +113,7 @@ def measure(folder: Path, bits: int, megabytes: int, repetitions: int) -> dict[s
         os.sync()
         times["pack"].append(timed(lambda: write_packed(source, packed)))
         times["cp"].append(timed(lambda: copy_and_sync(packed, copied)))
+        times["map"].append(timed(lambda: map_all(packed)))
         times["load"].append(timed(lambda: read_all(open_packed(packed))))
         times["safetensors"].append(timed(lambda: load_file(peer)))
     memory = subprocess.run(
@@ -115,6 +125,7 @@ def measure(folder: Path, bits: int, megabytes: int, repetitions: int) -> dict[s
         "bits": bits,
         "file_megabytes": packed.stat().st_size / 1e6,
         "packing_against_cp": summary(times["pack"], times["cp"]),
+        "mapping_against_safetensors": summary(times["map"], times["safetensors"]),
         "loading_against_safetensors": summary(times["load"], times["safetensors"]),
         "memory": {"peak_megabytes": peak / 1e6, "largest_payload_megabytes": largest / 1e6, "ratio": peak / largest},
     }
@@ -132,6 +143,7 @@ def report(result: dict[str, Any]) -> str:
     lines = [f"{result['bits']} bits, {result['file_megabytes']:.0f} MB"]
     for label, key, peer in (
         ("pack", "packing_against_cp", "cp + fsync"),
+        ("map", "mapping_against_safetensors", "safetensors"),
         ("load", "loading_against_safetensors", "safetensors"),
     ):
         row = result[key]
