@@ -21,7 +21,7 @@ __all__ = ["largest_padding", "tile_codes", "tiled_bytes", "tiled_codes", "tiled
 Codes = npt.NDArray[np.uint16]
 Bytes = npt.NDArray[np.uint8]
 
-_PIECE = 1 << 19
+_PIECE = 1 << 17
 """Codes per piece, if a tile is not longer: few enough to stay in the cache."""
 
 _U2 = np.dtype("<u2")
