@@ -90,7 +90,8 @@ def measure(program: str, request: dict[str, Any]) -> dict[str, Any]:
     start = time.perf_counter()
     step = start_program(Path(request["path"]), request["threads"])
     load_seconds = time.perf_counter() - start
-    random = np.random.default_rng(0).integers(0, 1000, request.get("prefill_tokens", WARM_UP_PROMPT)).tolist()
+    vocab_size = len(step(request["prompt_ids"], None)[0])
+    random = np.random.default_rng(0).integers(0, vocab_size, request.get("prefill_tokens", WARM_UP_PROMPT)).tolist()
     warm_up(step, random[:WARM_UP_PROMPT])
     logits, state = step(request["prompt_ids"], None)
     last, ids = logits.tolist(), [int(logits.argmax())]
