@@ -107,3 +107,10 @@ def test_a_stage_gives_its_stored_codes_or_tiles_them() -> None:
         raise AssertionError
 
     assert tiled_codes(Stage(codebook, Array((6, 5), "uint16", unread, lambda: stream))) is stream
+
+
+def test_a_codebook_of_another_width_gets_codes_of_its_width() -> None:
+    codes = random_codes(6, 5, 3)
+    stored = Array((6, 5), "uint16", lambda: codes, lambda: tile_codes(codes, 3))
+    larger = Codebook("c", Array.of(np.zeros((16, 2), dtype=np.float32)))
+    assert np.array_equal(tiled_codes(Stage(larger, stored)), tile_codes(codes, 4))

@@ -40,9 +40,13 @@ def tiled_codes(stage: Stage) -> Bytes:
     This is a read-only view of the file if the file stores them; otherwise the codes are read and tiled. Raises what
     `stage.codes.read()` raises.
     """
-    if stage.codes.tiled is not None:
-        return stage.codes.tiled()
-    return tile_codes(stage.codes.read(), stage.codebook.code_bits)
+    codes, bits = stage.codes, stage.codebook.code_bits
+    if codes.tiled is not None:
+        stream = codes.tiled()
+        # Another codebook than that of the file may have another width.
+        if stream.size == tiled_bytes(codes.shape[0], codes.shape[1], bits):
+            return stream
+    return tile_codes(codes.read(), bits)
 
 
 def tile_codes(codes: Codes, bits: int) -> Bytes:
