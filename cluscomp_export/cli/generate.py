@@ -25,7 +25,12 @@ __all__ = ["generate"]
 @option("--seed", type=int, default=0, show_default=True, help="Seed of the sampling.")
 @option("--delta", type=PATH, help="Apply this delta (see tune) first.")
 @DEVICE
-@option("--kernel", default="auto", show_default=True, help="Use this kernel: native, embedding_bag, triton, dense, reference.")
+@option(
+    "--kernel",
+    default="auto",
+    show_default=True,
+    help="Compute in torch with this kernel: native, embedding_bag, triton, dense, reference.",
+)
 @option("--selftest", is_flag=True, help="Run the self-test first, and fail if the model computes something else.")
 @JSON
 def generate(
@@ -52,7 +57,7 @@ def generate(
     with ProgressDisplay() as progress:
         progress("loading", 0, 1)
         loaded = load(model, device=device, kernel=kernel, selftest=selftest, delta=delta)
-    say(f"kernel: {loaded.kernel_summary}")
+    say(f"engine: {loaded.engine}; kernels: {loaded.kernel_summary}")
     text = loaded.chat([{"role": "user", "content": prompt}]) if chat else prompt
     stream = loaded.stream(text, add_special_tokens=not chat, **options)
     if not as_json and not chat:
@@ -63,7 +68,7 @@ def generate(
     result = stream.finish()
     if as_json:
         rates = {"new_tokens": result.new_tokens, "tokens_per_second": result.tokens_per_second}
-        print_json({**asdict(result), **rates, "kernel": loaded.kernel_summary})
+        print_json({**asdict(result), **rates, "engine": loaded.engine, "kernel": loaded.kernel_summary})
         return
     show()
     say(f"{result.new_tokens} tokens, {result.tokens_per_second:.1f} tokens/s, stopped by {result.stop_reason}")

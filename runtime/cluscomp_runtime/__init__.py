@@ -1,4 +1,4 @@
-"""The minimal runtime: load a codebook model and run it. Needs numpy, torch and tokenizers."""
+"""The minimal runtime: load a codebook model and run it. On a CPU it imports numpy and tokenizers, and no torch."""
 
 import cluscomp_kernels  # noqa: F401 - imported first: it configures torch's threads before torch is loaded
 from cluscomp_runtime.generate import Generation, GenerationStream

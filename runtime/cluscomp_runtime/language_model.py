@@ -292,7 +292,7 @@ def _engine(
         reason = why_not_native(model)
         if reason is None:
             return NativeEngine(model, description, threads=threads)
-        message = f"this model runs in torch, which is slower and takes more memory: {reason}"
+        message = f"this model runs in torch, which is slower and takes more memory, because {reason}"
         warnings.warn(message, RuntimeWarning, stacklevel=3)
         warned = True
     # Imports torch.

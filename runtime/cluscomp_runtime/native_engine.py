@@ -30,7 +30,10 @@ AS_STORED = ("float32", "float16", "bfloat16")
 
 
 def why_not_native(model: Model) -> str | None:
-    """Why the native engine cannot run a model that `check_tensors` has passed, and what to do about it; None if it can."""
+    """Why the native engine cannot run a model that `check_tensors` has passed, and what to do about it; None if it can.
+
+    A clause that follows "because".
+    """
     missing = native.missing_reason("_engine")
     if missing:
         return missing
@@ -41,21 +44,23 @@ def why_not_native(model: Model) -> str | None:
             reasons.setdefault(reason, []).append(name)
     if not reasons:
         return None
-    found = [f"{len(names)} clustered matrices ({names[0]}, ...) {reason}" for reason, names in reasons.items()]
-    return f"{'; '.join(found)}; convert the original model again"
+    found = []
+    for reason, (first, *others) in reasons.items():
+        more = f" and {len(others)} more" if others else ""
+        found.append(f"{reason} ({first}{more})")
+    return f"it has {'; '.join(found)}; convert the original model again"
 
 
 def _why_not(tensor: ClusteredWeight) -> str | None:
     if tensor.group_axis == "in":
-        decoded = "they were decoded to dense float32 and need as much memory as uncompressed ones"
-        return f"have groups along the in axis, which no kernel supports: {decoded}"
+        return "groups along the in axis, which no kernel supports: decoded to float32, as large as uncompressed weights"
     for part, present in (("a column scale", tensor.column_scale), ("outliers", tensor.outliers)):
         if present is not None:
-            return f"have {part}, which the native engine does not support"
+            return f"{part}, which the native engine does not support"
     if any(stage.codebook.cluster_dim > engine.MAX_DIM for stage in tensor.stages):
-        return f"have codes for more than {engine.MAX_DIM} weights, the most of the native engine"
+        return f"codes for more than {engine.MAX_DIM} weights, the most of the native engine"
     if len(tensor.stages) > engine.MAX_STAGES:
-        return f"have more than {engine.MAX_STAGES} stages, the most of the native engine"
+        return f"more than {engine.MAX_STAGES} stages, the most of the native engine"
     return None
 
 

@@ -171,8 +171,8 @@ def test_a_code_past_the_codebook_names_the_tensor(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("features", "reason"),
     [
-        ({"column_scale": True}, "have a column scale"),
-        ({"outliers": 3}, "have outliers"),
+        ({"column_scale": True}, "has a column scale"),
+        ({"outliers": 3}, "has outliers"),
         ({"group_axis": "in"}, "groups along the in axis"),
         ({"cluster_dim": 65}, "codes for more than 64 weights"),
         ({"stages": 65, "num_clusters": 2}, "more than 64 stages"),
@@ -181,7 +181,7 @@ def test_a_code_past_the_codebook_names_the_tensor(tmp_path: Path) -> None:
 def test_what_it_refuses_runs_in_torch_with_a_warning(features: dict[str, Any], reason: str) -> None:
     model = clustered_model(small_config(num_hidden_layers=1), **features)
     expected = LanguageModel.from_model(decoded(model), kernel="dense").generate([1, 2, 3], max_new_tokens=6)
-    with pytest.warns(RuntimeWarning, match=f"in torch, which is slower .* 9 clustered matrices .* {reason}"):
+    with pytest.warns(RuntimeWarning, match=f"in torch, which is slower .* {reason}.* and 8 more"):
         loaded = LanguageModel.from_model(model)
     assert loaded.engine == "torch"
     assert loaded.generate([1, 2, 3], max_new_tokens=6).token_ids == expected.token_ids

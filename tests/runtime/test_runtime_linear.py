@@ -140,7 +140,7 @@ def test_shared_codebooks_are_placed_once() -> None:
 
 def test_the_in_axis_is_announced_and_reported() -> None:
     model = clustered_model(small_config(), group_axis="in")
-    with pytest.warns(RuntimeWarning, match="in torch, .* 23 clustered matrices .* decoded to dense float32"):
+    with pytest.warns(RuntimeWarning, match="in torch, .* in axis, .* decoded to float32.* and 22 more"):
         language_model = LanguageModel.from_model(model)
     assert language_model.kernel_summary == "dense (decoded: groups along the in axis) (23 matrices)"
     with warnings.catch_warnings():

@@ -46,7 +46,7 @@ def test_the_model_itself_passes(model: Model, record: dict[str, Any], kernel: s
 def test_what_the_native_engine_refuses_passes_in_torch() -> None:
     model = clustered_model(small_config(), stages=2, row_scale=True, column_scale=True, outliers=20)
     record = make_self_test(model, tokens=12)
-    with pytest.warns(RuntimeWarning, match="runs in torch, which is slower .* have a column scale"):
+    with pytest.warns(RuntimeWarning, match="runs in torch, which is slower .* has a column scale"):
         loaded = LanguageModel.from_model(model)
     assert run_self_test(loaded, record).ok
 
