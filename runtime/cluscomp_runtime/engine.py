@@ -64,6 +64,11 @@ class Engine(Protocol):
         """The number of threads that was asked for."""
         ...
 
+    @property
+    def cache_dtype(self) -> str | None:
+        """The dtype of keys and values; None if it is that of activations."""
+        ...
+
     def cache(self, capacity: int) -> Any:
         """An empty key-value cache for up to `capacity` positions."""
         ...

@@ -18,10 +18,11 @@ from cluscomp_formats.errors import InvalidRequestError, Problem
 from cluscomp_formats.ir import Model
 from cluscomp_formats.tokens import no_tokenizer
 from cluscomp_formats.tokens.chat_templates import choose_chat_template, find_chat_templates
+from cluscomp_kernels.engine import CACHE_TYPES, CacheType
 from cluscomp_runtime.chat import render_chat
 from cluscomp_runtime.engine import EngineName, Logits
 from cluscomp_runtime.generate import Generation, GenerationStream, check_prompt
-from cluscomp_runtime.memory import memory_faults
+from cluscomp_runtime.memory import memory_faults, trim_heap
 from cluscomp_runtime.native_engine import NativeEngine, why_not_native
 from cluscomp_runtime.sampling import Sampler
 from cluscomp_runtime.tokenizer import Tokenizer, end_tokens, token_batch, token_ids
@@ -58,6 +59,8 @@ class LanguageModel:
         self.chat_templates = find_chat_templates(model.files)
         """The model's chat templates by name; a single one is `default`."""
         self.end_tokens = end_tokens(model.config, model.files, self.tokenizer)
+        # Reading a tokenizer leaves tens of megabytes of free heap behind.
+        trim_heap()
         self._base = model
         self._engine = engine
         self._changed: frozenset[str] = frozenset()
@@ -73,6 +76,7 @@ class LanguageModel:
         kernel: str = "auto",
         context: int | None = None,
         threads: int | None = None,
+        cache_dtype: str | None = None,
     ) -> LanguageModel:
         """Build a runnable model from any `Model`, clustered or not.
 
@@ -82,6 +86,7 @@ class LanguageModel:
         matrix once) or "reference" (decode at every call, keep nothing: slow, for models larger than memory). `context` is the
         length of the key-value cache in tokens, by default the least of 2048 and what the model was trained for. `threads` is
         the number of threads of the native engine, by default OMP_NUM_THREADS or all cores; torch has a number of its own.
+        `cache_dtype` is how the native engine stores keys and values: "float32" (the default), "float16" or "int8".
 
         Raises UnsupportedError, also for a model larger than memory, InvalidFileError and InvalidRequestError; warns where the
         slower engine runs though nobody asked for it, and where a clustered matrix has no kernel.
@@ -92,7 +97,12 @@ class LanguageModel:
         if threads is not None and threads < 1:
             problem = Problem("out_of_range", "threads is out of range", found=str(threads), expected="1 or more")
             raise InvalidRequestError(problem)
-        return cls(model, _engine(model, description, device, dtype, kernel, threads), positions)
+        if cache_dtype not in (None, *CACHE_TYPES):
+            expected = ", ".join(CACHE_TYPES)
+            raise InvalidRequestError(
+                Problem("unknown_dtype", "not a dtype of the cache", found=cache_dtype, expected=expected)
+            )
+        return cls(model, _engine(model, description, device, dtype, kernel, threads, cache_dtype), positions)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled with its tensors: the other process needs no file, prepares its own kernels, and computes the same."""
@@ -107,9 +117,10 @@ class LanguageModel:
         return self.__deepcopy__({})
 
     @property
-    def _origin(self) -> tuple[Model, str, str, str, int, int | None, Delta | None]:
+    def _origin(self) -> tuple[Model, dict[str, Any], Delta | None]:
         engine = self._engine
-        return self._base, engine.device, engine.dtype, engine.kernel, self.context, engine.threads, self._delta
+        options = {"device": engine.device, "dtype": engine.dtype, "kernel": engine.kernel, "context": self.context}
+        return self._base, {**options, "threads": engine.threads, "cache_dtype": engine.cache_dtype}, self._delta
 
     def apply_delta(self, delta: Delta | None) -> None:
         """Swap in the codebooks, row scales and norms of a delta; None brings back those of the model as it was loaded.
@@ -286,28 +297,31 @@ def _engine(
     dtype: str | torch.dtype | None,
     kernel: str,
     threads: int | None,
+    cache_dtype: str | None,
 ) -> NativeEngine | TorchEngine:
     warned = False
     if kernel == "auto" and str(device) == "cpu" and str(dtype).removeprefix("torch.") in ("None", "float32"):
         reason = why_not_native(model)
         if reason is None:
-            return NativeEngine(model, description, threads=threads)
+            cache_type: CacheType = cache_dtype or "float32"  # type: ignore[assignment]  # it is one of CACHE_TYPES
+            return NativeEngine(model, description, threads=threads, cache_dtype=cache_type)
         message = f"this model runs in torch, which is slower and takes more memory, because {reason}"
         warnings.warn(message, RuntimeWarning, stacklevel=3)
         warned = True
+    if cache_dtype is not None:
+        message, remedy = "torch stores keys and values in the dtype of activations", "leave out `cache_dtype`"
+        raise InvalidRequestError(Problem("unknown_dtype", message, found=cache_dtype, remedy=remedy))
     # Imports torch.
     from cluscomp_runtime.torch_engine import TorchEngine
 
     return TorchEngine(model, description, device=device, dtype=dtype, kernel=kernel, warn=not warned)
 
 
-def _rebuilt(
-    model: Model, device: str, dtype: str, kernel: str, context: int, threads: int | None, delta: Delta | None
-) -> LanguageModel:
+def _rebuilt(model: Model, options: dict[str, Any], delta: Delta | None) -> LanguageModel:
     with warnings.catch_warnings():
         # Said of the model that this is a copy of.
         warnings.simplefilter("ignore")
-        made = LanguageModel.from_model(model, device=device, dtype=dtype, kernel=kernel, context=context, threads=threads)
+        made = LanguageModel.from_model(model, **options)
     if delta is not None:
         made.apply_delta(delta)
     return made

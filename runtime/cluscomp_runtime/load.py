@@ -29,6 +29,7 @@ def load(
     context: int | None = None,
     delta: str | PathLike[str] | None = None,
     threads: int | None = None,
+    cache_dtype: str | None = None,
 ) -> LanguageModel:
     """Load a model in any registered format. Other options are as in `LanguageModel.from_model`.
 
@@ -46,7 +47,7 @@ def load(
         remedy = "load it without the self-test"
         raise InvalidRequestError(Problem("no_self_test", "this file has no self-test record", str(path), remedy=remedy))
     language_model = LanguageModel.from_model(
-        model, device=device, dtype=dtype, kernel=kernel, context=context, threads=threads
+        model, device=device, dtype=dtype, kernel=kernel, context=context, threads=threads, cache_dtype=cache_dtype
     )
     if selftest and model.self_test is not None:
         run_self_test(language_model, model.self_test).raise_if_failed()

@@ -72,18 +72,26 @@ def held_bytes(tensor: Tensor) -> int:
 class NativeEngine:
     """Runs a model that `check_tensors` has passed and `why_not_native` has nothing against, on the CPU.
 
-    `threads` is the number of threads, by default OMP_NUM_THREADS or all cores. Raises UnsupportedError for a model larger than
-    memory; InvalidFileError if codes are out of range; InvalidRequestError if the environment variable CLUSCOMP_CPU names
-    instructions that this machine lacks.
+    `threads` is the number of threads, by default OMP_NUM_THREADS or all cores; `cache_dtype` is that of keys and values.
+    Raises UnsupportedError for a model larger than memory; InvalidFileError if codes are out of range; InvalidRequestError if
+    the environment variable CLUSCOMP_CPU names instructions that this machine lacks.
     """
 
     name: Literal["native"] = "native"
     device, dtype, kernel = "cpu", "float32", "auto"
     arithmetic = "int16"
 
-    def __init__(self, model: Model, description: DecoderDescription, *, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        description: DecoderDescription,
+        *,
+        threads: int | None = None,
+        cache_dtype: engine.CacheType = "float32",
+    ) -> None:
         self.description = description
         self.threads = threads
+        self.cache_dtype = cache_dtype
         check_memory(model, held_bytes)
         # What a file stores is checked here at once, in parallel; reading it checks no more.
         check_payloads(model, largest=engine.largest_code)
@@ -97,7 +105,7 @@ class NativeEngine:
         self.kernels = {name: "native" if name in model.clustered else "dense" for name in self.builder.linears}
 
     def cache(self, capacity: int) -> Any:
-        return self.program.cache(capacity)
+        return self.program.cache(capacity, self.cache_dtype)
 
     def logits(self, ids: Ids, cache: Any, *, last_only: bool = False) -> Logits:
         return self.program.logits(ids, cache, last_only=last_only)
@@ -105,7 +113,7 @@ class NativeEngine:
     def forward(self, batch: Ids) -> Logits:
         logits = np.empty((*batch.shape, self.description.vocab_size), dtype=np.float32)
         for ids, row in zip(batch, logits, strict=True):
-            row[:] = self.program.logits(ids, self.program.cache(len(ids)), last_only=False)
+            row[:] = self.program.logits(ids, self.cache(len(ids)), last_only=False)
         return logits
 
     def update(self, model: Model, names: Collection[str]) -> None:

@@ -31,6 +31,7 @@ class TorchEngine:
 
     name: Literal["torch"] = "torch"
     threads: None = None
+    cache_dtype: None = None
 
     def __init__(
         self,

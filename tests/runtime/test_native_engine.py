@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import warnings
 from pathlib import Path
@@ -222,3 +223,21 @@ def test_instructions_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("CLUSCOMP_CPU", "mmx")
     with pytest.raises(InvalidRequestError, match="CLUSCOMP_CPU=mmx is not available"):
         LanguageModel.from_model(clustered_model(small_config()))
+
+
+@pytest.mark.parametrize(("cache_dtype", "relative"), [("float16", 5e-3), ("int8", 5e-2)])
+def test_narrower_keys_and_values(cache_dtype: str, relative: float) -> None:
+    model = oracle("llama-gqa")[1]
+    expected = LanguageModel.from_model(model).forward(IDS[None])
+    narrow = LanguageModel.from_model(model, cache_dtype=cache_dtype)
+    found = narrow.forward(IDS[None])
+    assert 0 < np.abs(found - expected).max() <= relative * np.abs(expected).max()
+    np.testing.assert_array_equal(copy.copy(narrow).forward(IDS[None]), found)
+
+
+def test_caches_that_are_not_there() -> None:
+    model = clustered_model(small_config())
+    with pytest.raises(InvalidRequestError, match="not a dtype of the cache"):
+        LanguageModel.from_model(model, cache_dtype="bfloat16")
+    with pytest.raises(InvalidRequestError, match="torch stores keys and values"):
+        LanguageModel.from_model(model, cache_dtype="int8", kernel="dense")

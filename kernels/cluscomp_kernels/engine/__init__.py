@@ -5,6 +5,7 @@ Results are the same bits on every instruction set and for any number of threads
 
 from cluscomp_kernels.engine.measure import memory_bandwidth, time_per_weight
 from cluscomp_kernels.engine.program import (
+    CACHE_TYPES,
     Attention,
     Branch,
     Cache,
@@ -29,6 +30,7 @@ from cluscomp_kernels.engine.weights import (
 )
 
 __all__ = [
+    "CACHE_TYPES",
     "MAX_DIM",
     "MAX_STAGES",
     "VARIANTS",

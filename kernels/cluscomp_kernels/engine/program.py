@@ -18,6 +18,7 @@ from cluscomp_kernels.engine.weights import VALUE_TYPES, EngineLinear, EngineNor
 
 __all__ = [
     "ACTIVATIONS",
+    "CACHE_TYPES",
     "Attention",
     "Branch",
     "Cache",
@@ -31,6 +32,7 @@ __all__ = [
 
 Floats = npt.NDArray[np.float32]
 CacheType = Literal["float32", "float16", "int8"]
+CACHE_TYPES: tuple[CacheType, ...] = ("float32", "float16", "int8")
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 """By their numbers in engine.h."""
