@@ -198,52 +198,96 @@ INLINE __m512i quad_of(const int8_t *integers, int64_t quad)
     return _mm512_set1_epi32(four);
 }
 
-INLINE void multiply_part(const uint8_t *decoded, int64_t quads, int64_t vectors, const cc_block *x, int64_t stride, float *sums,
-                          int some, int tokens)
+/* The products of `some` vectors of a quad, added to those of each token. */
+INLINE void add_quad(const uint8_t *from, const cc_block *x, int64_t stride, int64_t quad, int some, int tokens,
+                     __m512i high[4][4], __m512i low[4][4])
 {
+    __m512i entries[4];
+    for (int v = 0; v < some; v++)
+        entries[v] = _mm512_load_si512(from + v * CC_VECTOR);
+    for (int t = 0; t < tokens; t++) {
+        const __m512i xh = quad_of(x[t * stride].high, quad), xl = quad_of(x[t * stride].low, quad);
+        for (int v = 0; v < some; v++) {
+            high[t][v] = _mm512_dpbusd_epi32(high[t][v], entries[v], xh);
+            low[t][v] = _mm512_dpbusd_epi32(low[t][v], entries[v], xl);
+        }
+    }
+}
+
+/* `chains` sums for each product: an instruction waits for the one before it in its sum, and one sum would be waiting mostly. */
+INLINE void multiply_part(const uint8_t *decoded, int64_t quads, int64_t vectors, const cc_block *x, int64_t stride, float *sums,
+                          int some, int tokens, int chains)
+{
+    const int64_t row = vectors * CC_VECTOR;
     for (int64_t done = 0; done < quads; done += CC_BLOCK_QUADS, x++) {
         const int64_t here = quads - done < CC_BLOCK_QUADS ? quads - done : CC_BLOCK_QUADS;
-        const uint8_t *from = decoded + done * vectors * CC_VECTOR;
-        __m512i high[4][4], low[4][4];
-        for (int t = 0; t < tokens; t++)
-            for (int v = 0; v < some; v++)
-                high[t][v] = low[t][v] = _mm512_setzero_si512();
-        for (int64_t quad = 0; quad < here; quad++, from += vectors * CC_VECTOR) {
-            __m512i entries[4];
-            for (int v = 0; v < some; v++)
-                entries[v] = _mm512_load_si512(from + v * CC_VECTOR);
-            for (int t = 0; t < tokens; t++) {
-                const __m512i xh = quad_of(x[t * stride].high, quad), xl = quad_of(x[t * stride].low, quad);
-                for (int v = 0; v < some; v++) {
-                    high[t][v] = _mm512_dpbusd_epi32(high[t][v], entries[v], xh);
-                    low[t][v] = _mm512_dpbusd_epi32(low[t][v], entries[v], xl);
-                }
-            }
-        }
+        const uint8_t *from = decoded + done * row;
+        __m512i high[4][4][4], low[4][4][4];
+        for (int c = 0; c < chains; c++)
+            for (int t = 0; t < tokens; t++)
+                for (int v = 0; v < some; v++)
+                    high[c][t][v] = low[c][t][v] = _mm512_setzero_si512();
+        int64_t quad = 0;
+        for (; quad + chains <= here; quad += chains)
+            for (int c = 0; c < chains; c++)
+                add_quad(from + (quad + c) * row, x, stride, quad + c, some, tokens, high[c], low[c]);
+        for (; quad < here; quad++)
+            add_quad(from + quad * row, x, stride, quad, some, tokens, high[0], low[0]);
         for (int t = 0; t < tokens; t++) {
             const __m512i offset = _mm512_set1_epi32(x[t * stride].offset);
             const __m512 scale = _mm512_set1_ps(x[t * stride].scale);
             for (int v = 0; v < some; v++) {
                 float *sum = sums + t * vectors * CC_VECTOR_LANES + v * CC_VECTOR_LANES;
-                const __m512i product = _mm512_sub_epi32(_mm512_add_epi32(_mm512_slli_epi32(high[t][v], 8), low[t][v]), offset);
+                __m512i all_high = high[0][t][v], all_low = low[0][t][v];
+                for (int c = 1; c < chains; c++) {
+                    all_high = _mm512_add_epi32(all_high, high[c][t][v]);
+                    all_low = _mm512_add_epi32(all_low, low[c][t][v]);
+                }
+                const __m512i product = _mm512_sub_epi32(_mm512_add_epi32(_mm512_slli_epi32(all_high, 8), all_low), offset);
                 _mm512_storeu_ps(sum, _mm512_add_ps(_mm512_loadu_ps(sum), _mm512_mul_ps(_mm512_cvtepi32_ps(product), scale)));
             }
         }
     }
 }
 
-INLINE void multiply_tokens(const uint8_t *decoded, int64_t quads, int64_t vectors, const cc_block *x, int64_t stride,
-                            float *sums, int tokens)
+#define PART(some, tokens, chains)                                                                                             \
+    multiply_part(decoded + v * CC_VECTOR, quads, vectors, x, stride, sums + v * CC_VECTOR_LANES, some, tokens, chains)
+
+static void multiply_one(const uint8_t *decoded, int64_t quads, int64_t vectors, const cc_block *x, float *sums)
 {
-    const int most = tokens == 4 ? 2 : 4;
+    const int64_t stride = 0;
     int64_t v = 0;
-    for (; v + most <= vectors; v += most)
-        multiply_part(decoded + v * CC_VECTOR, quads, vectors, x, stride, sums + v * CC_VECTOR_LANES, most, tokens);
-    for (; most == 4 && v + 2 <= vectors; v += 2)
-        multiply_part(decoded + v * CC_VECTOR, quads, vectors, x, stride, sums + v * CC_VECTOR_LANES, 2, tokens);
-    for (; v < vectors; v++)
-        multiply_part(decoded + v * CC_VECTOR, quads, vectors, x, stride, sums + v * CC_VECTOR_LANES, 1, tokens);
+    for (; v + 4 <= vectors; v += 4)
+        PART(4, 1, 1);
+    if (vectors - v == 3)
+        PART(3, 1, 2);
+    else if (vectors - v == 2)
+        PART(2, 1, 2);
+    else if (vectors - v == 1)
+        PART(1, 1, 4);
 }
+
+static void multiply_two(const uint8_t *decoded, int64_t quads, int64_t vectors, const cc_block *x, int64_t stride, float *sums)
+{
+    int64_t v = 0;
+    for (; v + 4 <= vectors; v += 4)
+        PART(4, 2, 1);
+    for (; v + 2 <= vectors; v += 2)
+        PART(2, 2, 1);
+    if (v < vectors)
+        PART(1, 2, 2);
+}
+
+static void multiply_four(const uint8_t *decoded, int64_t quads, int64_t vectors, const cc_block *x, int64_t stride, float *sums)
+{
+    int64_t v = 0;
+    for (; v + 2 <= vectors; v += 2)
+        PART(2, 4, 1);
+    if (v < vectors)
+        PART(1, 4, 1);
+}
+
+#undef PART
 
 static void multiply(const uint8_t *decoded, int64_t quads, int64_t vectors, const cc_block *x, int64_t stride,
                             int64_t tokens, float *sums)
@@ -251,11 +295,11 @@ static void multiply(const uint8_t *decoded, int64_t quads, int64_t vectors, con
     const int64_t row = vectors * CC_VECTOR_LANES;
     int64_t t = 0;
     for (; t + 4 <= tokens; t += 4)
-        multiply_tokens(decoded, quads, vectors, x + t * stride, stride, sums + t * row, 4);
+        multiply_four(decoded, quads, vectors, x + t * stride, stride, sums + t * row);
     for (; t + 2 <= tokens; t += 2)
-        multiply_tokens(decoded, quads, vectors, x + t * stride, stride, sums + t * row, 2);
+        multiply_two(decoded, quads, vectors, x + t * stride, stride, sums + t * row);
     for (; t < tokens; t++)
-        multiply_tokens(decoded, quads, vectors, x + t * stride, stride, sums + t * row, 1);
+        multiply_one(decoded, quads, vectors, x + t * stride, sums + t * row);
 }
 
 static void quantise(const float *x, int64_t channels, cc_block *blocks)
