@@ -71,7 +71,7 @@ class Comparison:
 
 def compare(path: Path, gguf_type: str, text: str, *, windows: int, context: int) -> Comparison:
     """Score the first `windows` windows of `context` tokens of `text` and continue the first 16 of its tokens."""
-    ours = LanguageModel.from_model(open_source(path))
+    ours = LanguageModel.from_model(open_source(path), kernel="dense")
     if ours.tokenizer is None:
         raise SystemExit("the model has no tokenizer")
     ids = ours.tokenizer.encode(text)
