@@ -9,7 +9,6 @@ and payloads are read on demand, one tensor at a time, so any reader can feed an
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -433,6 +432,9 @@ class DigestBuilder:
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
+        # Imported here: it loads OpenSSL, and a model is loaded without it.
+        import hashlib
+
         self._hash = hashlib.sha256(f"cluscomp-digest-1\n{canonical_json(config)}\n".encode())
 
     def add(self, description: Mapping[str, Any], array: Array, values: AnyArray) -> None:

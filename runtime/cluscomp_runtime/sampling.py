@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,6 @@ class Sampler:
     top_k: int | None = None
     top_p: float | None = None
     seed: int = 0
-    _random: np.random.Generator = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         problems = []
@@ -79,7 +79,11 @@ class Sampler:
             problems.append(_out_of_range("seed", self.seed, "0 to 2^63 - 1"))
         if problems:
             raise InvalidRequestError(problems)
-        self._random = np.random.Generator(np.random.PCG64(self.seed))
+
+    @cached_property
+    def _random(self) -> np.random.Generator:
+        # Greedy choice needs none, and numpy.random takes 7 MB of memory when it is first used.
+        return np.random.Generator(np.random.PCG64(self.seed))
 
     def choose(self, logits: Logits) -> int:
         """Return the next token for `logits [vocab_size]`; greedy choice takes the first of equal logits.

@@ -5,7 +5,6 @@ The specification is `docs/delta-format.md`.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 
 import numpy as np
@@ -45,6 +44,9 @@ def array_faults(name: str, array: Array, file: str) -> list[Problem]:
 def checksum_of(metadata: Mapping[str, str], arrays: Mapping[str, Array]) -> str:
     """Return the SHA-256, as hexadecimal digits, over metadata, dtypes, shapes and values."""
     forms = {name: [array.dtype, list(array.shape)] for name, array in arrays.items()}
+    # Imported here: it loads OpenSSL, and a model is loaded without it.
+    import hashlib
+
     checksum = hashlib.sha256(f"{canonical_json([dict(metadata), forms])}\n".encode())
     for name in sorted(arrays):
         checksum.update(arrays[name].read().reshape(-1).view(np.uint8).data)

@@ -12,7 +12,6 @@ the output's name does.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
 import shutil
@@ -57,6 +56,9 @@ def shown_name(output: Path) -> str:
 
 def _mark(output: Path, process: str) -> str:
     """Return the mark of a writer's temporaries, 16 hexadecimal digits."""
+    # Imported here: it loads OpenSSL, and a model is loaded without it.
+    import hashlib
+
     return hashlib.sha256(b"\0".join((b"cluscomp-export", os.fsencode(output.name), process.encode()))).hexdigest()[:16]
 
 
