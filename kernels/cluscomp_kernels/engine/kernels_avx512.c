@@ -385,6 +385,8 @@ static void multiply_amx(const uint8_t *decoded, int64_t quads, int64_t vectors,
             shapes.rows[tile] = 16;
             shapes.row_bytes[tile] = 64;
         }
+        /* GCC 12 does not know that the next instruction reads this. */
+        __asm__ volatile("" : "+m"(shapes));
         _tile_loadconfig(&shapes);
         for (int64_t t = 0; t < whole; t += AMX_TOKENS)
             for (int64_t b = 0; b < blocks; b++) {
