@@ -17,15 +17,22 @@ from cluscomp_formats.ir import AnyArray, Model
 from cluscomp_formats.progress import Progress, silent
 from cluscomp_runtime.memory import trim_heap
 
-__all__ = ["FIT_VECTORS_PER_CLUSTER", "Jobs"]
+__all__ = ["Jobs", "fitted_vectors"]
 
 Floats = npt.NDArray[np.float32]
 
+FIT_VECTORS = 1 << 20
 FIT_VECTORS_PER_CLUSTER = 64
-"""A codebook with row scales is fitted on at most this many vectors per cluster."""
+"""A codebook with row scales is fitted on at most so many vectors, or so many per cluster if that is more. Activations weight a
+few channels a thousand times as much as others, so what counts is a small part of a sample."""
 
 WEAKEST_ROW = SCALE_RANGE[0] / LEAST_STEP
 """Least row scale with a codebook of int8: times the step, a smaller one would leave the range of float16."""
+
+
+def fitted_vectors(num_clusters: int, num_vectors: int) -> int:
+    """How many of the vectors of its matrices a codebook with row scales is fitted on."""
+    return min(num_vectors, max(FIT_VECTORS, FIT_VECTORS_PER_CLUSTER * num_clusters))
 
 
 class Jobs:
@@ -89,10 +96,10 @@ class Jobs:
 
         All vectors of a matrix without row scales (the paper's setting), else a sample.
         """
-        limit = FIT_VECTORS_PER_CLUSTER * book.num_clusters
         shapes = {name: self._plan.schemes[name].shape for name in book.members}
         counts = {name: shape[1] * -(-shape[0] // book.cluster_dim) for name, shape in shapes.items()}
-        share = min(1.0, limit / sum(counts.values()))
+        total = sum(counts.values())
+        share = fitted_vectors(book.num_clusters, total) / total
         samples, weights = [], []
         for done, name in enumerate(book.members):
             self._on_progress(f"reading {book.name}", done, len(book.members))

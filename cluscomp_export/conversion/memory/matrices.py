@@ -3,7 +3,7 @@ docstring."""
 
 from __future__ import annotations
 
-from cluscomp_export.compression.jobs import FIT_VECTORS_PER_CLUSTER
+from cluscomp_export.compression.jobs import fitted_vectors
 from cluscomp_export.planning import CodebookPlan, Plan, TensorScheme
 from cluscomp_formats.ir import DTYPES, ClusteredWeight, DenseTensor, Model, Tensor
 from cluscomp_kernels.kmeans.native_engine import list_length
@@ -119,7 +119,7 @@ def _fitting(source: Model, plan: Plan, book: CodebookPlan, *, calibrated: bool,
     counts = {name: num_vectors(scheme) for name, scheme in schemes.items()}
     dim, clusters, total = book.cluster_dim, book.num_clusters, sum(counts.values())
     scaled = any(scheme.row_scale for scheme in schemes.values())
-    points = min(total, FIT_VECTORS_PER_CLUSTER * clusters) if scaled else total
+    points = fitted_vectors(clusters, total) if scaled else total
     row = 4 * dim + (4 if calibrated else 0)
     most = 0
     for name, scheme in schemes.items():
