@@ -72,6 +72,10 @@ class ConversionKeywords(TypedDict, total=False):
     """Bits per value of a codebook: 8 or 16."""
     sensitivity: Literal["measured", "equal"] | None
     """Measure how much predictions suffer from errors in each tensor, or treat all weights alike."""
+    optimize: Literal["size", "speed"] | None
+    """Ignore the time for a token, or weigh it more than by default."""
+    machine: str | None
+    """The machine whose time counts, and whose tokens per second are predicted: a profile's name."""
     calibration: StrPath | None
     """The calibration text, or "none"."""
     effort: Literal["fast", "balanced", "best"] | None

@@ -109,6 +109,20 @@ _PLANNING = (
         "accordingly; or treat all weights alike. [default: equal; measured with --match-loss]",
     ),
     option(
+        "--optimize",
+        heading=PLANNING,
+        type=click.Choice(["size", "speed"]),
+        help="What counts at a given size: size ignores the time for a token, speed prefers codebooks that are fast to look up "
+        "in. [default: between them]",
+    ),
+    option(
+        "--machine",
+        heading=PLANNING,
+        metavar="NAME",
+        help="The machine whose time counts, and whose tokens per second are predicted: avx512, avx2, cortex-a78ae or orin "
+        "(docs/planning.md). [default: avx512]",
+    ),
+    option(
         "--method",
         heading=PLANNING,
         type=click.Choice(["fast", "lloyd"]),
@@ -292,6 +306,7 @@ def convert(
             planned = api.plan(source, on_progress=progress, **options)
         _show_plan(planned, as_json=as_json)
         return
+    from cluscomp_export.cli.tables import described_bits, print_predicted_speed
     from cluscomp_export.outputs import check_apart
     from cluscomp_export.work_folder import work_path
     from cluscomp_formats.files.atomic import check_output
@@ -316,12 +331,12 @@ def convert(
     if as_json:
         print_json(vars(report))
         return
-    bits = report.bits_per_weight
     print_table(
         ("", "source", options["to"]),
         [("MB", f"{report.source_file_bytes / 1e6:.1f}", f"{report.file_bytes / 1e6:.1f}")],
     )
-    show(f"bits per weight: {bits['linears']:.2f} (linear layers), {bits['all']:.2f} (everything)")
+    show(f"bits per weight: {described_bits(report.bits_per_weight)}")
+    print_predicted_speed(report.speed)
     if report.digest:
         show(report.digest)
     show(f"wrote {report.output} in {report.seconds:.0f} s")

@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from cluscomp_export.inspection.inspect import DeltaInspection, Inspection
 
 __all__ = [
+    "described_bits",
     "print_delta",
     "print_inspection",
     "print_memory",
     "print_plan",
+    "print_predicted_speed",
     "print_scores",
     "print_speeds",
     "print_task_results",
@@ -80,17 +82,32 @@ def print_plan(report: PlanReport) -> None:
     print_memory(report.memory)
     show(f"MB at most; on the host in addition to the process itself (about {report.process_bytes / 1e6:.0f} MB)")
     show()
-    bits = report.bits_per_weight
-    show(f"bits per weight: {bits['linears']:.2f} (linear layers), {bits['all']:.2f} (everything)")
+    show(f"bits per weight: {described_bits(report.bits_per_weight)}")
     size, bound = report.file_bytes, " at most"
     if size is None:
         size, bound = report.payload_bytes, " without headers"
     show(f"predicted size: {size / 1e6:.3f} MB ({size:,} bytes){bound}; source: {report.source_file_bytes / 1e6:.1f} MB")
+    print_predicted_speed(report.speed)
     if report.predicted_loss is not None:
         show(
             f"predicted loss: {report.predicted_loss:.3g} nats per token on text like the calibration text, before error "
             "feedback and training"
         )
+
+
+def described_bits(bits: Mapping[str, float]) -> str:
+    """Bits per weight of the linear layers, of everything, and of the whole file with headers and side files."""
+    file = f", {bits['file']:.2f} (the whole file)" if "file" in bits else ""
+    return f"{bits['linears']:.2f} (linear layers), {bits['all']:.2f} (everything){file}"
+
+
+def print_predicted_speed(speed: Mapping[str, Any]) -> None:
+    """The predicted speed and memory of a model."""
+    rates = ", ".join(
+        f"{rate:.0f} tokens/s on {threads} thread{'s' * (threads > 1)}" for threads, rate in speed["tokens_per_second"].items()
+    )
+    basis = "measured profile" if speed["measured"] else "profile derived on paper"
+    show(f"predicted decoding: {rates} of {speed['machine']} ({basis}), {speed['resident_bytes'] / 1e6:.0f} MB of memory")
 
 
 def _range(values: Sequence[float]) -> str:
@@ -123,7 +140,7 @@ def print_inspection(report: Inspection) -> None:
         "architecture": report.architecture,
         "weights": f"{report.weights / 1e6:.1f} million",
         "file": f"{report.file_bytes / 1e6:.1f} MB",
-        "bits per weight": f"{bits['linears']:.2f} (linear layers), {bits['all']:.2f} (everything)",
+        "bits per weight": described_bits(bits),
         "digest": report.digest or (unread if report.quick else "none: some values could not be read"),
         "problems": unread if report.quick else len(report.problems) or "none",
         "self-test record": "yes" if report.self_test else "no",

@@ -74,7 +74,7 @@ def compress_source(
     sensitivities = sensitivities_of(source, options, text, work, on_progress)
     plan = prepared.plan
     if sensitivities is not None or plan is None:
-        plan = make_plan(source, options, fmt, provenance, sensitivities)
+        plan = make_plan(source, options, phases, fmt, provenance, sensitivities)
     with _opened_workers(options, on_progress) as workers:
         measured = _measure(prepared, options, work, on_progress)
         compressed = compress(

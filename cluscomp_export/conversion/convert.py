@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cluscomp_export.conversion.compress_source import CompressedSource, compress_source
 from cluscomp_export.conversion.finite_values import scan_dense
@@ -41,7 +42,8 @@ class ConversionReport:
     """What `convert` did.
 
     `curves` are the losses of trainings: `recovery`, and `block 0` and so on for each block that was tuned. `reused` counts the
-    units of work (codebooks, tensors) that an interrupted attempt had finished.
+    units of work (codebooks, tensors) that an interrupted attempt had finished. `speed` is predicted: the fields of
+    `planning.speed.PredictedSpeed`.
     """
 
     output: str
@@ -49,6 +51,7 @@ class ConversionReport:
     source_file_bytes: int
     digest: str | None
     bits_per_weight: Mapping[str, float]
+    speed: Mapping[str, Any]
     self_test: bool
     curves: Mapping[str, Curve]
     reused: int
@@ -121,7 +124,8 @@ def convert(
         file_bytes=written.file_bytes,
         source_file_bytes=prepared.source_file_bytes,
         digest=written.digest,
-        bits_per_weight=model_sizes(result.model).bits_per_weight(),
+        bits_per_weight=model_sizes(result.model).bits_per_weight(written.file_bytes),
+        speed=vars(prepared.speed),
         self_test=self_test.record is not None,
         curves={name: finite_curve(curve) for name, curve in result.curves.items() if curve},
         reused=work.reused if work is not None else 0,

@@ -8,8 +8,9 @@ from typing import Any, Literal, get_args
 from cluscomp_export.compression.fit_encode import Method
 from cluscomp_export.compression.workers.base import parse_workers
 from cluscomp_export.conversion.effort import phases_of
-from cluscomp_export.conversion.options import ConversionOptions, Effort
+from cluscomp_export.conversion.options import ConversionOptions, Effort, Optimize
 from cluscomp_export.planning import CODEBOOK_DTYPES, Share
+from cluscomp_export.planning.machines import DEFAULT_MACHINE, shipped_machine
 from cluscomp_export.threads import check_threads
 from cluscomp_formats.errors import InvalidRequestError, Problem
 from cluscomp_formats.format import Format
@@ -25,6 +26,7 @@ def check_options(options: ConversionOptions, fmt: Format) -> None:
     if problem:
         raise InvalidRequestError(problem)
     phases_of(options)
+    shipped_machine(options.machine or DEFAULT_MACHINE)
     check_threads(options.threads)
     if options.workers is not None:
         parse_workers(options.workers)
@@ -36,6 +38,7 @@ def _no_choice(options: ConversionOptions) -> Problem | None:
         "effort": (options.effort, Effort),
         "share": (options.share, Share),
         "sensitivity": (options.sensitivity, Sensitivity),
+        "optimize": (options.optimize, Optimize),
         "method": (options.method, Method),
     }
     for option, (value, kind) in choices.items():
@@ -60,7 +63,8 @@ def _contradiction(options: ConversionOptions, fmt: Format) -> Problem | None:
         remedy = "leave out `embedding_bits`, or give `bits`"
         return Problem("bad_option", message, found=f"{target} and `embedding_bits`", remedy=remedy)
     if options.plan is not None:
-        for option, value in (("`share`", options.share), ("`codebook_bits`", options.codebook_bits)):
+        determined = {"`share`": options.share, "`codebook_bits`": options.codebook_bits, "`optimize`": options.optimize}
+        for option, value in determined.items():
             if value is not None:
                 message, remedy = f"`plan` determines {option} already", f"leave out {option}, or edit the plan"
                 return Problem("bad_option", message, found=f"`plan` and {option}", remedy=remedy)

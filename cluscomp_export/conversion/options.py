@@ -12,9 +12,10 @@ from cluscomp_export.planning import Share
 from cluscomp_export.planning.sizes import parse_bytes
 from cluscomp_export.training.loop import Precision, Schedule
 
-__all__ = ["ConversionOptions", "Effort"]
+__all__ = ["ConversionOptions", "Effort", "Optimize"]
 
 Effort = Literal["fast", "balanced", "best"]
+Optimize = Literal["size", "speed"]
 
 _PHASES = (
     "effort",
@@ -48,7 +49,9 @@ class ConversionOptions:
     At most one target is given: `bits`, `budget` (bytes, or a text such as "55MB"), `match_loss`, `plan` (a file), or `dim`
     with `clusters`, the paper's setting; without one, the target is 4 bits. None lets the planner choose `share`, and for
     `codebook_bits` the one with the least expected error (16 with recovery). `embedding_bits=None` keeps the width of the
-    source where that is below 16. `sensitivity=None` is "measured" with `match_loss`, otherwise "equal".
+    source where that is below 16. `sensitivity=None` is "measured" with `match_loss`, otherwise "equal". `optimize` is what
+    counts besides the target: "size" ignores time, "speed" prefers codebooks that are fast to look up in, None is between them.
+    Time is that of `machine`, the name of a profile; None is `DEFAULT_MACHINE`.
 
     `calibration` is a text file, "none", or None: the text of this package, none with the paper's setting. `effort="fast"` only
     clusters. "balanced", the default with a calibration text, adds error feedback and block-wise tuning; "best" adds recovery.
@@ -68,6 +71,8 @@ class ConversionOptions:
     embedding_bits: float | None = None
     codebook_bits: int | None = None
     sensitivity: Literal["measured", "equal"] | None = None
+    optimize: Optimize | None = None
+    machine: str | None = None
     calibration: str | PathLike[str] | None = None
     effort: Effort | None = None
     feedback: bool | None = None
@@ -106,7 +111,7 @@ class ConversionOptions:
     @property
     def asks_clustering(self) -> bool:
         """Whether any option says how to cluster."""
-        how = (*self.targets().values(), self.clusters, self.share, self.embedding_bits, self.codebook_bits)
+        how = (*self.targets().values(), self.clusters, self.share, self.embedding_bits, self.codebook_bits, self.optimize)
         text = (self.sensitivity, self.calibration, self.calibration_context)
         return any(value is not None for value in (*how, *text, *self._phases().values()))
 

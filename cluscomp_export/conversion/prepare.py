@@ -32,15 +32,18 @@ from cluscomp_export.conversion.where_to_run import nowhere_to_run
 from cluscomp_export.planning import (
     Plan,
     Sensitivity,
+    Terms,
     embedding_tensors,
     plan_bits,
     plan_budget,
     plan_fixed,
     plan_loss,
 )
+from cluscomp_export.planning.machines import DEFAULT_MACHINE, shipped_machine
 from cluscomp_export.planning.plan_file import plan_value, read_plan
 from cluscomp_export.planning.planned_model import planned_model
 from cluscomp_export.planning.sizes import Sizes, model_sizes
+from cluscomp_export.planning.speed import PredictedSpeed, predicted_speed
 from cluscomp_export.sources import CONFIG_ONLY, files_left_behind, open_source, source_bytes
 from cluscomp_export.store import Store
 from cluscomp_export.threads import torch_threads
@@ -58,6 +61,8 @@ from cluscomp_runtime.selftest import longest_record
 __all__ = ["Prepared", "make_plan", "prepare", "provenance_of", "sensitivities_of"]
 
 DEFAULT_BITS = 4.0
+HALVING = {"size": 0.0, None: 0.2, "speed": 0.8}
+"""Bits per weight that half the time for a token is worth, by `optimize`."""
 LARGE_SHARE = 0.1
 """Share of the weights from which a warning says that they are not clustered."""
 MAX_NAMED = 8
@@ -70,8 +75,9 @@ class Prepared:
 
     `text` is the calibration text, if any; `phases` are those of the compression. `plan` is None if a clustered source is only
     repacked. `model` is the planned model, with shapes only, or that source. `file_bytes` is the size of the artefact, at most;
-    None if the format cannot tell. `sensitivities` are those of the plan, None if all weights counted alike. `memory` is what
-    each phase needs, at most, in addition to the `process_bytes` of the process itself.
+    None if the format cannot tell. `speed` is predicted for the machine of the options. `sensitivities` are those of the plan,
+    None if all weights counted alike. `memory` is what each phase needs, at most, in addition to the `process_bytes` of the
+    process itself.
     """
 
     source: Model
@@ -82,6 +88,7 @@ class Prepared:
     sizes: Sizes
     file_bytes: int | None
     source_file_bytes: int
+    speed: PredictedSpeed
     sensitivities: Mapping[str, Sensitivity] | None
     memory: tuple[Peak, ...]
     process_bytes: int
@@ -128,11 +135,12 @@ def prepare(
         if measure:
             with torch_threads(options.torch_threads):
                 sensitivities = sensitivities_of(source, options, text, None, on_progress)
-        plan = make_plan(source, options, fmt, provenance, sensitivities)
+        plan = make_plan(source, options, phases, fmt, provenance, sensitivities)
         model = planned_model(source, plan, provenance)
     sizes = model_sizes(model)
     record = model.self_test or longest_record(source)
     artefact = None if fmt.size is None else fmt.size(replace(model, self_test=record))
+    speed = predicted_speed(model, shipped_machine(options.machine or DEFAULT_MACHINE))
     only_config = source.provenance.get("format") == CONFIG_ONLY
     source_size = model_sizes(source).payload_bytes if only_config else source_bytes(source_path)
     process = process_bytes(measures=options.measures, phases=None if plan is None else phases)
@@ -154,7 +162,7 @@ def prepare(
     warnings += memory_warnings(memory, options.device, process)
     warnings += _plan_warnings(source, options, model) if plan is not None else []
     return Prepared(
-        source, text, phases, plan, model, sizes, artefact, source_size, sensitivities, memory, process, tuple(warnings)
+        source, text, phases, plan, model, sizes, artefact, source_size, speed, sensitivities, memory, process, tuple(warnings)
     )
 
 
@@ -241,6 +249,7 @@ def sensitivities_of(
 def make_plan(
     source: Model,
     options: ConversionOptions,
+    phases: Phases,
     fmt: Format,
     provenance: Mapping[str, Any],
     sensitivities: Mapping[str, Sensitivity] | None,
@@ -253,9 +262,11 @@ def make_plan(
     if options.plan_file is not None:
         return read_plan(options.plan_file, source)
     share, codebook_bits = options.share, options.codebook_bits
-    if codebook_bits is None and phases_of(options).recovery is not None:
+    if codebook_bits is None and phases.recovery is not None:
         # Recovery moves most values by less than a step of int8.
         codebook_bits = 16
+    terms = Terms(shipped_machine(options.machine or DEFAULT_MACHINE), phases.refinement)
+    halving = HALVING[options.optimize]
     if options.budget_bytes is not None and fmt.size is not None:
         size, record = fmt.size, longest_record(source)
 
@@ -269,9 +280,19 @@ def make_plan(
             share=share,
             codebook_bits=codebook_bits,
             sensitivities=sensitivities,
+            terms=terms,
+            halving=halving,
         )
     if options.match_loss is not None and sensitivities is not None:
-        return plan_loss(source, loss=options.match_loss, share=share, codebook_bits=codebook_bits, sensitivities=sensitivities)
+        return plan_loss(
+            source,
+            loss=options.match_loss,
+            share=share,
+            codebook_bits=codebook_bits,
+            sensitivities=sensitivities,
+            terms=terms,
+            halving=halving,
+        )
     stored = source.provenance.get("stored_bits", {})
     embedding_bits = options.embedding_bits
     if embedding_bits is None:
@@ -284,6 +305,8 @@ def make_plan(
             share=share or "none",
             embedding_bits=embedding_bits,
             codebook_bits=codebook_bits,
+            terms=terms,
+            halving=halving,
         )
     return plan_bits(
         source,
@@ -292,6 +315,8 @@ def make_plan(
         embedding_bits=embedding_bits,
         codebook_bits=codebook_bits,
         sensitivities=sensitivities,
+        terms=terms,
+        halving=halving,
     )
 
 

@@ -102,7 +102,7 @@ def inspect_model(
         architecture=str(architecture or "unknown"),
         weights=sizes.all_weights,
         file_bytes=source_bytes(path),
-        bits_per_weight=sizes.bits_per_weight(),
+        bits_per_weight=sizes.bits_per_weight(source_bytes(path)),
         quick=quick,
         digest=health.digest,
         provenance=dict(model.provenance),

@@ -4,6 +4,11 @@ At a given price per bit, all choices are independent (Shoham & Gersho 1988): ev
 `loss + price * bits`, and matrices are grouped so that the sum over their codebooks is least. The price rises until the total
 fits. To decide which matrices share a codebook, the matrices are ordered by sensitivity per weight and divided into runs
 (`Chain`). Matrices of a kind differ in nothing else that matters for sharing, so the best division is one into runs.
+
+Time counts as well if halving it is worth some bits per weight, `halving`: a plan is then charged `halving * log2(ns)` bits for
+every weight. That logarithm is replaced by its tangent at the time of the plan found last, which is a price in bits per
+nanosecond, until the plan stays the same. Since the tangent is nowhere below the logarithm, no step makes the plan worse
+(majorisation, as in Lange et al. 2000). Where it ends depends on where it starts: the slowest and the fastest plan are tried.
 """
 
 from __future__ import annotations
@@ -15,16 +20,19 @@ from typing import Protocol
 
 import numpy as np
 
-from cluscomp_export.planning.candidates import SIZES, Group, Member, Size, Table
+from cluscomp_export.planning.candidates import PLAIN, SIZES, Group, Member, Size, Table, Terms
 
-__all__ = ["Chain", "Either", "Pick", "Scope", "Separate", "allocate"]
+__all__ = ["Allocation", "Chain", "Either", "Pick", "Scope", "Separate", "allocate", "allocate_at"]
 
 MAX_ATOMS = 32
 """Matrices of a chain are first grouped into at most so many runs; the search is quadratic in them."""
 
 PRICES = (1e-30, 1e12)
-PRICE_STEPS = 60
-"""Halvings of that range on a logarithmic scale: prices are then exact to the last bit of a double."""
+PRICE_STEPS = 40
+"""Halvings of that range on a logarithmic scale: prices are then exact to 10 digits."""
+
+TANGENTS = 5
+"""Most steps from each start."""
 
 
 @dataclass(frozen=True)
@@ -52,23 +60,28 @@ class Pick:
     def loss(self) -> float:
         return float(self.table.loss[self.row, self.column])
 
+    @property
+    def ns(self) -> float:
+        """Nanoseconds for a token."""
+        return float(self.table.ns[self.row, self.column])
+
 
 class Scope(Protocol):
     """Some matrices, and the ways to store them among which to choose."""
 
-    def best(self, price: float) -> list[Pick]:
-        """The picks with the least `loss + price * bits`; with infinitely many bits if there is no way."""
+    def best(self, price: float, rate: float) -> list[Pick]:
+        """The picks with the least `loss + price * (bits + rate * ns)`; with infinitely many bits if there is no way."""
         ...
 
 
 class Separate:
     """Fixed groups. With several lists of equal length, each group is stored in the best of these ways."""
 
-    def __init__(self, *ways: Sequence[Group]) -> None:
-        self.tables = [Table(groups) for groups in ways]
+    def __init__(self, *ways: Sequence[Group], terms: Terms = PLAIN) -> None:
+        self.tables = [Table(groups, terms) for groups in ways]
 
-    def best(self, price: float) -> list[Pick]:
-        costs = [table.loss + price * table.bits for table in self.tables]
+    def best(self, price: float, rate: float) -> list[Pick]:
+        costs = [table.costs(price, rate) for table in self.tables]
         columns = [np.argmin(cost, axis=1) for cost in costs]
         ways = np.argmin([cost.min(axis=1) for cost in costs], axis=0)
         return [Pick(self.tables[way], row, int(columns[way][row])) for row, way in enumerate(ways)]
@@ -77,7 +90,7 @@ class Separate:
 class Chain:
     """Row-scaled matrices divided into groups in the best way, among runs of similar sensitivity."""
 
-    def __init__(self, name: str, members: Sequence[Member], codebook_bits: int | None = None) -> None:
+    def __init__(self, name: str, members: Sequence[Member], codebook_bits: int | None = None, terms: Terms = PLAIN) -> None:
         ordered = sorted(members, key=lambda member: (-member.loss / member.num_weights, member.name))
         atoms = _atoms(ordered)
         self.count = len(atoms)
@@ -89,10 +102,10 @@ class Chain:
             single = inside[0].name.removesuffix(".weight")
             label = name if whole else single if len(inside) == 1 else f"{name}.{start}"
             groups.append(Group(label, inside, row_scale=True, codebook_bits=codebook_bits))
-        self.table = Table(groups)
+        self.table = Table(groups, terms)
 
-    def best(self, price: float) -> list[Pick]:
-        costs = self.table.loss + price * self.table.bits
+    def best(self, price: float, rate: float) -> list[Pick]:
+        costs = self.table.costs(price, rate)
         columns = np.argmin(costs, axis=1)
         least = costs[np.arange(len(columns)), columns]
         # Dynamic programming: the best way to store the first `end` atoms, by its last run.
@@ -129,21 +142,57 @@ class Either:
     def __init__(self, alternatives: Sequence[Sequence[Scope]]) -> None:
         self.alternatives = alternatives
 
-    def best(self, price: float) -> list[Pick]:
-        offers = [[pick for scope in scopes for pick in scope.best(price)] for scopes in self.alternatives]
-        return min(offers, key=lambda picks: sum(pick.loss + price * pick.bits for pick in picks))
+    def best(self, price: float, rate: float) -> list[Pick]:
+        offers = [[pick for scope in scopes for pick in scope.best(price, rate)] for scopes in self.alternatives]
+        return min(offers, key=lambda picks: sum(pick.loss + price * (pick.bits + rate * pick.ns) for pick in picks))
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Picks that meet a target, None if there are none.
+
+    `extreme` are the smallest picks for a budget, the most exact for a loss. `rate` is the price of a nanosecond in bits.
+    """
+
+    picks: list[Pick] | None
+    extreme: list[Pick]
+    rate: float = 0.0
 
 
 def allocate(
-    scopes: Sequence[Scope], *, budget: float | None = None, loss: float | None = None
-) -> tuple[list[Pick] | None, list[Pick]]:
-    """The picks with the least loss within `budget` bits, or the fewest bits within `loss`; None if there are none.
+    scopes: Sequence[Scope], *, budget: float | None = None, loss: float | None = None, halving: float = 0.0
+) -> Allocation:
+    """The picks with the least loss within `budget` bits, or the fewest bits within `loss`.
 
-    Also returns the extreme picks: the smallest of all for a budget, the most exact for a loss.
+    Half the time for a token counts as much as `halving` bits less per weight; 0 ignores time.
     """
+    plain = allocate_at(scopes, 0.0, budget=budget, loss=loss)
+    if halving <= 0 or plain.picks is None:
+        return plain
+    best = plain
+    fastest = [pick for scope in scopes for pick in scope.best(PRICES[1], 1 / PRICES[0])]
+    for start in (plain.picks, fastest):
+        ns = _time(start)
+        for _ in range(TANGENTS):
+            if ns <= 0:
+                break
+            weights = sum(member.num_weights for pick in start for member in pick.group.members)
+            found = allocate_at(scopes, halving * weights / (math.log(2) * ns), budget=budget, loss=loss)
+            if found.picks is None:
+                break
+            if _merit(found.picks, halving, budget) < _merit(best.picks or [], halving, budget):
+                best = found
+            if math.isclose(_time(found.picks), ns, rel_tol=1e-3):
+                break
+            ns = _time(found.picks)
+    return best
+
+
+def allocate_at(scopes: Sequence[Scope], rate: float, *, budget: float | None = None, loss: float | None = None) -> Allocation:
+    """`allocate` with a nanosecond at the price of `rate` bits."""
 
     def choose(price: float) -> list[Pick]:
-        return [pick for scope in scopes for pick in scope.best(price)]
+        return [pick for scope in scopes for pick in scope.best(price, rate)]
 
     def fits(picks: list[Pick]) -> bool:
         within = budget is None or sum(pick.bits for pick in picks) <= budget
@@ -153,7 +202,7 @@ def allocate(
     good, bad = (PRICES[1], PRICES[0]) if budget is not None else PRICES
     outermost = picks = choose(good)
     if not fits(picks):
-        return None, outermost
+        return Allocation(None, outermost, rate)
     for _ in range(PRICE_STEPS):
         middle = math.sqrt(good) * math.sqrt(bad)
         chosen = choose(middle)
@@ -161,16 +210,31 @@ def allocate(
             good, picks = middle, chosen
         else:
             bad = middle
-    return (picks if budget is None else _filled(picks, budget)), outermost
+    return Allocation(picks if budget is None else _filled(picks, budget, good * rate), outermost, rate)
 
 
-def _filled(picks: list[Pick], budget: float) -> list[Pick]:
-    """Spend the rest of the budget on the candidates that gain most per bit.
+def _time(picks: Sequence[Pick]) -> float:
+    """Nanoseconds for a token."""
+    return sum(pick.ns for pick in picks)
+
+
+def _merit(picks: Sequence[Pick], halving: float, budget: float | None) -> float:
+    """What is minimised, in bits per weight: by theory, a bit per weight quarters the loss."""
+    weights = sum(member.num_weights for pick in picks for member in pick.group.members)
+    if budget is None:
+        spent = sum(pick.bits for pick in picks) / weights
+    else:
+        spent = 0.5 * math.log2(max(sum(pick.loss for pick in picks), PRICES[0]))
+    return spent + halving * math.log2(max(_time(picks), PRICES[0]))
+
+
+def _filled(picks: list[Pick], budget: float, price: float) -> list[Pick]:
+    """Spend the rest of the budget on the candidates that gain most per bit; a nanosecond costs `price`.
 
     The relaxation finds candidates on the convex hull only, and at one price similar matrices all take the same.
     """
     bits = np.array([pick.table.bits[pick.row] for pick in picks])
-    losses = np.array([pick.table.loss[pick.row] for pick in picks])
+    losses = np.array([pick.table.loss[pick.row] + price * pick.table.ns[pick.row] for pick in picks])
     columns = np.array([pick.column for pick in picks])
     rows = np.arange(len(picks))
     while True:

@@ -9,11 +9,14 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
 
-from cluscomp_export.sources.linears import kind
+from cluscomp_export.planning.machines import Machine
+from cluscomp_export.planning.speed import dense_ns, weight_ns
+from cluscomp_export.sources.linears import block_index, kind
 from cluscomp_formats.ir import code_bits, tiled_size
 
 __all__ = [
@@ -60,6 +63,9 @@ MIXED_KINDS = 1.3
 every row is scaled to unit variance: 1.05 (dim 2) to 1.15 (dim 4) on SmolLM2 without activations. With activations, the
 clusters are distributed among seven kinds, each of which would adapt to its own (`adaptation`): 2.8 doublings fewer, another
 1.17."""
+
+FEEDBACK = 1.0
+TUNED = 0.75
 
 # Normalised second moments of the best known lattice quantisers: Conway & Sloane, Sphere Packings, Lattices and Groups,
 # table 2.3; dimensions 9 and 10 from Agrell & Allen 2023.
@@ -150,13 +156,53 @@ class Sensitivity:
 
 
 @dataclass(frozen=True)
+class Refinement:
+    """What follows the clustering: error feedback, block-wise tuning of codebooks that a block has to itself."""
+
+    feedback: bool = False
+    tuning: bool = False
+
+    def factor(self, num_clusters: int, *, own: bool) -> float:
+        """The error of a codebook relative to its `expected_error`; `own` if one block alone uses it.
+
+        Error feedback helps all codebooks, which does not matter here; `FEEDBACK` is what is left of the differences between
+        them.
+        """
+        factor = 1.0
+        if self.feedback:
+            factor *= (0.66 + 0.35 * 0.795 ** (math.log2(num_clusters) - 8)) / adaptation(num_clusters)
+        if self.tuning and own:
+            factor *= TUNED
+        return factor
+
+
+CLUSTERING_ONLY = Refinement()
+
+
+@dataclass(frozen=True)
+class Terms:
+    """On what terms candidates are compared: the machine whose time counts, if any, and what follows the clustering."""
+
+    machine: Machine | None = None
+    refinement: Refinement = CLUSTERING_ONLY
+
+
+PLAIN = Terms()
+"""Bits and the theory's error only."""
+
+
+@dataclass(frozen=True)
 class Member:
-    """A matrix to store: its name and shape, and the loss from a relative squared error of 1, with and without row scales."""
+    """A matrix to store: its name and shape, and the loss from a relative squared error of 1, with and without row scales.
+
+    `share` is that of its weights which a token reads: less than 1 for an expert, 0 for an embedding that is not the head.
+    """
 
     name: str
     shape: tuple[int, int]
     loss: float
     flat_loss: float
+    share: float = 1.0
 
     @property
     def num_weights(self) -> int:
@@ -188,13 +234,13 @@ def _of_candidates(groups: Sequence[Group], count: Callable[[tuple[int, int], in
 
 
 class Table:
-    """Bits and expected loss of every candidate for every group, float64 `[groups, len(SIZES)]`.
+    """Bits, expected loss and nanoseconds for a token of every candidate for every group, float64 `[groups, len(SIZES)]`.
 
     Infinitely many bits stand for impossible choices: more clusters than vectors, a width that is not allowed, dense where the
-    matrices must be clustered.
+    matrices must be clustered. Without a machine, no time passes.
     """
 
-    def __init__(self, groups: Sequence[Group]) -> None:
+    def __init__(self, groups: Sequence[Group], terms: Terms = PLAIN) -> None:
         self.groups = tuple(groups)
         vectors, codes = (_of_candidates(groups, count) for count in (num_vectors, stored_codes))
         loss = np.array([sum(m.loss if group.row_scale else m.flat_loss for m in group.members) for group in groups])
@@ -204,5 +250,34 @@ class Table:
         allowed = np.array([np.isin(_VALUE_BITS, group.value_widths) for group in groups])
         dense = [np.inf if group.dense_bits is None else group.dense_bits for group in groups]
         self.bits: Floats = np.column_stack([np.where((vectors >= _COUNTS) & allowed, needed, np.inf), dense])
-        errors = mixed[:, None] * _ASYMPTOTIC_ERROR * np.maximum(0.0, 1 - _COUNTS / vectors) + _ROUNDING_ERROR
+        shared, own = (_factors(terms.refinement, own=own) for own in (False, True))
+        factors = np.array([own if in_one_block(member.name for member in group.members) else shared for group in groups])
+        errors = mixed[:, None] * factors * _ASYMPTOTIC_ERROR * np.maximum(0.0, 1 - _COUNTS / vectors) + _ROUNDING_ERROR
         self.loss: Floats = np.column_stack([loss[:, None] * errors, np.zeros(len(groups))])
+        read = np.array([sum(member.num_weights * member.share for member in group.members) for group in groups])
+        self.ns: Floats = read[:, None] * _times(terms.machine)
+
+    def costs(self, price: float, rate: float) -> Floats:
+        """`loss + price * (bits + rate * ns)`."""
+        costs: Floats = self.loss + price * (self.bits + rate * self.ns)
+        return costs
+
+
+def in_one_block(names: Iterable[str]) -> bool:
+    """Whether all matrices of these names belong to the same block."""
+    blocks = {block_index(name) for name in names}
+    return len(blocks) == 1 and None not in blocks
+
+
+@cache
+def _factors(refinement: Refinement, *, own: bool) -> Floats:
+    """`Refinement.factor` of every candidate but `DENSE`."""
+    return np.array([refinement.factor(count, own=own) for _, count, _ in SIZES[:-1]])
+
+
+@cache
+def _times(machine: Machine | None) -> Floats:
+    """Nanoseconds per weight of every candidate, on all cores."""
+    if machine is None:
+        return np.zeros(len(SIZES))
+    return np.array([*(weight_ns(machine, *size) for size in SIZES[:-1]), dense_ns(machine, 16)])

@@ -6,7 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from cluscomp_export.planning.candidates import CODEBOOK_DTYPES, ROUNDING_ERROR, expected_error, mixing, num_vectors
+from cluscomp_export.planning.candidates import (
+    CLUSTERING_ONLY,
+    CODEBOOK_DTYPES,
+    ROUNDING_ERROR,
+    Refinement,
+    expected_error,
+    in_one_block,
+    mixing,
+    num_vectors,
+)
 
 __all__ = ["CodebookPlan", "Plan", "Share", "TensorScheme"]
 
@@ -51,12 +60,15 @@ class Plan:
 
     schemes: Mapping[str, TensorScheme]
 
-    def expected_error(self, name: str) -> float:
-        """Expected squared error of a clustered tensor, relative to its squared weights."""
+    def expected_error(self, name: str, refinement: Refinement = CLUSTERING_ONLY) -> float:
+        """Expected squared error of a clustered tensor, relative to its squared weights; see `Refinement`."""
         book = self.schemes[name].codebook
         vectors = sum(num_vectors(self.schemes[member].shape, book.cluster_dim) for member in book.members)
-        clustering = mixing(book.members) * expected_error(book.cluster_dim, book.num_clusters, vectors)
-        return clustering + ROUNDING_ERROR[book.value_bits]
+        factor = refinement.factor(book.num_clusters, own=in_one_block(book.members))
+        return (
+            factor * mixing(book.members) * expected_error(book.cluster_dim, book.num_clusters, vectors)
+            + ROUNDING_ERROR[book.value_bits]
+        )
 
     @property
     def codebooks(self) -> tuple[CodebookPlan, ...]:

@@ -46,9 +46,11 @@ class Sizes:
     all_bits: int
     payload_bytes: int
 
-    def bits_per_weight(self) -> dict[str, float]:
-        """`{"all": ..., "linears": ...}`; 0 without weights."""
+    def bits_per_weight(self, file_bytes: int | None = None) -> dict[str, float]:
+        """`{"all": ..., "linears": ...}`, and "file" if its size is given; 0 without weights."""
         pairs = {"all": (self.all_bits, self.all_weights), "linears": (self.linear_bits, self.linear_weights)}
+        if file_bytes is not None:
+            pairs["file"] = (8 * file_bytes, self.all_weights)
         return {name: bits / weights if weights else 0.0 for name, (bits, weights) in pairs.items()}
 
 

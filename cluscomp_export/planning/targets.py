@@ -1,7 +1,7 @@
 """Make a plan from its target: a codebook size, bits per weight, a file size or a loss.
 
 `sensitivities` are the losses from errors of each tensor. Without them all weights count alike, and the squared error is
-minimised.
+minimised. `terms` say whose time counts, and `halving` how many bits per weight half the time for a token is worth.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from cluscomp_export.planning.allocation import Chain, Either, Pick, Scope, Separate, allocate
-from cluscomp_export.planning.candidates import DENSE, Group, Member, Sensitivity, Size, num_vectors
+from cluscomp_export.planning.allocation import Chain, Either, Pick, Scope, Separate, allocate, allocate_at
+from cluscomp_export.planning.candidates import DENSE, PLAIN, Group, Member, Sensitivity, Size, Terms, num_vectors
 from cluscomp_export.planning.plan import CodebookPlan, Plan, Share, TensorScheme
+from cluscomp_export.planning.speed import shares_read
 from cluscomp_export.sources.linears import embedding_tensor, head_tensor, kind, linear_tensors
 from cluscomp_formats.errors import InvalidRequestError, Problem, UnsupportedError
 from cluscomp_formats.ir import MAX_CLUSTERS, ClusteredWeight, DenseTensor, Model
@@ -33,6 +34,8 @@ def plan_fixed(
     share: Share,
     embedding_bits: float,
     codebook_bits: int | None = None,
+    terms: Terms = PLAIN,
+    halving: float = 0.0,
 ) -> Plan:
     """The same (cluster_dim, num_clusters) for every linear layer; `share="none"` is the paper's setting.
 
@@ -45,7 +48,7 @@ def plan_fixed(
     schemes = {}
     for group in _shared_groups(_linears(model, None), share, codebook_bits):
         schemes.update(_schemes(group, (cluster_dim, num_clusters, min(group.value_widths))))
-    return Plan({**_in_order(model, schemes), **_plan_embeddings(model, embedding_bits, codebook_bits, None)})
+    return Plan({**_in_order(model, schemes), **_plan_embeddings(model, embedding_bits, codebook_bits, None, terms, halving)})
 
 
 def plan_bits(
@@ -56,6 +59,8 @@ def plan_bits(
     embedding_bits: float,
     codebook_bits: int | None = None,
     sensitivities: Sensitivities | None = None,
+    terms: Terms = PLAIN,
+    halving: float = 0.0,
 ) -> Plan:
     """The choice with the least expected loss at no more than `bits` per weight of the linear layers, codebooks included.
 
@@ -64,14 +69,13 @@ def plan_bits(
     UnsupportedError if there is nothing to cluster.
     """
     members = _linears(model, sensitivities)
-    picks, _ = allocate(
-        [_linear_scope(members, share, codebook_bits)], budget=bits * sum(member.num_weights for member in members)
-    )
+    scope = _linear_scope(members, share, codebook_bits, terms)
+    picks = allocate([scope], budget=bits * sum(member.num_weights for member in members), halving=halving).picks
     if picks is None:
         remedy = "allow more bits, or share codebooks: `share='kind'` or `share='model'`"
         found = f"`bits={bits:g}`" + (f" `share={share!r}`" if share else "")
         raise InvalidRequestError(Problem("budget_too_small", "no codebook fits this budget", found=found, remedy=remedy))
-    embeddings = _plan_embeddings(model, embedding_bits, codebook_bits, sensitivities)
+    embeddings = _plan_embeddings(model, embedding_bits, codebook_bits, sensitivities, terms, halving)
     return Plan({**_in_order(model, _picked(picks)), **embeddings})
 
 
@@ -83,14 +87,16 @@ def plan_budget(
     share: Share | None,
     codebook_bits: int | None = None,
     sensitivities: Sensitivities | None = None,
+    terms: Terms = PLAIN,
+    halving: float = 0.0,
 ) -> Plan:
     """The choice with the least expected loss whose artefact is at most `budget` bytes, embedding and head included.
 
     `size_of` gives an upper bound of the bytes of a plan's artefact. Raises InvalidRequestError, which names the smallest
     possible size, UnsupportedError if there is nothing to cluster.
     """
-    scopes = _all_scopes(model, share, codebook_bits, sensitivities)
-    _, smallest = allocate(scopes, budget=0.0)
+    scopes = _all_scopes(model, share, codebook_bits, sensitivities, terms)
+    smallest = allocate(scopes, budget=0.0).extreme
     least = size_of(_plan_of(model, smallest))
     if least > budget:
         remedy = "allow more, or convert a smaller model"
@@ -101,12 +107,13 @@ def plan_budget(
     # leaves the interval between the largest that fits and the smallest that does not, bisect.
     best, low, high = smallest, sum(pick.bits for pick in smallest), math.inf
     bits = low + 8.0 * (budget - least)
+    rate = allocate(scopes, budget=bits, halving=halving).rate
     for _ in range(BUDGET_STEPS):
-        picks, _ = allocate(scopes, budget=bits)
+        picks = allocate_at(scopes, rate, budget=bits).picks
         if picks is None:
             break
         left = budget - size_of(_plan_of(model, picks))
-        if left >= 0 and sum(pick.loss for pick in picks) < sum(pick.loss for pick in best):
+        if left >= 0 and sum(pick.bits for pick in picks) > sum(pick.bits for pick in best):
             best = picks
         if left == 0:
             break
@@ -117,20 +124,25 @@ def plan_budget(
 
 
 def plan_loss(
-    model: Model, *, loss: float, share: Share | None, sensitivities: Sensitivities, codebook_bits: int | None = None
+    model: Model,
+    *,
+    loss: float,
+    share: Share | None,
+    sensitivities: Sensitivities,
+    codebook_bits: int | None = None,
+    terms: Terms = PLAIN,
+    halving: float = 0.0,
 ) -> Plan:
     """The fewest bits whose expected loss is at most `loss`, embedding and head included.
 
     Raises InvalidRequestError, which names the least possible loss, UnsupportedError if there is nothing to cluster.
     """
-    picks, finest = allocate(_all_scopes(model, share, codebook_bits, sensitivities), loss=loss)
-    if picks is None:
-        least = sum(pick.loss for pick in finest)
-        found, expected = f"`match_loss={loss:g}`", f"at least {least:.3g}"
-        raise InvalidRequestError(
-            Problem("loss_too_small", "no codebooks have so little loss", None, None, found, expected, "allow more loss")
-        )
-    return _plan_of(model, picks)
+    found = allocate(_all_scopes(model, share, codebook_bits, sensitivities, terms), loss=loss, halving=halving)
+    if found.picks is None:
+        least = sum(pick.loss for pick in found.extreme)
+        message, given, expected = "no codebooks have so little loss", f"`match_loss={loss:g}`", f"at least {least:.3g}"
+        raise InvalidRequestError(Problem("loss_too_small", message, None, None, given, expected, "allow more loss"))
+    return _plan_of(model, found.picks)
 
 
 def embedding_tensors(model: Model) -> list[str]:
@@ -138,13 +150,15 @@ def embedding_tensors(model: Model) -> list[str]:
     return [name for name in (embedding_tensor(model), head_tensor(model)) if name is not None]
 
 
-def _member(model: Model, name: str, sensitivities: Sensitivities | None) -> Member:
-    out_features, in_features = model.tensors[name].shape
-    weights = out_features * in_features
-    if sensitivities is None:
-        return Member(name, (out_features, in_features), weights, weights)
-    measured = sensitivities[name]
-    return Member(name, (out_features, in_features), measured.relative, measured.flat)
+def _members(model: Model, names: Sequence[str], sensitivities: Sensitivities | None) -> list[Member]:
+    shares = shares_read(model)
+    members = []
+    for name in names:
+        out_features, in_features = model.tensors[name].shape
+        weights = out_features * in_features
+        found = Sensitivity(weights, weights) if sensitivities is None else sensitivities[name]
+        members.append(Member(name, (out_features, in_features), found.relative, found.flat, shares.get(name, 0.0)))
+    return members
 
 
 def _linears(model: Model, sensitivities: Sensitivities | None) -> list[Member]:
@@ -158,7 +172,7 @@ def _linears(model: Model, sensitivities: Sensitivities | None) -> list[Member]:
         remedy = "convert the original model; a clustered one can only be repacked, without `bits` or `dim`"
         problem = Problem("already_clustered", "the source is already clustered", tensor=clustered[0], remedy=remedy)
         raise InvalidRequestError(problem)
-    return [_member(model, name, sensitivities) for name in names]
+    return _members(model, names, sensitivities)
 
 
 def _module(name: str) -> str:
@@ -180,34 +194,33 @@ def _shared_groups(members: Sequence[Member], share: Share, codebook_bits: int |
     return [Group(name, tuple(same), row_scale=True, codebook_bits=codebook_bits) for name, same in by_name.items()]
 
 
-def _linear_scope(members: Sequence[Member], share: Share | None, codebook_bits: int | None) -> Scope:
+def _linear_scope(members: Sequence[Member], share: Share | None, codebook_bits: int | None, terms: Terms) -> Scope:
     if share in ("kind", "model"):
-        return Separate(_shared_groups(members, share, codebook_bits))
+        return Separate(_shared_groups(members, share, codebook_bits), terms=terms)
     alone = _shared_groups(members, "none", codebook_bits)
-    separate = Separate(alone, [replace(group, row_scale=True, codebook_bits=codebook_bits) for group in alone])
+    scaled = [replace(group, row_scale=True, codebook_bits=codebook_bits) for group in alone]
+    separate = Separate(alone, scaled, terms=terms)
     if share == "none":
         return separate
-    kinds = [Chain(name, same, codebook_bits) for name, same in _by_kind(members).items()]
-    return Either([[separate], kinds, [Chain("linears", members, codebook_bits)]])
+    kinds = [Chain(name, same, codebook_bits, terms) for name, same in _by_kind(members).items()]
+    return Either([[separate], kinds, [Chain("linears", members, codebook_bits, terms)]])
 
 
 def _embedding_groups(model: Model, codebook_bits: int | None, sensitivities: Sensitivities | None) -> list[Group]:
     """Embedding and untied head, each with a codebook and row scales, or dense as `convert` stores them."""
-    groups = []
-    for name in embedding_tensors(model):
-        tensor = model.tensors[name]
-        if isinstance(tensor, DenseTensor) and len(tensor.shape) == 2:
-            member = _member(model, name, sensitivities)
-            dense_bits = 16 * member.num_weights
-            groups.append(Group(_module(name), (member,), row_scale=True, dense_bits=dense_bits, codebook_bits=codebook_bits))
-    return groups
+    tensors = {name: model.tensors[name] for name in embedding_tensors(model)}
+    matrices = [name for name, tensor in tensors.items() if isinstance(tensor, DenseTensor) and len(tensor.shape) == 2]
+    return [
+        Group(_module(member.name), (member,), True, dense_bits=16 * member.num_weights, codebook_bits=codebook_bits)
+        for member in _members(model, matrices, sensitivities)
+    ]
 
 
 def _all_scopes(
-    model: Model, share: Share | None, codebook_bits: int | None, sensitivities: Sensitivities | None
+    model: Model, share: Share | None, codebook_bits: int | None, sensitivities: Sensitivities | None, terms: Terms
 ) -> list[Scope]:
-    linears = _linear_scope(_linears(model, sensitivities), share, codebook_bits)
-    return [linears, Separate(_embedding_groups(model, codebook_bits, sensitivities))]
+    linears = _linear_scope(_linears(model, sensitivities), share, codebook_bits, terms)
+    return [linears, Separate(_embedding_groups(model, codebook_bits, sensitivities), terms=terms)]
 
 
 def _schemes(group: Group, size: Size) -> dict[str, TensorScheme]:
@@ -236,14 +249,20 @@ def _plan_of(model: Model, picks: Sequence[Pick]) -> Plan:
 
 
 def _plan_embeddings(
-    model: Model, bits: float, codebook_bits: int | None, sensitivities: Sensitivities | None
+    model: Model,
+    bits: float,
+    codebook_bits: int | None,
+    sensitivities: Sensitivities | None,
+    terms: Terms,
+    halving: float,
 ) -> dict[str, TensorScheme]:
     """Embedding and untied head at no more than `bits` per weight; 16 keeps them dense."""
     schemes: dict[str, TensorScheme] = {}
     if bits >= 16:
         return schemes
     for group in _embedding_groups(model, codebook_bits, sensitivities):
-        picks, _ = allocate([Separate([group])], budget=bits * group.members[0].num_weights)
+        scope = Separate([group], terms=terms)
+        picks = allocate([scope], budget=bits * group.members[0].num_weights, halving=halving).picks
         if picks is None:
             problem = Problem(
                 "budget_too_small",
