@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 from cluscomp_export.conversion.options import ConversionOptions
-from cluscomp_export.planning import Refinement
 from cluscomp_export.ranges import MOST, MOST_RATE, MOST_SEED, check_range
 from cluscomp_export.training.blockwise import BlockwiseOptions
 from cluscomp_export.training.loop import fast_precision
@@ -40,11 +39,6 @@ class Phases:
     def block_by_block(self) -> bool:
         """Whether blocks are compressed in order, on the activations of the model as compressed so far."""
         return self.feedback or self.blockwise is not None
-
-    @property
-    def refinement(self) -> Refinement:
-        """What follows the clustering, for the planner."""
-        return Refinement(feedback=self.feedback, tuning=self.blockwise is not None)
 
     @property
     def needs_text(self) -> bool:

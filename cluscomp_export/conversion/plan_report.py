@@ -49,7 +49,7 @@ def explain(prepared: Prepared) -> PlanReport:
             row["sensitivity"] = sensitivities[name].cost(row_scale=scaled)
         if plan is not None and name in plan.schemes:
             row["codebook_bits"] = plan.schemes[name].codebook.value_bits
-            row["expected_error"] = plan.expected_error(name, prepared.phases.refinement)
+            row["expected_error"] = plan.expected_error(name, feedback=prepared.phases.feedback)
             if "sensitivity" in row:
                 row["loss"] = row["sensitivity"] * row["expected_error"]
                 total += row["loss"]

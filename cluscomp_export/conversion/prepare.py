@@ -61,8 +61,12 @@ from cluscomp_runtime.selftest import longest_record
 __all__ = ["Prepared", "make_plan", "prepare", "provenance_of", "sensitivities_of"]
 
 DEFAULT_BITS = 4.0
-HALVING = {"size": 0.0, None: 0.2, "speed": 0.8}
+HALVING = {"size": 0.0, None: 0.1, "speed": 0.5}
 """Bits per weight that half the time for a token is worth, by `optimize`."""
+EMBEDDING_MARGIN = 2.0
+"""With so many bits more than the linear layers, embedding and head add a few percent to the divergence (docs/results.md)."""
+LEAST_EMBEDDING_BITS = 4.0
+"""Below, the divergence rises steeply, whatever the linear layers have."""
 LARGE_SHARE = 0.1
 """Share of the weights from which a warning says that they are not clustered."""
 MAX_NAMED = 8
@@ -265,7 +269,7 @@ def make_plan(
     if codebook_bits is None and phases.recovery is not None:
         # Recovery moves most values by less than a step of int8.
         codebook_bits = 16
-    terms = Terms(shipped_machine(options.machine or DEFAULT_MACHINE), phases.refinement)
+    terms = Terms(shipped_machine(options.machine or DEFAULT_MACHINE), phases.feedback)
     halving = HALVING[options.optimize]
     if options.budget_bytes is not None and fmt.size is not None:
         size, record = fmt.size, longest_record(source)
@@ -293,10 +297,7 @@ def make_plan(
             terms=terms,
             halving=halving,
         )
-    stored = source.provenance.get("stored_bits", {})
-    embedding_bits = options.embedding_bits
-    if embedding_bits is None:
-        embedding_bits = max((stored.get(name, 16.0) for name in embedding_tensors(source)), default=16.0)
+    embedding_bits = _embedding_bits(source, options)
     if options.dim is not None and options.clusters is not None:
         return plan_fixed(
             source,
@@ -318,6 +319,20 @@ def make_plan(
         terms=terms,
         halving=halving,
     )
+
+
+def _embedding_bits(source: Model, options: ConversionOptions) -> float:
+    """The most bits per weight of embedding and head.
+
+    By default their width in the source; with `bits`, at most `EMBEDDING_MARGIN` more than the linear layers have.
+    """
+    if options.embedding_bits is not None:
+        return options.embedding_bits
+    stored = source.provenance.get("stored_bits", {})
+    width: float = max((stored.get(name, 16.0) for name in embedding_tensors(source)), default=16.0)
+    if options.dim is not None:
+        return width
+    return min(width, max(LEAST_EMBEDDING_BITS, (options.bits or DEFAULT_BITS) + EMBEDDING_MARGIN))
 
 
 def _plan_warnings(source: Model, options: ConversionOptions, model: Model) -> list[str]:

@@ -8,7 +8,6 @@
 from cluscomp_export.planning.candidates import (
     CLUSTER_DIMS,
     CODEBOOK_DTYPES,
-    Refinement,
     Sensitivity,
     Terms,
     expected_error,
@@ -21,7 +20,6 @@ __all__ = [
     "CODEBOOK_DTYPES",
     "CodebookPlan",
     "Plan",
-    "Refinement",
     "Sensitivity",
     "Share",
     "TensorScheme",

@@ -6,9 +6,8 @@ fits. To decide which matrices share a codebook, the matrices are ordered by sen
 (`Chain`). Matrices of a kind differ in nothing else that matters for sharing, so the best division is one into runs.
 
 Time counts as well if halving it is worth some bits per weight, `halving`: a plan is then charged `halving * log2(ns)` bits for
-every weight. That logarithm is replaced by its tangent at the time of the plan found last, which is a price in bits per
-nanosecond, until the plan stays the same. Since the tangent is nowhere below the logarithm, no step makes the plan worse
-(majorisation, as in Lange et al. 2000). Where it ends depends on where it starts: the slowest and the fastest plan are tried.
+every weight. The best such plan is also the best one at some fixed price of a nanosecond, the slope of that logarithm at the
+plan's own time. So plans at the slopes of a few times, from the fastest to the slowest, are compared.
 """
 
 from __future__ import annotations
@@ -31,8 +30,11 @@ PRICES = (1e-30, 1e12)
 PRICE_STEPS = 40
 """Halvings of that range on a logarithmic scale: prices are then exact to 10 digits."""
 
-TANGENTS = 5
-"""Most steps from each start."""
+AROUND = 1e3
+"""How far a price may be from one at which time did not count; half the steps find it as exactly."""
+
+TIMES = 10
+"""Times whose slopes are tried. Some are beyond both ends, because the best choice among few is not always at its own slope."""
 
 
 @dataclass(frozen=True)
@@ -151,11 +153,13 @@ class Either:
 class Allocation:
     """Picks that meet a target, None if there are none.
 
-    `extreme` are the smallest picks for a budget, the most exact for a loss. `rate` is the price of a nanosecond in bits.
+    `extreme` are the smallest picks for a budget, the most exact for a loss. They were made at a `price` per bit, where a
+    nanosecond costs as much as `rate` bits.
     """
 
     picks: list[Pick] | None
     extreme: list[Pick]
+    price: float = 0.0
     rate: float = 0.0
 
 
@@ -169,27 +173,29 @@ def allocate(
     plain = allocate_at(scopes, 0.0, budget=budget, loss=loss)
     if halving <= 0 or plain.picks is None:
         return plain
+    slowest = _time(plain.picks)
+    fastest = _time([pick for scope in scopes for pick in scope.best(1.0, 1 / PRICES[0])])
+    if not 0 < fastest < slowest:
+        return plain
+    weights = sum(member.num_weights for pick in plain.picks for member in pick.group.members)
     best = plain
-    fastest = [pick for scope in scopes for pick in scope.best(PRICES[1], 1 / PRICES[0])]
-    for start in (plain.picks, fastest):
-        ns = _time(start)
-        for _ in range(TANGENTS):
-            if ns <= 0:
-                break
-            weights = sum(member.num_weights for pick in start for member in pick.group.members)
-            found = allocate_at(scopes, halving * weights / (math.log(2) * ns), budget=budget, loss=loss)
-            if found.picks is None:
-                break
-            if _merit(found.picks, halving, budget) < _merit(best.picks or [], halving, budget):
-                best = found
-            if math.isclose(_time(found.picks), ns, rel_tol=1e-3):
-                break
-            ns = _time(found.picks)
+    for ns in np.geomspace(fastest / 2, 4 * slowest, TIMES).tolist():
+        rate = halving * weights / (math.log(2) * ns)
+        found = allocate_at(scopes, rate, budget=budget, loss=loss, around=plain.price)
+        if found.picks is not None and _merit(found.picks, halving, budget) < _merit(best.picks or [], halving, budget):
+            best = found
     return best
 
 
-def allocate_at(scopes: Sequence[Scope], rate: float, *, budget: float | None = None, loss: float | None = None) -> Allocation:
-    """`allocate` with a nanosecond at the price of `rate` bits."""
+def allocate_at(
+    scopes: Sequence[Scope],
+    rate: float,
+    *,
+    budget: float | None = None,
+    loss: float | None = None,
+    around: float | None = None,
+) -> Allocation:
+    """`allocate` with a nanosecond at the price of `rate` bits; the price of a bit is looked for `around` one, if given."""
 
     def choose(price: float) -> list[Pick]:
         return [pick for scope in scopes for pick in scope.best(price, rate)]
@@ -199,18 +205,19 @@ def allocate_at(scopes: Sequence[Scope], rate: float, *, budget: float | None = 
         return within and (loss is None or sum(pick.loss for pick in picks) <= loss)
 
     # A high price per bit meets the budget, a low price meets the loss.
-    good, bad = (PRICES[1], PRICES[0]) if budget is not None else PRICES
+    low, high = PRICES if around is None else (around / AROUND, around * AROUND)
+    good, bad = (high, low) if budget is not None else (low, high)
     outermost = picks = choose(good)
     if not fits(picks):
-        return Allocation(None, outermost, rate)
-    for _ in range(PRICE_STEPS):
+        return Allocation(None, outermost, good, rate)
+    for _ in range(PRICE_STEPS if around is None else PRICE_STEPS // 2):
         middle = math.sqrt(good) * math.sqrt(bad)
         chosen = choose(middle)
         if fits(chosen):
             good, picks = middle, chosen
         else:
             bad = middle
-    return Allocation(picks if budget is None else _filled(picks, budget, good * rate), outermost, rate)
+    return Allocation(picks if budget is None else _filled(picks, budget, good * rate), outermost, good, rate)
 
 
 def _time(picks: Sequence[Pick]) -> float:

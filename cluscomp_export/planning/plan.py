@@ -6,16 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from cluscomp_export.planning.candidates import (
-    CLUSTERING_ONLY,
-    CODEBOOK_DTYPES,
-    ROUNDING_ERROR,
-    Refinement,
-    expected_error,
-    in_one_block,
-    mixing,
-    num_vectors,
-)
+from cluscomp_export.planning.candidates import CODEBOOK_DTYPES, ROUNDING_ERROR, expected_error, mixing, num_vectors
 
 __all__ = ["CodebookPlan", "Plan", "Share", "TensorScheme"]
 
@@ -60,15 +51,12 @@ class Plan:
 
     schemes: Mapping[str, TensorScheme]
 
-    def expected_error(self, name: str, refinement: Refinement = CLUSTERING_ONLY) -> float:
-        """Expected squared error of a clustered tensor, relative to its squared weights; see `Refinement`."""
+    def expected_error(self, name: str, *, feedback: bool = False) -> float:
+        """Expected squared error of a clustered tensor, relative to its squared weights; see `candidates.expected_error`."""
         book = self.schemes[name].codebook
         vectors = sum(num_vectors(self.schemes[member].shape, book.cluster_dim) for member in book.members)
-        factor = refinement.factor(book.num_clusters, own=in_one_block(book.members))
-        return (
-            factor * mixing(book.members) * expected_error(book.cluster_dim, book.num_clusters, vectors)
-            + ROUNDING_ERROR[book.value_bits]
-        )
+        clustering = expected_error(book.cluster_dim, book.num_clusters, vectors, feedback=feedback)
+        return mixing(book.members) * clustering + ROUNDING_ERROR[book.value_bits]
 
     @property
     def codebooks(self) -> tuple[CodebookPlan, ...]:

@@ -17,7 +17,7 @@ from runtime_models import oracle
 from cluscomp_export import InvalidRequestError, plan
 from cluscomp_export.planning import Plan, Terms, expected_error, plan_bits, plan_budget
 from cluscomp_export.planning.allocation import Separate, allocate
-from cluscomp_export.planning.candidates import PLAIN, Group, Member, Refinement
+from cluscomp_export.planning.candidates import PLAIN, Group, Member
 from cluscomp_export.planning.machines import Machine, machine_from, shipped_machine, shipped_machines
 from cluscomp_export.planning.planned_model import planned_model
 from cluscomp_export.planning.sizes import model_sizes
@@ -198,22 +198,14 @@ def test_the_time_of_unread_weights_does_not_count() -> None:
     assert times[0] < times[1]
 
 
-def test_tuning_favours_codebooks_that_a_block_has_to_itself() -> None:
-    source = tiny_llama(hidden=96, intermediate=192, layers=4)
-    shared = {}
-    for tuning in (False, True):
-        terms = Terms(refinement=Refinement(feedback=True, tuning=tuning))
-        made = plan_bits(source, bits=2.5, share=None, embedding_bits=16, codebook_bits=8, terms=terms)
-        shared[tuning] = sum(len(book.members) for book in made.codebooks if book.shared)
-    assert shared[True] < shared[False]
-
-
 def test_after_error_feedback_large_codebooks_gain_less() -> None:
-    fed = Refinement(feedback=True)
-    factors = [fed.factor(count, own=False) for count in (4096, 65536)]
-    assert factors[0] < factors[1]
-    errors = [expected_error(4, count, 1 << 40) * factor for count, factor in zip((4096, 65536), factors, strict=True)]
-    assert errors[0] > errors[1]
+    ratios = [
+        expected_error(4, 65536, 1 << 40, feedback=feedback) / expected_error(4, 4096, 1 << 40, feedback=feedback)
+        for feedback in (False, True)
+    ]
+    # What is left is the theory of Gaussian weights.
+    assert ratios[0] < ratios[1] == pytest.approx(16 ** (-2 / 4))
+    assert expected_error(6, 32768, 1 << 40, feedback=True) == pytest.approx(expected_error(6, 32768, 1 << 40), rel=0.01)
 
 
 def test_a_report_predicts_tokens_per_second_and_memory(stories_folder: Path) -> None:
