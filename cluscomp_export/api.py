@@ -75,7 +75,7 @@ class ConversionKeywords(TypedDict, total=False):
     optimize: Literal["size", "speed"] | None
     """Ignore the time for a token, or weigh it more than by default."""
     machine: str | None
-    """The machine whose time counts, and whose tokens per second are predicted: a profile's name."""
+    """The machine whose time counts, and whose tokens per second are predicted: a profile's name, or "this"."""
     calibration: StrPath | None
     """The calibration text, or "none"."""
     effort: Literal["fast", "balanced", "best"] | None

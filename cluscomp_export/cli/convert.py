@@ -120,8 +120,8 @@ _PLANNING = (
         "--machine",
         heading=PLANNING,
         metavar="NAME",
-        help="The machine whose time counts, and whose tokens per second are predicted: avx512, avx2, cortex-a78ae or orin "
-        "(docs/planning.md). [default: avx512]",
+        help="The machine whose time counts, and whose tokens per second are predicted: avx512, avx2, cortex-a78ae, orin, "
+        "or this to measure here, once (docs/planning.md). [default: avx512]",
     ),
     option(
         "--method",

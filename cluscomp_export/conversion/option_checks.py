@@ -10,7 +10,8 @@ from cluscomp_export.compression.workers.base import parse_workers
 from cluscomp_export.conversion.effort import phases_of
 from cluscomp_export.conversion.options import ConversionOptions, Effort, Optimize
 from cluscomp_export.planning import CODEBOOK_DTYPES, Share
-from cluscomp_export.planning.machines import DEFAULT_MACHINE, shipped_machine
+from cluscomp_export.planning.machines import shipped_machine
+from cluscomp_export.planning.this_machine import THIS_MACHINE
 from cluscomp_export.threads import check_threads
 from cluscomp_formats.errors import InvalidRequestError, Problem
 from cluscomp_formats.format import Format
@@ -26,7 +27,8 @@ def check_options(options: ConversionOptions, fmt: Format) -> None:
     if problem:
         raise InvalidRequestError(problem)
     phases_of(options)
-    shipped_machine(options.machine or DEFAULT_MACHINE)
+    if options.machine not in (None, THIS_MACHINE):
+        shipped_machine(options.machine)
     check_threads(options.threads)
     if options.workers is not None:
         parse_workers(options.workers)

@@ -51,7 +51,8 @@ class ConversionOptions:
     `codebook_bits` the one with the least expected error (16 with recovery). `embedding_bits=None` is 2 more than `bits`, at
     least 4, at most the width of the source; with `dim` that width. `sensitivity=None` is "measured" with `match_loss`,
     otherwise "equal". `optimize` is what counts besides the target: "size" ignores time, "speed" prefers codebooks that are
-    fast to look up in, None is between them. Time is that of `machine`, the name of a profile; None is `DEFAULT_MACHINE`.
+    fast to look up in, None is between them. Time is that of `machine`, the name of a profile, or "this" to measure; None is
+    `DEFAULT_MACHINE`.
 
     `calibration` is a text file, "none", or None: the text of this package, none with the paper's setting. `effort="fast"` only
     clusters. "balanced", the default with a calibration text, adds error feedback and block-wise tuning; "best" adds recovery.

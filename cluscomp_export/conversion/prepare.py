@@ -39,11 +39,12 @@ from cluscomp_export.planning import (
     plan_fixed,
     plan_loss,
 )
-from cluscomp_export.planning.machines import DEFAULT_MACHINE, shipped_machine
+from cluscomp_export.planning.machines import DEFAULT_MACHINE, Machine, shipped_machine
 from cluscomp_export.planning.plan_file import plan_value, read_plan
 from cluscomp_export.planning.planned_model import planned_model
 from cluscomp_export.planning.sizes import Sizes, model_sizes
 from cluscomp_export.planning.speed import PredictedSpeed, predicted_speed
+from cluscomp_export.planning.this_machine import THIS_MACHINE, this_machine
 from cluscomp_export.sources import CONFIG_ONLY, files_left_behind, open_source, source_bytes
 from cluscomp_export.store import Store
 from cluscomp_export.threads import torch_threads
@@ -144,7 +145,7 @@ def prepare(
     sizes = model_sizes(model)
     record = model.self_test or longest_record(source)
     artefact = None if fmt.size is None else fmt.size(replace(model, self_test=record))
-    speed = predicted_speed(model, shipped_machine(options.machine or DEFAULT_MACHINE))
+    speed = predicted_speed(model, _machine(options))
     only_config = source.provenance.get("format") == CONFIG_ONLY
     source_size = model_sizes(source).payload_bytes if only_config else source_bytes(source_path)
     process = process_bytes(measures=options.measures, phases=None if plan is None else phases)
@@ -212,6 +213,8 @@ def provenance_of(source: Model, options: ConversionOptions, text: str | None, p
     recorded = options.recorded()
     if text is not None:
         recorded["calibration"] = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+    if options.machine == THIS_MACHINE:
+        recorded["machine"] = this_machine().value()
     if options.plan_file is not None:
         plan = canonical_json(plan_value(read_plan(options.plan_file, source)))
         recorded["plan"] = f"sha256:{hashlib.sha256(plan.encode()).hexdigest()}"
@@ -269,7 +272,7 @@ def make_plan(
     if codebook_bits is None and phases.recovery is not None:
         # Recovery moves most values by less than a step of int8.
         codebook_bits = 16
-    terms = Terms(shipped_machine(options.machine or DEFAULT_MACHINE), phases.feedback)
+    terms = Terms(_machine(options), phases.feedback)
     halving = HALVING[options.optimize]
     if options.budget_bytes is not None and fmt.size is not None:
         size, record = fmt.size, longest_record(source)
@@ -319,6 +322,10 @@ def make_plan(
         terms=terms,
         halving=halving,
     )
+
+
+def _machine(options: ConversionOptions) -> Machine:
+    return this_machine() if options.machine == THIS_MACHINE else shipped_machine(options.machine or DEFAULT_MACHINE)
 
 
 def _embedding_bits(source: Model, options: ConversionOptions) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from model_builders import tiny_llama
 from runtime_models import oracle
 
-from cluscomp_export import InvalidRequestError, plan
+from cluscomp_export import InvalidRequestError, convert, inspect, plan
 from cluscomp_export.planning import Plan, Terms, expected_error, plan_bits, plan_budget
 from cluscomp_export.planning.allocation import Separate, allocate
 from cluscomp_export.planning.candidates import PLAIN, Group, Member
@@ -22,6 +22,7 @@ from cluscomp_export.planning.machines import Machine, machine_from, shipped_mac
 from cluscomp_export.planning.planned_model import planned_model
 from cluscomp_export.planning.sizes import model_sizes
 from cluscomp_export.planning.speed import entry_bytes, predicted_speed, shares_read, weight_ns
+from cluscomp_export.planning.this_machine import THIS_MACHINE, _measured, cache_file, this_machine
 from cluscomp_formats.ir import DenseTensor, Model
 
 INFINITE = math.inf
@@ -215,3 +216,71 @@ def test_a_report_predicts_tokens_per_second_and_memory(stories_folder: Path) ->
     assert speeds["size"][1] <= speeds["speed"][1]
     assert not reports["size"].speed["measured"]
     assert reports["size"].bits_per_weight["file"] > reports["size"].bits_per_weight["all"]
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[Machine]]:
+    """A machine that has not been measured yet; the list has a profile for each measurement."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    measured: list[Machine] = []
+
+    def measure() -> Machine:
+        measured.append(replace(MACHINE, name=THIS_MACHINE))
+        return measured[-1]
+
+    monkeypatch.setattr("cluscomp_export.planning.this_machine._measured", measure)
+    this_machine.cache_clear()
+    yield measured
+    this_machine.cache_clear()
+
+
+def again() -> Machine:
+    """The profile as another process finds it."""
+    this_machine.cache_clear()
+    return this_machine()
+
+
+def test_this_machine_is_measured_once(unmeasured: list[Machine], tmp_path: Path) -> None:
+    assert this_machine() == again() == unmeasured[0]
+    assert len(unmeasured) == 1
+    assert cache_file().parent == tmp_path / "cache" / "cluscomp-export"
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[" * 10_000, b"\xff", b'{"cores": 1}', b" " * (1 << 27)])
+def test_a_damaged_profile_is_measured_again(content: bytes, unmeasured: list[Machine]) -> None:
+    this_machine()
+    cache_file().write_bytes(content)
+    assert again() == unmeasured[0]
+    assert len(unmeasured) == 2
+    assert again() == unmeasured[0]
+    assert len(unmeasured) == 2
+
+
+def test_where_nothing_can_be_written_every_process_measures(
+    unmeasured: list[Machine], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("not a folder", encoding="utf-8")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert this_machine() == again()
+    assert len(unmeasured) == 2
+
+
+def test_an_artefact_records_the_profile_that_was_measured(
+    unmeasured: list[Machine], stories_folder: Path, tmp_path: Path
+) -> None:
+    convert(stories_folder, tmp_path / "m.clus", bits=3, effort="fast", machine="this")
+    assert inspect(tmp_path / "m.clus", quick=True).provenance["options"]["machine"] == unmeasured[0].value()
+
+
+def test_measuring_gives_a_valid_profile(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cluscomp_kernels.engine")
+    monkeypatch.setattr("cluscomp_kernels.engine.memory_bandwidth", lambda **how: 2e9 * how["threads"])
+    monkeypatch.setattr("cluscomp_kernels.engine.time_per_weight", lambda dim, clusters, **how: clusters / 1e6 / dim)
+    machine = _measured()
+    assert machine.bandwidth == (2.0, 2.0 * machine.cores)
+    assert machine.gathers == (
+        (32768, pytest.approx(0.004096)),
+        (1 << 20, pytest.approx(0.065536)),
+        (INFINITE, machine.gathers[2][1]),
+    )
+    assert machine_from("this", machine.value()) == machine
