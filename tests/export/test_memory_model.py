@@ -165,13 +165,13 @@ def test_without_an_accelerator_none_is_used(tmp_path: Path) -> None:
     assert 0 < max(peak.device for peak in on_gpu.values()) < 48e9
 
 
-@pytest.mark.parametrize(("name", "bits"), [("Llama-2-70B", 3.5), ("Llama-3-70B", 2), ("Qwen2.5-72B", 2)])
+@pytest.mark.parametrize(("name", "bits"), [("Llama-2-70B", 3.3), ("Llama-3-70B", 2), ("Qwen2.5-72B", 2)])
 def test_everything_for_a_large_model_fits_a_gpu_of_48_gb(name: str, bits: float, tmp_path: Path) -> None:
     needed = peaks(name, tmp_path, bits=bits, effort="best", device="cuda")
     assert max(peak.device for peak in needed.values()) + CONTEXT_BYTES < 48e9
     assert needed["recovery"].device > 20e9
-    # The original is read matrix by matrix.
-    assert needed["recovery"].host < 16e9
+    # The original is read matrix by matrix; the clustered head is decoded.
+    assert needed["recovery"].host < 17e9
 
 
 def test_a_device_with_too_little_memory_is_warned_about(monkeypatch: pytest.MonkeyPatch) -> None:

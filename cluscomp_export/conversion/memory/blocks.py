@@ -274,12 +274,14 @@ def recovery(
     With a device the host has a matrix on its way there, or what is trained as value, two moments and best state, to be kept.
     """
     tokens = options.batch * options.context
-    books = sum(book.values.size for book in model.codebooks.values())
-    scales = sum(weight.row_scale.size for weight in model.clustered.values() if weight.row_scale is not None)
+    ends = [model.tensors[name] for name in (embedding_tensor(model), head_tensor(model)) if name]
+    # Embedding and head are decoded and not trained, so their codes and codebooks are not kept.
+    trainable = [weight for weight in model.clustered.values() if weight not in ends]
+    books = sum({stage.codebook.name: stage.codebook.values.size for weight in trainable for stage in weight.stages}.values())
+    scales = sum(weight.row_scale.size for weight in trainable if weight.row_scale is not None)
     norms = sum(tensor.num_weights for tensor in model.tensors.values() if len(tensor.shape) == 1)
     trained = books + scales + norms
-    ends = [model.tensors[name] for name in (embedding_tensor(model), head_tensor(model)) if name]
-    codes = [sum(stage.codes.size for stage in weight.stages) for weight in model.clustered.values()]
+    codes = [sum(stage.codes.size for stage in weight.stages) for weight in trainable]
     matrices = [tensor for tensor in source.tensors.values() if len(tensor.shape) == 2]
     one = max(reading(source, tensor)[0] for tensor in matrices)
     if teacher_kernel(source) == "dense":
@@ -290,7 +292,7 @@ def recovery(
     else:
         teacher = one
     streams = 4 * tokens * description.hidden_size * (description.num_layers + 4)
-    block = _training_block(description, tokens, list(model.clustered.values()))
+    block = _training_block(description, tokens, trainable)
     logits = 10 * 4 * options.context * description.vocab_size
     frozen = sum(4 * tensor.num_weights for tensor in ends)
     working = 24 * trained + 2 * sum(codes) + frozen + teacher + streams + max(block, logits)
