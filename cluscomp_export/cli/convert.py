@@ -92,7 +92,7 @@ _PLANNING = (
         "--embedding-bits",
         heading=PLANNING,
         type=float,
-        help="Most bits per weight of embedding and head; 16 keeps them dense. [default: 2 more than --bits, at least 4; at "
+        help="Most bits per weight of embedding and head; 16 keeps them dense. [default: 2.1 more than --bits, at least 4; at "
         "most their width in the source, which is the default with --dim]",
     ),
     option(

@@ -48,7 +48,7 @@ class ConversionOptions:
 
     At most one target is given: `bits`, `budget` (bytes, or a text such as "55MB"), `match_loss`, `plan` (a file), or `dim`
     with `clusters`, the paper's setting; without one, the target is 4 bits. None lets the planner choose `share`, and for
-    `codebook_bits` the one with the least expected error (16 with recovery). `embedding_bits=None` is 2 more than `bits`, at
+    `codebook_bits` the one with the least expected error (16 with recovery). `embedding_bits=None` is 2.1 more than `bits`, at
     least 4, at most the width of the source; with `dim` that width. `sensitivity=None` is "measured" with `match_loss`,
     otherwise "equal". `optimize` is what counts besides the target: "size" ignores time, "speed" prefers codebooks that are
     fast to look up in, None is between them. Time is that of `machine`, the name of a profile, or "this" to measure; None is
