@@ -27,12 +27,12 @@ typedef struct {
 /* How to unpack codes of up to 8 bits: every eight codes lie in `bits` bytes, which go to a word of 8 bytes each. */
 INLINE unpacking byte_unpacking(int bits)
 {
-    uint8_t spread[64], shift[64];
-    for (int i = 0; i < 64; i++) {
-        spread[i] = (uint8_t)(i / 8 * bits + i % 8);
-        shift[i] = (uint8_t)(i % 8 * bits);
-    }
-    const unpacking how = {_mm512_loadu_si512(spread), _mm512_loadu_si512(shift), _mm512_set1_epi8((char)((1 << bits) - 1))};
+    /* Bytes i / 8 and i % 8; products with `bits` stay below 256, so those of pairs of bytes do not meet. */
+    const __m512i eight = _mm512_setr_epi64(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303, 0x0404040404040404,
+                                            0x0505050505050505, 0x0606060606060606, 0x0707070707070707);
+    const __m512i place = _mm512_set1_epi64(0x0706050403020100), width = _mm512_set1_epi16((short)bits);
+    const unpacking how = {_mm512_add_epi8(_mm512_mullo_epi16(eight, width), place), _mm512_mullo_epi16(place, width),
+                           _mm512_set1_epi8((char)((1 << bits) - 1))};
     return how;
 }
 
@@ -44,14 +44,11 @@ INLINE __m512i unpack_bytes(unpacking how, __m512i stream)
 /* How to unpack 16 codes of 9 to 16 bits to 32 bits each. */
 INLINE unpacking word_unpacking(int bits)
 {
-    uint8_t spread[64];
-    uint32_t shift[16];
-    for (int i = 0; i < 16; i++) {
-        for (int byte = 0; byte < 4; byte++)
-            spread[4 * i + byte] = (uint8_t)(i * bits / 8 + byte);
-        shift[i] = (uint32_t)(i * bits % 8);
-    }
-    const unpacking how = {_mm512_loadu_si512(spread), _mm512_loadu_si512(shift), _mm512_set1_epi32((1 << bits) - 1)};
+    const __m512i number = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i bit = _mm512_mullo_epi32(number, _mm512_set1_epi32(bits));
+    const __m512i byte = _mm512_mullo_epi32(_mm512_srli_epi32(bit, 3), _mm512_set1_epi32(0x01010101));
+    const unpacking how = {_mm512_add_epi32(byte, _mm512_set1_epi32(0x03020100)), _mm512_and_si512(bit, _mm512_set1_epi32(7)),
+                           _mm512_set1_epi32((1 << bits) - 1)};
     return how;
 }
 
@@ -97,16 +94,17 @@ INLINE __m512i transposed_4x4(__m512i rows)
     return _mm512_shuffle_epi8(rows, _mm512_broadcast_i32x4(order));
 }
 
-/* The order that brings [part][4 channels][width entries] to [part][entry][channel]. */
-INLINE __m512i transposition(int width)
-{
-    uint8_t order[64];
-    for (int i = 0; i < 64; i++) {
-        const int within = i % (4 * width);
-        order[i] = (uint8_t)(i - within + within % 4 * width + within / 4);
-    }
-    return _mm512_loadu_si512(order);
-}
+/* The orders that bring [part][4 channels][8 or 16 entries] to [part][entry][channel]. */
+#define FOUR(first, step) first, (first) + (step), (first) + 2 * (step), (first) + 3 * (step)
+static const uint8_t TRANSPOSED_8[64] = {
+    FOUR(0, 8),  FOUR(1, 8),  FOUR(2, 8),  FOUR(3, 8),  FOUR(4, 8),  FOUR(5, 8),  FOUR(6, 8),  FOUR(7, 8),
+    FOUR(32, 8), FOUR(33, 8), FOUR(34, 8), FOUR(35, 8), FOUR(36, 8), FOUR(37, 8), FOUR(38, 8), FOUR(39, 8),
+};
+static const uint8_t TRANSPOSED_16[64] = {
+    FOUR(0, 16), FOUR(1, 16), FOUR(2, 16),  FOUR(3, 16),  FOUR(4, 16),  FOUR(5, 16),  FOUR(6, 16),  FOUR(7, 16),
+    FOUR(8, 16), FOUR(9, 16), FOUR(10, 16), FOUR(11, 16), FOUR(12, 16), FOUR(13, 16), FOUR(14, 16), FOUR(15, 16),
+};
+#undef FOUR
 
 INLINE void decode_rows_of_4(const cc_matrix *matrix, const uint8_t *record, int64_t quads, int64_t groups, uint8_t *decoded)
 {
@@ -130,7 +128,7 @@ INLINE void decode_rows_of_8(const cc_matrix *matrix, const uint8_t *record, int
     const int64_t bytes = cc_record_bytes(matrix, groups);
     const unpacking how = word_unpacking(matrix->bits);
     const int64_t step = 2 * matrix->bits;
-    const __m512i order = transposition(8);
+    const __m512i order = _mm512_loadu_si512(TRANSPOSED_8);
     for (int64_t quad = 0; quad < quads; quad++, record += bytes, decoded += 8 * CC_VECTOR) {
         _mm_prefetch((const char *)record + AHEAD, _MM_HINT_T0);
         _mm_prefetch((const char *)record + AHEAD + 64, _MM_HINT_T0);
@@ -151,7 +149,7 @@ INLINE void decode_long_rows(const cc_matrix *matrix, const uint8_t *record, int
     const int64_t bytes = cc_record_bytes(matrix, groups), pitch = matrix->pitch;
     const unpacking how = word_unpacking(matrix->bits);
     const int64_t step = 2 * matrix->bits;
-    const __m512i order = transposition(16);
+    const __m512i order = _mm512_loadu_si512(TRANSPOSED_16);
     for (int64_t quad = 0; quad < quads; quad++, record += bytes, decoded += pitch * CC_VECTOR) {
         uint32_t codes[CC_GROUPS * CC_QUAD];
         _mm_prefetch((const char *)record + AHEAD, _MM_HINT_T0);

@@ -5,7 +5,7 @@
 
 enum {
     DECODED_BYTES = 1 << 17, /* of a tile at a time for many tokens: stays in the L2 cache */
-    FEW_DECODED_BYTES = 1 << 14, /* for few tokens: stays in the L1 cache */
+    FEW_DECODED_BYTES = 1 << 15, /* for few tokens: stays in the L1 cache */
     FEW_TOKENS = 4,
     TOKENS = 64, /* that share a decoded tile: their sums stay in the caches */
     DENSE_ROWS = 16, /* of an item */
