@@ -346,7 +346,7 @@ def test_eval_of_tasks_without_the_harness_says_what_to_install(
 def test_generate_streams_what_json_reports(run: Run, packed: Path) -> None:
     code, out, err = run("generate", packed, "Once upon a time", "--max-new-tokens", 12, "--selftest")
     assert code == 0
-    assert "kernel:" in err
+    assert "engine: native; kernels: native" in err
     assert out.startswith("Once upon a time")
     code, document, _ = run("generate", packed, "Once upon a time", "--max-new-tokens", 12, "--json")
     result = json.loads(document)
