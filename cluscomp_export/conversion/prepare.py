@@ -274,7 +274,8 @@ def make_plan(
         # Recovery moves most values by less than a step of int8.
         codebook_bits = 16
     terms = Terms(_machine(options), phases.feedback)
-    halving = HALVING[options.optimize]
+    # Recovery is asked for the least divergence, and small codebooks have more codes for it to hold.
+    halving = 0.0 if options.optimize is None and phases.recovery is not None else HALVING[options.optimize]
     if options.budget_bytes is not None and fmt.size is not None:
         size, record = fmt.size, longest_record(source)
 
