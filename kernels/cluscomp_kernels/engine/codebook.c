@@ -52,6 +52,13 @@ int cc_engine_supported(int variant)
     return cc_kernels_of(variant) != NULL;
 }
 
+/* Bytes of the entries. There is room for every code of `bits` bits, so that no code leads out of them. */
+static int64_t entries_bytes(const cc_matrix *layout)
+{
+    const int64_t rows = layout->in_registers ? CC_REGISTER_CLUSTERS : (int64_t)1 << layout->bits;
+    return (rows * layout->pitch + 63) / 64 * 64;
+}
+
 int64_t cc_entries_layout(cc_matrix *matrix, int64_t num_clusters, int32_t dim, int32_t wide, int32_t variant)
 {
     matrix->dim = dim;
@@ -64,9 +71,7 @@ int64_t cc_entries_layout(cc_matrix *matrix, int64_t num_clusters, int32_t dim, 
         matrix->pitch = matrix->planes;
     else
         matrix->pitch = matrix->planes <= 4 ? 4 : matrix->planes <= 8 ? 8 : (matrix->planes + 15) / 16 * 16;
-    /* Room for every code of `bits` bits, so that no code leads out of the entries. */
-    const int64_t rows = matrix->in_registers ? CC_REGISTER_CLUSTERS : (int64_t)1 << matrix->bits;
-    return (rows * matrix->pitch + 63) / 64 * 64;
+    return entries_bytes(matrix);
 }
 
 static void set_entry(const cc_matrix *matrix, uint8_t *entries, int64_t cluster, int64_t plane, int32_t value)
@@ -78,12 +83,11 @@ static void set_entry(const cc_matrix *matrix, uint8_t *entries, int64_t cluster
 float cc_make_entries(const cc_matrix *layout, const float *values, int64_t num_clusters, int32_t wide, uint8_t *entries)
 {
     const int64_t dim = layout->dim;
-    const int64_t rows = layout->in_registers ? CC_REGISTER_CLUSTERS : (int64_t)1 << layout->bits;
     float most = 0;
-    memset(entries, 128, (size_t)((rows * layout->pitch + 63) / 64 * 64));
+    memset(entries, 128, (size_t)entries_bytes(layout));
     for (int64_t i = 0; wide && i < num_clusters * dim; i++)
         most = fabsf(values[i]) > most ? fabsf(values[i]) : most;
-    /* 127.5 * 256: the high byte of the largest is 127. */
+    /* 127 * 256: neither byte of the largest overflows. */
     const double inverse = most > 0 ? 32512 / (double)most : 0;
     for (int64_t cluster = 0; cluster < num_clusters; cluster++)
         for (int64_t k = 0; k < dim; k++) {

@@ -562,7 +562,6 @@ cc_engine *cc_engine_new(const cc_decoder *decoder, int variant, int threads)
     measure_linear(engine, decoder->head, 0);
     for (int64_t b = 0; b < decoder->num_branches; b++)
         measure_branch(engine, decoder->branches + b);
-    engine->thread_bytes = rounded_up(engine->thread_bytes, 64);
     engine->team = cc_team_new(threads, engine->phases);
     if (engine->team == NULL || engine->kernels == NULL) {
         cc_team_free(engine->team);
@@ -663,7 +662,7 @@ static void apply_linear(void *arg, cc_worker *worker)
 {
     const linear_job *job = arg;
     const cc_linear *linear = job->linear;
-    const int64_t stride = cc_blocks(linear->in_features), scratch = rounded_up(cc_product_scratch(linear), 64);
+    const int64_t stride = cc_blocks(linear->in_features), scratch = cc_product_scratch(linear);
     for (int64_t t = cc_first(worker, job->tokens); t >= 0; t = cc_next(worker, job->tokens))
         job->kernels->quantise(job->x + t * linear->in_features, linear->in_features, job->blocks + t * stride);
     const cc_product product = {linear, job->blocks, job->x, job->y, stride, linear->out_features, 0};
@@ -672,7 +671,7 @@ static void apply_linear(void *arg, cc_worker *worker)
 
 int cc_linear_apply(cc_pool *pool, const cc_linear *linear, const float *x, int64_t tokens, float *y)
 {
-    const int64_t scratch = rounded_up(cc_product_scratch(linear), 64);
+    const int64_t scratch = cc_product_scratch(linear);
     linear_job job = {linear, pool->kernels, x, y, tokens, NULL, NULL};
     cc_lock(pool->team);
     job.blocks = aligned(tokens * cc_blocks(linear->in_features) * (int64_t)sizeof(cc_block));
